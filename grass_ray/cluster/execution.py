@@ -1,0 +1,136 @@
+"""One process's work on a plan: open the tracker, run the trials that are left, sum up.
+
+::
+
+    code = Execution(plan, root, storage, options, console).run("python sweeps/quickstart.py --resume")
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from grass_ray.cluster.callbacks import Ledger, SweepCallback
+from grass_ray.cluster.launch import ray_cluster, run_trials
+from grass_ray.cluster.options import SweepOptions
+from grass_ray.cluster.plan import SweepPlan, TrialSpec
+from grass_ray.cluster.progress import SweepProgress
+from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.worker import Job
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.plots import write_sweep_plots
+from grass_ray.results.provenance import redact
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rendering import Format, render
+from grass_ray.results.tracking import Tracker
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+SUMMARY_FOLDER = "summary"
+
+
+class Execution:
+    """Runs what is left of a plan in this process."""
+
+    def __init__(
+        self, plan: SweepPlan, root: Storage, storage: Storage, options: SweepOptions, console: Console
+    ) -> None:
+        """``root`` is the storage path, ``storage`` the sweep's folder in it."""
+        self.plan = plan
+        self.storage = storage
+        self.options = options
+        self.console = console
+        local = root.local_folder
+        self.tracker = Tracker(plan.tracking_uri, plan.name, None if local is None else local / "artifacts")
+        names = [(spec.key, spec.config.name) for spec in plan.specs]
+        self.progress = SweepProgress(plan.name, names, console=console)
+
+    def open(self) -> None:
+        """Reach the tracking store. Raises :class:`grass_ray.config.ConfigError` when it does not answer."""
+        self.tracker.open()
+
+    def run(self, resume_command: str) -> int:
+        """Run the trials that have not ended yet, after :meth:`open`; returns the exit code."""
+        sweep_run = self.tracker.start_sweep(
+            self.plan.sweep_id,
+            {"sweep": self.plan.name, "question": self.plan.question},
+            {"trials": str(len(self.plan.specs)), "storage": self.storage.uri},
+        )
+        with tempfile.TemporaryDirectory(prefix="grass_ray-sweep-") as scratch:
+            ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch))
+            try:
+                self._run_trials(ledger)
+                code = self._sum_up(sweep_run, list(ledger.records.values()), Path(scratch) / SUMMARY_FOLDER)
+            except KeyboardInterrupt:
+                ledger.stop_running()
+                self.tracker.finish_sweep(sweep_run, status="stopped")
+                self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}")
+                code = EXIT_INTERRUPTED
+            finally:
+                self.tracker.close()
+        return code
+
+    def _run_trials(self, ledger: Ledger) -> None:
+        left = []
+        for spec in self.plan.specs:
+            if ledger.has_ended(spec):
+                ledger.end(spec.key, None, earlier=True)
+            else:
+                left.append(spec)
+        if not left:
+            self._say("every trial has ended already")
+            return
+        with ray_cluster() as cluster:
+            share = cluster.share(
+                cpus=self.options.cpus_per_trial,
+                gpus=self.options.gpus_per_trial,
+                max_concurrent=self.options.max_concurrent_trials,
+            )
+            self.progress.slots = share.slots
+            self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs a trial, {share.slots} at once")
+            jobs = [self._job(spec, share.cpus, share.gpus) for spec in left]
+            with self.progress:
+                run_trials(jobs, share, self.storage, callbacks=[SweepCallback(ledger)])
+
+    def _job(self, spec: TrialSpec, cpus: int, gpus: int) -> Job:
+        return Job(
+            config=spec.config.to_dict(),
+            key=spec.key,
+            folder=spec.folder,
+            sweep=self.plan.name,
+            sweep_id=self.plan.sweep_id,
+            storage=self.storage.uri,
+            cpus=cpus,
+            gpus=gpus,
+            keep_checkpoints=self.options.keep_checkpoints,
+        )
+
+    def _sum_up(self, sweep_run: str, records: list[RunRecord], folder: Path) -> int:
+        """Plots and leaderboard as files and on the parent run; the leaderboard and the places on the terminal."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = build_leaderboard(records)
+        forms: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
+        for suffix, form in forms.items():
+            (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
+        write_sweep_plots(records, folder)
+        self.storage.upload(folder, SUMMARY_FOLDER)
+        failed = [record for record in records if record.status != "finished"]
+        self.tracker.finish_sweep(
+            sweep_run,
+            status="failed" if failed else "finished",
+            folder=folder,
+            metrics={"sweep/trials": len(records), "sweep/failed": len(failed)},
+        )
+        if not self.options.keep_checkpoints and not failed:
+            self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
+        print("\n" + render(tables, "table", width=self.console.width if self.console.is_terminal else 140))
+        for record in failed:
+            self._say(f"{record.status}: {record.name}: {record.failure}")
+        self._say(f"files:    {self.storage.uri}\nplots:    {self.storage.uri}/{SUMMARY_FOLDER}")
+        if not self.plan.tracking_uri.startswith("http"):
+            self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
+        return EXIT_FAILED if failed else 0
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)

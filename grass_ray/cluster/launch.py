@@ -1,0 +1,124 @@
+"""Joining or starting Ray, checking that trials fit, and running them through Ray Tune.
+
+::
+
+    with ray_cluster() as cluster:
+        share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
+        run_trials(jobs, share, storage, callbacks=[SweepCallback(ledger)])
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import tune
+
+from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.worker import Job, drive_trial
+from grass_ray.config import ConfigError
+
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits up to this long; Ray's own 2 s would slow the loop
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one trial gets, and how many run at once."""
+
+    cpus: int
+    gpus: int
+    slots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterView:
+    """The machines of the Ray cluster that was joined or started."""
+
+    address: str
+    machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
+
+    def describe(self) -> str:
+        """One line for the head of a sweep."""
+        cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
+        return f"Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs"
+
+    def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None) -> Share:
+        """What each trial gets; by default a GPU where there is one, and the CPUs that come with it.
+
+        Raises:
+            ConfigError: When no machine can hold a trial; Ray would wait for ever.
+        """
+        if gpus is None:
+            gpus = 1 if any(machine[1] for machine in self.machines) else 0
+        able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
+        if not able:
+            held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
+            raise ConfigError(
+                f"no machine can hold a trial of {cpus or 1} CPUs and {gpus} GPUs; the cluster has {held}; "
+                "lower --cpus-per-trial or --gpus-per-trial"
+            )
+        if cpus is None:
+            cpus = min(machine[0] if gpus == 0 else max(1, machine[0] * gpus // machine[1]) for machine in able)
+        slots = sum(min(machine[0] // cpus, machine[1] // gpus if gpus else machine[0]) for machine in able)
+        return Share(cpus=cpus, gpus=gpus, slots=min(slots, max_concurrent or slots))
+
+
+@contextmanager
+def ray_cluster() -> Iterator[ClusterView]:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end."""
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.init(
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        machines = tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
+        yield ClusterView(address=context.address_info["gcs_address"], machines=machines)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def run_trials(jobs: Sequence[Job], share: Share, storage: Storage, callbacks: list[tune.Callback]) -> None:
+    """Run every job as a trial; a failed one does not stop the others. ``storage`` is the sweep's folder."""
+    tuner = tune.Tuner(
+        # A memory of one byte: the driver of a trial must hold no CPU that its own worker waits for.
+        tune.with_resources(drive_trial, {"memory": 1}),
+        param_space={"job": tune.grid_search([asdict(job) for job in jobs])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=share.slots,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=storage.join("ray").uri,
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["job"]["key"])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Make a termination end like Ctrl-C: children stopped, a message on how to resume."""
+    raise KeyboardInterrupt

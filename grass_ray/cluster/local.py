@@ -1,0 +1,283 @@
+"""One run or one evaluation in this process: what ``grass-ray train`` and ``grass-ray eval`` do. Needs no ray.
+
+The loop is the sweep's; here a progress bar, a checkpoint folder and the tracker listen to it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from grass_ray.cluster.options import data_source
+from grass_ray.cluster.progress import RunProgress
+from grass_ray.config import ConfigError, RunConfig
+from grass_ray.methods import get_method
+from grass_ray.results.provenance import build_record, hardware, now, redact, write_examples
+from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.store import default_tracking_uri
+from grass_ray.results.tracking import Tracker
+from grass_ray.tasks.suites import resolve_tasks
+from grass_ray.training.report import StepReport, TrainingFailure
+
+EXPERIMENT = "train"
+LOG_EVERY_S = 10.0
+INTERRUPTED = 130
+
+
+def build_config(
+    method: str | None,
+    *,
+    base: Path | None,
+    model: str | None,
+    tasks: Sequence[str] | None,
+    data_dir: Path | None,
+    assignments: Sequence[str],
+) -> RunConfig:
+    """A run's configuration from what the command line said; None leaves what ``base`` (or the default) says.
+
+    Raises:
+        ConfigError: an unknown name, or a value that breaks a rule.
+    """
+    config = RunConfig(method=get_method("base").config) if base is None else RunConfig.from_yaml(base)
+    row = None
+    if method is not None:
+        row = get_method(method)
+        if base is None or config.method.name != method:
+            config = config.model_copy(update={"method": row.config})
+    if row is not None and not row.trains:
+        assignments = [*assignments, "training.steps=0"]
+    if model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+    if tasks is not None:
+        suite, keys = resolve_tasks(tasks)
+        data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": data_source(suite, data_dir)})
+        config = config.model_copy(update={"data": data})
+    return config.override(assignments)
+
+
+def train_locally(config: RunConfig, *, output: Path, tracking_uri: str | None, resume: bool, dry_run: bool) -> int:
+    """Train, evaluate and record one run; returns the exit code (0 done, 1 failed, 130 interrupted).
+
+    Raises:
+        ConfigError: any mistake that shows before the model is loaded.
+    """
+    from grass_ray.training.run import check_run
+
+    check_run(config)
+    if dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    checkpoint = output / "checkpoint"
+    _check_folder(config, output, resume)
+    tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT, output.parent / "artifacts")
+    tracker.open()
+    output.mkdir(parents=True, exist_ok=True)
+    config.save(output / "config.yaml")
+    return _LocalRun(config, output, checkpoint, tracker).carry_out()
+
+
+class _LocalRun:
+    """The listeners of one local run: progress, checkpoints, tracker, record."""
+
+    def __init__(self, config: RunConfig, output: Path, checkpoint: Path, tracker: Tracker) -> None:
+        self.config = config
+        self.output = output
+        self.checkpoint = checkpoint
+        self.tracker = tracker
+        self.console = Console()
+        self.started_at = now()
+        tags = {
+            "method": config.method.name,
+            "model": config.model.name,
+            "suite": config.data.suite,
+            "seed": str(config.seed),
+            "sweep": EXPERIMENT,
+            "stage": "training",
+        }
+        self.run_id = tracker.start_trial(EXPERIMENT, config.fingerprint, config.name, tags, config.flatten())
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        self._logged = time.monotonic()
+
+    def carry_out(self) -> int:
+        """Train to the end, or to the first Ctrl-C."""
+        from grass_ray.training.run import Run
+
+        run = Run.prepare(self.config)
+        if self.checkpoint.is_dir():
+            run.restore(self.checkpoint)
+        self._print_head(run.state.optimizer.active_parameters(), run.state.model, run.state.steps_done)
+        status: Status = "finished"
+        failure: str | None = None
+        every = self.config.training.checkpoint_every_steps
+        with RunProgress(self.config.name, console=self.console) as progress, _first_interrupt() as interrupted:
+            try:
+                for report in run.fit():
+                    progress.step(report)
+                    self._log(report)
+                    if every is not None and report.step % every == 0:
+                        run.save(self.checkpoint)
+                    if interrupted:
+                        status, failure = "stopped", f"interrupted after step {report.step} of {report.total_steps}"
+                        break
+                run.save(self.checkpoint)
+                if status == "finished":
+                    run.evaluate(on_progress=progress.evaluating)
+            except TrainingFailure as problem:
+                status, failure = problem.status, problem.reason
+        outcome = run.outcome()
+        record = build_record(
+            run_id=f"{EXPERIMENT}-{self.config.fingerprint}",
+            sweep=EXPERIMENT,
+            sweep_id=EXPERIMENT,
+            config=self.config,
+            status=status,
+            failure=failure,
+            outcome=outcome,
+            started_at=self.started_at,
+        )
+        write_examples(self.output / "examples.jsonl", outcome.tasks)
+        return self._finish(record)
+
+    def _log(self, report: StepReport) -> None:
+        """Send steps to the tracker, several at a time."""
+        self._pending.append((report.step, report.metrics()))
+        if time.monotonic() - self._logged >= LOG_EVERY_S or report.step == report.total_steps:
+            self.tracker.log_steps(self.run_id, self._pending)
+            self._pending, self._logged = [], time.monotonic()
+
+    def _finish(self, record: RunRecord) -> int:
+        from grass_ray.results.leaderboard import build_leaderboard
+        from grass_ray.results.plots import write_run_plots
+        from grass_ray.results.rendering import render
+
+        if self._pending:
+            self.tracker.log_steps(self.run_id, self._pending)
+        record.save(self.output / "record.json")
+        write_run_plots(record, self.output)
+        self.tracker.finish(self.run_id, record, self.output)
+        self.tracker.close()
+        if record.status == "finished":
+            self.console.print(render(build_leaderboard([record])), soft_wrap=True, highlight=False, markup=False)
+        else:
+            print(f"{record.status}: {record.failure}", file=sys.stderr)
+        say = self.console.print
+        say(f"record    {self.output / 'record.json'}", soft_wrap=True, highlight=False)
+        say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}", soft_wrap=True, highlight=False)
+        if record.status == "stopped":
+            words = [word for word in sys.argv[1:] if word != "--resume"]
+            say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", soft_wrap=True, highlight=False)
+            return INTERRUPTED
+        return 0 if record.status == "finished" else 1
+
+    def _print_head(self, active: Sequence[object], model: object, steps_done: int) -> None:
+        """First lines: what runs, how much of it trains, on what, and where everything goes."""
+        trainable = sum(p.numel() for p in active)  # type: ignore[attr-defined]
+        total = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
+        config = self.config
+        rows = {
+            "run": f"{config.name} in {self.output}",
+            "model": f"{config.model.name}, {config.model.dtype}",
+            "tasks": f"{config.data.suite}: {' '.join(config.data.tasks)}",
+            "trains": f"{trainable:,} of {total:,} parameters at first",
+            "device": hardware(),
+            "config": str(self.output / "config.yaml"),
+        }
+        if steps_done:
+            rows["resumed"] = f"after step {steps_done}"
+        for name, text in rows.items():
+            self.console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None) -> int:
+    """Evaluate a model, or the trained model in ``run_folder``; prints a table and returns the exit code.
+
+    Raises:
+        ConfigError: any mistake that shows before the model is loaded.
+    """
+    from grass_ray.results.leaderboard import build_leaderboard
+    from grass_ray.results.rendering import render
+    from grass_ray.tasks.evaluation import check_evaluation, evaluate
+    from grass_ray.tasks.sources import check_data
+    from grass_ray.training.export import check_output, load_trained_model
+    from grass_ray.training.models import describe_model, load_model
+    from grass_ray.training.report import RunOutcome
+
+    describe_model(config.model)
+    check_data(config.data, training=False)
+    check_evaluation(config.data, config.evaluation)
+    if output is not None:
+        check_output(output)
+    started_at = now()
+    loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
+    with RunProgress(f"eval {config.name}") as progress:
+        results = evaluate(
+            loaded.model, loaded.tokenizer, config.data, config.evaluation, on_progress=progress.evaluating
+        )
+    metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
+    metrics["eval/average"] = sum(metrics.values()) / len(metrics)
+    record = build_record(
+        run_id=f"eval-{config.fingerprint}",
+        sweep="eval",
+        sweep_id="eval",
+        config=config,
+        status="finished",
+        failure=None,
+        outcome=RunOutcome(
+            metrics=metrics, series={}, tasks=results, engagement=None, data={}, model_revision=loaded.revision
+        ),
+        started_at=started_at,
+    )
+    print(render(build_leaderboard([record])))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        record.save(output / "record.json")
+        write_examples(output / "examples.jsonl", results)
+        print(f"wrote {output}/record.json and examples.jsonl")
+    return 0
+
+
+def _default_store(output: Path) -> str:
+    import os
+
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
+        output.parent.parent if output.parent.name == EXPERIMENT else output.parent
+    )
+
+
+def _check_folder(config: RunConfig, output: Path, resume: bool) -> None:
+    """A new run needs a new or empty folder; a resumed one the folder of the same configuration."""
+    from grass_ray.training.export import check_output
+
+    if not resume:
+        check_output(output)
+        return
+    saved = output / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"nothing to resume in {output}: it has no config.yaml; leave --resume out to start there")
+    if RunConfig.from_yaml(saved) != config:
+        raise ConfigError(f"{output} holds a run with another configuration; resume with the flags it was started with")
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[list[int]]:
+    """Let the first Ctrl-C only take note, so that the step ends whole; a second one interrupts at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, previous)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,212 @@
+"""The flags every sweep script takes, and the plan they choose.
+
+::
+
+    options = parse_options("sweeps/quickstart.py", "Which method learns most in a minute?", argv)
+    choices = choose(defaults, options)
+
+Imports neither ray nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from grass_ray.cluster.plan import PlanChoices
+from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, SourceConfig
+from grass_ray.methods import METHODS, get_method
+from grass_ray.tasks.suites import resolve_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The command line of a sweep; None takes what the sweep's file says."""
+
+    smoke: Annotated[bool, tyro.conf.arg(help="a small version of the sweep that ends in minutes")] = False
+    models: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(help="built-in names, hub ids or folders", metavar="NAME ...")
+    ] = None
+    methods: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(help="a suite, or some of its tasks", metavar="NAME ...")
+    ] = None
+    seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(help="one trial a seed", metavar="N ...")] = None
+    steps: Annotated[
+        int | None, tyro.conf.arg(help="optimizer updates a trial; same as --set training.steps=N", metavar="N")
+    ] = None
+    set: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="dotted.key=value, for every method that has the key", metavar="KEY=VALUE ..."),
+    ] = ()
+    search: Annotated[
+        Literal["grid", "random"] | None,
+        tyro.conf.arg(help="grid: the sweep's own grid; random: --num-samples points a method"),
+    ] = None
+    num_samples: Annotated[
+        int | None, tyro.conf.arg(help="hyperparameter points a method, drawn at random", metavar="N")
+    ] = None
+    scheduler: Annotated[
+        Literal["none"], tyro.conf.arg(help="every trial runs to its end, so that accuracies can be compared")
+    ] = "none"
+    base: Annotated[bool, tyro.conf.arg(help="add the untrained model as a row")] = True
+    data_dir: Annotated[
+        Path | None, tyro.conf.arg(help="folder with dataset/<Name>/{train,test}.json", metavar="DIR")
+    ] = None
+    storage_path: Annotated[
+        str, tyro.conf.arg(help="folder or URI (s3://...) for everything the sweep writes", metavar="URI")
+    ] = "grass_ray_results"
+    tracking_uri: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db under the storage path", metavar="URI"
+        ),
+    ] = None
+    cpus_per_trial: Annotated[
+        int | None, tyro.conf.arg(help="default: all of a machine, so trials run alone", metavar="N")
+    ] = None
+    gpus_per_trial: Annotated[
+        int | None, tyro.conf.arg(help="default: 1 where the cluster has GPUs, else 0", metavar="N")
+    ] = None
+    max_concurrent_trials: Annotated[int | None, tyro.conf.arg(help="default: as many as fit", metavar="N")] = None
+    keep_checkpoints: Annotated[
+        bool, tyro.conf.arg(help="keep a last training checkpoint of every trial; otherwise an ended trial has none")
+    ] = False
+    resume: Annotated[bool, tyro.conf.arg(help="finish this sweep's newest interrupted run")] = False
+    dry_run: Annotated[bool, tyro.conf.arg(help="print the trials and stop")] = False
+
+    def chosen(self) -> list[str]:
+        """The flags given that decide what the trials are."""
+        plan_flags = (
+            "smoke",
+            "models",
+            "methods",
+            "tasks",
+            "seeds",
+            "steps",
+            "set",
+            "search",
+            "num_samples",
+            "data_dir",
+        )
+        given = [flag for flag in plan_flags if getattr(self, flag)]
+        return [f"--{flag.replace('_', '-')}" for flag in given] + ([] if self.base else ["--no-base"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepDefaults:
+    """What a sweep's file decides; the same fields as a preset that ``--smoke`` puts on top."""
+
+    models: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    settings: tuple[str, ...] = ()
+    method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def with_preset(self, preset: SweepDefaults) -> SweepDefaults:
+        """This with a preset's choices in the place of its own, and the preset's settings after its own."""
+        methods = {*self.method_settings, *preset.method_settings}
+        return SweepDefaults(
+            models=preset.models or self.models,
+            methods=preset.methods or self.methods,
+            tasks=preset.tasks or self.tasks,
+            seeds=preset.seeds or self.seeds,
+            settings=(*self.settings, *preset.settings),
+            method_settings={
+                name: (*self.method_settings.get(name, ()), *preset.method_settings.get(name, ())) for name in methods
+            },
+            grid=preset.grid or self.grid,
+        )
+
+
+def parse_options(script: str, question: str, argv: Sequence[str] | None) -> SweepOptions:
+    """Read the flags. A wrong one ends the process with exit code 2 and a message."""
+    examples = (
+        f"{question}\n\n"
+        "examples:\n"
+        f"  python {script} --dry-run                         # the trials, without running any\n"
+        f"  python {script} --methods full grass --seeds 0 1  # two methods, two seeds\n"
+        f"  python {script} --resume                          # finish the newest interrupted sweep"
+    )
+    return tyro.cli(
+        SweepOptions,
+        prog=script,
+        description=examples,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
+    """The plan's choices from a sweep's defaults and the flags. Raises :class:`ConfigError`."""
+    _check_numbers(options)
+    suite, tasks = resolve_tasks(list(options.tasks or defaults.tasks))
+    methods = options.methods or defaults.methods
+    for name in methods:
+        get_method(name)
+    settings = (*defaults.settings, *([] if options.steps is None else [f"training.steps={options.steps}"]))
+    own = {name: defaults.method_settings[name] for name in methods if name in defaults.method_settings}
+    return PlanChoices(
+        methods=methods,
+        models=options.models or defaults.models,
+        suite=suite,
+        tasks=tuple(tasks),
+        source=data_source(suite, options.data_dir),
+        seeds=options.seeds or defaults.seeds,
+        settings=settings,
+        method_settings=own,
+        overrides=options.set,
+        grid=defaults.grid,
+        num_samples=options.num_samples,
+        base_row=options.base,
+    )
+
+
+def default_tracking(options: SweepOptions) -> str | None:
+    """The tracking URI that was asked for, by flag or environment."""
+    return options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def _check_numbers(options: SweepOptions) -> None:
+    mistakes = []
+    for flag in ("num_samples", "cpus_per_trial", "max_concurrent_trials"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            mistakes.append(f"--{flag.replace('_', '-')} {value}: give 1 or more")
+    if options.gpus_per_trial is not None and options.gpus_per_trial < 0:
+        mistakes.append(f"--gpus-per-trial {options.gpus_per_trial}: give 0 or more")
+    if options.search == "random" and options.num_samples is None:
+        mistakes.append("--search random needs --num-samples N, the points drawn for each method")
+    if options.search == "grid" and options.num_samples is not None:
+        mistakes.append("--search grid takes every point of the grid; leave --num-samples out, or use --search random")
+    for flag in ("models", "methods", "tasks", "seeds"):
+        if getattr(options, flag) == ():
+            mistakes.append(f"--{flag}: give at least one value")
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
+
+
+def data_source(suite: str, data_dir: Path | None) -> SourceConfig:
+    """Where a suite's rows come from: made, a folder, or the hub. Raises :class:`ConfigError`."""
+    if suite == "generated":
+        if data_dir is not None:
+            raise ConfigError(
+                f"--data-dir {data_dir} has no effect: the suite 'generated' is made by the project; leave it out"
+            )
+        return GeneratedSource()
+    if data_dir is None:
+        return HubSource()
+    if not data_dir.is_dir():
+        raise ConfigError(
+            f"--data-dir {data_dir} is not a folder; give one that holds dataset/<Name>/{{train,test}}.json"
+        )
+    return FolderSource(path=str(data_dir.resolve()))

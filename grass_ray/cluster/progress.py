@@ -1,0 +1,272 @@
+"""What a run and a sweep show on the terminal: a live display, or one plain line now and then when not on a terminal.
+
+Imports no ray, so that a single local run can show its progress without it::
+
+    with RunProgress(config.name) as progress:
+        for report in run.fit():
+            progress.step(report)
+        run.evaluate(on_progress=progress.evaluating)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from grass_ray.training.report import StepReport
+
+PLAIN_LINE_EVERY_S = 15.0
+
+State = Literal["waiting", "starting", "training", "evaluating", "finished", "failed", "out_of_memory", "stopped"]
+ENDED: tuple[State, ...] = ("finished", "failed", "out_of_memory", "stopped")
+
+
+def step_summary(report: StepReport) -> dict[str, Any]:
+    """The part of a step that displays show, as plain values."""
+    return {
+        "step": report.step,
+        "total_steps": report.total_steps,
+        "loss": report.loss,
+        "tokens_per_second": report.tokens / report.step_s if report.step_s > 0 else 0.0,
+        "peak_gib": report.peak_allocated_gib,
+        "active_layers": list(report.active_layers),
+        "step_s": report.step_s,
+    }
+
+
+def describe_step(values: Mapping[str, Any]) -> str:
+    """One line on a step: ``step 20/50  loss 1.234  310 tok/s  peak 2.10 GiB  layers 3 17``."""
+    if not values.get("step"):
+        return ""
+    return (
+        f"step {values['step']}/{values['total_steps']}  loss {values['loss']:.3f}  "
+        f"{values['tokens_per_second']:.0f} tok/s  peak {values['peak_gib']:.2f} GiB  "
+        f"layers {describe_layers(values['active_layers'])}"
+    )
+
+
+def describe_layers(layers: Sequence[int]) -> str:
+    """Active layers in few characters: ``3 17``, ``0-29``, ``none``."""
+    if not layers:
+        return "none"
+    if len(layers) > 4 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]}-{layers[-1]}"
+    shown = " ".join(str(layer) for layer in layers[:6])
+    return shown if len(layers) <= 6 else f"{shown} +{len(layers) - 6}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration: ``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class RunProgress:
+    """Progress of one run in this process: a bar on a terminal, a plain line every ``every_s`` seconds elsewhere."""
+
+    def __init__(self, name: str, *, console: Console | None = None, every_s: float = PLAIN_LINE_EVERY_S) -> None:
+        self.name = name
+        self.console = console or Console()
+        self.every_s = every_s
+        self._last_line = float("-inf")
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(name, total=None, detail="loading")
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def step(self, report: StepReport) -> None:
+        """Show a step."""
+        values = step_summary(report)
+        eta = describe_seconds((report.total_steps - report.step) * report.step_s)
+        self._show(report.step, report.total_steps, f"{describe_step(values)}  ETA {eta}")
+
+    def evaluating(self, task: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` examples of a task are evaluated."""
+        self._show(done, total, f"evaluating {task} {done}/{total}")
+
+    def _show(self, done: int, total: int, detail: str) -> None:
+        self._bar.update(self._task, completed=done, total=total, detail=detail)
+        due = time.monotonic() - self._last_line >= self.every_s or done == total
+        if not self.console.is_terminal and due:
+            self._last_line = time.monotonic()
+            self.console.print(f"{self.name}  {detail}", soft_wrap=True, highlight=False)
+
+
+@dataclass(kw_only=True)
+class TrialView:
+    """What the display knows of one trial."""
+
+    name: str
+    key: str
+    state: State = "waiting"
+    values: dict[str, Any] = field(default_factory=dict)
+    accuracy: float | None = None
+    failure: str | None = None
+    started: float | None = None
+    seconds: float | None = None
+    earlier: bool = False
+
+    def describe(self) -> str:
+        """One line on where the trial is."""
+        if self.state == "finished":
+            result = "-" if self.accuracy is None else f"{100 * self.accuracy:.1f} %"
+            took = "" if self.seconds is None else f" in {describe_seconds(self.seconds)}"
+            return f"finished{took}  accuracy {result}" + ("  (before this resume)" if self.earlier else "")
+        if self.state in ENDED:
+            return f"{self.state}: {self.failure or 'no reason known'}"
+        if self.state == "evaluating" and self.values.get("task"):
+            return f"evaluating {self.values['task']} {self.values.get('done', 0)}/{self.values.get('total', '?')}"
+        return f"{self.state}  {describe_step(self.values)}".rstrip()
+
+
+class SweepProgress:
+    """Progress of a sweep: how many trials are done, running and failed, where each is, the best so far, and an ETA."""
+
+    def __init__(
+        self,
+        title: str,
+        trials: Sequence[tuple[str, str]],
+        *,
+        slots: int = 1,
+        console: Console | None = None,
+        every_s: float = PLAIN_LINE_EVERY_S,
+    ) -> None:
+        """``trials`` are (key, name) pairs; ``slots`` trials run at once."""
+        self.title = title
+        self.console = console or Console()
+        self.every_s = every_s
+        self.slots = slots
+        self.trials = {key: TrialView(name=name, key=key) for key, name in trials}
+        self._last_line = time.monotonic()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self.render, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # -- what happened
+
+    def start(self, key: str) -> None:
+        """A trial's processes are starting."""
+        trial = self.trials[key]
+        trial.state, trial.started = "starting", time.monotonic()
+        self._say(trial)
+
+    def update(self, key: str, state: State, values: Mapping[str, Any]) -> None:
+        """A trial trains or evaluates."""
+        trial = self.trials[key]
+        trial.state = state
+        trial.values.update(values)
+        self.tick()
+
+    def note(self, key: str, text: str) -> None:
+        """Say something about a trial that stays on the screen."""
+        self._print(f"{self.trials[key].name} {key}  {text}")
+
+    def end(
+        self, key: str, state: State, *, accuracy: float | None, failure: str | None, earlier: bool = False
+    ) -> None:
+        """A trial ended; ``earlier`` means before a resume, so it took no time now."""
+        trial = self.trials[key]
+        trial.state, trial.accuracy, trial.failure, trial.earlier = state, accuracy, failure, earlier
+        if trial.started is not None:
+            trial.seconds = time.monotonic() - trial.started
+        self._say(trial)
+
+    def tick(self) -> None:
+        """Print a plain line when one is due and this is no terminal."""
+        if self._live is None and time.monotonic() - self._last_line >= self.every_s:
+            for trial in self._running():
+                self._say(trial)
+
+    # -- how it looks
+
+    def summary(self) -> str:
+        """``3 of 8 done, 1 running, 1 failed, best full-... 28.0 %, ETA 4 min 10 s``."""
+        ended = [trial for trial in self.trials.values() if trial.state in ENDED]
+        failed = sum(trial.state != "finished" for trial in ended)
+        parts = [f"{len(ended)} of {len(self.trials)} done", f"{len(self._running())} running", f"{failed} failed"]
+        scored = [trial for trial in ended if trial.accuracy is not None]
+        if scored:
+            best = max(scored, key=lambda trial: trial.accuracy or 0.0)
+            parts.append(f"best {best.name} {100 * (best.accuracy or 0.0):.1f} %")
+        eta = self._eta_s()
+        if eta is not None:
+            parts.append(f"ETA {describe_seconds(eta)}")
+        return ", ".join(parts)
+
+    def render(self) -> RenderableType:
+        """The live display."""
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        colours = {"finished": "green", "failed": "red", "out_of_memory": "red", "waiting": "dim"}
+        for trial in self._shown():
+            table.add_row(Text(trial.name), Text(trial.describe(), style=colours.get(trial.state, "cyan")))
+        return Group(Text(f"{self.title}: {self.summary()}", style="bold"), table)
+
+    def _shown(self, most: int = 24) -> list[TrialView]:
+        """Trials worth a line: all of a small sweep; of a large one those running, then the latest ended."""
+        trials = list(self.trials.values())
+        if len(trials) <= most:
+            return trials
+        ended = [trial for trial in trials if trial.state in ENDED]
+        return [*self._running(), *ended[-(most - len(self._running())) :]]
+
+    def _running(self) -> list[TrialView]:
+        return [trial for trial in self.trials.values() if trial.state in ("starting", "training", "evaluating")]
+
+    def _eta_s(self) -> float | None:
+        took = [trial.seconds for trial in self.trials.values() if trial.seconds is not None]
+        if not took:
+            return None
+        mean = sum(took) / len(took)
+        waiting = sum(trial.state == "waiting" for trial in self.trials.values())
+        now = time.monotonic()
+        running = sum(max(0.0, mean - (now - (trial.started or now))) for trial in self._running())
+        return (waiting * mean + running) / self.slots
+
+    def _say(self, trial: TrialView) -> None:
+        if self._live is None:
+            self._last_line = time.monotonic()
+            self._print(f"[{self.summary()}] {trial.name} {trial.key}  {trial.describe()}")
+        elif trial.state in ENDED:
+            self._print(f"{trial.name} {trial.key}  {trial.describe()}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, highlight=False, markup=False)

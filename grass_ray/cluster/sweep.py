@@ -1,0 +1,191 @@
+"""A sweep: one question, asked of method x model x seed, every trial a Ray Train run under Ray Tune.
+
+A sweep's file is thin::
+
+    from grass_ray.cluster.options import SweepDefaults
+    from grass_ray.cluster.sweep import Sweep
+
+    SWEEP = Sweep("quickstart", "Which method learns most in a minute?", SweepDefaults(models=("tiny",), ...))
+
+    if __name__ == "__main__":
+        SWEEP.main()
+
+Imports ray and torch only when trials are about to run, so that ``--help`` and wrong flags answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, default_tracking, parse_options
+from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand
+from grass_ray.cluster.storage import Storage
+from grass_ray.config import ConfigError
+from grass_ray.methods import get_method
+from grass_ray.results.provenance import redact
+from grass_ray.results.store import default_tracking_uri
+
+PLAN_FILE = "sweep.yaml"
+EXIT_BAD_INPUT = 2
+# Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
+# handler would swallow Ctrl-C; the raylet warns of the processes that every trial needs.
+DRIVER_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A question and the trials that answer it. ``name`` is also the MLflow experiment."""
+
+    name: str
+    question: str
+    defaults: SweepDefaults
+    smoke: SweepDefaults = field(default_factory=SweepDefaults)
+
+    def main(self, argv: Sequence[str] | None = None) -> NoReturn:
+        """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+        options = parse_options(script_name(), self.question, argv)
+        try:
+            code = self.run(options)
+        except ConfigError as mistake:
+            print(f"error: {mistake}", file=sys.stderr)
+            code = EXIT_BAD_INPUT
+        sys.exit(code)
+
+    def run(self, options: SweepOptions) -> int:
+        """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
+        for name, value in DRIVER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        console = Console()
+        root = Storage.at(options.storage_path)
+        plan = self._resumed_plan(root, options) if options.resume else self._new_plan(root, options)
+        self._check(plan)
+        storage = root.join(self.name, plan.sweep_id)
+        if options.dry_run:
+            _print_trials(console, plan)
+            return 0
+        _print_head(console, plan, storage)
+        from grass_ray.cluster.execution import Execution
+
+        execution = Execution(plan, root, storage, options, console)
+        execution.open()
+        if not options.resume:
+            try:
+                storage.write_text(plan.to_yaml(), PLAN_FILE)
+            except OSError as error:
+                raise ConfigError(f"cannot write to the storage path {root.uri}: {error}") from None
+        return execution.run(resume_command())
+
+    def plan(self, options: SweepOptions) -> list[TrialSpec]:
+        """The trials that the flags choose. Raises :class:`ConfigError`."""
+        defaults = self.defaults.with_preset(self.smoke) if options.smoke else self.defaults
+        return expand(choose(defaults, options))
+
+    def _new_plan(self, root: Storage, options: SweepOptions) -> SweepPlan:
+        specs = self.plan(options)
+        sweep_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        tracking_uri = default_tracking(options) or _embedded_store(root)
+        return SweepPlan(
+            name=self.name, sweep_id=sweep_id, question=self.question, specs=tuple(specs), tracking_uri=tracking_uri
+        )
+
+    def _resumed_plan(self, root: Storage, options: SweepOptions) -> SweepPlan:
+        """The newest saved plan; flags that would make other trials are refused, not ignored."""
+        folder = root.join(self.name)
+        saved = [sweep_id for sweep_id in folder.folders() if folder.exists(sweep_id, PLAN_FILE)]
+        if not saved:
+            raise ConfigError(
+                f"nothing to resume: no {self.name!r} sweep under {root.uri}; leave --resume out to start one, "
+                "or give the --storage-path it was started with"
+            )
+        where = folder.join(saved[-1])
+        plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
+        chosen = options.chosen()
+        if chosen and {spec.key for spec in self.plan(options)} != {spec.key for spec in plan.specs}:
+            raise ConfigError(
+                f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
+                "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
+            )
+        uri = options.tracking_uri
+        return replace(plan, tracking_uri=uri) if uri else plan
+
+    def _check(self, plan: SweepPlan) -> None:
+        """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
+        from grass_ray.training.run import check_run
+
+        mistakes: dict[str, None] = {}
+        for spec in plan.specs:
+            try:
+                check_run(spec.config)
+            except ConfigError as mistake:
+                mistakes[str(mistake)] = None
+        if mistakes:
+            raise ConfigError("\n  ".join(mistakes))
+
+
+def _embedded_store(root: Storage) -> str:
+    """MLflow's own database beside the results; a bucket cannot hold one, so then it is in the current folder."""
+    return default_tracking_uri(root.local_folder or Path.cwd())
+
+
+def resume_command() -> str:
+    """The command that goes on with this process's sweep: the same line with ``--resume``."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["python", script_name(), *words, "--resume"])
+
+
+def script_name() -> str:
+    """The running script as one types it."""
+    path = Path(sys.argv[0])
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
+    """First lines: the question, how many trials of what, and where everything goes."""
+
+    def distinct(values: Iterable[str]) -> str:
+        return " ".join(dict.fromkeys(values))
+
+    configs = [spec.config for spec in plan.specs]
+    rows = {
+        "sweep": f"{plan.name} {plan.sweep_id}: {plan.question}",
+        "models": distinct(config.model.name for config in configs),
+        "methods": distinct(config.method.name for config in configs),
+        "suite": distinct(config.data.suite for config in configs),
+        "tasks": distinct(task for config in configs for task in config.data.tasks),
+        "trials": f"{len(configs)}, plan in {storage.uri}/{PLAN_FILE}",
+        "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
+    }
+    for name, text in rows.items():
+        console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_trials(console: Console, plan: SweepPlan) -> None:
+    """The trials as a table; every row whole, also where nothing is a terminal."""
+    table = Table(box=None, header_style="bold")
+    for column in ("name", "key", "method", "lr", "steps", "differs in"):
+        table.add_column(column, justify="right" if column in ("lr", "steps") else "left", no_wrap=True)
+    for spec, text in zip(plan.specs, differences(plan.specs), strict=True):
+        config = spec.config
+        lr = f"{config.method.optimizer.lr:g}" if get_method(config.method.name).trains else "-"
+        table.add_row(config.name, spec.key, config.method.name, lr, str(config.training.steps), text)
+    console.print(f"{plan.name}: {len(plan.specs)} trials; none is run", highlight=False)
+    wide = Console(width=None if console.is_terminal else 240)
+    wide.print(table)

@@ -1,0 +1,226 @@
+"""One trial: the function Ray Train runs in a worker, and the function Ray Tune runs to drive it.
+
+The worker trains, evaluates and writes the trial's folder; it reports to Tune and knows nothing of MLflow::
+
+    Tuner(tune.with_resources(drive_trial, {"memory": 1}), param_space={"job": tune.grid_search(jobs)})
+
+A run that fails for a reason of its own (out of memory, a loss gone bad, a mistake in its configuration) ends normally
+with a record that says so. A process that dies is started again from its last checkpoint; when that keeps happening
+the reason goes into ``traceback.txt`` and ``--resume`` tries the trial again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import ray.tune
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from grass_ray.cluster.progress import step_summary
+from grass_ray.cluster.storage import Storage
+from grass_ray.config import ConfigError, RunConfig
+from grass_ray.results.provenance import build_record, now, write_examples
+from grass_ray.results.record import Status
+from grass_ray.training.report import StepReport, TrainingFailure
+
+if TYPE_CHECKING:
+    from grass_ray.training.run import Run
+
+REPORT_EVERY_S = 2.0
+TRACEBACK_FILE = "traceback.txt"
+RECORD_FILE = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a trial's processes need to know; plain values, so that it travels."""
+
+    config: dict[str, Any]
+    key: str
+    folder: str
+    sweep: str
+    sweep_id: str
+    storage: str
+    cpus: int
+    gpus: int
+    keep_checkpoints: bool = False
+
+    @property
+    def run_id(self) -> str:
+        """The trial's name among all sweeps."""
+        return f"{self.sweep_id}-{self.key}"
+
+    @property
+    def train_name(self) -> str:
+        """The Train run's name: the same in every attempt, so that Train finds the last checkpoint."""
+        return f"train-{self.key}"
+
+
+# --------------------------------------------------------------------------------------------------- the Train worker
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """Train and evaluate one run, write its folder, and report on the way."""
+    import torch
+
+    from grass_ray.results.plots import write_run_plots
+    from grass_ray.training.run import Run
+
+    job = Job(**values)
+    torch.set_num_threads(job.cpus)  # Ray exports OMP_NUM_THREADS=1 to its workers on a cluster
+    started_at = now()
+    config = RunConfig.parse(job.config)
+    storage = Storage(job.storage)
+    storage.write_text(config.to_yaml(), job.folder, "config.yaml")
+    for name in (RECORD_FILE, TRACEBACK_FILE):  # of an attempt that crashed; in this order, so that neither misleads
+        storage.remove(job.folder, name)
+
+    run: Run | None = None
+    status: Status = "finished"
+    failure: str | None = None
+    try:
+        run = Run.prepare(config)
+        with _last_checkpoint() as folder:
+            if folder is not None:
+                run.restore(folder)
+                ray.train.report(_restored_message(run))
+        _fit(run, config.training.checkpoint_every_steps, job.keep_checkpoints)
+        run.evaluate(on_progress=_EvaluationReporter())
+    except TrainingFailure as problem:
+        status, failure = problem.status, problem.reason
+    except ConfigError as problem:
+        status, failure = "failed", str(problem)
+    outcome = None if run is None else run.outcome()
+    record = build_record(
+        run_id=job.run_id,
+        sweep=job.sweep,
+        sweep_id=job.sweep_id,
+        config=config,
+        status=status,
+        failure=failure,
+        outcome=outcome,
+        started_at=started_at,
+    )
+    with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
+        written = Path(name)
+        write_run_plots(record, written)
+        if outcome is not None:
+            write_examples(written / "examples.jsonl", outcome.tasks)
+        storage.upload(written, job.folder)
+        record.save(written / RECORD_FILE)
+        storage.upload(written, job.folder)  # the record comes last: where it is, everything is
+    ray.train.report({"phase": "ended", "status": status, "failure": failure, "steps": []})
+
+
+def _fit(run: Run, every_steps: int | None, keep_last: bool) -> None:
+    """Take every step; report the steps since the last report every few seconds, and at each checkpoint."""
+    pending: list[StepReport] = []
+    last_report = time.monotonic()
+    for report in run.fit():
+        pending.append(report)
+        last = report.step == report.total_steps
+        if (last and keep_last) or (every_steps is not None and (last or report.step % every_steps == 0)):
+            with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
+                run.save(Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                ray.train.report(_steps_message(pending), checkpoint=checkpoint)  # uploads before it returns
+        elif last or time.monotonic() - last_report >= REPORT_EVERY_S:
+            ray.train.report(_steps_message(pending))
+        else:
+            continue
+        pending, last_report = [], time.monotonic()
+
+
+def _steps_message(reports: list[StepReport]) -> dict[str, Any]:
+    """Several steps in one report: what the display shows, and every step's metrics for the tracker."""
+    steps = [[report.step, report.metrics()] for report in reports]
+    return {"phase": "training", "steps": steps, "view": step_summary(reports[-1])}
+
+
+def _restored_message(run: Run) -> dict[str, Any]:
+    """Where a restored run stands, with all its steps: the driver may have died before it heard of the last ones."""
+    return {"phase": "restored", "steps": steps_of(run.outcome().series), "after_step": run.state.steps_done}
+
+
+def steps_of(series: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[int, dict[str, float]]]:
+    """Series of metrics as one (step, metrics) pair a step, in order."""
+    steps: dict[int, dict[str, float]] = {}
+    for name, points in series.items():
+        for step, value in points:
+            steps.setdefault(step, {})[name] = value
+    return sorted(steps.items())
+
+
+class _EvaluationReporter:
+    """Passes the evaluation's progress on, a few seconds apart."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= REPORT_EVERY_S:
+            self._last = time.monotonic()
+            view = {"task": task, "done": done, "total": total}
+            ray.train.report({"phase": "evaluating", "steps": [], "view": view})
+
+
+@contextmanager
+def _last_checkpoint() -> Iterator[Path | None]:
+    """The folder of the last checkpoint this trial reported, in this attempt or an earlier one."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+    else:
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+# ----------------------------------------------------------------------------------------------------- the Tune trial
+
+
+def drive_trial(values: dict[str, Any]) -> None:
+    """Run one Train run and wait for it; a Tune function that does no work itself."""
+    job = Job(**values["job"])
+    storage = Storage(job.storage)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(job),
+        torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1, use_gpu=job.gpus > 0, resources_per_worker=_resources(job)
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.train_name,
+            storage_path=storage.join("ray").uri,
+            failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
+        ray.tune.report({"phase": "crashed", "failure": _reason(error), "steps": []})
+    else:
+        if not job.keep_checkpoints:
+            storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
+
+
+def _resources(job: Job) -> dict[str, float]:
+    return {"CPU": job.cpus, "GPU": job.gpus} if job.gpus else {"CPU": job.cpus}
+
+
+def _reason(error: Exception) -> str:
+    """The last telling line of a failed Train run's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"the worker failed three times: {lines[-1]}" if lines else "the worker failed three times"

@@ -1,0 +1,295 @@
+"""The configuration of one run: typed, frozen, extra keys forbidden.
+
+A :class:`RunConfig` says everything that decides a run's numbers. YAML goes in and the same YAML comes out::
+
+    config = RunConfig.from_yaml(path)
+    config = config.override(["method.sampler.temperature=0.2", "training.steps=100"])
+    config.save(folder / "config.yaml")
+
+Importing this module loads no torch, so that command lines and planners stay instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A user's mistake: what was given, the rule, what is available. Command lines exit with 2 on it."""
+
+
+class ConfigPart(BaseModel):
+    """A frozen piece of configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# ----------------------------------------------------------------------------------------------- which layers train
+
+
+class AllLayersConfig(ConfigPart):
+    """Every layer trains at every step."""
+
+    kind: Literal["all"] = "all"
+
+
+class UniformSamplerConfig(ConfigPart):
+    """LISA (arXiv 2403.17919): layers drawn uniformly without replacement."""
+
+    kind: Literal["uniform"] = "uniform"
+    num_active_layers: Annotated[int, Field(ge=1)] = 2
+    period: Annotated[int, Field(ge=1, description="optimizer steps between draws")] = 20
+
+
+class GradNormSamplerConfig(ConfigPart):
+    """GRASS (arXiv 2604.07808): layers drawn from a softmax over mean gradient norms."""
+
+    kind: Literal["grad_norm"] = "grad_norm"
+    num_active_layers: Annotated[int, Field(ge=1, description="gamma")] = 2
+    period: Annotated[int, Field(ge=1, description="T_s, optimizer steps between draws")] = 20
+    probing_steps: Annotated[int, Field(ge=0, description="T_p, steps that only measure")] = 10
+    refresh_period: Annotated[int, Field(ge=1)] | None = Field(
+        default=100, description="T_u, optimizer steps between refreshes of the importance; null never refreshes"
+    )
+    temperature: Annotated[float, Field(gt=0, description="tau")] = 0.5
+    ema: Annotated[float, Field(gt=0, le=1, description="alpha, the weight of the new value")] = 0.5
+    normalise: Literal["mean", "none"] = "mean"
+    exploration: Annotated[float, Field(ge=0, le=1, description="epsilon, share of a uniform draw")] = 0.0
+
+
+SamplerConfig = Annotated[AllLayersConfig | UniformSamplerConfig | GradNormSamplerConfig, Field(discriminator="kind")]
+
+
+# --------------------------------------------------------------------------------------------------- how they train
+
+
+class LoraConfig(ConfigPart):
+    """peft LoRA adapters in every decoder layer."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+class OptimizerConfig(ConfigPart):
+    """AdamW and its clipping."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class MethodConfig(ConfigPart):
+    """A method is data: adapter x sampler x optimizer x state policy x always-trained parts."""
+
+    name: str
+    adapter: LoraConfig | None = None
+    sampler: SamplerConfig = AllLayersConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    offload: Literal["none", "resident", "auto"] = "none"
+    inactive_states: Literal["keep", "reset"] = "keep"
+    train_embeddings: bool = False
+    train_head: bool = False
+    train_norm: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------- model and data
+
+
+class ModelConfig(ConfigPart):
+    """A decoder: a hub id, a folder, or a built-in name (``smollm2-135m``, ``tiny``)."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+
+class GeneratedSource(ConfigPart):
+    """Arithmetic word problems made by the project; train and test are disjoint."""
+
+    kind: Literal["generated"] = "generated"
+    train_rows: Annotated[int, Field(ge=1)] = 2000
+    test_rows: Annotated[int, Field(ge=1)] = 200
+    seed: int = 0
+
+
+class FolderSource(ConfigPart):
+    """Files in the published LLM-Adapters layout (``dataset/<Name>/{train,test}.json``)."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+
+
+class HubSource(ConfigPart):
+    """The original data sets on the Hugging Face Hub, mapped into the same rows."""
+
+    kind: Literal["hub"] = "hub"
+
+
+SourceConfig = Annotated[GeneratedSource | FolderSource | HubSource, Field(discriminator="kind")]
+
+
+class DataConfig(ConfigPart):
+    """What is learnt and where it comes from. ``tasks`` is the part of ``suite`` that is trained and evaluated."""
+
+    suite: str = "generated"
+    tasks: tuple[str, ...] = ("generated",)
+    source: SourceConfig = GeneratedSource()
+    template: Literal["clean", "published"] = "clean"
+    train_on_inputs: bool = False
+    max_length_tokens: Annotated[int, Field(ge=8)] = 256
+    max_train_rows: Annotated[int, Field(ge=1)] | None = None
+
+
+class TrainingConfig(ConfigPart):
+    """The loop. ``steps`` counts optimizer updates; probing steps come on top."""
+
+    steps: Annotated[int, Field(ge=0)] = 50
+    batch_size: Annotated[int, Field(ge=1, description="rows an optimizer step")] = 8
+    accumulation_steps: Annotated[int, Field(ge=1, description="micro-batches an optimizer step")] = 1
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    gradient_checkpointing: bool = False
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _batches_split_evenly(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal micro-batches; "
+                "make it a multiple of accumulation_steps"
+            )
+        return self
+
+
+class EvaluationConfig(ConfigPart):
+    """How accuracy is measured after training."""
+
+    limit: Annotated[int, Field(ge=1, description="examples a task; null takes all")] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    scoring: Literal["generation", "loglikelihood"] = "generation"
+    extraction: Literal["published", "strict"] = "published"
+    num_beams: Annotated[int, Field(ge=1)] = 1
+
+
+class RunConfig(ConfigPart):
+    """Everything that decides the numbers of one run."""
+
+    method: MethodConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    # -- text in, the same text out
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Validate plain values. Raises :class:`ConfigError` that lists every mistake at once."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """Read a configuration file. Raises :class:`ConfigError` on a missing or malformed one."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of keys")
+        return cls.parse(values)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML; reading it back gives an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def flatten(self) -> dict[str, str]:
+        """Dotted keys to text, as MLflow params want them."""
+        return dict(_flatten("", self.to_dict()))
+
+    def override(self, assignments: Iterable[str]) -> RunConfig:
+        """A copy with ``dotted.key=value`` assignments applied; values are read as YAML."""
+        values = self.to_dict()
+        for assignment in assignments:
+            key, separator, text = assignment.partition("=")
+            if not separator or not key:
+                raise ConfigError(f"cannot read the override {assignment!r}; write it as dotted.key=value")
+            _assign(values, key.split("."), yaml.safe_load(text), assignment)
+        return RunConfig.parse(values)
+
+    # -- names
+
+    @property
+    def name(self) -> str:
+        """The run's name, such as ``grass-smollm2_135m-commonsense-s0``."""
+        return f"{self.method.name}-{slug(self.model.name)}-{slug(self.data.suite)}-s{self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that two equal configurations share."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def slug(name: str) -> str:
+    """A model's or suite's name as one word: the last path component, ``-`` and odd characters as ``_``."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("_")
+
+
+def _flatten(prefix: str, value: object) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
+    elif isinstance(value, list):
+        yield prefix, ",".join(str(item) for item in value)
+    else:
+        yield prefix, str(value)
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: object, assignment: str) -> None:
+    part: Any = values
+    for depth, key in enumerate(keys):
+        if not isinstance(part, dict) or key not in part:
+            where = ".".join(keys[:depth]) or "the configuration"
+            available = ", ".join(part) if isinstance(part, dict) else "no keys"
+            raise ConfigError(f"cannot apply {assignment!r}: {where} has no key {key!r}; it has {available}")
+        if depth == len(keys) - 1:
+            part[key] = value
+        part = part[key]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for mistake in error.errors():
+        kinds = {"all", "uniform", "grad_norm", "generated", "folder", "hub"}
+        where = ".".join(str(key) for key in mistake["loc"] if key not in kinds)
+        given = mistake.get("input")
+        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        lines.append(f"{where or 'configuration'}: {mistake['msg']}{shown}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""WHICH layers train: the decoder stack, importance measurements, samplers. Needs torch only."""

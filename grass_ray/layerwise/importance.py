@@ -1,0 +1,63 @@
+"""Measure how much each layer's gradient says: the mean gradient norm of GRASS (arXiv 2604.07808).
+
+A step's value for layer ``l`` is the RMS of its gradient, ``sqrt(||g||^2 / N_l)``, taken on every micro-batch's
+gradient as autograd delivers it (before it is accumulated, before clipping) and averaged over micro-batches.
+
+``meter = GradNormMeter(stack.layers)``; after backward ``norms = meter.collect()`` has one value a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class GradNormMeter:
+    """Hooks on every layer's parameters that note gradient norms.
+
+    Build it while every parameter still requires a gradient: the hooks survive later freezing and thawing, and
+    cannot be registered on a frozen parameter.
+
+    Args:
+        layers: parameters of each layer.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._layers = layers
+        self._sizes = [sum(p.numel() for p in layer) for layer in layers]
+        self._norms: list[list[list[Tensor]]] = [[[] for _ in layer] for layer in layers]
+        for index, layer in enumerate(layers):
+            for slot, parameter in enumerate(layer):
+                parameter.register_hook(self._noting(index, slot))  # type: ignore[no-untyped-call]
+
+    def _noting(self, index: int, slot: int) -> Callable[[Tensor], None]:
+        norms = self._norms[index][slot]
+
+        def note(gradient: Tensor) -> None:
+            norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+
+        return note
+
+    def collect(self) -> Tensor:
+        """The step's RMS gradient of each layer, and forget it.
+
+        Returns:
+            float32 tensor of shape (L,) on the layers' device; NaN where a layer received no gradient. Reading it
+            on the host is the caller's synchronisation, none happens here.
+        """
+        device = self._layers[0][0].device
+        values = torch.full((len(self._layers),), torch.nan, device=device)
+        for index, norms in enumerate(self._norms):
+            micro_batches = max(map(len, norms), default=0)
+            if not micro_batches:
+                continue
+            # one row a parameter, one column a micro-batch; a parameter left out of a micro-batch adds nothing
+            table = torch.zeros(len(norms), micro_batches, device=device)
+            for slot, seen in enumerate(norms):
+                if seen:
+                    table[slot, : len(seen)] = torch.stack(seen).to(device)
+                    seen.clear()
+            values[index] = table.square().sum(0).div(self._sizes[index]).sqrt().mean()
+        return values

@@ -1,0 +1,214 @@
+"""Where numbers come from: versions, hardware, git commit - and the builder of run records. No mlflow, no ray here.
+
+::
+
+    record = build_record(run_id=key, sweep="quickstart", sweep_id=sweep_id, config=config, status="finished",
+                          failure=None, outcome=outcome, started_at=now())
+    record.save(folder / "record.json")
+    write_examples(folder / "examples.jsonl", outcome.tasks)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from grass_ray.config import RunConfig
+from grass_ray.results.record import LayerHistory, RunRecord, Status, TaskScore
+from grass_ray.tasks.scores import EvaluationResult
+from grass_ray.training.report import GIB, Engagement, RunOutcome
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "lm_eval", "grass_ray")
+_SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
+
+
+class GitState(NamedTuple):
+    """The commit of the grass_ray checkout and whether files differ from it; both None outside a checkout."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+def now() -> str:
+    """The time as ISO text in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def redact(text: str) -> str:
+    """The text without access tokens and without the passwords of URLs."""
+    return _SECRETS.sub("***", text)
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, absent packages left out. Imports none of them."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: str | None = None) -> str:
+    """The device in words: the GPU's name, or the CPU's model, cores and memory.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``, what the run used; None takes the GPU when torch sees one.
+    """
+    if device != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            return str(torch.cuda.get_device_name())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_model()}, {cores} cores{_memory()}"
+
+
+def _memory() -> str:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return ""
+    return f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB"
+
+
+def _cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
+def git_state(folder: Path | None = None) -> GitState:
+    """Commit and dirtiness of the checkout the package runs from; a package installed elsewhere has none.
+
+    Args:
+        folder: the package's folder, by default grass_ray's own.
+    """
+    package = folder or Path(__file__).resolve().parents[1]
+    # An installed copy inside somebody else's repository is not tracked there, and that commit would say nothing.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return GitState(None, None)
+    commit = _git(package, "rev-parse", "HEAD")
+    changes = _git(package, "status", "--porcelain")
+    return GitState(commit, None if commit is None or changes is None else bool(changes))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def build_record(
+    *,
+    run_id: str,
+    sweep: str,
+    sweep_id: str,
+    config: RunConfig,
+    status: Status,
+    failure: str | None,
+    outcome: RunOutcome | None,
+    started_at: str,
+    finished_at: str | None = None,
+    hardware_name: str | None = None,
+    world_size: int = 1,
+) -> RunRecord:
+    """Make the record of one trial, whether it finished or not.
+
+    Args:
+        run_id: the trial's own name, the same after a restart.
+        sweep: the sweep's name, such as ``quickstart``.
+        sweep_id: which execution of that sweep.
+        config: what was asked for.
+        status: how it ended.
+        failure: the reason when it did not finish; tokens in it are masked.
+        outcome: what came out, None when nothing did.
+        started_at: ISO time (see :func:`now`).
+        finished_at: ISO time, by default now.
+        hardware_name: what the workers ran on, by default this process's :func:`hardware`.
+        world_size: number of workers.
+    """
+    git = git_state()
+    return RunRecord(
+        run_id=run_id,
+        name=config.name,
+        sweep=sweep,
+        sweep_id=sweep_id,
+        status=status,
+        failure=None if failure is None else redact(failure),
+        config=config.to_dict(),
+        metrics={} if outcome is None else {key: float(value) for key, value in outcome.metrics.items()},
+        series={} if outcome is None else {key: list(points) for key, points in outcome.series.items()},
+        tasks={} if outcome is None else {name: _score(result) for name, result in outcome.tasks.items()},
+        layers=None if outcome is None or outcome.engagement is None else _history(outcome.engagement),
+        data={} if outcome is None else dict(outcome.data),
+        hardware=hardware_name or hardware(),
+        world_size=world_size,
+        versions=versions(),
+        git_commit=git.commit,
+        git_dirty=git.dirty,
+        model_revision=None if outcome is None else outcome.model_revision,
+        started_at=started_at,
+        finished_at=finished_at or now(),
+    )
+
+
+def _score(result: EvaluationResult) -> TaskScore:
+    return TaskScore(
+        accuracy=result.accuracy if result.examples else math.nan,
+        num_examples=len(result.examples),
+        correct=[example.correct for example in result.examples],
+        example_ids=[example.id for example in result.examples],
+        scoring=result.scoring,
+        extraction=result.extraction,
+        protocol=dict(result.protocol),
+    )
+
+
+def _history(engagement: Engagement) -> LayerHistory:
+    return LayerHistory(
+        num_layers=engagement.num_layers,
+        total_parameters=engagement.total_parameters,
+        trainable_parameters=engagement.trainable_parameters,
+        trainable_share=engagement.trainable_share,
+        intervals=list(engagement.intervals),
+        refreshes=list(engagement.refreshes),
+        visits=list(engagement.visits),
+        only_active_layers_changed=engagement.only_active_layers_changed,
+        resident_state_bytes=engagement.resident_state_bytes,
+        host_state_bytes=engagement.host_state_bytes,
+    )
+
+
+def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:
+    """Write every evaluated example as one JSON line: task, id, prompt, target, output, extracted, correct."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for task, result in tasks.items():
+            for example in result.examples:
+                row = {
+                    "task": task,
+                    "id": example.id,
+                    "prompt": example.prompt,
+                    "target": example.target,
+                    "output": example.output,
+                    "extracted": example.extracted,
+                    "correct": example.correct,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")

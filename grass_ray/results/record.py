@@ -1,0 +1,88 @@
+"""The run record: everything a stranger needs to recompute a leaderboard row. One ``record.json`` a trial.
+
+Leaderboards are computed from records alone; MLflow only stores them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from grass_ray.config import ConfigError
+
+Status = Literal["finished", "failed", "out_of_memory", "stopped"]
+
+
+class RecordPart(BaseModel):
+    """A piece of a record; unknown keys are refused, numbers may be NaN."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class TaskScore(RecordPart):
+    """One task's result. ``correct`` has one entry an example, in the order of the test file."""
+
+    accuracy: float
+    num_examples: int
+    correct: list[bool]
+    example_ids: list[str] = Field(description="a hash of each prompt, so that runs can be compared per example")
+    scoring: str
+    extraction: str
+    protocol: dict[str, Any] = Field(default_factory=dict)
+
+
+class LayerHistory(RecordPart):
+    """What the sampler did (see grass_ray.training.report.Engagement)."""
+
+    num_layers: int
+    total_parameters: int
+    trainable_parameters: int
+    trainable_share: float
+    intervals: list[tuple[int, tuple[int, ...]]]
+    refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]]
+    visits: list[int]
+    only_active_layers_changed: bool
+    resident_state_bytes: int
+    host_state_bytes: int
+
+
+class RunRecord(RecordPart):
+    """One trial: what was asked for, what came out, on what it ran."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    name: str
+    sweep: str
+    sweep_id: str
+    status: Status
+    failure: str | None = None
+    config: dict[str, Any]
+    metrics: dict[str, float] = Field(default_factory=dict, description="last or aggregate value of each metric")
+    series: dict[str, list[tuple[int, float]]] = Field(default_factory=dict, description="(step, value) pairs")
+    tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    layers: LayerHistory | None = None
+    data: dict[str, Any] = Field(default_factory=dict, description="files, hashes, row counts, truncation counts")
+    hardware: str
+    world_size: int = 1
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    model_revision: str | None = None
+    started_at: str
+    finished_at: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Read a record. Raises :class:`ConfigError` when it cannot be read."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the record {path}: {error.strerror}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{path} is not a run record of schema 1: {error.error_count()} mistakes") from None

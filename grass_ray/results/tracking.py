@@ -1,0 +1,350 @@
+"""MLflow tracking: a parent run a sweep, a child run a trial.
+
+::
+
+    tracker = Tracker(default_tracking_uri(storage), "quickstart", artifact_root=storage / "artifacts")
+    tracker.open()                                              # once, before the first trial
+    sweep = tracker.start_sweep(sweep_id, tags={"sweep": "quickstart"}, params={})
+    run = tracker.start_trial(sweep_id, trial_key, config.name, tags, config.flatten())
+    tracker.log_steps(run, [(report.step, report.metrics())])
+    tracker.finish(run, record, folder)
+    tracker.finish_sweep(sweep, folder=sweep_folder)
+    tracker.close()
+
+One process writes. A store that fails in mid-run never stops training: calls wait in order and are tried again at the
+next call and at :meth:`Tracker.close`; each can be repeated without counting anything twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grass_ray.config import ConfigError
+from grass_ray.results.provenance import redact
+from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.store import (
+    PARENT_TAG,
+    SQLITE,
+    absolute_uri,
+    connect,
+    impatient,
+    metric_name,
+    quoted,
+    store_errors,
+)
+from grass_ray.results.store import default_tracking_uri as default_tracking_uri
+from grass_ray.results.store import load_records as load_records
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+RUN_STATUS: Mapping[Status, str] = {
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "out_of_memory": "FAILED",
+}
+SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found among its children
+_STAND_IN = "waiting-"
+_FILES = ("config.yaml", "record.json", "examples.jsonl")
+_PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
+_METRICS_A_BATCH = 1000
+_OTHERS_A_BATCH = 100
+# Answers that stay the same however often one asks; waiting for another would block everything behind them.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Something to tell the store; ``act`` may be repeated."""
+
+    what: str
+    act: Callable[[], None]
+
+
+class Tracker:
+    """Writes one experiment. Construction and pickling are plain data; a copy must be opened again.
+
+    Args:
+        tracking_uri: ``sqlite:///...`` (made absolute) or the address of an MLflow server.
+        experiment: the experiment's name, that of the sweep.
+        artifact_root: where a SQLite store keeps artifacts, by default ``artifacts`` beside the database; a server
+            decides that itself.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str, artifact_root: Path | None = None) -> None:
+        self.tracking_uri = absolute_uri(tracking_uri)
+        self.experiment = experiment
+        self.artifact_root = None if artifact_root is None else Path(artifact_root).absolute()
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._waiting: deque[_Call] = deque()
+        self._not_before = 0.0
+        self._failing = False
+        self._run_ids: dict[str, str] = {}
+        self._reopened: set[str] = set()
+        self._logged: dict[tuple[str, str], int] = {}
+
+    def __reduce__(self) -> tuple[type[Tracker], tuple[str, str, Path | None]]:
+        return Tracker, (self.tracking_uri, self.experiment, self.artifact_root)
+
+    # -- opening and closing
+
+    def open(self) -> None:
+        """Prepare store and experiment. Raises :class:`ConfigError` within seconds when that cannot be done."""
+        client = connect(self.tracking_uri)
+        with store_errors(self.tracking_uri):
+            found = client.get_experiment_by_name(self.experiment)
+            if found is None:
+                self._experiment_id = str(client.create_experiment(self.experiment, self._artifact_location()))
+            elif found.lifecycle_stage != "active":
+                raise ConfigError(
+                    f"the MLflow experiment {self.experiment!r} was deleted; bring it back with "
+                    f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+                )
+            else:
+                self._experiment_id = str(found.experiment_id)
+        self._client = client
+
+    def _artifact_location(self) -> str | None:
+        if not self.tracking_uri.startswith(SQLITE):
+            return None
+        beside = Path(self.tracking_uri.removeprefix(SQLITE)).parent / "artifacts"
+        return (self.artifact_root or beside).as_uri()
+
+    def close(self, wait_s: float = 10.0) -> int:
+        """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
+        deadline = time.monotonic() + wait_s
+        while not self._send(at_once=True) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if self._waiting:
+            log.error("MLflow at %s stayed away: %d calls not sent", redact(self.tracking_uri), len(self._waiting))
+        return len(self._waiting)
+
+    # -- runs
+
+    def start_sweep(self, sweep_id: str, tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+        """Find or create the parent run of a sweep and return its run id."""
+        return self._start(sweep_id, SWEEP_KEY, self._sweep_name(sweep_id), tags, params)
+
+    def start_trial(
+        self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
+    ) -> str:
+        """Find or create a trial's child run, open again if it had ended, and return its run id.
+
+        While the store is away the answer is a stand-in for the run id, which the other methods understand.
+        """
+        return self._start(sweep_id, trial_key, run_name, tags, params)
+
+    def _start(
+        self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
+    ) -> str:
+        stand_in = f"{_STAND_IN}{uuid.uuid4().hex}"
+        quoted(sweep_id), quoted(trial_key)  # a name that cannot be searched for is a mistake to report now
+
+        def act() -> None:
+            is_sweep = trial_key == SWEEP_KEY
+            parent = None if is_sweep else self._find_or_create(sweep_id, SWEEP_KEY, self._sweep_name(sweep_id))
+            own = {key: str(value)[:5000] for key, value in tags.items()}
+            run_id = self._find_or_create(sweep_id, trial_key, run_name, parent, own)
+            self._add_params(run_id, params)
+            self._run_ids[stand_in] = run_id
+
+        self._do(f"start of {run_name}", act)
+        return self._run_ids.get(stand_in, stand_in)
+
+    def _sweep_name(self, sweep_id: str) -> str:
+        return f"{self.experiment}-{sweep_id}"
+
+    def _find_or_create(
+        self,
+        sweep_id: str,
+        trial_key: str,
+        run_name: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """The run with these two tags. They are part of its creation, so a killed process leaves no run without."""
+        client = self._opened()
+        wanted = f"tags.sweep_id = {quoted(sweep_id)} and tags.trial_key = {quoted(trial_key)}"
+        found = client.search_runs([self._experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
+        every = dict(tags or {}) | {"sweep_id": sweep_id, "trial_key": trial_key}
+        if parent is not None:
+            every[PARENT_TAG] = parent
+        if not found:
+            return str(client.create_run(self._experiment_id, tags=every, run_name=run_name).info.run_id)
+        run_id = str(found[0].info.run_id)
+        if tags is not None:  # started anew, not merely looked up as somebody's parent
+            self._reopened.add(run_id)
+            self._logged = {known: step for known, step in self._logged.items() if known[0] != run_id}
+            client.update_run(run_id, status="RUNNING")
+            self._set_tags(run_id, every)
+        return run_id
+
+    def _add_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        present = self._opened().get_run(run_id).data.params  # params never change in MLflow: only new ones are sent
+        new = {metric_name(key): str(value)[:6000] for key, value in params.items()}
+        rows = [Param(key, value) for key, value in new.items() if key not in present]
+        for start in range(0, len(rows), _OTHERS_A_BATCH):
+            self._opened().log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
+
+    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._opened().log_batch(run_id, tags=[RunTag(metric_name(key), value) for key, value in tags.items()])
+
+    # -- numbers and files
+
+    def log_steps(self, run_id: str, points: list[tuple[int, dict[str, float]]]) -> None:
+        """Log the metrics of (step, metrics) points; what a run already had when it was reopened is not repeated."""
+        from mlflow.entities import Metric
+
+        moment = int(time.time() * 1000)  # fixed here: MLflow drops exact repetitions, so a retry adds nothing
+        rows = [
+            Metric(metric_name(key), float(value), moment, step)
+            for step, values in points
+            for key, value in values.items()
+        ]
+
+        def act() -> None:
+            known = self._known(run_id)
+            if known is not None:
+                self._log_metrics(known, [row for row in rows if row.step > self._last_step(known, row.key)])
+
+        self._do(f"{len(points)} steps", act)
+
+    def _last_step(self, run_id: str, key: str) -> int:
+        if run_id not in self._reopened:
+            return -1
+        if (run_id, key) not in self._logged:
+            history = self._opened().get_metric_history(run_id, key)
+            self._logged[run_id, key] = max((metric.step for metric in history), default=-1)
+        return self._logged[run_id, key]
+
+    def _log_metrics(self, run_id: str, rows: list[Any]) -> None:
+        for start in range(0, len(rows), _METRICS_A_BATCH):
+            self._opened().log_batch(run_id, metrics=rows[start : start + _METRICS_A_BATCH])
+
+    def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
+        """End a trial: final metrics, artifacts (record, configuration, examples, pictures), tags, status.
+
+        In this order, so that a run MLflow calls finished is complete. ``folder`` must stay until :meth:`close`.
+        """
+        from mlflow.entities import Metric
+
+        ended = int(datetime.fromisoformat(record.finished_at).timestamp() * 1000)
+        last = max((points[-1][0] for points in record.series.values() if points), default=0)
+        rows = [
+            Metric(metric_name(key), float(value), ended, last)
+            for key, value in record.metrics.items()
+            if record.series.get(key, [])[-1:] != [(last, value)]
+        ]
+        tags = {
+            "status": record.status,
+            "hardware": record.hardware,
+            "world_size": str(record.world_size),
+            "git_commit": record.git_commit or "-",
+            "git_dirty": "-" if record.git_dirty is None else str(record.git_dirty).lower(),
+        }
+        if record.failure:
+            tags["failure"] = record.failure[:5000]
+
+        def act() -> None:
+            client, known = self._opened(), self._known(run_id)
+            if known is None:
+                return
+            self._log_metrics(known, rows)
+            client.log_text(known, record.model_dump_json(indent=1), "record.json")
+            files = [folder / name for name in _FILES if name != "record.json"]
+            files += [path for pattern in _PICTURES for path in sorted(folder.glob(pattern))]
+            for path in files:
+                if path.is_file():
+                    inside = path.parent.relative_to(folder).as_posix()
+                    client.log_artifact(known, str(path), None if inside == "." else inside)
+            self._set_tags(known, tags)
+            client.set_terminated(known, RUN_STATUS[record.status], ended)
+
+        self._do(f"end of {record.name}", act)
+
+    def finish_sweep(
+        self,
+        run_id: str,
+        *,
+        status: Status = "finished",
+        folder: Path | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """End a sweep: everything in ``folder`` as artifacts, ``metrics``, the status."""
+        from mlflow.entities import Metric
+
+        ended = int(time.time() * 1000)
+        rows = [Metric(metric_name(key), float(value), ended, 0) for key, value in (metrics or {}).items()]
+
+        def act() -> None:
+            client, known = self._opened(), self._known(run_id)
+            if known is None:
+                return
+            self._log_metrics(known, rows)
+            if folder is not None and folder.is_dir():
+                client.log_artifacts(known, str(folder))
+            self._set_tags(known, {"status": status})
+            client.set_terminated(known, RUN_STATUS[status], ended)
+
+        self._do("end of the sweep", act)
+
+    # -- the queue
+
+    def _known(self, run_id: str) -> str | None:
+        """The store's id behind a stand-in; None when the store refused to start that run."""
+        return self._run_ids.get(run_id) if run_id.startswith(_STAND_IN) else run_id
+
+    def _opened(self) -> MlflowClient:
+        assert self._client is not None, "call Tracker.open() first"
+        return self._client
+
+    def _do(self, what: str, act: Callable[[], None]) -> None:
+        self._opened()
+        self._waiting.append(_Call(what, act))
+        self._send()
+
+    def _send(self, at_once: bool = False) -> bool:
+        """Make the waiting calls in order. Returns whether none is left."""
+        from mlflow.exceptions import MlflowException
+
+        if not at_once and time.monotonic() < self._not_before:
+            return False
+        while self._waiting:
+            call, started = self._waiting[0], time.monotonic()
+            try:
+                with impatient(timeout_s=15):
+                    call.act()
+            except (MlflowException, OSError) as error:
+                if getattr(error, "error_code", None) not in _REFUSALS:
+                    self._wait(call, error, time.monotonic() - started)
+                    return False
+                log.warning("MLflow refuses the %s, which is left out: %s", call.what, redact(str(error)))
+            self._waiting.popleft()
+        if self._failing:
+            log.warning("MLflow at %s answers again; everything that waited is logged", redact(self.tracking_uri))
+        self._failing = False
+        return True
+
+    def _wait(self, call: _Call, error: Exception, took_s: float) -> None:
+        # An address that hangs instead of refusing must not slow training by more than a tenth.
+        self._not_before = time.monotonic() + (10 * took_s if took_s > 1 else 0)
+        if not self._failing:
+            first = redact(str(error)).strip().splitlines() or [type(error).__name__]
+            log.warning("MLflow failed at the %s; training goes on and logging is tried again: %s", call.what, first[0])
+        self._failing = True

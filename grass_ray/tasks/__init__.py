@@ -1,0 +1,1 @@
+"""WHAT to learn: suites and tasks, sources of rows, templates, evaluation through lm-eval."""

@@ -1,0 +1,47 @@
+"""How a row becomes text: the prompt a model reads and the response it learns.
+
+Both templates have the Alpaca form (a sentence, ``### Instruction:``, ``### Response:``). ``clean`` is one tidy version
+for training and evaluation; ``published`` keeps the white space of the LLM-Adapters evaluation (16-space indents, a
+trailing space after the preamble, a prompt that ends in an indent), for comparison with published numbers::
+
+    text = render_prompt(row, "clean") + render_response(row)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from grass_ray.tasks.rows import Row
+
+TemplateName = Literal["clean", "published"]
+
+_INDENT = " " * 16
+_PUBLISHED = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+    f"{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Response:\n{_INDENT}"
+)
+_PUBLISHED_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    f"{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n{_INDENT}### Input:\n{_INDENT}{{input}}\n\n"
+    f"{_INDENT}### Response:\n{_INDENT}"
+)
+_CLEAN = "Write a response that completes the instruction.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+_CLEAN_WITH_INPUT = (
+    "Write a response that completes the instruction.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def render_prompt(row: Row, template: TemplateName) -> str:
+    """The text before the response. ``clean`` drops white space around the instruction, ``published`` keeps it."""
+    if template == "published":
+        form = _PUBLISHED_WITH_INPUT if row.input else _PUBLISHED
+        return form.format(instruction=row.instruction, input=row.input)
+    form = _CLEAN_WITH_INPUT if row.input.strip() else _CLEAN
+    return form.format(instruction=row.instruction.strip(), input=row.input.strip())
+
+
+def render_response(row: Row) -> str:
+    """The text to learn, without white space around it; the end-of-text token is the tokenizer's matter."""
+    return row.output.strip()

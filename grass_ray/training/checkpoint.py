@@ -1,0 +1,113 @@
+"""Save a run and go on from it, bit for bit: weights, states, sampler, schedule, data position, random numbers.
+
+A checkpoint is a folder: ``weights.safetensors`` (the parameters that can train), ``optimizer.pt`` (tensors and plain
+values; read with ``weights_only=True``) and ``state.json``. It is written beside its place and moved there whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from grass_ray.config import ConfigError
+from grass_ray.training.loop import TrainState
+
+FORMAT = 1
+
+
+def save_checkpoint(state: TrainState, folder: Path) -> None:
+    """Write ``state`` to ``folder``, replacing what is there only when everything is on disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
+    save_file(_trained_weights(state), temporary / "weights.safetensors")
+    torch.save({"optimizer": state.optimizer.state_dict(), "random": _random_states()}, temporary / "optimizer.pt")
+    values = {
+        "format": FORMAT,
+        "probed": state.probed,
+        "trained": state.trained,
+        "train_s": state.train_s,
+        "timed_tokens": state.timed_tokens,
+        "timed_s": state.timed_s,
+        "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
+        "engagement": state.engagement.state_dict(),
+        "memory": state.memory.state_dict(),
+        "series": state.series,
+    }
+    (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def load_checkpoint(state: TrainState, folder: Path) -> None:
+    """Bring ``state``, freshly prepared from the same configuration, to where ``folder`` was saved.
+
+    Raises:
+        ConfigError: the folder is no readable checkpoint, or of another model.
+    """
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "weights.safetensors", framework="pt") as file:
+            names = set(file.keys())
+        tensors = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is not a readable checkpoint: {error}") from error
+    if values.get("format") != FORMAT:
+        raise ConfigError(f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}")
+    expected = _trained_weights(state)
+    if names != expected.keys():
+        raise ConfigError(f"{folder} belongs to another model or method: {len(names)} tensors, not {len(expected)}")
+    load_weights(state.model, folder)
+    state.optimizer.load_state_dict(tensors["optimizer"])
+    state.schedule.load_state_dict(values["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)})
+    state.engagement.load_state_dict(values["engagement"])
+    state.memory.load_state_dict(values["memory"])
+    for name in ("probed", "trained", "train_s", "timed_tokens", "timed_s"):
+        setattr(state, name, values[name])
+    state.series = {name: [(int(step), value) for step, value in points] for name, points in values["series"].items()}
+    _restore_random_states(tensors["random"])
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Put a checkpoint's trained weights into ``model``, which has the run's adapters already.
+
+    Raises:
+        ConfigError: the folder is no readable checkpoint, or of another model.
+    """
+    try:
+        weights = load_file(folder / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is not a readable checkpoint: {error}") from error
+    own = dict(model.named_parameters())
+    foreign = [name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape]
+    if foreign:
+        raise ConfigError(f"{folder} belongs to another model or method: {foreign[0]} has no place in this one")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+
+
+def _trained_weights(state: TrainState) -> dict[str, torch.Tensor]:
+    """Every parameter the optimizer may ever change, by name."""
+    managed = {p for group in state.optimizer.param_groups for p in group["params"]}
+    return {name: p.data for name, p in state.model.named_parameters() if p in managed}
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,119 @@
+"""Turn a trained run into an ordinary model folder that transformers loads: adapters merged, logits compared.
+
+``export_run(run_folder, output)`` reads ``config.yaml`` and ``checkpoint/`` of a run written by ``grass-ray train``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_ray.config import ConfigError, RunConfig
+from grass_ray.training.adapters import add_adapter
+from grass_ray.training.checkpoint import load_weights
+from grass_ray.training.metrics import default_device
+from grass_ray.training.models import LoadedModel, load_model
+
+CHECKPOINT_FOLDER = "checkpoint"
+# what merging an adapter into its base weight may move a logit by, relative to the largest, in each dtype
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+PROMPTS = ("The capital of France is", "### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written: the folder and the largest difference between a trained and a reloaded logit, relative."""
+
+    folder: Path
+    difference: float
+    tolerance: float
+
+
+def find_run(folder: Path) -> RunConfig:
+    """The configuration of the trained run in ``folder``.
+
+    Raises:
+        ConfigError: the folder holds no run, or one without a checkpoint.
+    """
+    missing = [name for name in ("config.yaml", CHECKPOINT_FOLDER) if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{folder} is not a trained run: it has no {' and no '.join(missing)}; give the output folder of "
+            "`grass-ray train`"
+        )
+    return RunConfig.from_yaml(folder / "config.yaml")
+
+
+def load_trained_model(folder: Path) -> LoadedModel:
+    """The trained model of the run in ``folder``, adapters in place; needs no data.
+
+    Raises:
+        ConfigError: as :func:`find_run`, or the checkpoint cannot be read.
+    """
+    config = find_run(folder)
+    loaded = load_model(config.model)
+    model = add_adapter(loaded.model, config.method.adapter).to(default_device())
+    load_weights(model, folder / CHECKPOINT_FOLDER)
+    return LoadedModel(model=model.eval(), tokenizer=loaded.tokenizer, revision=loaded.revision)
+
+
+def check_output(folder: Path) -> None:
+    """Raise :class:`ConfigError` when ``folder`` has something in it that writing would mix with."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"the output {folder} exists and is not empty; name a new folder, or empty this one")
+
+
+def export_run(folder: Path, output: Path) -> Export:
+    """Write the trained model with ``save_pretrained``, load it again, and compare the logits of both.
+
+    Args:
+        folder: a run written by ``grass-ray train``.
+        output: where the model goes; must not exist or be empty. Nothing is left there when the comparison fails.
+
+    Raises:
+        ConfigError: ``folder`` is no trained run, ``output`` is not empty, or the reloaded model differs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    find_run(folder)
+    check_output(output)
+    loaded = load_trained_model(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    expected = _logits(model, tokenizer)
+    merge = getattr(model, "merge_and_unload", None)
+    plain: Any = merge() if merge is not None else model
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=output.name + ".part-") as name:
+        written = Path(name) / "model"
+        plain.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        dtype = next(plain.parameters()).dtype
+        reloaded = AutoModelForCausalLM.from_pretrained(written, dtype=dtype).to(default_device()).eval()
+        found = _logits(reloaded, tokenizer)
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        # without an adapter nothing was computed anew: every bit must be there
+        tolerance = TOLERANCES[dtype] if merge is not None else 0.0
+        if difference > tolerance:
+            raise ConfigError(
+                f"the exported model's logits differ from the trained model's by {difference:.2e} of the largest; "
+                f"at most {tolerance:.0e} is allowed; nothing was written"
+            )
+        if output.exists():
+            output.rmdir()
+        written.rename(output)
+    return Export(folder=output, difference=difference, tolerance=tolerance)
+
+
+@torch.no_grad()
+def _logits(model: Any, tokenizer: Any) -> Tensor:
+    """Logits of the prompts' tokens, one after another, float32 of shape (tokens, vocabulary)."""
+    parts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+        parts.append(model(input_ids=ids, use_cache=False).logits[0].float())
+    return torch.cat(parts)

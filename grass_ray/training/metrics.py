@@ -1,0 +1,119 @@
+"""Measure what training costs: peak memory and speed.
+
+On CUDA the allocator's own peaks. On a CPU, where no allocator keeps them: the bytes of weights, gradients and states
+that are alive at the start of a step plus the highest point of what the step allocates, as torch's profiler sees it
+(``peak_allocated``), and the process's peak resident set since training began (``peak_reserved``).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass_ray.training.report import GIB
+
+
+class MemoryMeter:
+    """Peak memory of a run, in GiB.
+
+    Args:
+        device: where the model trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self.peak_allocated_gib = 0.0
+        self.peak_reserved_gib = 0.0
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start on stderr
+            _reset_peak_resident_set()
+
+    @contextmanager
+    def watch(self, alive: Iterable[Tensor], *, closely: bool) -> Iterator[None]:
+        """Take note of the peak inside the block.
+
+        Args:
+            alive: tensors on the device when the block begins (each storage is counted once).
+            closely: on a CPU, whether to look at this block's allocations; costs time, so only some steps should.
+        """
+        if self._cuda:
+            yield
+            self.peak_allocated_gib = torch.cuda.max_memory_allocated(self._device) / GIB
+            self.peak_reserved_gib = torch.cuda.max_memory_reserved(self._device) / GIB
+        elif closely:
+            base = storage_bytes(alive)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profiler:
+                yield
+            peak = (base + _highest_allocation(profiler)) / GIB
+            self.peak_allocated_gib = max(self.peak_allocated_gib, peak)
+        else:
+            yield
+        if not self._cuda:
+            self.peak_reserved_gib = _peak_resident_set_gib()
+
+    def state_dict(self) -> dict[str, float]:
+        """Peaks so far, for a resume."""
+        return {"peak_allocated_gib": self.peak_allocated_gib, "peak_reserved_gib": self.peak_reserved_gib}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from :meth:`state_dict`; peaks never shrink."""
+        self.peak_allocated_gib = max(self.peak_allocated_gib, state["peak_allocated_gib"])
+        self.peak_reserved_gib = max(self.peak_reserved_gib, state["peak_reserved_gib"])
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _highest_allocation(profiler: torch.profiler.profile) -> int:
+    """Highest point of allocated minus freed CPU bytes over the profiled block."""
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
+    )
+    current = highest = 0
+    for _, nbytes in changes:
+        current += nbytes
+        highest = max(highest, current)
+    return highest
+
+
+def _reset_peak_resident_set() -> None:
+    """Linux keeps a peak resident set that can be set back; elsewhere it spans the process's life."""
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not permitted in some containers: the peak then includes loading
+            return
+
+
+def _peak_resident_set_gib() -> float:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )

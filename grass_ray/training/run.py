@@ -1,0 +1,221 @@
+"""One run from a configuration to its outcome: prepare, fit, evaluate. Knows neither Ray nor MLflow.
+
+::
+
+    check_run(config)                       # every mistake that shows without loading weights
+    run = Run.prepare(config)
+    for report in run.fit(): print(report.step, report.loss)
+    run.evaluate()
+    outcome = run.outcome()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grass_ray.config import ConfigError, MethodConfig, RunConfig
+from grass_ray.layerwise.samplers import (
+    AllLayersSampler,
+    GradNormSampler,
+    Sampler,
+    UniformSampler,
+    check_num_active_layers,
+)
+from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.tasks.evaluation import check_evaluation, evaluate
+from grass_ray.tasks.scores import EvaluationResult
+from grass_ray.tasks.sources import check_data, load_train_rows
+from grass_ray.training.adapters import add_adapter
+from grass_ray.training.batches import Batches
+from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from grass_ray.training.engagement import EngagementLog
+from grass_ray.training.loop import TrainState, fit
+from grass_ray.training.metrics import MemoryMeter, default_device
+from grass_ray.training.models import describe_model, load_model
+from grass_ray.training.report import RunOutcome, StepReport
+
+Progress = Callable[[str, int, int], None]
+
+
+def check_run(config: RunConfig) -> None:
+    """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation.
+
+    Raises:
+        ConfigError: with all mistakes, separated by semicolons.
+    """
+    mistakes: list[str] = []
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except ConfigError as error:
+            mistakes.append(str(error))
+
+    attempt(lambda: _check_model(config))
+    attempt(lambda: check_data(config.data))
+    attempt(lambda: check_evaluation(config.data, config.evaluation))
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
+
+
+class Run:
+    """One run in this process. Make it with :meth:`prepare`."""
+
+    def __init__(
+        self, config: RunConfig, state: TrainState, tokenizer: Any, data: dict[str, Any], revision: str | None
+    ):
+        self.config = config
+        self.state = state
+        self.tokenizer = tokenizer
+        self._data = data
+        self._revision = revision
+        self._results: dict[str, EvaluationResult] = {}
+
+    @classmethod
+    def prepare(cls, config: RunConfig, device: torch.device | None = None) -> Run:
+        """Load the model and the data, and build the optimizer.
+
+        Seeds torch's global generator with the run's seed: adapters' first weights and dropout draw from it.
+
+        Raises:
+            ConfigError: as :func:`check_run`.
+        """
+        check_run(config)
+        torch.manual_seed(config.seed)
+        device = device or default_device()
+        loaded = load_model(config.model)
+        rows = load_train_rows(config.data)
+        training = config.training
+        batches = Batches(
+            rows.rows,
+            loaded.tokenizer,
+            config.data,
+            batch_size=training.batch_size,
+            accumulation_steps=training.accumulation_steps,
+            seed=config.seed,
+        )
+        model = add_adapter(loaded.model, config.method.adapter).to(device)
+        if training.gradient_checkpointing:
+            # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            model.disable_input_require_grads()
+        sampler = build_sampler(config.method, config.seed)
+        optimizer = build_optimizer(model, sampler, config.method)
+        state = TrainState(
+            config=training,
+            model=model,
+            device=device,
+            batches=batches,
+            optimizer=optimizer,
+            schedule=_build_schedule(optimizer, config),
+            engagement=EngagementLog(optimizer, total_parameters=sum(p.numel() for p in model.parameters())),
+            memory=MemoryMeter(device),
+        )
+        data = {"train": rows.provenance, **batches.summary()}
+        return cls(config, state, loaded.tokenizer, data, loaded.revision)
+
+    def fit(self) -> Iterator[StepReport]:
+        """Train to the last step, one report an optimizer step (see :func:`grass_ray.training.loop.fit`)."""
+        return fit(self.state)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.state, Path(folder))
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint, as if the run had never stopped."""
+        load_checkpoint(self.state, Path(folder))
+
+    def evaluate(self, on_progress: Progress | None = None) -> None:
+        """Measure accuracy on every task; training goes on unchanged afterwards."""
+        self._results = evaluate(
+            self.state.model, self.tokenizer, self.config.data, self.config.evaluation, on_progress=on_progress
+        )
+
+    def outcome(self) -> RunOutcome:
+        """What the run came to so far."""
+        state = self.state
+        metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in self._results.items()}
+        if metrics:
+            metrics["eval/average"] = sum(metrics.values()) / len(metrics)
+        if state.trained:
+            resident, host = state.optimizer.state_bytes()
+            metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
+            metrics |= {
+                "memory/peak_allocated_gib": state.memory.peak_allocated_gib,
+                "memory/peak_reserved_gib": state.memory.peak_reserved_gib,
+                "memory/host_pinned_gib": host / 1024**3,
+                "memory/resident_state_gib": resident / 1024**3,
+                "throughput/tokens_per_second": state.tokens_per_second,
+                "time/train_s": state.train_s,
+            }
+            log = state.engagement.engagement
+            metrics |= {f"layers/visits_{layer:02d}": visits for layer, visits in enumerate(log.visits)}
+        return RunOutcome(
+            metrics=metrics,
+            series=state.series,
+            tasks=self._results,
+            engagement=state.engagement.engagement if state.trained else None,
+            data=self._data,
+            model_revision=self._revision,
+        )
+
+
+def build_sampler(method: MethodConfig, seed: int) -> Sampler:
+    """The sampler a method's row describes."""
+    config = method.sampler
+    settings = config.model_dump(exclude={"kind"})
+    match config.kind:
+        case "all":
+            return AllLayersSampler()
+        case "uniform":
+            return UniformSampler(**settings, seed=seed)
+        case "grad_norm":
+            return GradNormSampler(**settings, seed=seed)
+
+
+def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> LayerwiseAdamW:
+    """The optimizer a method's row describes."""
+    settings = method.optimizer
+    return LayerwiseAdamW(
+        model,
+        sampler,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        offload=method.offload,
+        inactive_states=method.inactive_states,
+        train_embeddings=method.train_embeddings,
+        train_head=method.train_head,
+        train_norm=method.train_norm,
+    )
+
+
+def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    from transformers import get_scheduler
+
+    training = config.training
+    names = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+        names[training.lr_schedule],
+        optimizer,
+        num_warmup_steps=training.warmup_steps,
+        num_training_steps=max(training.steps, 1),
+    )
+    return schedule
+
+
+def _check_model(config: RunConfig) -> None:
+    info = describe_model(config.model)
+    gamma = getattr(config.method.sampler, "num_active_layers", None)
+    if gamma is not None:
+        try:
+            check_num_active_layers(gamma, info.num_layers)
+        except ValueError as error:
+            raise ConfigError(f"{config.model.name}: {error}") from None

@@ -1,0 +1,44 @@
+"""Which fine-tuning method answers commonsense questions best, trained on all eight tasks together?
+
+python sweeps/commonsense.py --smoke --data-dir LLM-Adapters
+"""
+
+from grass_ray.cluster.options import SweepDefaults
+from grass_ray.cluster.sweep import Sweep
+
+SHORT_SCHEDULE = ("method.sampler.period=5", "method.sampler.probing_steps=3", "method.sampler.refresh_period=10")
+
+SWEEP = Sweep(
+    name="commonsense",
+    question="Which fine-tuning method answers commonsense questions best?",
+    defaults=SweepDefaults(
+        models=("smollm2-135m",),
+        methods=("full", "lora", "lisa", "grass"),
+        tasks=("commonsense",),
+        seeds=(0,),
+        settings=(
+            "training.steps=2000",
+            "training.batch_size=16",
+            "training.warmup_steps=100",
+            "training.checkpoint_every_steps=200",
+        ),
+    ),
+    smoke=SweepDefaults(
+        tasks=("boolq", "arc_easy", "arc_challenge", "openbookqa"),
+        settings=(
+            "training.steps=20",
+            "training.batch_size=8",
+            "training.warmup_steps=3",
+            "training.checkpoint_every_steps=null",
+            "evaluation.limit=40",
+        ),
+        method_settings={
+            "lisa": ("method.sampler.period=5",),
+            "grass": SHORT_SCHEDULE,
+            "grass-static": SHORT_SCHEDULE[:2],
+        },
+    ),
+)
+
+if __name__ == "__main__":
+    SWEEP.main()

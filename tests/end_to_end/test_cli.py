@@ -1,0 +1,188 @@
+"""The command line as a user meets it: a run, its leaderboard, its export, an interruption, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+SMALL = [
+    "--model=tiny",
+    "--steps=6",
+    "--limit=6",
+    "--set",
+    "data.source.train_rows=40",
+    "data.source.test_rows=8",
+]
+FAST_SCHEDULE = ["method.sampler.period=2", "method.sampler.probing_steps=2", "method.sampler.refresh_period=3"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": ""}
+
+
+def grass_ray(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "from grass_ray.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one readable message."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    said = " ".join((done.stderr + done.stdout).split())
+    for word in words:
+        assert word in said, said
+
+
+def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
+    done = grass_ray("train", "grass", *SMALL, *FAST_SCHEDULE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "grass_ray_results" / "train").iterdir()
+    written = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "record.json", "examples.jsonl", "sampling.png", "loss.png", "checkpoint"} <= written
+    assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == "grass"
+
+    board = grass_ray("leaderboard", "--format", "json", cwd=tmp_path)
+    assert board.returncode == 0, board.stderr
+    (row,) = json.loads(board.stdout)
+    record = json.loads((run / "record.json").read_text())
+    assert row["method"] == "grass"
+    assert row["accuracy"] == record["metrics"]["eval/average"]
+    assert row["peak_allocated_gib"] > 0
+    assert row["host_pinned_gib"] > 0
+    assert record["layers"]["only_active_layers_changed"] is True
+
+    export = grass_ray("export", run, "--output", "exported", cwd=tmp_path)
+    assert export.returncode == 0, export.stderr
+    assert "largest logit difference 0.0e+00" in export.stdout
+    trained, exported = (
+        grass_ray(
+            "eval", "--model", model, "--limit=6", "--set", "data.source.test_rows=8", "--output", out, cwd=tmp_path
+        )
+        for model, out in ((run, "eval-run"), ("exported", "eval-exported"))
+    )
+    assert trained.returncode == exported.returncode == 0, trained.stderr + exported.stderr
+    outputs = [
+        [json.loads(line)["output"] for line in (tmp_path / name / "examples.jsonl").read_text().splitlines()]
+        for name in ("eval-run", "eval-exported")
+    ]
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 6
+
+    again = grass_ray("train", "grass", *SMALL, *FAST_SCHEDULE, cwd=tmp_path)
+    assert_refused(again, "exists and is not empty")
+    assert_refused(grass_ray("export", run, "--output", "exported", cwd=tmp_path), "exists and is not empty")
+    listing = grass_ray("ls", "runs", cwd=tmp_path)
+    assert "grass-tiny-generated-s0" in listing.stdout
+
+
+def test_lora_export_merges_adapters(tmp_path: Path) -> None:
+    done = grass_ray("train", "lora", *SMALL, "method.optimizer.lr=0.01", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    export = grass_ray("export", "run", "--output", "merged", cwd=tmp_path)
+    assert export.returncode == 0, export.stderr
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
+    arguments = ["train", "grass", *SMALL, *FAST_SCHEDULE, "training.steps=400", "--output", "run"]
+    code = "from grass_ray.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " step " in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "--resume" in out
+    first = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert first["status"] == "stopped"
+
+    stopped_at = len(first["series"]["train/loss"])
+    assert 0 < stopped_at < 400
+    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"after step {stopped_at}" in resumed.stdout
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "finished"
+    assert [step for step, _ in record["series"]["train/loss"]] == list(range(1, 403))
+    assert record["series"]["train/loss"][:stopped_at] == first["series"]["train/loss"]
+    rows = json.loads(
+        grass_ray(
+            "leaderboard", "--format", "json", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", cwd=tmp_path
+        ).stdout
+    )
+    assert len(rows) == 1, "found again in the store, not doubled"
+
+
+def write_rows(folder: Path, text: str) -> None:
+    for split in ("train", "test"):
+        path = folder / "dataset" / "boolq" / f"{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+ROW = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "gras"], ["unknown method 'gras'", "available: base, full", "Did you mean 'grass'?"]),
+        (["train", "grass", "--model", "no/such-model"], ["cannot load model 'no/such-model'", "smollm2-135m, tiny"]),
+        (["train", "grass", "--task", "boolqq"], ["boolqq", "available", "boolq"]),
+        (["train", "grass", "--task", "gsm8k", "boolq"], ["gsm8k", "boolq", "suite"]),
+        (["train", "grass", "--colour", "red"], ["--colour"]),
+        (["leaderboard", "--colour", "red"], ["--colour"]),
+        (["train", "grass", "--model", "tiny", "--set", "method.sampler.num_active_layers=0"], ["given: 0"]),
+        (
+            ["train", "grass", "--model", "tiny", "--set", "method.sampler.num_active_layers=9"],
+            ["gamma", "is 9", "4 decoder layers", "choose 1 to 4"],
+        ),
+        (["train", "grass", "--model", "tiny", "--steps", "many"], ["--steps"]),
+        (["train", "grass", "--model", "tiny", "--tracking-uri", "http://127.0.0.1:9"], ["127.0.0.1:9"]),
+        (["train", "grass", "--model", "tiny", "--resume", "--output", "nowhere"], ["nothing to resume in nowhere"]),
+        (["export", "nowhere", "--output", "out"], ["nowhere is not a trained run"]),
+        (["leaderboard", "--tracking-uri", "sqlite:///nowhere/mlflow.db"], ["no MLflow store"]),
+        (["sweep", "sweeps/nowhere.py"], ["there is no sweep file sweeps/nowhere.py"]),
+        (["train", "grass", "--model", "tiny", "--task", "boolq", "--data-dir", "empty"], ["boolq", "holds"]),
+        (["train", "grass", "--model", "tiny", "--task", "boolq", "--data-dir", "broken"], ["boolq/test.json"]),
+        (["train", "grass", "--model", "tiny", "--task", "boolq", "--data-dir", "keyless"], ["row 2", "answer"]),
+        (
+            ["train", "grass", "--model", "tiny", "--task", "boolq", "--data-dir", "missing"],
+            ["missing", "not a folder"],
+        ),
+    ],
+    ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_message_and_exit_code_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_rows(tmp_path / "broken", "[{")
+    write_rows(tmp_path / "keyless", json.dumps([ROW, {key: ROW[key] for key in ROW if key != "answer"}]))
+    assert_refused(grass_ray(*arguments, cwd=tmp_path), *words)

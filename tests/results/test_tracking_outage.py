@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from result_records import make_record
+
+from grass_ray.results.tracking import Tracker, load_records
+
+START_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """A real tracking server; on leaving, its process group is killed without a chance to finish."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
+    log = (folder / "server.log").open("ab")
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(port, process, folder)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+    for _ in range(START_S * 5):
+        assert process.poll() is None, (folder / "server.log").read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError((folder / "server.log").read_text())
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_run_loses_nothing(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    tracker = Tracker(uri, "quickstart")
+    record = make_record(metrics={"eval/average": 0.5})
+    with server(tmp_path, port):
+        tracker.open()
+        sweep = tracker.start_sweep("s1", {}, {})
+        first = tracker.start_trial("s1", "first", "first", {}, {})
+        tracker.log_steps(first, [(1, {"train/loss": 3.0})])
+
+    with caplog.at_level(logging.WARNING):
+        started = time.monotonic()
+        for step in (2, 3, 4):
+            tracker.log_steps(first, [(step, {"train/loss": 3.0 / step})])
+        second = tracker.start_trial("s1", "second", "second", {"seed": "1"}, {"a": "1"})
+        tracker.log_steps(second, [(1, {"train/loss": 5.0})])
+        tracker.finish(first, record, folder)
+        tracker.finish(second, make_record("lora"), folder)
+        tracker.finish_sweep(sweep)
+        assert time.monotonic() - started < 15, "an outage must not hold training up"
+    assert len([line for line in caplog.records if "training goes on" in line.getMessage()]) == 1
+    assert tracker.close(wait_s=0) == 8
+
+    with server(tmp_path, port):
+        assert tracker.close(wait_s=60) == 0
+        client = MlflowClient(uri)
+        history = [(metric.step, metric.value) for metric in client.get_metric_history(first, "train/loss")]
+        assert history == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
+        assert client.get_run(sweep).info.status == "FINISHED"
+        runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+        assert {run.info.run_name: run.info.status for run in runs} == {
+            "quickstart-s1": "FINISHED",
+            "first": "FINISHED",
+            "second": "FINISHED",
+        }
+        late = next(run for run in runs if run.info.run_name == "second")
+        assert late.data.metrics == {"train/loss": 5.0}
+        assert late.data.tags["mlflow.parentRunId"] == sweep
+        assert sorted(r.config["method"]["name"] for r in load_records(uri, "quickstart")) == ["grass", "lora"]

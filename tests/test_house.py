@@ -1,0 +1,92 @@
+"""The rooms: each imports only from rooms above it, heavy libraries stay where they belong, help is instant."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "grass_ray"
+ROOMS = ["config", "methods", "tasks", "layerwise", "optim", "training", "results", "cluster", "listing", "cli"]
+HOMES = {"ray": "cluster", "mlflow": "results"}
+LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_from_rooms_above(path: Path) -> None:
+    room = ROOMS.index(room_of(path))
+    for module in imports_of(path):
+        parts = module.split(".")
+        if parts[0] == "grass_ray" and len(parts) > 1:
+            assert ROOMS.index(parts[1]) <= room, f"{path} imports {module}, a room below it"
+        if parts[0] in HOMES:
+            assert room_of(path) == HOMES[parts[0]], f"{path} imports {parts[0]}"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
+    done = run_python(
+        "import sys\n"
+        "for name in ('ray', 'mlflow'): sys.modules[name] = None  # importing it raises ImportError\n"
+        "import pkgutil, importlib, grass_ray.layerwise, grass_ray.optim, grass_ray.training\n"
+        "for room in (grass_ray.layerwise, grass_ray.optim, grass_ray.training):\n"
+        "    for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "from grass_ray.config import ModelConfig, RunConfig\n"
+        "from grass_ray.methods import METHODS\n"
+        "from grass_ray.training.run import Run\n"
+        "config = RunConfig(method=METHODS['grass'].config, model=ModelConfig(name='tiny'))\n"
+        "config = config.override(['training.steps=2', 'method.sampler.probing_steps=1'])\n"
+        "print(len(list(Run.prepare(config).fit())))\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "3"
+
+
+@pytest.mark.parametrize("verb", ["", "train", "sweep", "eval", "leaderboard", "export", "ls"])
+def test_help_loads_no_torch(verb: str) -> None:
+    arguments = [*([verb] if verb else []), "--help"]
+    done = run_python(
+        f"import atexit, sys; atexit.register(lambda: print({LOADED}))\n"
+        f"from grass_ray.cli import main; main({arguments!r})\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    if verb:
+        assert done.stdout.count("\n  grass-ray ") + done.stdout.count("\n  python ") == 3, "three worked examples"
+
+
+def test_sweep_help_loads_no_torch() -> None:
+    for script in sorted((REPOSITORY / "sweeps").glob("*.py")):
+        done = run_python(
+            f"import atexit, sys, runpy; atexit.register(lambda: print({LOADED}))\n"
+            f"sys.argv = [{str(script)!r}, '--help']; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--dry-run" in done.stdout
+        assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,136 @@
+"""The loop as users see it: probing, batches, accumulation, the engagement proof, failures that are recorded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from grass_ray.config import ConfigError, ModelConfig, RunConfig
+from grass_ray.methods import METHODS
+from grass_ray.training.report import StepReport, TrainingFailure
+from grass_ray.training.run import Run, check_run
+
+
+def make_run(method: str = "grass", *overrides: str) -> Run:
+    return Run.prepare(make_config(method, *overrides))
+
+
+def make_config(method: str = "grass", *overrides: str) -> RunConfig:
+    config = RunConfig(method=METHODS[method].config, model=ModelConfig(name="tiny"))
+    defaults = ["training.steps=6", "data.source.train_rows=64", "data.source.test_rows=8", "training.warmup_steps=0"]
+    if method.startswith("grass"):
+        defaults += ["method.sampler.period=2", "method.sampler.probing_steps=2", "method.sampler.refresh_period=3"]
+    return config.override([*defaults, *overrides])
+
+
+def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:
+    run = make_run()
+    reports = list(run.fit())
+    assert [report.phase for report in reports] == ["probe"] * 2 + ["train"] * 6
+    assert [report.step for report in reports] == list(range(1, 9))
+    # training starts again from the first batch, with weights that probing left alone
+    assert reports[2].loss == reports[0].loss
+    assert reports[2].tokens == reports[0].tokens
+    assert reports[2].lr == METHODS["grass"].config.optimizer.lr
+    assert reports[-1].lr == pytest.approx(reports[2].lr / 6)
+
+
+def test_the_engagement_proof_holds_and_would_notice() -> None:
+    run = make_run()
+    for _ in run.fit():
+        pass
+    engagement = run.outcome().engagement
+    assert engagement is not None
+    assert engagement.only_active_layers_changed
+    assert [step for step, _ in engagement.intervals] == [3, 5, 7]
+    assert sum(engagement.visits) == 6
+    assert [step for step, _, _ in engagement.refreshes] == [2, 5, 8]
+    assert engagement.trainable_parameters == sum(p.numel() for p in run.state.optimizer.active_parameters())
+
+    tampered = make_run()
+    for report in tampered.fit():
+        if report.step == 4:
+            frozen = next(layer for layer in range(4) if layer not in report.active_layers)
+            with torch.no_grad():
+                tampered.state.optimizer.stack.layers[frozen][0].view(-1)[0] += 1e-3
+    outcome = tampered.outcome().engagement
+    assert outcome is not None
+    assert not outcome.only_active_layers_changed
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
+    """Micro-batches of unequal length weigh every token alike."""
+    losses = {}
+    for accumulation in (1, 2, 4):
+        run = make_run("full", f"training.accumulation_steps={accumulation}", "training.batch_size=4")
+        losses[accumulation] = [report.loss for report in run.fit()]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_untrained_base_has_no_steps_and_no_costs() -> None:
+    run = make_run("base", "training.steps=0")
+    assert list(run.fit()) == []
+    outcome = run.outcome()
+    assert outcome.engagement is None
+    assert "memory/peak_allocated_gib" not in outcome.metrics
+
+
+def test_loss_falls_for_every_method() -> None:
+    for method in ("full", "lora", "lisa", "grass", "grass-static"):
+        run = make_run(method, "training.steps=20", "method.optimizer.lr=0.005")
+        reports = [report for report in run.fit() if report.phase == "train"]
+        first, last = (sum(r.loss for r in part) / 3 for part in (reports[:3], reports[-3:]))
+        assert last < first - 0.05, (method, first, last)
+
+
+def test_memory_of_the_methods_is_ordered_and_accounted() -> None:
+    """Full holds gradients and states of everything, grass of two layers; both above the weights alone."""
+    peaks = {}
+    for method in ("full", "grass"):
+        run = make_run(method)
+        for _ in run.fit():
+            pass
+        peaks[method] = run.outcome().metrics["memory/peak_allocated_gib"] * 1024**3
+        weights = sum(p.numel() * 4 for p in run.state.model.parameters())
+        assert peaks[method] > weights
+    trained = sum(p.numel() * 4 for p in run.state.model.parameters())
+    assert peaks["full"] - peaks["grass"] > 0.3 * 2 * trained
+
+
+def test_a_loss_that_is_no_number_is_a_recorded_failure() -> None:
+    run = make_run("full", "method.optimizer.lr=1e30", "method.optimizer.max_grad_norm=null")
+    with pytest.raises(TrainingFailure, match=r"(loss|gradient norm) became (nan|inf) at step \d") as failure:
+        list(run.fit())
+    assert failure.value.status == "failed"
+
+
+def test_leaving_the_loop_and_coming_back_is_going_on() -> None:
+    whole = [report.loss for report in make_run().fit()]
+    run = make_run()
+    first: list[StepReport] = []
+    for report in run.fit():
+        first.append(report)
+        if len(first) == 3:
+            break
+    assert [report.loss for report in first] + [report.loss for report in run.fit()] == whole
+    assert not any(math.isnan(loss) for loss in whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.sampler.num_active_layers=5"], r"gamma.* is 5, but the model has 4 decoder layers; choose 1 to 4"),
+        (["model.name=no-such-model"], r"cannot load model 'no-such-model'.*built-in smollm2-135m, tiny"),
+    ],
+)
+def test_mistakes_show_before_weights_are_loaded(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_run(make_config("grass", *overrides))
+
+
+def test_a_cut_off_that_leaves_no_answer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"none of 64 training rows has an answer within 8 tokens"):
+        make_run("grass", "data.max_length_tokens=8")
