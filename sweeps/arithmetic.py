@@ -26,11 +26,11 @@ SWEEP = Sweep(
     smoke=SweepDefaults(
         tasks=("gsm8k", "addsub", "multiarith", "aqua"),
         settings=(
-            "training.steps=20",
-            "training.batch_size=8",
+            "training.steps=16",
+            "training.batch_size=4",
             "training.warmup_steps=3",
             "training.checkpoint_every_steps=null",
-            "evaluation.limit=20",
+            "evaluation.limit=16",
         ),
         method_settings={
             "lisa": ("method.sampler.period=5",),

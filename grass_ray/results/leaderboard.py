@@ -104,7 +104,7 @@ class LeaderboardTable:
         if self.evaluation["num_beams"] not in (None, 1):
             parts.append(f"{self.evaluation['num_beams']} beams")
         if self.evaluation["limit"] is not None:
-            parts.append(f"first {self.evaluation['limit']} examples a task")
+            parts.append(f"a sample of {self.evaluation['limit']} examples a task")
         return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
 
 

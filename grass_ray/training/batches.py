@@ -34,6 +34,10 @@ class Batch:
         """Tokens the loss is taken over."""
         return int((self.labels != IGNORED).sum())
 
+    def labelled_positions(self) -> Tensor:
+        """Positions at which at least one row has a label, ascending, shape (positions,)."""
+        return (self.labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         return Batch(

@@ -6,6 +6,7 @@ owns probing, sampling and switching, so nothing here knows which method runs.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import time
@@ -89,7 +90,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         try:
             # 2. forward and backward over the micro-batches; 3. probe, or clip, update and switch
             with state.memory.watch(_alive_tensors(state), closely=closely):
-                loss = _accumulate_gradients(state.model, micro_batches, state.device)
+                loss = accumulate_gradients(state.model, micro_batches, state.device)
                 _check_finite("loss", loss, state)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -135,22 +136,30 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         yield report
 
 
-def _accumulate_gradients(model: Any, micro_batches: list[Batch], device: torch.device) -> float:
+def accumulate_gradients(model: Any, micro_batches: list[Batch], device: torch.device) -> float:
     """Backward over all micro-batches; the loss is the mean over the step's labels, wherever they are."""
     num_labels = sum(batch.num_labels for batch in micro_batches)
     losses: list[Tensor] = []
     for batch in micro_batches:
         on_device = batch.to(device)
+        # the LM head is a large part of a small model: leave out positions where no row has a label
+        labelled = on_device.labelled_positions()
+        options = {"logits_to_keep": labelled} if keeps_logits(model) else {}
+        labels = on_device.labels[:, labelled] if options else on_device.labels
         logits = model(
-            input_ids=on_device.input_ids, attention_mask=on_device.attention_mask, use_cache=False
+            input_ids=on_device.input_ids, attention_mask=on_device.attention_mask, use_cache=False, **options
         ).logits.float()
-        summed = functional.cross_entropy(
-            logits.flatten(0, 1), on_device.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        summed = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         loss = summed / num_labels
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return float(torch.stack(losses).sum())
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether the model can compute logits at some positions only (``logits_to_keep``, most decoders can)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _alive_tensors(state: TrainState) -> Iterator[Tensor]:

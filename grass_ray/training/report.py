@@ -22,8 +22,8 @@ class StepReport:
     ``step`` counts from 1 over probing and training steps together; ``total_steps`` is its last value.
     ``loss`` is the mean over non-masked tokens, ``grad_norm`` the norm over all trained parameters before clipping.
     ``probabilities`` and ``importance`` (mean gradient norms, NaN where never measured) have one entry a layer and
-    are None for methods without them. ``refreshed`` and ``switched`` (an active set was drawn, perhaps the same again) say what happened at the end of this
-    step.
+    are None for methods without them. ``refreshed`` and ``switched`` (an active set was drawn,
+    perhaps the same again) say what happened at the end of this step.
     """
 
     step: int

@@ -89,7 +89,7 @@ def test_a_dry_run_prints_every_trial_and_writes_nothing(capsys: pytest.CaptureF
     out = capsys.readouterr().out
     for name in ("base-tiny-generated-s0", "full-tiny-generated-s0", "grass-tiny-generated-s1"):
         assert name in out
-    assert "mini: 5 trials" in out
+    assert "mini: 7 trials" in out
     assert not (tmp_path / "results").exists()
 
 

@@ -9,7 +9,7 @@ CHOICES = {"text": ["ice", "steam", "rain"], "label": ["A", "B", "C"]}
 RECORDS = {
     "boolq": {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True},
     "piqa": {"goal": "open a jar", "sol1": "twist", "sol2": "shout", "label": 0},
-    "siqa": {"context": "Ana ran.", "question": "And?", "answerA": "hot", "answerB": "cold", "answerC": "old", "label": "3"},
+    "siqa": {"context": "Ana ran.", "question": "And?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"},
     "hellaswag": {"activity_label": "Baking", "ctx": "She stirs and", "endings": ["a", "b", "c", "d"], "label": "1"},
     "winogrande": {"sentence": "The _ is big.", "option1": "cat", "option2": "cow", "answer": "2"},
     "arc_easy": {"id": "x", "question": "Frozen water?", "choices": CHOICES, "answerKey": "A"},

@@ -9,6 +9,8 @@ import torch
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.training.batches import IGNORED
+from grass_ray.training.loop import accumulate_gradients
 from grass_ray.training.report import StepReport, TrainingFailure
 from grass_ray.training.run import Run, check_run
 
@@ -68,6 +70,25 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
         losses[accumulation] = [report.loss for report in run.fit()]
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("on_inputs", ["false", "true"])
+def test_leaving_out_unlabelled_logits_changes_no_gradient(on_inputs: str) -> None:
+    """Against the plain loss over all logits."""
+    run = make_run("full", f"data.train_on_inputs={on_inputs}")
+    state = run.state
+    (batch,) = state.batches[0]
+    loss = accumulate_gradients(state.model, [batch], state.device)
+    ours = [p.grad.clone() for p in state.model.parameters()]
+    state.model.zero_grad()
+    logits = state.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+    plain.backward()
+    assert loss == pytest.approx(float(plain.detach()), rel=1e-6)
+    for ours_one, parameter in zip(ours, state.model.parameters(), strict=True):
+        torch.testing.assert_close(ours_one, parameter.grad, rtol=1e-4, atol=1e-7)
+    labelled = batch.labelled_positions()
+    assert len(labelled) < batch.input_ids.shape[1]
 
 
 def test_untrained_base_has_no_steps_and_no_costs() -> None:
