@@ -143,7 +143,11 @@ SourceConfig = Annotated[GeneratedSource | FolderSource | HubSource, Field(discr
 
 
 class DataConfig(ConfigPart):
-    """What is learnt and where it comes from. ``tasks`` is the part of ``suite`` that is trained and evaluated."""
+    """What is learnt and where it comes from.
+
+    ``tasks`` is the part of ``suite`` that is evaluated. Training takes the suite's published mixture where the source
+    has it, else a mixture of the train sets of ``tasks``; the record says which.
+    """
 
     suite: str = "generated"
     tasks: tuple[str, ...] = ("generated",)

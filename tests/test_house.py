@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = ["config", "methods", "tasks", "layerwise", "optim", "training", "results", "cluster", "listing", "cli"]

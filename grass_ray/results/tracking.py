@@ -56,6 +56,7 @@ RUN_STATUS: Mapping[Status, str] = {
 }
 SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found among its children
 _STAND_IN = "waiting-"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open on runs, not on chats
 _FILES = ("config.yaml", "record.json", "examples.jsonl")
 _PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
 _METRICS_A_BATCH = 1000
@@ -106,7 +107,8 @@ class Tracker:
         with store_errors(self.tracking_uri):
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
-                self._experiment_id = str(client.create_experiment(self.experiment, self._artifact_location()))
+                created = client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
+                self._experiment_id = str(created)
             elif found.lifecycle_stage != "active":
                 raise ConfigError(
                     f"the MLflow experiment {self.experiment!r} was deleted; bring it back with "

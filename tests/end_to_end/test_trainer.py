@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import make_batch, make_llama
+from small import make_batch, make_llama
 from transformers import Trainer, TrainingArguments
 
 from grass_ray import GradNormSampler, LayerwiseAdamW

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import backward, make_llama
+from small import backward, make_llama
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.stack import find_decoder_stack

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import backward, make_batch, make_llama
+from small import backward, make_batch, make_llama
 from torch import nn
 
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
