@@ -5,6 +5,7 @@ The loop is the sweep's; here a progress bar, a checkpoint folder and the tracke
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -77,7 +78,7 @@ def train_locally(config: RunConfig, *, output: Path, tracking_uri: str | None, 
         return 0
     checkpoint = output / "checkpoint"
     _check_folder(config, output, resume)
-    tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT, output.parent / "artifacts")
+    tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT)
     tracker.open()
     output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
@@ -245,8 +246,6 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
 
 
 def _default_store(output: Path) -> str:
-    import os
-
     return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
         output.parent.parent if output.parent.name == EXPERIMENT else output.parent
     )
