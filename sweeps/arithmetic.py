@@ -26,11 +26,11 @@ SWEEP = Sweep(
     smoke=SweepDefaults(
         tasks=("gsm8k", "addsub", "multiarith", "aqua"),
         settings=(
-            "training.steps=16",
+            "training.steps=12",
             "training.batch_size=4",
-            "training.warmup_steps=3",
+            "training.warmup_steps=2",
             "training.checkpoint_every_steps=null",
-            "evaluation.limit=16",
+            "evaluation.limit=10",
         ),
         method_settings={
             "lisa": ("method.sampler.period=5",),

@@ -26,11 +26,11 @@ SWEEP = Sweep(
     smoke=SweepDefaults(
         tasks=("boolq", "arc_easy", "arc_challenge", "openbookqa"),
         settings=(
-            "training.steps=24",
+            "training.steps=12",
             "training.batch_size=4",
-            "training.warmup_steps=3",
+            "training.warmup_steps=2",
             "training.checkpoint_every_steps=null",
-            "evaluation.limit=32",
+            "evaluation.limit=16",
         ),
         method_settings={
             "lisa": ("method.sampler.period=5",),

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from grass_ray.cluster.storage import Storage
@@ -25,9 +26,18 @@ from grass_ray.cluster.worker import Job, drive_trial
 from grass_ray.config import ConfigError
 
 WORKER_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # a report waits up to this long; Ray's own 2 s would slow the loop
+    # a report waits up to this long; Ray's own 2 s would slow the loop, and much less would wake too many processes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+}
+# Ray Train's loop runs in a thread, where glibc gives every large tensor fresh pages; keeping freed memory in one arena
+# made a step of full fine-tuning on two CPU cores about a tenth faster.
+CPU_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
 }
 
 
@@ -81,7 +91,9 @@ def ray_cluster() -> Iterator[ClusterView]:
     context = ray.init(
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        runtime_env={
+            "env_vars": WORKER_ENVIRONMENT if torch.cuda.is_available() else WORKER_ENVIRONMENT | CPU_ENVIRONMENT
+        },
     )
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -35,7 +35,7 @@ from grass_ray.training.report import StepReport, TrainingFailure
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
 
-REPORT_EVERY_S = 2.0
+REPORT_EVERY_S = 8.0  # each report wakes half a dozen processes, which take turns with training on small machines
 TRACEBACK_FILE = "traceback.txt"
 RECORD_FILE = "record.json"
 
