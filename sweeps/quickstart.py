@@ -1,4 +1,4 @@
-"""Which fine-tuning method learns most from thirty steps? A small real model, generated word problems, minutes on a CPU.
+"""Which fine-tuning method learns most from thirty steps? A small real model, made-up word problems, minutes on a CPU.
 
 python sweeps/quickstart.py
 """
