@@ -47,7 +47,7 @@ class Options:
 def prepare(method: str, options: Options) -> Run:
     """A run that is past probing and past the steps that are watched for memory."""
     settings = [
-        f"training.steps={WARM_UP_STEPS + options.rounds * options.steps + 1}",
+        f"training.steps={WARM_UP_STEPS + (options.rounds + 2) * options.steps}",
         f"training.batch_size={options.batch_size}",
     ]
     sampler = METHODS[method].config.sampler.model_dump()
