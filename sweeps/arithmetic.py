@@ -26,11 +26,11 @@ SWEEP = Sweep(
     smoke=SweepDefaults(
         tasks=("gsm8k", "addsub", "multiarith", "aqua"),
         settings=(
-            "training.steps=12",
+            "training.steps=10",
             "training.batch_size=4",
             "training.warmup_steps=2",
             "training.checkpoint_every_steps=null",
-            "evaluation.limit=10",
+            "evaluation.limit=6",
         ),
         method_settings={
             "lisa": ("method.sampler.period=5",),
