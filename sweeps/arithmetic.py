@@ -24,7 +24,7 @@ SWEEP = Sweep(
         ),
     ),
     smoke=SweepDefaults(
-        tasks=("gsm8k", "addsub", "multiarith", "aqua"),
+        tasks=("gsm8k", "addsub"),
         settings=(
             "training.steps=10",
             "training.batch_size=4",
