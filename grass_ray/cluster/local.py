@@ -25,6 +25,7 @@ from grass_ray.results.provenance import build_record, hardware, now, redact, wr
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
+from grass_ray.tasks.scores import accuracy_metrics
 from grass_ray.tasks.suites import resolve_tasks
 from grass_ray.training.report import StepReport, TrainingFailure
 
@@ -222,8 +223,6 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         results = evaluate(
             loaded.model, loaded.tokenizer, config.data, config.evaluation, on_progress=progress.evaluating
         )
-    metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
-    metrics["eval/average"] = sum(metrics.values()) / len(metrics)
     record = build_record(
         run_id=f"eval-{config.fingerprint}",
         sweep="eval",
@@ -232,7 +231,12 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         status="finished",
         failure=None,
         outcome=RunOutcome(
-            metrics=metrics, series={}, tasks=results, engagement=None, data={}, model_revision=loaded.revision
+            metrics=accuracy_metrics(results),
+            series={},
+            tasks=results,
+            engagement=None,
+            data={},
+            model_revision=loaded.revision,
         ),
         started_at=started_at,
     )

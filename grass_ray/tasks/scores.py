@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,3 +33,11 @@ class EvaluationResult:
     def accuracy(self) -> float:
         """Share of correct examples, 0 to 1."""
         return sum(example.correct for example in self.examples) / len(self.examples)
+
+
+def accuracy_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float]:
+    """Each task's accuracy and their average under MLflow's names; empty without results."""
+    metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
+    if metrics:
+        metrics["eval/average"] = sum(metrics.values()) / len(metrics)
+    return metrics

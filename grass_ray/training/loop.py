@@ -140,11 +140,12 @@ def accumulate_gradients(model: Any, micro_batches: list[Batch], device: torch.d
     """Backward over all micro-batches; the loss is the mean over the step's labels, wherever they are."""
     num_labels = sum(batch.num_labels for batch in micro_batches)
     losses: list[Tensor] = []
+    can_keep = keeps_logits(model)
     for batch in micro_batches:
         on_device = batch.to(device)
         # the LM head is a large part of a small model: leave out positions where no row has a label
         labelled = on_device.labelled_positions()
-        options = {"logits_to_keep": labelled} if keeps_logits(model) else {}
+        options = {"logits_to_keep": labelled} if can_keep else {}
         labels = on_device.labels[:, labelled] if options else on_device.labels
         logits = model(
             input_ids=on_device.input_ids, attention_mask=on_device.attention_mask, use_cache=False, **options

@@ -27,7 +27,7 @@ from grass_ray.layerwise.samplers import (
 )
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
-from grass_ray.tasks.scores import EvaluationResult
+from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
@@ -139,9 +139,7 @@ class Run:
     def outcome(self) -> RunOutcome:
         """What the run came to so far."""
         state = self.state
-        metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in self._results.items()}
-        if metrics:
-            metrics["eval/average"] = sum(metrics.values()) / len(metrics)
+        metrics = accuracy_metrics(self._results)
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
