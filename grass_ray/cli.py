@@ -154,23 +154,42 @@ class Leaderboard:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a trained run as a model folder that transformers loads; adapters are merged, logits compared."""
+    """Write a trained run, or a delta and its base model, as a model folder that transformers loads."""
 
-    folder: Positional[Annotated[Path, arg(help="output folder of `grass-ray train`", metavar="RUN")]]
-    output: Annotated[Path, arg(help="new or empty folder for the model")]
+    folder: Positional[
+        Annotated[Path, arg(help="output folder of `grass-ray train`, or of --delta", metavar="RUN|DELTA")]
+    ]
+    output: Annotated[Path, arg(help="new or empty folder for what is written")]
+    delta: Annotated[bool, arg(help="write only the tensors that differ from the base model")] = False
+    adapter: Annotated[bool, arg(help="write only the adapter, in peft's own format")] = False
+    model: Annotated[str | None, arg(help="base model of a delta; default: the one it names")] = None
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.training.export import check_output, export_run, find_run
+        from grass_ray.training.delta import export_delta, export_from_delta, is_delta
+        from grass_ray.training.export import export_adapter, export_run
 
-        find_run(self.folder)
-        check_output(self.output)
-        export = export_run(self.folder, self.output)
-        print(
-            f"wrote {export.folder}; reloaded with transformers, largest logit difference {export.difference:.1e} "
-            f"(allowed: {export.tolerance:.0e})"
-        )
+        self._check_flags(is_delta(self.folder))
+        if self.delta:
+            print(f"wrote {self.output}: {export_delta(self.folder, self.output).describe()}")
+        elif is_delta(self.folder):
+            delta = export_from_delta(self.folder, self.output, base_model=self.model)
+            print(f"wrote {self.output}; reloaded with transformers, the same in every bit; {delta.describe()}")
+        else:
+            export = (export_adapter if self.adapter else export_run)(self.folder, self.output)
+            print(
+                f"wrote {export.folder}; reloaded with {'peft' if self.adapter else 'transformers'}, "
+                f"largest logit difference {export.difference:.1e} (allowed: {export.tolerance:.0e})"
+            )
         return 0
+
+    def _check_flags(self, of_delta: bool) -> None:
+        if self.delta and self.adapter:
+            raise ConfigError("--delta and --adapter exclude each other; give one of them, or none for the whole model")
+        if of_delta and (self.delta or self.adapter):
+            raise ConfigError(f"{self.folder} is a delta already; leave out --{'delta' if self.delta else 'adapter'}")
+        if self.model is not None and not of_delta:
+            raise ConfigError(f"--model names the base model of a delta, and {self.folder} is no folder with a delta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +269,10 @@ Verb = (
         subcommand(
             "export",
             description=_examples(
-                "Write a trained run as a model folder that transformers loads.",
+                "Write a trained run as a model folder that transformers loads, or only the layers that changed.",
                 "grass-ray export grass_ray_results/train/RUN --output my-model",
-                "grass-ray eval --model my-model --limit 100",
-                "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('my-model')\"",
+                "grass-ray export grass_ray_results/train/RUN --delta --output my-delta",
+                "grass-ray export my-delta --output my-model",
             ),
         ),
     ]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -30,6 +30,67 @@ class ConfigPart(BaseModel):
     """A frozen piece of configuration; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# ------------------------------------------------------------------------------------------- settings that may change
+
+
+class LinearScheduleConfig(ConfigPart):
+    """From ``start`` to ``end`` in equal steps over ``steps`` optimizer steps; null spans the whole training."""
+
+    kind: Literal["linear"]
+    start: Annotated[float, Field(gt=0)]
+    end: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=1)] | None = None
+
+
+class CosineScheduleConfig(ConfigPart):
+    """From ``start`` to ``end`` along half a cosine over ``steps`` optimizer steps; null spans the whole training."""
+
+    kind: Literal["cosine"]
+    start: Annotated[float, Field(gt=0)]
+    end: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=1)] | None = None
+
+
+class StepScheduleConfig(ConfigPart):
+    """``values`` one after another; ``at_progress`` are the shares of ``steps`` at which the next one begins."""
+
+    kind: Literal["step"]
+    values: tuple[Annotated[float, Field(gt=0)], ...]
+    at_progress: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+    steps: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _boundaries_separate_values(self) -> Self:
+        if len(self.at_progress) != len(self.values) - 1 or list(self.at_progress) != sorted(set(self.at_progress)):
+            raise ValueError(
+                f"{len(self.values)} values need {len(self.values) - 1} ascending boundaries in at_progress"
+            )
+        return self
+
+
+ScheduleConfig = Annotated[
+    LinearScheduleConfig | CosineScheduleConfig | StepScheduleConfig, Field(discriminator="kind")
+]
+
+
+def _number_or_schedule(value: object) -> str:
+    return "schedule" if isinstance(value, dict | ConfigPart) else "number"
+
+
+Count = Annotated[
+    Annotated[Annotated[int, Field(ge=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Discriminator(_number_or_schedule),
+]
+Positive = Annotated[
+    Annotated[Annotated[float, Field(gt=0)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Discriminator(_number_or_schedule),
+]
+Share = Annotated[
+    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Discriminator(_number_or_schedule),
+]
 
 
 # ----------------------------------------------------------------------------------------------- which layers train
@@ -45,64 +106,174 @@ class UniformSamplerConfig(ConfigPart):
     """LISA (arXiv 2403.17919): layers drawn uniformly without replacement."""
 
     kind: Literal["uniform"] = "uniform"
-    num_active_layers: Annotated[int, Field(ge=1)] = 2
-    period: Annotated[int, Field(ge=1, description="optimizer steps between draws")] = 20
+    num_active_layers: Count = 2
+    period: Count = Field(default=20, description="optimizer steps between draws")
 
 
 class GradNormSamplerConfig(ConfigPart):
     """GRASS (arXiv 2604.07808): layers drawn from a softmax over mean gradient norms."""
 
     kind: Literal["grad_norm"] = "grad_norm"
-    num_active_layers: Annotated[int, Field(ge=1, description="gamma")] = 2
-    period: Annotated[int, Field(ge=1, description="T_s, optimizer steps between draws")] = 20
+    num_active_layers: Count = Field(default=2, description="gamma")
+    period: Count = Field(default=20, description="T_s, optimizer steps between draws")
     probing_steps: Annotated[int, Field(ge=0, description="T_p, steps that only measure")] = 10
     refresh_period: Annotated[int, Field(ge=1)] | None = Field(
         default=100, description="T_u, optimizer steps between refreshes of the importance; null never refreshes"
     )
-    temperature: Annotated[float, Field(gt=0, description="tau")] = 0.5
-    ema: Annotated[float, Field(gt=0, le=1, description="alpha, the weight of the new value")] = 0.5
+    temperature: Positive = Field(default=0.5, description="tau")
+    ema: Share = Field(default=0.5, description="alpha, the weight of the new value")
     normalise: Literal["mean", "none"] = "mean"
     exploration: Annotated[float, Field(ge=0, le=1, description="epsilon, share of a uniform draw")] = 0.0
 
 
-SamplerConfig = Annotated[AllLayersConfig | UniformSamplerConfig | GradNormSamplerConfig, Field(discriminator="kind")]
+class OutlierSamplerConfig(ConfigPart):
+    """OWS (Findings of ACL 2025): layers drawn in proportion to their share of outlier weights."""
+
+    kind: Literal["outlier"] = "outlier"
+    num_active_layers: Count = 5
+    period: Count = 50
+    threshold: Annotated[float, Field(gt=0, description="M, times the mean that an outlier exceeds")] = 13.0
+    calibration_steps: Annotated[int, Field(ge=1, description="steps whose batches calibrate")] = 4
+
+
+class CyclicSamplerConfig(ConfigPart):
+    """LIFT, HiFT, BAdam: groups of neighbouring units one after another."""
+
+    kind: Literal["cyclic"] = "cyclic"
+    num_active_layers: Annotated[int, Field(ge=1, description="units in a group")] = 1
+    period: Count | None = Field(default=50, description="steps a group trains; null spreads one cycle over training")
+    order: Literal["ascending", "descending", "random", "shuffled"] = "ascending"
+    hold_lr: bool = Field(default=False, description="the learning rate stays the same within a cycle (HiFT)")
+
+
+class RewardSamplerConfig(ConfigPart):
+    """IST (EMNLP 2024): layers drawn by an importance learnt from damped forward passes; needs LoRA adapters."""
+
+    kind: Literal["reward"] = "reward"
+    share: Annotated[float, Field(gt=0, le=1, description="of the layers that train at a time")] = 0.25
+    period: Count = 1
+    refresh_period: Annotated[int, Field(ge=1)] = 10
+    trials: Annotated[int, Field(ge=2)] = 3
+    damped_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    damping: Annotated[float, Field(ge=0)] = 0.25
+    learning_rate: Annotated[float, Field(gt=0, description="of the importance")] = 10.0
+
+
+class MatrixNormSamplerConfig(ConfigPart):
+    """MISA (arXiv 2511.00056): weight matrices drawn by gradient norm until a budget of parameters is full."""
+
+    kind: Literal["matrix_norm"] = "matrix_norm"
+    budget: Annotated[float, Field(gt=0, le=1, description="share of the model's parameters")] = 0.03
+    period: Count = 50
+    eta: Annotated[float, Field(gt=0)] = 1.0
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    forced: Annotated[int, Field(ge=0, description="least recently used matrices that come first")] = 2
+
+
+SamplerConfig = Annotated[
+    AllLayersConfig
+    | UniformSamplerConfig
+    | GradNormSamplerConfig
+    | OutlierSamplerConfig
+    | CyclicSamplerConfig
+    | RewardSamplerConfig
+    | MatrixNormSamplerConfig,
+    Field(discriminator="kind"),
+]
 
 
 # --------------------------------------------------------------------------------------------------- how they train
 
 
 class LoraConfig(ConfigPart):
-    """peft LoRA adapters in every decoder layer."""
+    """peft LoRA adapters in every decoder layer; ``dora`` adds magnitudes (DoRA, arXiv 2402.09353)."""
 
     kind: Literal["lora"] = "lora"
     rank: Annotated[int, Field(ge=1)] = 32
     alpha: Annotated[float, Field(gt=0)] = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    dora: bool = False
+
+
+class PrefixConfig(ConfigPart):
+    """peft prefix tuning (arXiv 2101.00190): trained keys and values before every layer's own."""
+
+    kind: Literal["prefix"] = "prefix"
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20
+
+
+class PromptConfig(ConfigPart):
+    """peft prompt tuning (arXiv 2104.08691): trained embeddings before the text."""
+
+    kind: Literal["prompt"] = "prompt"
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20
+
+
+AdapterConfig = Annotated[LoraConfig | PrefixConfig | PromptConfig, Field(discriminator="kind")]
+
+
+class GaLoreConfig(ConfigPart):
+    """GaLore (arXiv 2403.03507): moments of the layers' matrices in the top singular directions of the gradient."""
+
+    kind: Literal["galore"] = "galore"
+    rank: Annotated[int, Field(ge=1)] = 128
+    refresh_period: Annotated[int, Field(ge=1, description="steps between new projections")] = 200
+    scale: Annotated[float, Field(gt=0)] = 0.25
+
+
+class ApolloConfig(ConfigPart):
+    """APOLLO (arXiv 2412.05270): gradients scaled by factors that low-rank random moments give."""
+
+    kind: Literal["apollo"] = "apollo"
+    rank: Annotated[int, Field(ge=1)] = 256
+    refresh_period: Annotated[int, Field(ge=1, description="steps between new projections")] = 200
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    scaling: Literal["channel", "tensor"] = "channel"
+
+
+ProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(ConfigPart):
-    """AdamW and its clipping."""
+    """AdamW and its clipping; ``projection`` keeps the moments of the layers' matrices in a small space."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    projection: ProjectionConfig | None = None
+    master_weights: bool = Field(default=False, description="update low-precision weights through a float32 copy")
 
 
 class MethodConfig(ConfigPart):
     """A method is data: adapter x sampler x optimizer x state policy x always-trained parts."""
 
     name: str
-    adapter: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
     sampler: SamplerConfig = AllLayersConfig()
+    granularity: Literal["layer", "block", "matrix"] = Field(
+        default="layer", description="what the sampler picks from: layers; layers and both ends; weight matrices"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     offload: Literal["none", "resident", "auto"] = "none"
     inactive_states: Literal["keep", "reset"] = "keep"
     train_embeddings: bool = False
     train_head: bool = False
     train_norm: bool = False
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if isinstance(self.sampler, RewardSamplerConfig) and not isinstance(self.adapter, LoraConfig):
+            raise ValueError("the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora")
+        if isinstance(self.sampler, MatrixNormSamplerConfig) and self.granularity != "matrix":
+            raise ValueError("the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix")
+        if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
+            raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
+        if isinstance(self.adapter, PrefixConfig | PromptConfig) and not isinstance(self.sampler, AllLayersConfig):
+            raise ValueError(f"{self.adapter.kind} tuning trains nothing inside the layers; its sampler must be all")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------- model and data
@@ -288,11 +459,18 @@ def _assign(values: dict[str, Any], keys: list[str], value: object, assignment: 
         part = part[key]
 
 
+# pydantic names the chosen kind of a part in its locations; users never wrote it
+_KINDS = frozenset(
+    {"all", "uniform", "grad_norm", "outlier", "cyclic", "reward", "matrix_norm"}
+    | {"lora", "prefix", "prompt", "galore", "apollo", "generated", "folder", "hub"}
+    | {"linear", "cosine", "step", "number", "schedule"}
+)
+
+
 def _explain(error: ValidationError) -> str:
     lines = []
     for mistake in error.errors():
-        kinds = {"all", "uniform", "grad_norm", "generated", "folder", "hub"}
-        where = ".".join(str(key) for key in mistake["loc"] if key not in kinds)
+        where = ".".join(str(key) for key in mistake["loc"] if key not in _KINDS)
         given = mistake.get("input")
         shown = "" if isinstance(given, dict) else f" (given: {given!r})"
         lines.append(f"{where or 'configuration'}: {mistake['msg']}{shown}")

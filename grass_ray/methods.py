@@ -10,14 +10,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grass_ray.config import (
     AllLayersConfig,
+    ApolloConfig,
     ConfigError,
+    CyclicSamplerConfig,
+    GaLoreConfig,
     GradNormSamplerConfig,
     LoraConfig,
+    MatrixNormSamplerConfig,
     MethodConfig,
     OptimizerConfig,
+    OutlierSamplerConfig,
+    PrefixConfig,
+    PromptConfig,
+    RewardSamplerConfig,
     UniformSamplerConfig,
 )
 
@@ -37,6 +46,9 @@ class Method:
         return self.config.name
 
 
+# embeddings, head and final norm train at every step
+_OTHERS_TRAIN: dict[str, Any] = {"train_embeddings": True, "train_head": True, "train_norm": True}
+
 _ROWS = (
     Method(
         config=MethodConfig(name="base"),
@@ -49,9 +61,7 @@ _ROWS = (
             name="full",
             sampler=AllLayersConfig(),
             optimizer=OptimizerConfig(lr=1e-4),
-            train_embeddings=True,
-            train_head=True,
-            train_norm=True,
+            **_OTHERS_TRAIN,
         ),
         summary="full fine-tuning: every parameter, AdamW states resident",
         source="AdamW, arXiv 1711.05101",
@@ -62,17 +72,135 @@ _ROWS = (
         source="arXiv 2106.09685",
     ),
     Method(
+        config=MethodConfig(name="dora", adapter=LoraConfig(dora=True), optimizer=OptimizerConfig(lr=1e-3)),
+        summary="lora with a trained magnitude for every output (peft)",
+        source="arXiv 2402.09353",
+    ),
+    Method(
+        config=MethodConfig(name="prefix", adapter=PrefixConfig(), optimizer=OptimizerConfig(lr=1e-2)),
+        summary="trained keys and values before every layer's own (peft)",
+        source="arXiv 2101.00190",
+    ),
+    Method(
+        config=MethodConfig(name="prompt", adapter=PromptConfig(), optimizer=OptimizerConfig(lr=3e-2)),
+        summary="trained embeddings before the text (peft)",
+        source="arXiv 2104.08691",
+    ),
+    Method(
         config=MethodConfig(
             name="lisa",
             sampler=UniformSamplerConfig(num_active_layers=2, period=20),
             optimizer=OptimizerConfig(lr=3e-4),
             inactive_states="reset",
-            train_embeddings=True,
-            train_head=True,
-            train_norm=True,
+            **_OTHERS_TRAIN,
         ),
         summary="layers drawn uniformly; embeddings, head and norm always train; states reset at a switch",
         source="arXiv 2403.17919",
+    ),
+    Method(
+        config=MethodConfig(
+            name="lisa-keep",
+            sampler=UniformSamplerConfig(num_active_layers=2, period=20),
+            optimizer=OptimizerConfig(lr=3e-4),
+            inactive_states="keep",
+            **_OTHERS_TRAIN,
+        ),
+        summary="lisa as its public code runs: states of left layers stay on the device and add up to full AdamW",
+        source="arXiv 2403.17919",
+    ),
+    Method(
+        config=MethodConfig(
+            name="ows",
+            sampler=OutlierSamplerConfig(num_active_layers=5, period=50),
+            optimizer=OptimizerConfig(lr=3e-4),
+            inactive_states="reset",
+            **_OTHERS_TRAIN,
+        ),
+        summary="layers drawn by their share of outlier weights, measured once on a calibration batch",
+        source="Findings of ACL 2025, OWS",
+    ),
+    Method(
+        config=MethodConfig(
+            name="ows-galore",
+            sampler=OutlierSamplerConfig(num_active_layers=5, period=50),
+            optimizer=OptimizerConfig(
+                lr=3e-4, eps=1e-6, projection=GaLoreConfig(rank=256, refresh_period=100, scale=1.0)
+            ),
+            inactive_states="keep",
+            **_OTHERS_TRAIN,
+        ),
+        summary="ows with GaLore's projected moments on the drawn layers, states kept",
+        source="Findings of ACL 2025, OWS",
+    ),
+    Method(
+        config=MethodConfig(
+            name="ist",
+            adapter=LoraConfig(),
+            sampler=RewardSamplerConfig(),
+            optimizer=OptimizerConfig(lr=1e-3),
+        ),
+        summary="lora in a quarter of the layers at a time, drawn by what damping a layer's adapters costs",
+        source="Findings of EMNLP 2024, IST",
+    ),
+    Method(
+        config=MethodConfig(
+            name="lift",
+            sampler=CyclicSamplerConfig(num_active_layers=1, period=None, order="ascending"),
+            optimizer=OptimizerConfig(lr=3e-4),
+            offload="resident",
+        ),
+        summary="one layer at a time, front to back, one pass over training (no public code: order and pace inferred)",
+        source="OpenReview u0INlprg3U",
+    ),
+    Method(
+        config=MethodConfig(
+            name="hift",
+            sampler=CyclicSamplerConfig(num_active_layers=1, period=1, order="ascending", hold_lr=True),
+            granularity="block",
+            optimizer=OptimizerConfig(lr=1e-4),
+            offload="resident",
+        ),
+        summary="every layer, the embeddings, norm and head in turn, one a step; learning rate constant in a sweep",
+        source="arXiv 2401.15207",
+    ),
+    Method(
+        config=MethodConfig(
+            name="badam",
+            sampler=CyclicSamplerConfig(num_active_layers=1, period=50, order="random"),
+            optimizer=OptimizerConfig(lr=3e-4, master_weights=True),
+            inactive_states="reset",
+        ),
+        summary="block coordinate descent: one layer for 50 steps, random order every cycle, fresh Adam states",
+        source="arXiv 2404.02827",
+    ),
+    Method(
+        config=MethodConfig(
+            name="misa",
+            sampler=MatrixNormSamplerConfig(),
+            granularity="matrix",
+            optimizer=OptimizerConfig(lr=3e-4, master_weights=True),
+            inactive_states="reset",
+        ),
+        summary="weight matrices drawn by gradient norm until 3 % of the parameters train",
+        source="arXiv 2511.00056",
+    ),
+    Method(
+        config=MethodConfig(
+            name="galore",
+            optimizer=OptimizerConfig(lr=1e-3, eps=1e-6, projection=GaLoreConfig()),
+            **_OTHERS_TRAIN,
+        ),
+        summary="all layers; moments along the top singular directions of each gradient",
+        source="arXiv 2403.03507",
+    ),
+    Method(
+        config=MethodConfig(
+            name="apollo",
+            optimizer=OptimizerConfig(lr=1e-3, eps=1e-6, projection=ApolloConfig()),
+            **_OTHERS_TRAIN,
+        ),
+        summary="all layers; channel-wise scaled gradients from moments in a random small space",
+        source="arXiv 2412.05270",
     ),
     Method(
         config=MethodConfig(

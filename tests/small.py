@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grass_ray.config import ModelConfig, RunConfig
+from grass_ray.methods import METHODS
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -40,3 +43,37 @@ def backward(model: LlamaForCausalLM, step: int, **sizes: int) -> float:
     loss = model(input_ids=batch, labels=batch).loss
     loss.backward()
     return float(loss.detach())
+
+
+SHORT_SAMPLERS: dict[str, dict[str, object]] = {
+    "all": {},
+    "uniform": {"period": 2},
+    "grad_norm": {"period": 2, "probing_steps": 2, "refresh_period": 3},
+    "outlier": {"num_active_layers": 2, "period": 2, "calibration_steps": 1, "threshold": 4.0},
+    "cyclic": {"period": 2},
+    "reward": {"refresh_period": 3, "share": 0.5},
+    "matrix_norm": {"period": 2, "budget": 0.2},
+}
+
+
+def short_run(method: str, *overrides: str, steps: int = 9) -> RunConfig:
+    """A method's own row on the tiny model, with periods short enough to see everything within a few steps."""
+    row = METHODS[method].config
+    settings = [
+        f"method.sampler.{key}={value}"
+        for key, value in SHORT_SAMPLERS[row.sampler.kind].items()
+        if getattr(row.sampler, key) is not None
+    ]
+    if row.optimizer.projection is not None:
+        settings += ["method.optimizer.projection.rank=8", "method.optimizer.projection.refresh_period=3"]
+    if method == "hift":
+        settings += ["method.sampler.period=1"]
+    defaults = [
+        f"training.steps={steps}",
+        "training.batch_size=4",
+        "training.warmup_steps=0",
+        "data.source.train_rows=30",
+        "data.source.test_rows=4",
+    ]
+    config = RunConfig(method=row, model=ModelConfig(name="tiny"))
+    return config.override([*defaults, *settings, *overrides])

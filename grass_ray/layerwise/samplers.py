@@ -1,10 +1,12 @@
-"""Which layers train next: every layer, a uniform draw (LISA), or a draw by mean gradient norm (GRASS).
+"""Which layers train next: what a sampler is, and the ones that need no measurement.
 
-A sampler has its own clock, moved by :meth:`observe` once an optimizer step. Whoever drives it asks three questions::
+A sampler has its own clock, moved by :meth:`Sampler.observe` once an optimizer step. It picks among *units*: decoder
+layers for most methods, weight matrices or embeddings and head too for some. Whoever drives it asks::
 
-    sampler.start(num_layers)
+    sampler.start(sizes)                # parameters of each unit
+    sampler.probe(measure)              # extra passes, for the samplers that need them
     if sampler.probing:  ...            # this step only measures
-    sampler.observe(norms)              # (L,) RMS gradients, NaN where frozen
+    sampler.observe(norms)              # (units,) RMS gradients, NaN where frozen
     if sampler.due: active = sampler.sample()
 
 Draws come from a private generator keyed by (seed, draw index): the same on every worker and after a resume.
@@ -12,19 +14,34 @@ Draws come from a private generator keyed by (seed, draw index): the same on eve
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from grass_ray.layerwise.generators import keyed_generator
+from grass_ray.layerwise.schedules import Scheduled, bounds_of, count_at
+
+
+class Measure(Protocol):
+    """Extra passes over the data that a sampler may ask for between two steps; nothing is trained by them."""
+
+    def loss(self, scales: Mapping[int, float]) -> float:
+        """Mean loss on the coming batch with the adapters of the given units scaled, others as they are."""
+
+    def outlier_scores(self, threshold: float, steps: int) -> tuple[float, ...]:
+        """Outlier score of every layer, calibrated on the batches of the first ``steps`` training steps."""
 
 
 class Sampler(Protocol):
-    """What an optimizer asks of a sampler."""
+    """What an optimizer asks of a sampler.
 
-    needs_grad_norms: bool
+    ``grad_norms`` says which gradients :meth:`observe` wants to hear of: none; each micro-batch's as it arrives,
+    averaged; or the accumulated ones after clipping.
+    """
+
+    grad_norms: Literal["none", "arriving", "clipped"]
     probing_steps: int
 
     @property
@@ -39,20 +56,26 @@ class Sampler(Protocol):
     def refreshes(self) -> int:
         """How often the probabilities were computed from measurements so far."""
 
-    def start(self, num_layers: int) -> None:
-        """Begin with ``num_layers`` layers. Raises ValueError when the sampler cannot serve them."""
+    def start(self, sizes: Sequence[int], total: int | None = None) -> None:
+        """Begin with units of ``sizes`` parameters in a model of ``total``.
+
+        Raises ValueError when the sampler cannot serve them.
+        """
+
+    def probe(self, measure: Measure) -> None:
+        """Before a step: take extra measurements if it is time for them; may make a draw due."""
 
     def probabilities(self) -> tuple[float, ...] | None:
-        """Probability of each layer to be the first drawn; None where nothing is drawn."""
+        """Probability of each unit to be the first drawn; None where nothing is drawn by chance."""
 
     def importance(self) -> tuple[float, ...] | None:
-        """Importance of each layer, NaN where never measured; None for samplers without one."""
+        """Importance of each unit, NaN where never measured; None for samplers without one."""
 
     def sample(self) -> tuple[int, ...]:
-        """Draw the next active set: distinct layer indices, ascending."""
+        """Draw the next active set: distinct indices, ascending."""
 
     def observe(self, norms: Tensor) -> None:
-        """Take note of one step's RMS gradients, shape (L,), NaN where a layer was frozen; advance the clock."""
+        """Take note of one step's RMS gradients, shape (units,), NaN where frozen; advance the clock."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, in plain JSON values."""
@@ -64,13 +87,13 @@ class Sampler(Protocol):
 class AllLayersSampler:
     """Every layer, always: full fine-tuning and adapters."""
 
-    needs_grad_norms = False
+    grad_norms: Literal["none", "arriving", "clipped"] = "none"
     probing_steps = 0
     probing = False
     refreshes = 0
 
     def __init__(self) -> None:
-        self._num_layers = 0
+        self._num_units = 0
         self._drawn = False
 
     @property
@@ -78,9 +101,12 @@ class AllLayersSampler:
         """Whether the one and only active set is still to be drawn."""
         return not self._drawn
 
-    def start(self, num_layers: int) -> None:
-        """Begin with ``num_layers`` layers."""
-        self._num_layers = num_layers
+    def start(self, sizes: Sequence[int], total: int | None = None) -> None:
+        """Begin with ``len(sizes)`` units."""
+        self._num_units = len(sizes)
+
+    def probe(self, measure: Measure) -> None:
+        """Nothing is measured."""
 
     def probabilities(self) -> None:
         """Nothing is drawn."""
@@ -89,9 +115,9 @@ class AllLayersSampler:
         """Nothing is measured."""
 
     def sample(self) -> tuple[int, ...]:
-        """All layers."""
+        """All units."""
         self._drawn = True
-        return tuple(range(self._num_layers))
+        return tuple(range(self._num_units))
 
     def observe(self, norms: Tensor) -> None:
         """Nothing to note."""
@@ -105,57 +131,72 @@ class AllLayersSampler:
         self._drawn = state["drawn"]
 
 
-class UniformSampler:
-    """LISA (arXiv 2403.17919): ``num_active_layers`` distinct layers, all equally likely, every ``period`` steps.
+class PeriodicSampler:
+    """The clock that samplers share: a draw of ``num_active_layers`` units every ``period`` steps.
+
+    Both may be schedules over training; a period that changes counts from the draw it began with.
 
     Args:
-        num_active_layers: gamma, layers that train at a time.
-        period: optimizer steps between draws.
+        num_active_layers: gamma, units that train at a time.
+        period: T_s, optimizer steps between draws.
         seed: of the private generator.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    needs_grad_norms = False
+    grad_norms: Literal["none", "arriving", "clipped"] = "none"
     probing_steps = 0
-    probing = False
     refreshes = 0
 
-    def __init__(self, num_active_layers: int = 2, period: int = 20, *, seed: int = 0) -> None:
-        _require(num_active_layers >= 1, "num_active_layers", num_active_layers, "at least 1")
-        _require(period >= 1, "period", period, "at least 1")
+    def __init__(self, num_active_layers: Scheduled, period: Scheduled, *, seed: int) -> None:
+        require(bounds_of(num_active_layers)[0] >= 1, "num_active_layers", num_active_layers, "at least 1")
+        require(bounds_of(period)[0] >= 1, "period", period, "at least 1")
         self.num_active_layers = num_active_layers
         self.period = period
         self.seed = seed
-        self._num_layers = 0
+        self._num_units = 0
         self._steps = 0
         self._draws = 0
+        self._next_draw = 0
+
+    @property
+    def probing(self) -> bool:
+        """Whether the next step only measures: never."""
+        return False
 
     @property
     def due(self) -> bool:
         """Whether a period has ended (or nothing was drawn yet)."""
-        return self._draws <= self._steps // self.period
+        return self._steps >= self._next_draw
 
-    def start(self, num_layers: int) -> None:
-        """Begin with ``num_layers`` layers. Raises ValueError when fewer than ``num_active_layers``."""
-        check_num_active_layers(self.num_active_layers, num_layers)
-        self._num_layers = num_layers
+    @property
+    def now_active(self) -> int:
+        """How many units train at this step (gamma)."""
+        return count_at(self.num_active_layers, self._steps)
 
-    def probabilities(self) -> tuple[float, ...]:
-        """1 / L for every layer."""
-        return (1.0 / self._num_layers,) * self._num_layers
+    def start(self, sizes: Sequence[int], total: int | None = None) -> None:
+        """Begin with units of ``sizes`` parameters. Raises ValueError when fewer than ``num_active_layers``."""
+        check_num_active_layers(self.num_active_layers, len(sizes))
+        self._num_units = len(sizes)
 
-    def importance(self) -> None:
+    def probe(self, measure: Measure) -> None:
+        """Nothing beyond the training passes is measured."""
+
+    def importance(self) -> tuple[float, ...] | None:
         """Nothing is measured."""
+        return None
 
     def sample(self) -> tuple[int, ...]:
         """Draw the next active set."""
-        active = draw_without_replacement(
-            torch.zeros(self._num_layers, dtype=torch.float64), self.num_active_layers, self.seed, self._draws
-        )
+        active = self.pick()
         self._draws += 1
+        self._next_draw = self._steps + count_at(self.period, self._steps)
         return active
+
+    def pick(self) -> tuple[int, ...]:
+        """The active set of draw number ``_draws``; what kinds of samplers differ in."""
+        raise NotImplementedError
 
     def observe(self, norms: Tensor) -> None:
         """Advance the clock."""
@@ -163,180 +204,106 @@ class UniformSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Clock and draw index."""
-        return {"steps": self._steps, "draws": self._draws}
+        return {"steps": self._steps, "draws": self._draws, "next_draw": self._next_draw}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._steps = state["steps"]
         self._draws = state["draws"]
+        self._next_draw = state["next_draw"]
 
 
-class GradNormSampler:
-    """GRASS (arXiv 2604.07808): layers drawn from a softmax over their mean gradient norms.
-
-    The first ``probing_steps`` steps only measure. Then ``num_active_layers`` distinct layers are drawn every
-    ``period`` steps; every ``refresh_period`` steps the importance of the layers that were active since the last
-    refresh moves towards what was measured, ``m <- ema * new + (1 - ema) * m``, and the probabilities follow. A
-    layer that was never measured counts as an average one.
-
-    The paper gives no values; these defaults are this project's.
+class UniformSampler(PeriodicSampler):
+    """LISA (arXiv 2403.17919): ``num_active_layers`` distinct layers, all equally likely, every ``period`` steps.
 
     Args:
         num_active_layers: gamma, layers that train at a time.
         period: T_s, optimizer steps between draws.
-        probing_steps: T_p, steps before training that only measure.
-        refresh_period: T_u, optimizer steps between refreshes; None never refreshes (static GRASS).
-        temperature: tau of the softmax.
-        ema: alpha, the weight of the new value at a refresh.
-        normalise: ``"mean"`` divides the importance by its mean over layers before the softmax, so that tau means
-            the same for every model; ``"none"`` is the formula as printed.
-        exploration: epsilon, the share of a uniform draw mixed into the probabilities.
         seed: of the private generator.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    needs_grad_norms = True
+    def __init__(self, num_active_layers: Scheduled = 2, period: Scheduled = 20, *, seed: int = 0) -> None:
+        super().__init__(num_active_layers, period, seed=seed)
+
+    def probabilities(self) -> tuple[float, ...]:
+        """1 / L for every layer."""
+        return (1.0 / self._num_units,) * self._num_units
+
+    def pick(self) -> tuple[int, ...]:
+        """A uniform draw without replacement."""
+        log_p = torch.zeros(self._num_units, dtype=torch.float64)
+        return draw_without_replacement(log_p, self.now_active, self.seed, self._draws)
+
+
+class CyclicSampler(PeriodicSampler):
+    """Groups of neighbouring units one after another: LIFT, HiFT, BAdam.
+
+    A group is ``num_active_layers`` neighbours (the last may be smaller). When every group had its turn the next
+    cycle begins; in ``"random"`` order each cycle is a fresh permutation of the groups.
+
+    Args:
+        num_active_layers: units in a group.
+        period: optimizer steps a group trains; None spreads one cycle over ``training_steps``.
+        order: ``"ascending"`` from the input to the output, ``"descending"``, ``"random"`` (reshuffled every
+            cycle), or ``"shuffled"`` (one permutation, the same in every cycle).
+        training_steps: length of the training, for a period of None.
+        seed: of the private generator.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     def __init__(
         self,
-        num_active_layers: int = 2,
-        period: int = 20,
+        num_active_layers: int = 1,
+        period: Scheduled | None = 50,
         *,
-        probing_steps: int = 10,
-        refresh_period: int | None = 100,
-        temperature: float = 0.5,
-        ema: float = 0.5,
-        normalise: Literal["mean", "none"] = "mean",
-        exploration: float = 0.0,
+        order: Literal["ascending", "descending", "random", "shuffled"] = "ascending",
+        training_steps: int | None = None,
         seed: int = 0,
     ) -> None:
-        _require(num_active_layers >= 1, "num_active_layers", num_active_layers, "at least 1")
-        _require(period >= 1, "period", period, "at least 1")
-        _require(probing_steps >= 0, "probing_steps", probing_steps, "at least 0")
-        _require(refresh_period is None or refresh_period >= 1, "refresh_period", refresh_period, "at least 1 or None")
-        _require(temperature > 0, "temperature", temperature, "above 0")
-        _require(0 < ema <= 1, "ema", ema, "above 0 and at most 1")
-        _require(normalise in ("mean", "none"), "normalise", normalise, "'mean' or 'none'")
-        _require(0 <= exploration <= 1, "exploration", exploration, "between 0 and 1")
-        self.num_active_layers = num_active_layers
-        self.period = period
-        self.probing_steps = probing_steps
-        self.refresh_period = refresh_period
-        self.temperature = temperature
-        self.ema = ema
-        self.normalise = normalise
-        self.exploration = exploration
-        self.seed = seed
-        self._probed = 0
-        self._steps = 0
-        self._draws = 0
-        self._refreshes = 0
-        self._importance: list[float] = []
-        self._window_sum: Tensor | None = None
-        self._window_count: Tensor | None = None
+        super().__init__(num_active_layers, 1 if period is None else period, seed=seed)
+        given = period is not None or training_steps is not None
+        require(given, "period", period, "a number of steps, or training_steps must be given")
+        self._spread = training_steps if period is None else None
+        orders = ("ascending", "descending", "random", "shuffled")
+        require(order in orders, "order", order, f"one of {', '.join(orders)}")
+        self.order = order
+
+    def start(self, sizes: Sequence[int], total: int | None = None) -> None:
+        """Begin with units of ``sizes`` parameters. Raises ValueError when fewer than ``num_active_layers``."""
+        super().start(sizes, total)
+        if self._spread is not None:
+            self.period = max(1, self._spread // len(self._groups()))
 
     @property
-    def probing(self) -> bool:
-        """Whether the next step only measures."""
-        return self._probed < self.probing_steps
+    def cycle_steps(self) -> int:
+        """Optimizer steps in which every group has one turn (at the period the training starts with)."""
+        return len(self._groups()) * count_at(self.period, 0)
 
-    @property
-    def due(self) -> bool:
-        """Whether probing is over and a period has ended (or nothing was drawn yet)."""
-        return not self.probing and self._draws <= self._steps // self.period
+    def probabilities(self) -> None:
+        """Nothing is drawn by chance."""
 
-    @property
-    def refreshes(self) -> int:
-        """How often the probabilities were computed from measurements, the end of probing included."""
-        return self._refreshes
+    def _groups(self) -> list[tuple[int, ...]]:
+        size, units = self.now_active, self._num_units
+        return [tuple(range(first, min(first + size, units))) for first in range(0, units, size)]
 
-    def start(self, num_layers: int) -> None:
-        """Begin with ``num_layers`` layers. Raises ValueError when fewer than ``num_active_layers``."""
-        check_num_active_layers(self.num_active_layers, num_layers)
-        self._importance = [math.nan] * num_layers
-
-    def probabilities(self) -> tuple[float, ...]:
-        """Probability of each layer to be drawn first; uniform until something was measured."""
-        return tuple(self._log_probabilities().exp().tolist())
-
-    def importance(self) -> tuple[float, ...]:
-        """Mean gradient norm of each layer, not normalised; NaN where never measured."""
-        return tuple(self._importance)
-
-    def sample(self) -> tuple[int, ...]:
-        """Draw the next active set."""
-        active = draw_without_replacement(self._log_probabilities(), self.num_active_layers, self.seed, self._draws)
-        self._draws += 1
-        return active
-
-    def observe(self, norms: Tensor) -> None:
-        """Add one step's RMS gradients to the window; refresh at the end of probing and every ``refresh_period``."""
-        measured = ~norms.isnan()
-        if self._window_sum is None or self._window_count is None:
-            self._window_sum = torch.zeros_like(norms)
-            self._window_count = torch.zeros_like(norms)
-        self._window_sum = self._window_sum + norms.nan_to_num(nan=0.0)
-        self._window_count = self._window_count + measured
-        if self.probing:
-            self._probed += 1
-            if not self.probing:
-                self._refresh()
-            return
-        self._steps += 1
-        if self.refresh_period is not None and self._steps % self.refresh_period == 0:
-            self._refresh()
-
-    def _refresh(self) -> None:
-        """Move the importance of every layer measured in the window towards its mean there; clear the window."""
-        assert self._window_sum is not None
-        assert self._window_count is not None
-        sums, counts = self._window_sum.tolist(), self._window_count.tolist()
-        for layer, (total, count) in enumerate(zip(sums, counts, strict=True)):
-            if count:
-                new, old = total / count, self._importance[layer]
-                self._importance[layer] = new if math.isnan(old) else self.ema * new + (1 - self.ema) * old
-        self._window_sum = self._window_count = None
-        self._refreshes += 1
-
-    def _log_probabilities(self) -> Tensor:
-        """Natural logarithms of the probabilities, float64 of shape (L,); logarithms so that none underflows."""
-        m = torch.tensor(self._importance, dtype=torch.float64)
-        mean = m.nanmean()
-        if mean.isnan():
-            m = torch.zeros_like(m)
-        else:
-            m = torch.where(m.isnan(), mean, m)
-            if self.normalise == "mean" and mean > 0:
-                m = m / mean
-        log_p = torch.log_softmax(m / self.temperature, dim=0)
-        if self.exploration:
-            uniform = torch.full_like(log_p, math.log(self.exploration / len(log_p)))
-            log_p = torch.logaddexp(log_p + math.log1p(-self.exploration), uniform) if self.exploration < 1 else uniform
-        return log_p
-
-    def state_dict(self) -> dict[str, Any]:
-        """Clocks, draw index, importance and the open window."""
-        return {
-            "probed": self._probed,
-            "steps": self._steps,
-            "draws": self._draws,
-            "refreshes": self._refreshes,
-            "importance": list(self._importance),
-            "window_sum": None if self._window_sum is None else self._window_sum.tolist(),
-            "window_count": None if self._window_count is None else self._window_count.tolist(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._probed = state["probed"]
-        self._steps = state["steps"]
-        self._draws = state["draws"]
-        self._refreshes = state["refreshes"]
-        self._importance = list(state["importance"])
-        self._window_sum = None if state["window_sum"] is None else torch.tensor(state["window_sum"])
-        self._window_count = None if state["window_count"] is None else torch.tensor(state["window_count"])
+    def pick(self) -> tuple[int, ...]:
+        """The next group."""
+        groups = self._groups()
+        cycle, turn = divmod(self._draws, len(groups))
+        match self.order:
+            case "descending":
+                return groups[-1 - turn]
+            case "random" | "shuffled":
+                key = cycle if self.order == "random" else 0
+                order = torch.randperm(len(groups), generator=keyed_generator("cycle", self.seed, key))
+                return groups[int(order[turn])]
+            case _:
+                return groups[turn]
 
 
 def draw_without_replacement(log_p: Tensor, count: int, seed: int, draw: int) -> tuple[int, ...]:
@@ -354,21 +321,29 @@ def draw_without_replacement(log_p: Tensor, count: int, seed: int, draw: int) ->
     Returns:
         Ascending indices.
     """
+    return tuple(sorted(random_order(log_p, seed, draw)[:count]))
+
+
+def random_order(log_p: Tensor, seed: int, draw: int) -> list[int]:
+    """All indices in the order in which drawing without replacement finds them (see the function above)."""
     uniform = torch.rand(len(log_p), dtype=torch.float64, generator=keyed_generator("draw", seed, draw)).clamp_(
         min=1e-300
     )
-    return tuple(sorted(torch.topk(log_p - (-uniform.log()).log(), count).indices.tolist()))
+    order: list[int] = torch.topk(log_p - (-uniform.log()).log(), len(log_p)).indices.tolist()
+    return order
 
 
-def check_num_active_layers(num_active_layers: int, num_layers: int) -> None:
+def check_num_active_layers(num_active_layers: Scheduled, num_layers: int) -> None:
     """Raise ValueError when more layers are asked for than there are."""
-    if num_active_layers > num_layers:
+    most = bounds_of(num_active_layers)[1]
+    if most > num_layers:
         raise ValueError(
-            f"num_active_layers (gamma) is {num_active_layers}, but the model has {num_layers} decoder layers; "
+            f"num_active_layers (gamma) is {most:g}, but the model has {num_layers} decoder layers; "
             f"choose 1 to {num_layers}"
         )
 
 
-def _require(condition: bool, name: str, given: object, rule: str) -> None:
+def require(condition: bool, name: str, given: object, rule: str) -> None:
+    """Raise ValueError that names the setting, what was given and the rule."""
     if not condition:
         raise ValueError(f"{name} is {given!r}; it must be {rule}")

@@ -1,7 +1,7 @@
 """Find the decoder stack of a model: which modules are its layers, and what else could train.
 
-``find_decoder_stack(model)`` looks for the one list of equal blocks that the model's configuration speaks of, and
-fails loudly with what it found when there is none or more than one.
+``find_decoder_stack(model)`` looks for the one list of blocks that the model's configuration speaks of, and fails
+loudly with what it found when there is none or more than one. It knows no model by name.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from typing import Any
 
 from torch import nn
 
+# what wraps a model and fixes, when it is built, which parameters train; and what to do instead
+WRAPPERS = {
+    "DataParallel": "pass the bare model and start one process a GPU with process_group=",
+    "DistributedDataParallel": "pass the bare model and process_group=: the optimizer averages the active gradients",
+    "FullyShardedDataParallel": "shard with FSDP2 (torch.distributed.fsdp.fully_shard) and pass that model",
+    "DeepSpeedEngine": "pass the bare model with process_group=, or shard it with FSDP2 (fully_shard)",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderStack:
     """A model taken apart. Every parameter is in exactly one part; a tied head belongs to the embeddings.
 
-    ``layers[i]`` are the parameters of decoder layer ``i`` in the order of ``named_parameters``; ``unmanaged`` are
-    parameters outside the language model's decoder (a vision tower), which never train layer-wise.
+    ``layers[i]`` are the parameters of decoder layer ``i`` in the order of ``named_parameters``; ``norm`` is the final
+    norm and whatever else of the language model stands between embeddings, layers and head; ``unmanaged`` are
+    parameters outside the language model's decoder (a vision tower, a prompt encoder), which never train layer-wise.
     """
 
     path: str
@@ -39,26 +48,27 @@ def find_decoder_stack(model: nn.Module, path: str | None = None) -> DecoderStac
     """Take ``model`` apart into decoder layers, embeddings, head and final norm.
 
     Args:
-        model: a Hugging Face decoder, a peft model around one, or any module with one list of equal blocks.
+        model: a Hugging Face decoder, a peft model around one, the language model inside a vision-language model, or
+            any module with one list of equal blocks. Sharded with FSDP2 or with single layers compiled is fine.
         path: the name of the list of layers (such as ``"model.layers"``); found when None.
 
     Raises:
-        ValueError: there is no decoder stack, or more than one candidate; the message lists what was found.
+        ValueError: there is no decoder stack, or more than one candidate (the message lists what was found); the model
+            is an encoder; or it is wrapped in something that fixes which parameters train (DDP, FSDP1, DeepSpeed, a
+            compiled whole model).
     """
+    _refuse_wrappers(model)
     _refuse_encoders(model)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
-    if path is not None:
-        if path not in lists:
-            raise ValueError(f"model has no list of layers called {path!r}; it has: {_listing(lists)}")
-        chosen = path
-    else:
-        chosen = _choose(model, lists)
-    modules = tuple(lists[chosen])
-    return _split(model, chosen, modules)
+    if path is not None and path not in lists:
+        raise ValueError(f"model has no list of layers called {path!r}; it has: {_listing(lists)}")
+    chosen = path if path is not None else _choose(model, lists)
+    _refuse_compiled(model, chosen)
+    return _split(model, chosen, lists)
 
 
 def decay_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters weight decay applies to: matrices of linear, convolution and embedding modules.
+    """The parameters weight decay applies to: matrices of linear, convolution and embedding modules, and of experts.
 
     Norm scales and every bias are left out, decided by module type rather than by name.
     """
@@ -68,6 +78,25 @@ def decay_parameters(model: nn.Module) -> set[nn.Parameter]:
             continue
         decayed |= {p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and "bias" not in name}
     return decayed
+
+
+# -------------------------------------------------------------------------------------------------- what cannot work
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in WRAPPERS:
+                raise ValueError(
+                    f"{name or 'the model'} is wrapped in {kind.__name__}, which fixes when it is built which "
+                    f"parameters train, while layer-wise training changes them; {WRAPPERS[kind.__name__]}"
+                )
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "the model's parameters are partitioned by DeepSpeed ZeRO-3, which fixes at its start which of them train, "
+            "while layer-wise training changes them; load the model without ZeRO-3 and shard it with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard)"
+        )
 
 
 def _refuse_encoders(model: nn.Module) -> None:
@@ -82,18 +111,50 @@ def _refuse_encoders(model: nn.Module) -> None:
         )
 
 
+def _refuse_compiled(model: nn.Module, path: str) -> None:
+    """A compiled module around the layers is traced anew for every active set, until torch gives up."""
+    for name, module in _around(model, path):
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or 'the model'} is compiled as a whole ({type(module).__name__}), and would be compiled again "
+                "for every set of active layers; pass the bare model and compile its layers one by one: "
+                f"for layer in model.{path.replace('_orig_mod.', '')}: layer.compile()"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ where it is
+
+
 def _unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside a peft model; any other model as it is."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
+def _around(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules that the list at ``path`` lies in, with their names, from the innermost to the model itself."""
+    names = path.split(".")
+    outer = [".".join(names[:depth]) for depth in range(len(names) - 1, -1, -1)]
+    return [(name, model.get_submodule(name)) for name in outer]
+
+
+def _home(model: nn.Module, path: str) -> nn.Module:
+    """The language model of the layers at ``path``: the innermost module around them that holds the embeddings."""
+    inputs = _input_embeddings(model)
+    for _, module in _around(model, path):
+        if any(m is inputs if inputs is not None else isinstance(m, nn.Embedding) for m in module.modules()):
+            return module
+    return model
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    base = _unwrap(model)
+    inputs = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    return inputs if isinstance(inputs, nn.Module) else None
+
+
 def _choose(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
-    candidates = {
-        name: layers
-        for name, layers in lists.items()
-        if len({type(layer) for layer in layers}) == 1 and any(True for _ in layers.parameters())
-    }
+    candidates = {name: layers for name, layers in lists.items() if any(True for _ in layers.parameters())}
     # a list inside another list's blocks (heads, experts) is not the stack
     candidates = {
         name: layers
@@ -102,12 +163,18 @@ def _choose(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
     }
     base = _unwrap(model)
     config = getattr(base, "config", None)
+    length = None
     if config is not None and hasattr(config, "get_text_config"):
         length = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-        candidates = {name: layers for name, layers in candidates.items() if len(layers) == length}
-        if len(candidates) > 1 and hasattr(base, "get_decoder"):
-            inside = {id(module) for module in base.get_decoder().modules()}
-            candidates = {name: layers for name, layers in candidates.items() if id(layers) in inside}
+    named = {name: layers for name, layers in candidates.items() if len(layers) == length}
+    # hybrid models mix classes of blocks; where no configuration speaks of the list, its blocks must be equal
+    alike = {name: layers for name, layers in candidates.items() if len({type(layer) for layer in layers}) == 1}
+    candidates = named or alike
+    if len(candidates) > 1:
+        # of two towers with as many layers, the language model's is the one whose home lies within the other's
+        homes = {name: _home(model, name) for name in candidates}
+        inner = min(homes.values(), key=lambda home: sum(1 for _ in home.modules()))
+        candidates = {name: layers for name, layers in candidates.items() if homes[name] is inner}
     if len(candidates) != 1:
         what = "no decoder stack" if not candidates else f"{len(candidates)} possible decoder stacks"
         raise ValueError(
@@ -121,27 +188,45 @@ def _listing(lists: dict[str, nn.ModuleList]) -> str:
     return ", ".join(f"{name} ({len(layers)} x {type(layers[0]).__name__})" for name, layers in lists.items()) or "none"
 
 
-def _split(model: nn.Module, path: str, modules: tuple[nn.Module, ...]) -> DecoderStack:
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def _split(model: nn.Module, path: str, lists: dict[str, nn.ModuleList]) -> DecoderStack:
     claimed: set[nn.Parameter] = set()
 
-    def claim(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-        fresh = tuple(p for p in dict.fromkeys(parameters) if p not in claimed)
+    def claim(modules: Iterable[nn.Module | None]) -> tuple[nn.Parameter, ...]:
+        parameters = dict.fromkeys(p for module in modules if module is not None for p in module.parameters())
+        fresh = tuple(p for p in parameters if p not in claimed)
         claimed.update(fresh)
         return fresh
 
-    layers = tuple(claim(module.parameters()) for module in modules)
+    modules = tuple(lists[path])
+    layers = tuple(claim([module]) for module in modules)
     if any(not layer for layer in layers):
         empty = [index for index, layer in enumerate(layers) if not layer]
         raise ValueError(f"layers {empty} of {path} have no parameters of their own; shared layers cannot be sampled")
-    base = _unwrap(model)
-    has_decoder = hasattr(base, "get_decoder") and hasattr(base, "config")
-    language_model = base.get_decoder() if has_decoder else base
-    embeddings = claim(p for m in language_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
-    output = base.get_output_embeddings() if has_decoder else None
-    outer = [output] if output is not None else [m for m in base.modules() if isinstance(m, nn.Linear)]
-    head = claim(p for module in outer for p in module.parameters())
-    norm = claim(language_model.parameters())
-    unmanaged = claim(model.parameters())
+    base, home = _unwrap(model), _home(model, path)
+    embeddings = claim([_input_embeddings(model)])
+    unmanaged = claim(model.get_submodule(name) for name in _towers(path, lists))
+    embeddings += claim(m for m in home.modules() if isinstance(m, nn.Embedding))
+    if hasattr(base, "get_output_embeddings"):
+        head = claim([base.get_output_embeddings()])
+    else:
+        head = claim(m for m in base.modules() if isinstance(m, nn.Linear))
+    norm = claim([home])
+    unmanaged += claim([model])
     return DecoderStack(
         path=path, modules=modules, layers=layers, embeddings=embeddings, head=head, norm=norm, unmanaged=unmanaged
     )
+
+
+def _towers(path: str, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Names of the largest modules that hold another list of blocks but not the one at ``path``."""
+    towers: dict[str, None] = {}
+    inside = path.split(".")
+    for name in lists:
+        parts = name.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(parts, inside, strict=False)) if a != b), None)
+        if shared is not None:  # otherwise one of the two lies in the other
+            towers[".".join(parts[: shared + 1])] = None
+    return list(towers)

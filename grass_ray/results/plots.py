@@ -46,12 +46,12 @@ def plot_sampling_heatmap(record: RunRecord, path: Path) -> bool:
         return False
     last = _last_step(record)
     edges, columns = _probabilities(record, last)
-    figure = Figure(figsize=(8, max(2.6, 1.3 + 0.13 * layers.num_layers)), layout="constrained")
+    figure = Figure(figsize=(8, min(max(2.6, 1.3 + 0.13 * len(layers.visits)), 12)), layout="constrained")
     axes = figure.subplots()
-    uniform = 1 / layers.num_layers
+    uniform = 1 / len(layers.visits)
     top = float(np.nanmax(columns)) if np.isfinite(columns).any() else uniform
     mesh = axes.pcolormesh(
-        edges, np.arange(layers.num_layers + 1) - 0.5, columns, cmap="viridis", vmin=0, vmax=max(top, 2 * uniform)
+        edges, np.arange(len(layers.visits) + 1) - 0.5, columns, cmap="viridis", vmin=0, vmax=max(top, 2 * uniform)
     )
     firsts = [first for first, _ in layers.intervals]
     middles = [(first + end) / 2 for first, end in zip(firsts, [*firsts[1:], last + 1], strict=True)]
@@ -59,14 +59,14 @@ def plot_sampling_heatmap(record: RunRecord, path: Path) -> bool:
     across, up = zip(*dots, strict=True)
     axes.scatter(across, up, s=16, color="white", edgecolors="black", linewidths=0.6)
     axes.set_facecolor("#e4e4e4")
-    axes.set(xlim=(1, last + 1), ylim=(-0.5, layers.num_layers - 0.5), xlabel="step", ylabel="layer")
+    axes.set(xlim=(1, last + 1), ylim=(-0.5, len(layers.visits) - 0.5), xlabel="step", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("probability of a draw")
     bar.ax.axhline(uniform, color="white", linewidth=2)
     bar.ax.axhline(uniform, color="black", linewidth=1, linestyle="--")
-    note = f"dots: drawn; dashed on the bar: uniform, 1/{layers.num_layers}"
+    note = f"dots: drawn; dashed on the bar: uniform, 1/{len(layers.visits)}"
     if layers.refreshes:
         note += "; grey: not measured yet"
     axes.set_title(f"{record.name}: layers drawn\n", fontsize=11)
@@ -80,9 +80,9 @@ def _probabilities(record: RunRecord, last: int) -> tuple[list[float], np.ndarra
     layers = record.layers
     assert layers is not None
     if not layers.refreshes:
-        return [1, last + 1], np.full((layers.num_layers, 1), 1 / layers.num_layers)
+        return [1, last + 1], np.full((len(layers.visits), 1), 1 / len(layers.visits))
     edges: list[float] = [1]
-    columns = [np.full(layers.num_layers, math.nan)]
+    columns = [np.full(len(layers.visits), math.nan)]
     for step, _, probabilities in layers.refreshes:
         edges.append(step + 1)  # measured at the end of this step, in force from the next
         columns.append(np.asarray(probabilities, dtype=float))

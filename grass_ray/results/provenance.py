@@ -185,6 +185,7 @@ def _score(result: EvaluationResult) -> TaskScore:
 def _history(engagement: Engagement) -> LayerHistory:
     return LayerHistory(
         num_layers=engagement.num_layers,
+        units=list(engagement.units),
         total_parameters=engagement.total_parameters,
         trainable_parameters=engagement.trainable_parameters,
         trainable_share=engagement.trainable_share,

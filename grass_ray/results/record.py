@@ -37,6 +37,7 @@ class LayerHistory(RecordPart):
     """What the sampler did (see grass_ray.training.report.Engagement)."""
 
     num_layers: int
+    units: list[str] = Field(default_factory=list, description="what the sampler picked from, in the order of visits")
     total_parameters: int
     trainable_parameters: int
     trainable_share: float

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from grass_ray.config import ConfigError
 from grass_ray.training.loop import TrainState
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(state: TrainState, folder: Path) -> None:
@@ -33,6 +33,7 @@ def save_checkpoint(state: TrainState, folder: Path) -> None:
         "probed": state.probed,
         "trained": state.trained,
         "train_s": state.train_s,
+        "measure_s": state.measure_s,
         "timed_tokens": state.timed_tokens,
         "timed_s": state.timed_s,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
@@ -69,7 +70,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     state.schedule.load_state_dict(values["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)})
     state.engagement.load_state_dict(values["engagement"])
     state.memory.load_state_dict(values["memory"])
-    for name in ("probed", "trained", "train_s", "timed_tokens", "timed_s"):
+    for name in ("probed", "trained", "train_s", "measure_s", "timed_tokens", "timed_s"):
         setattr(state, name, values[name])
     state.series = {name: [(int(step), value) for step, value in points] for name, points in values["series"].items()}
     _restore_random_states(tensors["random"])

@@ -1,12 +1,12 @@
 """Prove that layer-wise training was engaged: who trained when, and that nobody else changed.
 
-At every switch each layer's weights are fingerprinted; an interval in which another set than the active one changed
-is noted for good.
+Units are fingerprinted at switches; one that changed without being active, or was active and did not change, is noted
+for good. Everything that never trains is fingerprinted at the start and at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,67 +17,80 @@ from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.training.report import Engagement, StepReport
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+# a fingerprint reads every unit once; methods that switch at every step share one over a few of their intervals
+STEPS_BETWEEN_CHECKS = 4
 
 
 class EngagementLog:
     """Writes an :class:`Engagement` step by step.
 
     Args:
-        optimizer: the optimizer whose layers are followed.
-        total_parameters: of the whole model, adapters included.
+        optimizer: the optimizer whose units are followed.
+        model: the whole model, adapters included.
     """
 
-    def __init__(self, optimizer: LayerwiseAdamW, total_parameters: int) -> None:
-        self._layers = [list(module.parameters()) for module in optimizer.stack.modules]
-        self._interval_active: tuple[int, ...] = optimizer.active_layers
-        self._interval_updates = 0
-        self._fingerprints = [fingerprint(layer) for layer in self._layers]
+    def __init__(self, optimizer: LayerwiseAdamW, model: nn.Module) -> None:
+        self._units = optimizer.units
+        managed = {p for group in optimizer.param_groups for p in group["params"]}
+        self._frozen = [p for p in model.parameters() if p not in managed]
+        self._frozen_fingerprint = fingerprint(self._frozen)
+        self._fingerprints = [fingerprint(unit.parameters) for unit in self._units]
+        self._expected: set[int] = set()
+        self._steps_since_check = 0
+        self._switches = -1
         self.engagement = Engagement(
-            num_layers=len(self._layers),
-            total_parameters=total_parameters,
+            num_layers=optimizer.stack.num_layers,
+            units=[unit.name for unit in self._units],
+            total_parameters=sum(p.numel() for p in model.parameters()),
             trainable_parameters=0,
-            visits=[0] * len(self._layers),
+            visits=[0] * len(self._units),
         )
-        if not optimizer.probing:
-            self._begin_interval(optimizer, first_step=1)
 
-    def note(self, report: StepReport, optimizer: LayerwiseAdamW) -> None:
-        """Take note of a step; must be called for every one, after the optimizer has stepped."""
+    def begin_step(self, step: int, optimizer: LayerwiseAdamW) -> None:
+        """Must be called before every step's forward; notes a new active set and proves the last interval."""
         log = self.engagement
-        self._interval_updates += report.phase == "train" and report.lr > 0
+        if optimizer.probing or optimizer.switches == self._switches:
+            return
+        if self._steps_since_check >= STEPS_BETWEEN_CHECKS:
+            self._check()
+        self._switches = optimizer.switches
+        log.intervals.append((step, optimizer.active_units))
+        for unit in optimizer.active_units:
+            log.visits[unit] += 1
+        log.trainable_parameters = max(log.trainable_parameters, sum(p.numel() for p in optimizer.active_parameters()))
+
+    def note(self, report: StepReport, optimizer: LayerwiseAdamW, trained: tuple[int, ...]) -> None:
+        """Must be called after every step with the units that were active in it."""
+        log = self.engagement
+        self._steps_since_check += 1
+        if report.phase == "train" and report.lr > 0:
+            self._expected |= {unit for unit in trained if self._units[unit].parameters}
         if report.refreshed and report.importance is not None and report.probabilities is not None:
             log.refreshes.append((report.step, report.importance, report.probabilities))
         log.resident_state_bytes, log.host_state_bytes = optimizer.state_bytes()
-        if report.switched or report.step == report.total_steps:
-            self._end_interval(report.phase)
-        if report.switched and report.step < report.total_steps:
-            self._begin_interval(optimizer, first_step=report.step + 1)
+        if report.step == report.total_steps:
+            self._check()
+            if fingerprint(self._frozen) != self._frozen_fingerprint:
+                log.only_active_layers_changed = False
 
-    def _begin_interval(self, optimizer: LayerwiseAdamW, first_step: int) -> None:
-        log = self.engagement
-        self._interval_active = optimizer.active_layers
-        self._interval_updates = 0
-        log.intervals.append((first_step, optimizer.active_layers))
-        for layer in optimizer.active_layers:
-            log.visits[layer] += 1
-        trainable = sum(p.numel() for p in optimizer.active_parameters())
-        log.trainable_parameters = max(log.trainable_parameters, trainable)
-
-    def _end_interval(self, phase: str) -> None:
-        now = [fingerprint(layer) for layer in self._layers]
-        changed = {layer for layer, (old, new) in enumerate(zip(self._fingerprints, now, strict=True)) if old != new}
-        expected = set(self._interval_active) if phase == "train" and self._interval_updates else set()
-        if changed != expected:
+    def _check(self) -> None:
+        now = [fingerprint(unit.parameters) for unit in self._units]
+        changed = {unit for unit, (old, new) in enumerate(zip(self._fingerprints, now, strict=True)) if old != new}
+        if changed != self._expected:
             self.engagement.only_active_layers_changed = False
         self._fingerprints = now
+        self._expected = set()
+        self._steps_since_check = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return {
             "engagement": asdict(self.engagement),
-            "interval_active": list(self._interval_active),
-            "interval_updates": self._interval_updates,
+            "expected": sorted(self._expected),
+            "steps_since_check": self._steps_since_check,
+            "switches": self._switches,
             "fingerprints": self._fingerprints,
+            "frozen_fingerprint": self._frozen_fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,12 +99,14 @@ class EngagementLog:
         values["intervals"] = [(step, tuple(active)) for step, active in values["intervals"]]
         values["refreshes"] = [(step, tuple(m), tuple(p)) for step, m, p in values["refreshes"]]
         self.engagement = Engagement(**values)
-        self._interval_active = tuple(state["interval_active"])
-        self._interval_updates = state["interval_updates"]
+        self._expected = set(state["expected"])
+        self._steps_since_check = state["steps_since_check"]
+        self._switches = state["switches"]
         self._fingerprints = state["fingerprints"]
+        self._frozen_fingerprint = state["frozen_fingerprint"]
 
 
-def fingerprint(parameters: Sequence[nn.Parameter]) -> int:
+def fingerprint(parameters: Iterable[nn.Parameter]) -> int:
     """A number that changes when any weight's bits do: the position-weighted sum of the bits, modulo 2**64."""
     total = 0
     for parameter in parameters:

@@ -1,11 +1,14 @@
 """Turn a trained run into an ordinary model folder that transformers loads: adapters merged, logits compared.
 
-``export_run(run_folder, output)`` reads ``config.yaml`` and ``checkpoint/`` of a run written by ``grass-ray train``.
+``export_run(run_folder, output)`` reads ``config.yaml`` and ``checkpoint/`` of a run written by ``grass-ray train``;
+``export_adapter(run_folder, output)`` writes a run's adapter alone. ``training/delta.py`` writes layers that changed.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, LoraConfig, RunConfig
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.checkpoint import load_weights
 from grass_ray.training.metrics import default_device
-from grass_ray.training.models import LoadedModel, load_model
+from grass_ray.training.models import BUILT_IN, LoadedModel, load_model
 
 CHECKPOINT_FOLDER = "checkpoint"
 # what merging an adapter into its base weight may move a logit by, relative to the largest, in each dtype
@@ -68,6 +71,25 @@ def check_output(folder: Path) -> None:
         raise ConfigError(f"the output {folder} exists and is not empty; name a new folder, or empty this one")
 
 
+def is_mergeable(config: RunConfig) -> bool:
+    """Whether the run's model has the base model's architecture in the end: no adapter, or low-rank updates."""
+    return config.method.adapter is None or isinstance(config.method.adapter, LoraConfig)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new place beside ``folder``; it becomes ``folder``, which must be absent or empty, when the block succeeds."""
+    check_output(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as name:
+        part = Path(name) / "whole"
+        part.mkdir()
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+
+
 def export_run(folder: Path, output: Path) -> Export:
     """Write the trained model with ``save_pretrained``, load it again, and compare the logits of both.
 
@@ -76,37 +98,82 @@ def export_run(folder: Path, output: Path) -> Export:
         output: where the model goes; must not exist or be empty. Nothing is left there when the comparison fails.
 
     Raises:
-        ConfigError: ``folder`` is no trained run, ``output`` is not empty, or the reloaded model differs.
+        ConfigError: ``folder`` is no trained run or its adapter cannot be merged, ``output`` is not empty, or the
+            reloaded model differs.
     """
     from transformers import AutoModelForCausalLM
 
-    find_run(folder)
+    config = find_run(folder)
     check_output(output)
+    if not is_mergeable(config):
+        raise ConfigError(
+            f"{folder} is a run of {config.method.name}, whose adapter cannot be merged into the model's weights; "
+            "give --adapter for peft's own adapter folder"
+        )
     loaded = load_trained_model(folder)
     model, tokenizer = loaded.model, loaded.tokenizer
     expected = _logits(model, tokenizer)
     merge = getattr(model, "merge_and_unload", None)
     plain: Any = merge() if merge is not None else model
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=output.name + ".part-") as name:
-        written = Path(name) / "model"
-        plain.save_pretrained(written)
-        tokenizer.save_pretrained(written)
+    with whole_folder(output) as part:
+        plain.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         dtype = next(plain.parameters()).dtype
-        reloaded = AutoModelForCausalLM.from_pretrained(written, dtype=dtype).to(default_device()).eval()
-        found = _logits(reloaded, tokenizer)
-        difference = float((found - expected).abs().max() / expected.abs().max())
+        reloaded = AutoModelForCausalLM.from_pretrained(part, dtype=dtype).to(default_device()).eval()
         # without an adapter nothing was computed anew: every bit must be there
         tolerance = TOLERANCES[dtype] if merge is not None else 0.0
-        if difference > tolerance:
-            raise ConfigError(
-                f"the exported model's logits differ from the trained model's by {difference:.2e} of the largest; "
-                f"at most {tolerance:.0e} is allowed; nothing was written"
-            )
-        if output.exists():
-            output.rmdir()
-        written.rename(output)
+        difference = _compare(expected, _logits(reloaded, tokenizer), tolerance, "model")
     return Export(folder=output, difference=difference, tolerance=tolerance)
+
+
+def export_adapter(folder: Path, output: Path) -> Export:
+    """Write a run's adapter as peft does, put it on the base model again, and compare the logits of both.
+
+    ``peft.PeftModel.from_pretrained(base_model, output)`` loads what is written.
+
+    Args:
+        folder: a run written by ``grass-ray train`` with a method that has an adapter.
+        output: where the adapter goes; must not exist or be empty. Nothing is left there when the comparison fails.
+
+    Raises:
+        ConfigError: ``folder`` is no trained run or has no adapter, ``output`` is not empty, or the reloaded model
+            differs in any bit.
+    """
+    import peft
+
+    config = find_run(folder)
+    check_output(output)
+    if config.method.adapter is None:
+        raise ConfigError(
+            f"{folder} is a run of {config.method.name}, which has no adapter; leave --adapter out for the whole "
+            "model, or give --delta for the layers that changed"
+        )
+    loaded = load_trained_model(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    expected = _logits(model, tokenizer)
+    # the name the user gave, not the place in this machine's cache
+    model.get_base_model().config._name_or_path = config.model.name
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = config.model.name
+        adapter.revision = None if config.model.name in BUILT_IN else loaded.revision or config.model.revision
+    with whole_folder(output) as part:
+        # "auto" would ask the hub for the base model's vocabulary
+        model.save_pretrained(str(part), save_embedding_layers=False)
+        base = load_model(config.model).model.to(default_device())
+        reloaded = peft.PeftModel.from_pretrained(base, str(part)).eval()
+        difference = _compare(expected, _logits(reloaded, tokenizer), 0.0, "adapter")
+    return Export(folder=output, difference=difference, tolerance=0.0)
+
+
+def _compare(expected: Tensor, found: Tensor, tolerance: float, what: str) -> float:
+    """The largest difference of two models' logits, relative to the largest logit; at most ``tolerance``."""
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= tolerance:
+        raise ConfigError(
+            f"the exported {what}'s logits differ from the trained model's by {difference:.2e} of the largest; "
+            f"at most {tolerance:.0e} is allowed; nothing was written"
+        )
+    return difference
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from grass_ray.config import TrainingConfig
+from grass_ray.layerwise.outliers import outlier_scores
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
 from grass_ray.training.batches import IGNORED, Batch, Batches
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.metrics import MemoryMeter
@@ -33,7 +35,8 @@ WARM_UP_STEPS = 3
 class TrainState:
     """Everything a run consists of; what :mod:`grass_ray.training.checkpoint` saves.
 
-    ``probed`` and ``trained`` count steps done; ``timed_tokens`` and ``timed_s`` leave the warm-up steps out.
+    ``probed`` and ``trained`` count steps done; ``measure_s`` is the part of ``train_s`` that only measured;
+    ``timed_tokens`` and ``timed_s`` leave the warm-up steps out.
     """
 
     config: TrainingConfig
@@ -47,6 +50,7 @@ class TrainState:
     probed: int = 0
     trained: int = 0
     train_s: float = 0.0
+    measure_s: float = 0.0
     timed_tokens: int = 0
     timed_s: float = 0.0
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -82,14 +86,19 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         # 1. the batch of this step
         micro_batches = state.batches[state.probed if probing else state.trained]
         lr = optimizer.param_groups[0]["lr"]
-        active_layers = optimizer.active_layers
         refreshes, switches = optimizer.sampler.refreshes, optimizer.switches
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
         _wait_for(state.device)
         started = time.perf_counter()
         try:
-            # 2. forward and backward over the micro-batches; 3. probe, or clip, update and switch
             with state.memory.watch(_alive_tensors(state), closely=closely):
+                # 2. extra measurements, for the methods that need them
+                optimizer.probe(StepMeasure(state, micro_batches))
+                _wait_for(state.device)
+                measured_s = time.perf_counter() - started
+                state.engagement.begin_step(state.steps_done + 1, optimizer)
+                active_layers, active_units = optimizer.active_layers, optimizer.active_units
+                # 3. forward and backward over the micro-batches; measure, or clip, update and switch
                 loss = accumulate_gradients(state.model, micro_batches, state.device)
                 _check_finite("loss", loss, state)
                 optimizer.step()
@@ -109,6 +118,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         elapsed = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in micro_batches)
         state.train_s += elapsed
+        state.measure_s += elapsed if probing else measured_s
         if not probing and state.trained > WARM_UP_STEPS:
             state.timed_tokens += tokens
             state.timed_s += elapsed
@@ -123,14 +133,16 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             active_layers=active_layers,
             probabilities=optimizer.sampler.probabilities(),
             importance=optimizer.sampler.importance(),
+            visits=tuple(state.engagement.engagement.visits),
             refreshed=optimizer.sampler.refreshes > refreshes,
             switched=optimizer.switches > switches,
             tokens=tokens,
             step_s=elapsed,
+            measure_s=elapsed if probing else measured_s,
             peak_allocated_gib=state.memory.peak_allocated_gib,
             host_pinned_gib=optimizer.state_bytes()[1] / GIB,
         )
-        state.engagement.note(report, optimizer)
+        state.engagement.note(report, optimizer, active_units)
         for name, value in report.metrics().items():
             state.series.setdefault(name, []).append((report.step, value))
         yield report
@@ -140,21 +152,68 @@ def accumulate_gradients(model: Any, micro_batches: list[Batch], device: torch.d
     """Backward over all micro-batches; the loss is the mean over the step's labels, wherever they are."""
     num_labels = sum(batch.num_labels for batch in micro_batches)
     losses: list[Tensor] = []
-    can_keep = keeps_logits(model)
     for batch in micro_batches:
-        on_device = batch.to(device)
-        # the LM head is a large part of a small model: leave out positions where no row has a label
-        labelled = on_device.labelled_positions()
-        options = {"logits_to_keep": labelled} if can_keep else {}
-        labels = on_device.labels[:, labelled] if options else on_device.labels
-        logits = model(
-            input_ids=on_device.input_ids, attention_mask=on_device.attention_mask, use_cache=False, **options
-        ).logits.float()
-        summed = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        loss = summed / num_labels
+        loss = summed_loss(model, batch.to(device)) / num_labels
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     return float(torch.stack(losses).sum())
+
+
+def summed_loss(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the labels of one micro-batch on the model's device, a scalar."""
+    virtual = leading_virtual_tokens(model)
+    labels = batch.labels
+    # the LM head is a large part of a small model: leave out positions where no row has a label
+    options = {}
+    if keeps_logits(model):
+        labelled = batch.labelled_positions()
+        options = {"logits_to_keep": labelled + virtual}
+        labels = labels[:, labelled]
+        virtual = 0
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options)
+    logits = output.logits[:, virtual:].float()
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class StepMeasure:
+    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.samplers.Measure`).
+
+    Args:
+        state: the run.
+        micro_batches: of the coming step.
+    """
+
+    def __init__(self, state: TrainState, micro_batches: list[Batch]) -> None:
+        self._state = state
+        self._micro_batches = micro_batches
+
+    @torch.no_grad()
+    def loss(self, scales: Mapping[int, float]) -> float:
+        """Mean loss on the coming batch with the adapters of the given units scaled, without dropout."""
+        state = self._state
+        units = state.optimizer.units
+        by_layer = {layer: scale for unit, scale in scales.items() if (layer := units[unit].layer) is not None}
+        state.model.eval()
+        with scaled_adapters([state.optimizer.stack.modules[layer] for layer in by_layer], list(by_layer.values())):
+            sums = [float(summed_loss(state.model, batch.to(state.device))) for batch in self._micro_batches]
+        state.model.train()
+        return sum(sums) / sum(batch.num_labels for batch in self._micro_batches)
+
+    def outlier_scores(self, threshold: float, steps: int) -> tuple[float, ...]:
+        """Outlier score of every layer, from the batches of the first ``steps`` training steps."""
+        state = self._state
+        batches = [batch.to(state.device) for step in range(steps) for batch in state.batches[step]]
+
+        def forward() -> None:
+            for batch in batches:
+                for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+                    # one row at a time: padding must not count
+                    state.model(input_ids=ids[: int(mask.sum())].unsqueeze(0), use_cache=False)
+
+        state.model.eval()
+        scores = outlier_scores(state.optimizer.stack.modules, forward, threshold)
+        state.model.train()
+        return scores
 
 
 def keeps_logits(model: Any) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import log
+from math import exp, log
 from typing import Any, Literal
 
 from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
+MOST_UNITS_AS_SERIES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,10 @@ class StepReport:
 
     ``step`` counts from 1 over probing and training steps together; ``total_steps`` is its last value.
     ``loss`` is the mean over non-masked tokens, ``grad_norm`` the norm over all trained parameters before clipping.
-    ``probabilities`` and ``importance`` (mean gradient norms, NaN where never measured) have one entry a layer and
-    are None for methods without them. ``refreshed`` and ``switched`` (an active set was drawn,
-    perhaps the same again) say what happened at the end of this step.
+    ``probabilities``, ``importance`` (mean gradient norms, NaN where never measured) and ``visits`` (draws so far)
+    have one entry a unit and are None for methods without them. ``refreshed`` and ``switched`` (an active set was
+    drawn, perhaps the same again) say what happened in this step. ``measure_s`` is the part of ``step_s`` that only
+    measured: a probing step, or extra passes before a step.
     """
 
     step: int
@@ -35,10 +37,12 @@ class StepReport:
     active_layers: tuple[int, ...]
     probabilities: tuple[float, ...] | None
     importance: tuple[float, ...] | None
+    visits: tuple[int, ...] | None
     refreshed: bool
     switched: bool
     tokens: int
     step_s: float
+    measure_s: float
     peak_allocated_gib: float
     host_pinned_gib: float
 
@@ -54,10 +58,13 @@ class StepReport:
             "memory/host_pinned_gib": self.host_pinned_gib,
         }
         if self.refreshed and self.probabilities is not None:
-            values["layers/entropy"] = entropy(self.probabilities)
-            values |= {f"layers/p_{layer:02d}": p for layer, p in enumerate(self.probabilities)}
-            if self.importance is not None:
-                values |= {f"layers/mgn_{layer:02d}": m for layer, m in enumerate(self.importance)}
+            h = entropy(self.probabilities)
+            values |= {"layers/entropy": h, "layers/effective": exp(h)}
+            # a method that picks weight matrices has hundreds of units: the engagement report has them
+            if len(self.probabilities) <= MOST_UNITS_AS_SERIES:
+                values |= {f"layers/p_{layer:02d}": p for layer, p in enumerate(self.probabilities)}
+                values |= {f"layers/mgn_{layer:02d}": m for layer, m in enumerate(self.importance or ())}
+                values |= {f"layers/visits_{layer:02d}": float(n) for layer, n in enumerate(self.visits or ())}
         return values
 
 
@@ -70,13 +77,16 @@ def entropy(probabilities: tuple[float, ...]) -> float:
 class Engagement:
     """Proof that layer-wise training was engaged (what users of other implementations could not see).
 
-    ``intervals`` lists (first step, active layers) of every draw; ``refreshes`` lists (step, importance,
-    probabilities); ``only_active_layers_changed`` is False as soon as one interval changed another set than its own.
+    ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
+    ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
+    probabilities) with one entry a unit; ``only_active_layers_changed`` is False as soon as another set of weights
+    changed than was active.
     """
 
     num_layers: int
     total_parameters: int
     trainable_parameters: int
+    units: list[str] = field(default_factory=list)
     intervals: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
@@ -88,6 +98,25 @@ class Engagement:
     def trainable_share(self) -> float:
         """Most parameters that train at one time, over all parameters."""
         return self.trainable_parameters / self.total_parameters
+
+    def describe(self) -> str:
+        """The report as text: how much trains, who was active when, visits, importance, states, and the proof."""
+        share = f"{100 * self.trainable_share:.2f} %"
+        lines = [
+            f"{self.num_layers} decoder layers, {len(self.units)} units to pick from",
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train at a time ({share})",
+            f"optimizer states: {self.resident_state_bytes / GIB:.3f} GiB on the device, "
+            f"{self.host_state_bytes / GIB:.3f} GiB on the host",
+            "exactly the active units changed: " + ("yes" if self.only_active_layers_changed else "NO"),
+        ]
+        if len(self.intervals) > 1 or any(len(active) < len(self.units) for _, active in self.intervals):
+            lines += ["", "first step  active units"]
+            lines += [f"{step:>10}  {' '.join(self.units[u] for u in active)}" for step, active in self.intervals]
+            lines += ["", "unit: visits, and importance / probability at each refresh"]
+            for unit, name in enumerate(self.units):
+                measured = "  ".join(f"{m[unit]:.3g} / {p[unit]:.3g}" for _, m, p in self.refreshes)
+                lines.append(f"{name}: {self.visits[unit]}  {measured}".rstrip())
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,21 +11,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grass_ray.config import ConfigError, MethodConfig, RunConfig
+from grass_ray.config import (
+    AllLayersConfig,
+    ApolloConfig,
+    ConfigError,
+    CosineScheduleConfig,
+    CyclicSamplerConfig,
+    GaLoreConfig,
+    LinearScheduleConfig,
+    MethodConfig,
+    ProjectionConfig,
+    RunConfig,
+    StepScheduleConfig,
+)
+from grass_ray.layerwise.grad_norm import GradNormSampler
+from grass_ray.layerwise.matrix_norm import MatrixNormSampler
+from grass_ray.layerwise.outliers import OutlierSampler
+from grass_ray.layerwise.rewards import RewardSampler
 from grass_ray.layerwise.samplers import (
     AllLayersSampler,
-    GradNormSampler,
+    CyclicSampler,
     Sampler,
     UniformSampler,
     check_num_active_layers,
 )
+from grass_ray.layerwise.schedules import Cosine, Linear, Step
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics
 from grass_ray.tasks.sources import check_data, load_train_rows
@@ -36,7 +54,7 @@ from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import describe_model, load_model
-from grass_ray.training.report import RunOutcome, StepReport
+from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,7 +121,7 @@ class Run:
             # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.disable_input_require_grads()
-        sampler = build_sampler(config.method, config.seed)
+        sampler = build_sampler(config.method, config.seed, training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
             config=training,
@@ -112,7 +130,7 @@ class Run:
             batches=batches,
             optimizer=optimizer,
             schedule=_build_schedule(optimizer, config),
-            engagement=EngagementLog(optimizer, total_parameters=sum(p.numel() for p in model.parameters())),
+            engagement=EngagementLog(optimizer, model),
             memory=MemoryMeter(device),
         )
         data = {"train": rows.provenance, **batches.summary()}
@@ -150,9 +168,11 @@ class Run:
                 "memory/resident_state_gib": resident / 1024**3,
                 "throughput/tokens_per_second": state.tokens_per_second,
                 "time/train_s": state.train_s,
+                "time/measure_s": state.measure_s,
             }
-            log = state.engagement.engagement
-            metrics |= {f"layers/visits_{layer:02d}": visits for layer, visits in enumerate(log.visits)}
+            visits = state.engagement.engagement.visits
+            if len(visits) <= MOST_UNITS_AS_SERIES:
+                metrics |= {f"layers/visits_{layer:02d}": number for layer, number in enumerate(visits)}
         return RunOutcome(
             metrics=metrics,
             series=state.series,
@@ -163,17 +183,38 @@ class Run:
         )
 
 
-def build_sampler(method: MethodConfig, seed: int) -> Sampler:
-    """The sampler a method's row describes."""
+def build_sampler(method: MethodConfig, seed: int, training_steps: int) -> Sampler:
+    """The sampler a method's row describes; schedules without a length span ``training_steps``."""
     config = method.sampler
-    settings = config.model_dump(exclude={"kind"})
-    match config.kind:
-        case "all":
-            return AllLayersSampler()
-        case "uniform":
-            return UniformSampler(**settings, seed=seed)
-        case "grad_norm":
-            return GradNormSampler(**settings, seed=seed)
+    if isinstance(config, AllLayersConfig):
+        return AllLayersSampler()
+    settings = {name: _schedule(value, training_steps) for name, value in config if name not in ("kind", "hold_lr")}
+    if isinstance(config, CyclicSamplerConfig):
+        settings["training_steps"] = training_steps
+    return SAMPLERS[config.kind](**settings, seed=seed)
+
+
+SAMPLERS: Mapping[str, Callable[..., Sampler]] = {
+    "uniform": UniformSampler,
+    "grad_norm": GradNormSampler,
+    "outlier": OutlierSampler,
+    "cyclic": CyclicSampler,
+    "reward": RewardSampler,
+    "matrix_norm": MatrixNormSampler,
+}
+
+
+def _schedule(value: object, training_steps: int) -> object:
+    """A setting as samplers take it: schedules of the configuration become schedules over steps."""
+    match value:
+        case LinearScheduleConfig():
+            return Linear(value.start, value.end, steps=value.steps or max(training_steps, 1))
+        case CosineScheduleConfig():
+            return Cosine(value.start, value.end, steps=value.steps or max(training_steps, 1))
+        case StepScheduleConfig():
+            return Step(value.values, value.at_progress, steps=value.steps or max(training_steps, 1))
+        case _:
+            return value
 
 
 def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> LayerwiseAdamW:
@@ -187,12 +228,30 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        projection=_build_projection(settings.projection),
+        master_weights=settings.master_weights,
         offload=method.offload,
         inactive_states=method.inactive_states,
         train_embeddings=method.train_embeddings,
         train_head=method.train_head,
         train_norm=method.train_norm,
+        granularity=method.granularity,
     )
+
+
+def _build_projection(config: ProjectionConfig | None) -> Projection | None:
+    match config:
+        case None:
+            return None
+        case GaLoreConfig():
+            return GaLore(rank=config.rank, refresh_period=config.refresh_period, scale=config.scale)
+        case ApolloConfig():
+            return Apollo(
+                rank=config.rank,
+                refresh_period=config.refresh_period,
+                scale=config.scale,
+                scaling=config.scaling,
+            )
 
 
 def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
@@ -206,14 +265,26 @@ def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim
         num_warmup_steps=training.warmup_steps,
         num_training_steps=max(training.steps, 1),
     )
+    if isinstance(optimizer.sampler, CyclicSampler) and getattr(config.method.sampler, "hold_lr", False):
+        _hold_within_cycles(schedule, optimizer.sampler.cycle_steps)
     return schedule
+
+
+def _hold_within_cycles(schedule: Any, cycle_steps: int) -> None:
+    """Give every step the learning rate of its cycle's first step."""
+
+    def held(of_step: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: of_step(step - step % cycle_steps)
+
+    schedule.lr_lambdas = [held(of_step) for of_step in schedule.lr_lambdas]
 
 
 def _check_model(config: RunConfig) -> None:
     info = describe_model(config.model)
     gamma = getattr(config.method.sampler, "num_active_layers", None)
-    if gamma is not None:
+    if gamma is not None and config.method.granularity != "matrix":
+        ends = 2 if config.method.granularity == "block" else 0
         try:
-            check_num_active_layers(gamma, info.num_layers)
+            check_num_active_layers(_schedule(gamma, 1), info.num_layers + ends)  # type: ignore[arg-type]
         except ValueError as error:
             raise ConfigError(f"{config.model.name}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from grass_ray.cli import main
 
 SMALL = [
     "--model=tiny",
@@ -98,6 +101,63 @@ def test_lora_export_merges_adapters(tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+    adapter = grass_ray("export", "run", "--adapter", "--output", "adapter", cwd=tmp_path)
+    assert adapter.returncode == 0, adapter.stderr
+    assert "reloaded with peft, largest logit difference 0.0e+00" in adapter.stdout
+    assert {path.name for path in (tmp_path / "adapter").glob("adapter*")} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    delta = grass_ray("export", "run", "--delta", "--output", "delta", cwd=tmp_path)
+    assert_refused(delta, "run is a run of lora", "--adapter", "the merged model")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_delta_there_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_draw = [*FAST_SCHEDULE, "method.sampler.period=6", "method.sampler.num_active_layers=1"]
+    done = grass_ray("train", "grass", *SMALL, *one_draw, "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = grass_ray("export", "run", "--output", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    there = grass_ray("export", "run", "--delta", "--output", "delta", cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    assert re.search(r"wrote delta: 0\.1\d of 0\.8\d MiB \(1\d\.\d %\): decoder layer [0-3] \(of 4,", there.stdout)
+    assert "base model tiny (built-in, float32)" in there.stdout
+    files = {path.name: path.stat().st_size for path in (tmp_path / "delta").iterdir()}
+    assert files.keys() == {"delta.json", "delta.safetensors"}
+    assert files["delta.safetensors"] < 0.2 * (tmp_path / "whole" / "model.safetensors").stat().st_size
+
+    back = grass_ray("export", "delta", "--output", "back", cwd=tmp_path)
+    assert back.returncode == 0, back.stderr
+    assert "the same in every bit" in back.stdout
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+    # "whole" is the trained model, not the base that the delta belongs on
+    wrong = grass_ray("export", "delta", "--model", "whole", "--output", "wrong", cwd=tmp_path)
+    assert_refused(wrong, "delta belongs on tiny (built-in, float32)", "has other values")
+    assert not (tmp_path / "wrong").exists()
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in (
+        (["run", "--delta", "--output", "back"], "exists and is not empty"),
+        (["delta", "--output", "back"], "exists and is not empty"),
+        (["delta", "--delta", "--output", "new"], "is a delta already"),
+        (["run", "--model", "tiny", "--output", "new"], "--model names the base model of a delta"),
+        (["run", "--delta", "--adapter", "--output", "new"], "exclude each other"),
+        (["run", "--adapter", "--output", "new"], "has no adapter"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["export", *arguments])
+        assert left.value.code == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def observed(sampler: GradNormSampler, *steps: list[float]) -> GradNormSampler:
 
 def test_importance_is_the_mean_over_probing_steps() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=2)
-    sampler.start(3)
+    sampler.start([1] * 3)
     observed(sampler, [1.0, 2.0, 3.0])
     assert sampler.probing
     assert not sampler.due
@@ -33,7 +33,7 @@ def test_importance_is_the_mean_over_probing_steps() -> None:
 @pytest.mark.parametrize(("normalise", "scale"), [("mean", 3.0), ("none", 1.0)])
 def test_probabilities_are_the_softmax(normalise: str, scale: float) -> None:
     sampler = GradNormSampler(1, 5, probing_steps=1, temperature=0.5, normalise=normalise)  # type: ignore[arg-type]
-    sampler.start(3)
+    sampler.start([1] * 3)
     observed(sampler, [2.0, 3.0, 4.0])
     weights = [math.exp(m / scale / 0.5) for m in (2.0, 3.0, 4.0)]
     assert sampler.probabilities() == pytest.approx([w / sum(weights) for w in weights])
@@ -42,14 +42,14 @@ def test_probabilities_are_the_softmax(normalise: str, scale: float) -> None:
 def test_normalising_makes_temperature_independent_of_the_gradients_scale() -> None:
     large, small = (GradNormSampler(1, 5, probing_steps=1) for _ in range(2))
     for sampler, scale in ((large, 1.0), (small, 1e-4)):
-        sampler.start(3)
+        sampler.start([1] * 3)
         observed(sampler, [2.0 * scale, 3.0 * scale, 4.0 * scale])
     assert large.probabilities() == pytest.approx(small.probabilities(), rel=1e-5)
 
 
 def test_refresh_moves_only_layers_that_were_active_in_the_window() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=1, refresh_period=2, ema=0.25)
-    sampler.start(3)
+    sampler.start([1] * 3)
     observed(sampler, [1.0, 2.0, 3.0], [NAN, 4.0, NAN])
     assert sampler.importance() == (1.0, 2.0, 3.0)
     observed(sampler, [NAN, 6.0, NAN])
@@ -59,14 +59,14 @@ def test_refresh_moves_only_layers_that_were_active_in_the_window() -> None:
 
 def test_the_window_begins_anew_after_a_refresh() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=1, refresh_period=1, ema=1.0)
-    sampler.start(2)
+    sampler.start([1] * 2)
     observed(sampler, [1.0, 1.0], [8.0, NAN], [2.0, NAN])
     assert sampler.importance() == (2.0, 1.0)
 
 
 def test_static_never_refreshes() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=1, refresh_period=None)
-    sampler.start(2)
+    sampler.start([1] * 2)
     observed(sampler, [1.0, 2.0], *[[9.0, NAN]] * 50)
     assert sampler.importance() == (1.0, 2.0)
     assert sampler.refreshes == 1
@@ -74,7 +74,7 @@ def test_static_never_refreshes() -> None:
 
 def test_an_unmeasured_layer_counts_as_an_average_one() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=0, refresh_period=1)
-    sampler.start(3)
+    sampler.start([1] * 3)
     assert sampler.probabilities() == pytest.approx([1 / 3] * 3)
     observed(sampler, [1.0, 3.0, NAN])
     low, high, unknown = sampler.probabilities()
@@ -84,7 +84,7 @@ def test_an_unmeasured_layer_counts_as_an_average_one() -> None:
 
 def test_exploration_is_a_floor() -> None:
     sampler = GradNormSampler(1, 5, probing_steps=1, temperature=0.01, exploration=0.2)
-    sampler.start(4)
+    sampler.start([1] * 4)
     observed(sampler, [1.0, 1.0, 1.0, 9.0])
     assert sampler.probabilities() == pytest.approx([0.05, 0.05, 0.05, 0.85])
 
@@ -92,7 +92,7 @@ def test_exploration_is_a_floor() -> None:
 def test_extreme_temperatures_still_draw_distinct_layers() -> None:
     """Probabilities that underflow to zero must not break drawing gamma layers."""
     sampler = GradNormSampler(3, 5, probing_steps=1, temperature=1e-6)
-    sampler.start(4)
+    sampler.start([1] * 4)
     observed(sampler, [1.0, 2.0, 3.0, 4.0])
     assert sampler.sample() == (1, 2, 3)
 
@@ -101,7 +101,7 @@ def test_very_large_temperature_visits_layers_as_lisa_does() -> None:
     from scipy.stats import chisquare
 
     sampler = GradNormSampler(2, 1, probing_steps=1, refresh_period=None, temperature=1e6)
-    sampler.start(6)
+    sampler.start([1] * 6)
     observed(sampler, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     visits = [0] * 6
     for _ in range(3000):

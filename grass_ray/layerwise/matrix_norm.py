@@ -1,0 +1,174 @@
+"""MISA (arXiv 2511.00056): weight matrices drawn by their gradient norms until a budget of parameters is full."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grass_ray.layerwise.samplers import PeriodicSampler, random_order, require
+from grass_ray.layerwise.schedules import Scheduled
+
+NEVER = -1
+HIGHEST_EXPONENT = 5.0
+
+
+class MatrixNormSampler(PeriodicSampler):
+    """MISA: matrices drawn with ``p ~ exp(min(5, eta * G^2))`` while they fit a budget.
+
+    ``G`` is a matrix's gradient norm (Frobenius, after clipping), averaged over the steps of an interval in which it
+    was active, then over its visits by an exponential mean with bias correction. A first sweep visits every matrix
+    once, one step a group; afterwards an interval lasts ``period`` steps and the ``forced`` least recently used
+    matrices come first. Pass ``granularity="matrix"`` to the optimizer.
+
+    Args:
+        budget: share of the model's parameters that may train at a time.
+        period: optimizer steps between draws.
+        eta: weight of the squared norm.
+        beta: of the mean over visits, the weight of the old value.
+        forced: how many of the least recently used matrices come first.
+        seed: of the private generator.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    grad_norms: Literal["none", "arriving", "clipped"] = "clipped"
+
+    def __init__(
+        self,
+        budget: float = 0.03,
+        period: Scheduled = 50,
+        *,
+        eta: float = 1.0,
+        beta: float = 0.8,
+        forced: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(1, period, seed=seed)
+        require(0 < budget <= 1, "budget", budget, "above 0 and at most 1")
+        require(eta > 0, "eta", eta, "above 0")
+        require(0 <= beta < 1, "beta", beta, "at least 0 and below 1")
+        require(forced >= 0, "forced", forced, "at least 0")
+        self.budget = budget
+        self.eta = eta
+        self.beta = beta
+        self.forced = forced
+        self._sizes: list[int] = []
+        self._room = 0
+        self._last_used: list[int] = []
+        self._visits: list[int] = []
+        self._means: list[float] = []
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._refreshes = 0
+
+    @property
+    def refreshes(self) -> int:  # type: ignore[override]
+        """How often the norms of an interval entered the probabilities."""
+        return self._refreshes
+
+    def start(self, sizes: Sequence[int], total: int | None = None) -> None:
+        """Begin with matrices of ``sizes`` parameters out of ``total``.
+
+        Raises:
+            ValueError: the largest matrix alone exceeds the budget, so it could never be drawn.
+        """
+        super().start(sizes, total)
+        whole = total or sum(sizes)
+        self._room = int(self.budget * whole)
+        if max(sizes) > self._room:
+            raise ValueError(
+                f"budget is {self.budget:g} of {whole:,} parameters, but the largest matrix has {max(sizes):,}; "
+                f"it must be at least {max(sizes) / whole:.4g}"
+            )
+        self._sizes = list(sizes)
+        self._last_used = [NEVER] * len(sizes)
+        self._visits = [0] * len(sizes)
+        self._means = [0.0] * len(sizes)
+
+    def probabilities(self) -> tuple[float, ...]:
+        """Probability of each matrix to be the first drawn after the forced ones."""
+        return tuple(self._log_probabilities().exp().tolist())
+
+    def importance(self) -> tuple[float, ...]:
+        """``G`` of each matrix; NaN where never visited."""
+        return tuple(
+            mean / (1 - self.beta**visits) if visits else math.nan
+            for mean, visits in zip(self._means, self._visits, strict=True)
+        )
+
+    def sample(self) -> tuple[int, ...]:
+        """Draw the next active set; during the first sweep it lasts one step."""
+        if self._draws:
+            self._refresh()
+        active = super().sample()
+        if NEVER in self._last_used:
+            self._next_draw = self._steps + 1
+        return active
+
+    def pick(self) -> tuple[int, ...]:
+        """Never used and least recently used matrices, then a random order by probability, each if it fits."""
+        by_age = sorted(range(self._num_units), key=lambda unit: (self._last_used[unit], unit))
+        first = max(self.forced, self._last_used.count(NEVER))
+        chances = random_order(self._log_probabilities(), self.seed, self._draws)
+        early = by_age[:first]
+        room = self._room
+        active = []
+        for unit in [*early, *(unit for unit in chances if unit not in set(early))]:
+            if self._sizes[unit] <= room:
+                room -= self._sizes[unit]
+                active.append(unit)
+        for unit in active:
+            self._last_used[unit] = self._draws
+        return tuple(sorted(active))
+
+    def observe(self, norms: Tensor) -> None:
+        """Add one step's RMS gradients, shape (units,), to the interval; advance the clock."""
+        sizes = torch.tensor(self._sizes, dtype=norms.dtype, device=norms.device)
+        frobenius = norms * sizes.sqrt()
+        if self._sums is None or self._counts is None:
+            self._sums = torch.zeros_like(frobenius)
+            self._counts = torch.zeros_like(frobenius)
+        self._sums = self._sums + frobenius.nan_to_num(nan=0.0)
+        self._counts = self._counts + ~frobenius.isnan()
+        super().observe(norms)
+
+    def _refresh(self) -> None:
+        """Let the norms of the interval that ended enter the means over visits."""
+        assert self._sums is not None
+        assert self._counts is not None
+        for unit, (total, count) in enumerate(zip(self._sums.tolist(), self._counts.tolist(), strict=True)):
+            if count:
+                self._visits[unit] += 1
+                self._means[unit] = (1 - self.beta) * total / count + self.beta * self._means[unit]
+        self._sums = self._counts = None
+        self._refreshes += 1
+
+    def _log_probabilities(self) -> Tensor:
+        g = torch.tensor(self.importance(), dtype=torch.float64).nan_to_num(nan=0.0)
+        return torch.log_softmax((self.eta * g.square()).clamp(max=HIGHEST_EXPONENT), dim=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, draw index, means and the open interval."""
+        return super().state_dict() | {
+            "last_used": list(self._last_used),
+            "visits": list(self._visits),
+            "means": list(self._means),
+            "refreshes": self._refreshes,
+            "sums": None if self._sums is None else self._sums.tolist(),
+            "counts": None if self._counts is None else self._counts.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._last_used = list(state["last_used"])
+        self._visits = list(state["visits"])
+        self._means = list(state["means"])
+        self._refreshes = state["refreshes"]
+        self._sums = None if state["sums"] is None else torch.tensor(state["sums"])
+        self._counts = None if state["counts"] is None else torch.tensor(state["counts"])
