@@ -16,8 +16,8 @@ from torch import nn
 WRAPPERS = {
     "DataParallel": "pass the bare model and start one process a GPU with process_group=",
     "DistributedDataParallel": "pass the bare model and process_group=: the optimizer averages the active gradients",
-    "FullyShardedDataParallel": "shard with FSDP2 (torch.distributed.fsdp.fully_shard) and pass that model",
-    "DeepSpeedEngine": "pass the bare model with process_group=, or shard it with FSDP2 (fully_shard)",
+    "FullyShardedDataParallel": "pass the bare model and process_group=; sharded training is not supported",
+    "DeepSpeedEngine": "pass the bare model and process_group=; sharded training is not supported",
 }
 
 
@@ -49,7 +49,7 @@ def find_decoder_stack(model: nn.Module, path: str | None = None) -> DecoderStac
 
     Args:
         model: a Hugging Face decoder, a peft model around one, the language model inside a vision-language model, or
-            any module with one list of equal blocks. Sharded with FSDP2 or with single layers compiled is fine.
+            any module with one list of equal blocks. Single layers may be compiled.
         path: the name of the list of layers (such as ``"model.layers"``); found when None.
 
     Raises:
@@ -94,8 +94,12 @@ def _refuse_wrappers(model: nn.Module) -> None:
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
             "the model's parameters are partitioned by DeepSpeed ZeRO-3, which fixes at its start which of them train, "
-            "while layer-wise training changes them; load the model without ZeRO-3 and shard it with FSDP2 "
-            "(torch.distributed.fsdp.fully_shard)"
+            "while layer-wise training changes them; load the model without ZeRO-3"
+        )
+    if any(type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor") for p in model.parameters()):
+        raise ValueError(
+            "the model's parameters are sharded over workers (FSDP2 or tensor parallelism), which layer-wise training "
+            "does not support yet; pass the bare model and process_group="
         )
 
 

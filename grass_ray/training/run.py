@@ -26,6 +26,7 @@ from grass_ray.config import (
     GaLoreConfig,
     LinearScheduleConfig,
     MethodConfig,
+    PrefixConfig,
     ProjectionConfig,
     RunConfig,
     StepScheduleConfig,
@@ -39,7 +40,6 @@ from grass_ray.layerwise.samplers import (
     CyclicSampler,
     Sampler,
     UniformSampler,
-    check_num_active_layers,
 )
 from grass_ray.layerwise.schedules import Cosine, Linear, Step
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
@@ -53,7 +53,7 @@ from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import describe_model, load_model
+from grass_ray.training.models import build_skeleton, describe_model, load_model
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
 
 Progress = Callable[[str, int, int], None]
@@ -280,11 +280,15 @@ def _hold_within_cycles(schedule: Any, cycle_steps: int) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    info = describe_model(config.model)
-    gamma = getattr(config.method.sampler, "num_active_layers", None)
-    if gamma is not None and config.method.granularity != "matrix":
-        ends = 2 if config.method.granularity == "block" else 0
-        try:
-            check_num_active_layers(_schedule(gamma, 1), info.num_layers + ends)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ConfigError(f"{config.model.name}: {error}") from None
+    """Build everything but the weights: what cannot work with this model shows here."""
+    describe_model(config.model)
+    if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
+        raise ConfigError(
+            "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "
+            "checkpointing drops; set training.gradient_checkpointing=false"
+        )
+    model = add_adapter(build_skeleton(config.model), config.method.adapter)
+    try:
+        build_optimizer(model, build_sampler(config.method, config.seed, config.training.steps), config.method)
+    except ValueError as error:
+        raise ConfigError(f"{config.model.name}: {error}") from None
