@@ -140,7 +140,7 @@ def default_space(config: RunConfig) -> Space:
     """A small search space around a method's own defaults; the learning rate's is equally wide for every method."""
     lr = config.method.optimizer.lr
     space: dict[str, LogUniform | Sequence[Any]] = {"method.optimizer.lr": LogUniform(low=lr / 5, high=lr * 5)}
-    if config.method.adapter is not None:
+    if _has_key(config, "method.adapter.rank"):
         space["method.adapter.rank"] = (8, 16, 32)
     if _has_key(config, "method.sampler.num_active_layers"):
         space["method.sampler.num_active_layers"] = (1, 2, 4)

@@ -79,11 +79,11 @@ class MatrixNormSampler(PeriodicSampler):
         """
         super().start(sizes, total)
         whole = total or sum(sizes)
-        self._room = int(self.budget * whole)
+        self._room = math.floor(self.budget * whole + 1e-6)  # 0.29 * 100 is 28.999... in floating point
         if max(sizes) > self._room:
             raise ValueError(
                 f"budget is {self.budget:g} of {whole:,} parameters, but the largest matrix has {max(sizes):,}; "
-                f"it must be at least {max(sizes) / whole:.4g}"
+                f"it must be at least {math.ceil(1e6 * max(sizes) / whole) / 1e6:g}"
             )
         self._sizes = list(sizes)
         self._last_used = [NEVER] * len(sizes)

@@ -71,13 +71,24 @@ class OutlierSampler(PeriodicSampler):
     def start(self, sizes: Sequence[int], total: int | None = None) -> None:
         """Begin with units of ``sizes`` parameters. Raises ValueError when they are not as many as the scores."""
         super().start(sizes, total)
-        if self._scores and len(self._scores) != len(sizes):
-            raise ValueError(f"there are {len(self._scores)} scores for {len(sizes)} layers; give one a layer")
+        self._check_count()
+
+    def _check_count(self) -> None:
+        if self._scores and len(self._scores) != self._num_units:
+            raise ValueError(f"there are {len(self._scores)} scores for {self._num_units} layers; give one a layer")
 
     def probe(self, measure: Measure) -> None:
-        """Measure the scores, once."""
-        if not self._scores:
-            self._accept(measure.outlier_scores(self.threshold, self.calibration_steps))
+        """Measure the scores, once. Raises ValueError when no layer has an outlier."""
+        if self._scores:
+            return
+        scores = measure.outlier_scores(self.threshold, self.calibration_steps)
+        if not any(scores):
+            raise ValueError(
+                f"no layer has a weight whose saliency exceeds {self.threshold:g} times the layer's mean, so outliers "
+                "cannot tell the layers apart; lower the threshold"
+            )
+        self._accept(scores)
+        self._check_count()
 
     def probabilities(self) -> tuple[float, ...] | None:
         """Score over the sum of scores; None before there are scores."""

@@ -16,6 +16,9 @@ import torch
 from grass_ray.layerwise.samplers import Measure, PeriodicSampler, draw_without_replacement, require
 from grass_ray.layerwise.schedules import Scheduled
 
+# when the weights leave no chance of another set, trials repeat one
+MOST_ATTEMPTS = 200
+
 
 class RewardSampler(PeriodicSampler):
     """IST: a share of the layers is drawn every step by an importance learnt from damped forward passes.
@@ -90,7 +93,7 @@ class RewardSampler(PeriodicSampler):
         self._next_draw = self._steps
 
     def _trial_layers(self, weights: Sequence[float]) -> list[tuple[int, ...]]:
-        """The layers each trial damps, distinct from trial to trial as long as there are enough choices."""
+        """The layers each trial damps, distinct from trial to trial as far as chance finds such sets."""
         count = max(1, int(self.damped_share * self._num_units))
         choices = math.comb(self._num_units, count)
         log_w = torch.tensor(weights, dtype=torch.float64).clamp_(min=1e-300).log()
@@ -100,7 +103,7 @@ class RewardSampler(PeriodicSampler):
             # a name of its own for every attempt: draws of trials never meet draws of training
             layers = draw_without_replacement(log_w, count, self.seed, -1 - self._refreshes * 1_000_003 - attempt)
             attempt += 1
-            if layers not in found or len(found) >= choices:
+            if layers not in found or len(found) >= choices or attempt >= MOST_ATTEMPTS:
                 found.append(layers)
         return found
 

@@ -93,7 +93,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         try:
             with state.memory.watch(_alive_tensors(state), closely=closely):
                 # 2. extra measurements, for the methods that need them
-                optimizer.probe(StepMeasure(state, micro_batches))
+                _measure(optimizer, StepMeasure(state, micro_batches), state)
                 _wait_for(state.device)
                 measured_s = time.perf_counter() - started
                 state.engagement.begin_step(state.steps_done + 1, optimizer)
@@ -227,6 +227,13 @@ def _alive_tensors(state: TrainState) -> Iterator[Tensor]:
     yield from itertools.chain(state.model.parameters(), state.model.buffers())
     yield from (p.grad for p in state.model.parameters() if p.grad is not None)
     yield from state.optimizer.resident_states()
+
+
+def _measure(optimizer: LayerwiseAdamW, measure: StepMeasure, state: TrainState) -> None:
+    try:
+        optimizer.probe(measure)
+    except ValueError as error:
+        raise TrainingFailure("failed", f"step {state.steps_done + 1}: {error}") from error
 
 
 def _check_finite(what: str, value: float, state: TrainState) -> None:

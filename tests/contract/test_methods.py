@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from small import short_run
+from transformers import AutoModelForCausalLM
 
-from grass_ray.config import RunConfig
+from grass_ray.config import LoraConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.training.export import export_adapter, export_run
+from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
 
 TRAINED = [name for name, row in METHODS.items() if row.trains]
@@ -96,6 +100,37 @@ def test_loss_falls_in_twenty_steps(method: str) -> None:
     run = Run.prepare(short_run(method, f"method.optimizer.lr={lr}", steps=20))
     losses = [report.loss for report in run.fit() if report.phase == "train"]
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.05, losses
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_result_reloads_in_transformers(method: str, tmp_path: Path) -> None:
+    """As an ordinary model folder, or as peft's own folder for virtual tokens; logits are compared by the export."""
+    run = Run.prepare(short_run(method, steps=3))
+    for _ in run.fit():
+        pass
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run.config.save(folder / "config.yaml")
+    run.save(folder / "checkpoint")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = run.state.model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    adapter = METHODS[method].config.adapter
+    base = load_model(run.config.model).model
+    if adapter is not None and not isinstance(adapter, LoraConfig):
+        export_adapter(folder, tmp_path / "out")
+        reloaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    else:
+        export_run(folder, tmp_path / "out")
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        found = reloaded.eval()(input_ids=ids).logits
+        untrained = load_model(run.config.model).model.eval()(input_ids=ids).logits
+    if adapter is None:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert found.shape != untrained.shape or not torch.equal(found, untrained)
 
 
 # ------------------------------------------------------------------------------------------------------------ resume

@@ -1,0 +1,74 @@
+"""A hash of the base model's weights, so that a record says what it started from.
+
+::
+
+    base_model_sha256(config.model)      # of one file as ``sha256sum model.safetensors`` prints it; None without files
+
+Read once a process and file: two seconds for four gigabytes on one core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from grass_ray.config import ModelConfig
+from grass_ray.training.models import cache_folder, load_model
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def base_model_sha256(config: ModelConfig) -> str | None:
+    """Hash the weights that ``load_model(config)`` read, in the form they are stored in.
+
+    One file: the file's own SHA-256. Several: that of the lines ``<sha256>  <name>``, sorted by name, as
+    ``sha256sum *.safetensors | sha256sum`` prints it. The built-in ``tiny`` has no file; its parameters' bytes count.
+    Returns None where the model's files are not on this machine; nothing is downloaded.
+    """
+    if config.name == "tiny":
+        return _tiny_sha256()
+    folder = _folder(config)
+    for pattern in _WEIGHTS:
+        files = sorted(folder.glob(pattern)) if folder is not None else []
+        if files:
+            return _sha256_of(files)
+    return None
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    if config.name == "smollm2-135m":
+        return cache_folder() / "smollm2-135m"
+    if Path(config.name).is_dir():
+        return Path(config.name)
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(config.name, "config.json", revision=config.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _sha256_of(files: Sequence[Path]) -> str:
+    digests = {path.name: _file_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_sha256(path: Path, size: int, changed_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _tiny_sha256() -> str:
+    model = load_model(ModelConfig(name="tiny", dtype="float32")).model
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
