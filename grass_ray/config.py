@@ -244,7 +244,9 @@ class OptimizerConfig(ConfigPart):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     projection: ProjectionConfig | None = None
-    master_weights: bool = Field(default=False, description="update low-precision weights through a float32 copy")
+    precision: Literal["weights", "rem16", "exact"] = Field(
+        default="rem16", description="state of bfloat16 weights: their own dtype; with a remainder; float32 moments too"
+    )
 
 
 class MethodConfig(ConfigPart):
@@ -257,7 +259,7 @@ class MethodConfig(ConfigPart):
         default="layer", description="what the sampler picks from: layers; layers and both ends; weight matrices"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
-    offload: Literal["none", "resident", "auto"] = "none"
+    offload: Literal["none", "resident", "blocking", "overlap", "lazy", "auto"] = "none"
     inactive_states: Literal["keep", "reset"] = "keep"
     train_embeddings: bool = False
     train_head: bool = False

@@ -1,57 +1,160 @@
-"""Where optimizer states of frozen layers live: host memory, pinned when there is a CUDA device.
+"""Where optimizer states of units wait that are not on the device: host memory, pinned when there is a CUDA device.
 
-A block is allocated at a state's first eviction and used again at every later one, so layers that are never drawn
-cost nothing. Machines without CUDA follow the same protocol with ordinary memory.
+Blocks are allocated when a unit's state first comes to the host (or, for streamed units, when the unit first becomes
+active) and used again from then on, so units that are never drawn cost nothing. Machines without CUDA follow the same
+protocol with ordinary memory.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
+from grass_ray.optim.kernels import StateLayout
+
+# what must stay free for everybody else when blocks are allocated
+RESERVE_BYTES = 256 * 1024 * 1024
 
 
 class HostStore:
-    """Host blocks, one for each evicted tensor.
+    """Host blocks of units, by the unit's name.
 
     Args:
-        device: where the states live while their layer is active.
+        device: where the states live while they are not here.
+        chunk_bytes: size of a full chunk.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._blocks: dict[tuple[int, str], Tensor] = {}
+    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
+        self._chunks: dict[str, list[Chunk]] = {}
+        self._blocks: dict[str, Tensor] = {}
+        self._whole: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {}
         self.pinned = device.type == "cuda"
 
     @property
     def bytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(block.numel() * block.element_size() for block in self._blocks.values())
+        whole = (t for unit in self._whole.values() for states in unit.values() for t in states.values())
+        return sum(total_bytes(chunks) for chunks in self._chunks.values()) + sum(t.nbytes for t in whole)
 
-    def evict(self, parameter: int, name: str, state: Tensor) -> Tensor:
-        """Copy ``state`` to its host block and return the block; valid after :meth:`synchronize`."""
-        block = self.reserve(parameter, name, state)
-        block.copy_(state, non_blocking=True)
-        return block
+    @property
+    def units(self) -> list[str]:
+        """Names of the units that have chunks, in the order of their allocation."""
+        return list(self._chunks)
 
-    def reserve(self, parameter: int, name: str, like: Tensor) -> Tensor:
-        """The block of a state, allocated when there is none yet."""
-        block = self._blocks.get((parameter, name))
-        if block is None:
-            block = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.pinned)
-            self._blocks[parameter, name] = block
-        return block
+    def allocate(self, unit: str, parts: Sequence[tuple[Sequence[nn.Parameter], StateLayout]]) -> list[Chunk]:
+        """The unit's chunks; blocks of zeros when there were none yet.
 
-    def reserved(self) -> list[int]:
-        """The parameters that have blocks."""
-        return sorted({parameter for parameter, _ in self._blocks})
+        Args:
+            unit: its name.
+            parts: parameters whose states have the same layout, with that layout.
 
-    def fetch(self, block: Tensor) -> Tensor:
-        """A copy of ``block`` on the device."""
-        if self._device.type == "cpu":
-            return block.clone()
-        return block.to(self._device, non_blocking=True)
+        Raises:
+            MemoryError: the host has less memory available than the blocks need.
+        """
+        if unit not in self._chunks:
+            chunks = [
+                chunk
+                for index, (parameters, layout) in enumerate(parts)
+                for chunk in cut(f"{unit}.{index}", parameters, layout, self._chunk_bytes)
+            ]
+            _check_memory(unit, total_bytes(chunks), self.bytes)
+            for chunk in chunks:
+                self._blocks[chunk.name] = self._allocate(chunk.nbytes)
+            self._chunks[unit] = chunks
+        return self._chunks[unit]
 
-    def synchronize(self) -> None:
-        """Wait until every eviction has arrived, so that device memory may be used again and blocks be read."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+    def _allocate(self, nbytes: int) -> Tensor:
+        if self.pinned:
+            try:
+                return allocate_block(nbytes, pinned=True)
+            except RuntimeError as error:
+                self.pinned = False
+                warnings.warn(
+                    f"host memory cannot be pinned ({error}); transfers of optimizer states will be slower and will "
+                    "not overlap with computation",
+                    stacklevel=2,
+                )
+        return allocate_block(nbytes, pinned=False)
+
+    def chunks(self, unit: str) -> list[Chunk]:
+        """The chunks of a unit that has blocks."""
+        return self._chunks[unit]
+
+    def block(self, chunk: Chunk) -> Tensor:
+        """The host block of a chunk."""
+        return self._blocks[chunk.name]
+
+    def clear(self, unit: str) -> None:
+        """Set the unit's states to zero, if it has blocks."""
+        for chunk in self._chunks.get(unit, ()):
+            self.block(chunk).zero_()
+
+    def write(self, unit: str, parameter: nn.Parameter, states: Mapping[str, Tensor]) -> None:
+        """Copy a parameter's state tensors into its unit's blocks; valid after :meth:`synchronize`."""
+        for segment, views in self._pieces(unit, parameter):
+            for name, view in views.items():
+                view.copy_(segment.of(states[name]), non_blocking=True)
+
+    def read(self, unit: str, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
+        """A copy on ``device`` of a parameter's state tensors, in the parameter's shape."""
+        found: dict[str, Tensor] = {}
+        for segment, views in self._pieces(unit, parameter):
+            for name, view in views.items():
+                if name not in found:
+                    found[name] = torch.empty(parameter.shape, dtype=view.dtype, device=device)
+                segment.of(found[name]).copy_(view, non_blocking=True)
+        return found
+
+    def _pieces(self, unit: str, parameter: nn.Parameter) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
+        for chunk in self._chunks[unit]:
+            views = chunk.views(self.block(chunk))
+            for segment, state in zip(chunk.segments, views, strict=True):
+                if segment.parameter is parameter:
+                    yield segment, state
+
+    # states that are not of their parameter's shape (projected moments) travel as whole tensors
+
+    def put(self, unit: str, parameter: nn.Parameter, states: Mapping[str, Tensor]) -> None:
+        """Copy state tensors of any shape; valid after :meth:`synchronize`."""
+        own = self._whole.setdefault(unit, {}).setdefault(parameter, {})
+        for name, tensor in states.items():
+            if name not in own:
+                own[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.pinned)
+            own[name].copy_(tensor, non_blocking=True)
+
+    def take(self, unit: str, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
+        """Copies on ``device`` of what :meth:`put` has; nothing when it has nothing."""
+        own = self._whole.get(unit, {}).get(parameter, {})
+        return {name: torch.empty_like(tensor, device=device).copy_(tensor) for name, tensor in own.items()}
+
+    @staticmethod
+    def synchronize(device: torch.device) -> None:
+        """Wait until copies of the current stream have arrived, so that memory may be used again and blocks be read."""
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _check_memory(unit: str, wanted: int, held: int) -> None:
+    available = available_bytes()
+    if available is not None and wanted + RESERVE_BYTES > available:
+        raise MemoryError(
+            f"the optimizer states of {unit} need {wanted / 2**20:.0f} MiB of host memory, but only "
+            f"{available / 2**20:.0f} MiB are available (states hold {held / 2**20:.0f} MiB already); use fewer "
+            "workers a machine, inactive_states='reset', or a method with smaller states"
+        )
+
+
+def available_bytes() -> int | None:
+    """Host memory that can be had without swapping; None where the system does not say."""
+    listing = Path("/proc/meminfo")
+    if listing.exists():
+        for line in listing.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

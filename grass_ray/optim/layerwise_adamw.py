@@ -14,23 +14,31 @@ schedule should stand still. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, overload
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
+from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
+from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.host_store import HostStore
+from grass_ray.optim.kernels import Precision, adamw, state_layout
+from grass_ray.optim.lanes import Lanes, make_lanes
 from grass_ray.optim.projection import Projection
+from grass_ray.optim.streaming import OffloadStats, Streamer
 from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
 
 # the Adam step counter: part of a state, but no memory worth moving
 STEP = "step"
+Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
+# "auto" keeps the active states resident while they take less than this share of the free device memory
+RESIDENT_SHARE = 0.25
 
 
 class LayerwiseAdamW(torch.optim.Optimizer):
@@ -51,10 +59,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         max_grad_norm: clip the global norm of the active gradients inside ``step``; None does not clip.
         projection: keep the moments of the layers' matrices in a small space
             (:class:`~grass_ray.optim.projection.GaLore`, :class:`~grass_ray.optim.projection.Apollo`).
-        master_weights: update weights of less than 32 bits through a float32 copy, with float32 moments; the copy is
-            part of a parameter's state.
-        offload: where states of frozen layers live: ``"none"`` leaves them on the device, ``"resident"`` moves them
-            to the host at a switch; ``"auto"`` is ``"resident"``.
+        precision: what bfloat16 weights keep as state (:mod:`grass_ray.optim.kernels`): ``"weights"``, ``"rem16"`` or
+            ``"exact"``; the same for all other weights.
+        offload: where states of sampled units live. ``"none"``: on the device, all that were ever active.
+            ``"resident"``: active ones on the device, all others on the host, moved at a switch. ``"blocking"``,
+            ``"overlap"``, ``"lazy"``: all on the host, streamed through a small ring at every step
+            (:mod:`grass_ray.optim.streaming`). ``"auto"``: resident while the active states are small beside the free
+            device memory, else lazy. All give bitwise the same weights.
         inactive_states: ``"keep"`` the states of a layer that leaves the active set, or ``"reset"`` them to zero.
         train_embeddings: train the embeddings (and a head tied to them) at every step.
         train_head: train an untied LM head at every step.
@@ -63,12 +74,17 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             matrices.
         layers: the name of the list of decoder layers, for models where it cannot be found.
         process_group: the data-parallel workers; None takes torch.distributed's default group where there is one.
+        chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
+        ring_slots: slots of the ring.
+        lanes: where streamed work runs; None takes CUDA streams, or one thing after another on a CPU.
 
     Attributes:
         active_units: indices of the units that train now.
         switches: active sets drawn after the first one.
         grad_norm: global gradient norm of the last step, before clipping.
         probed: whether the last step only measured.
+        offload: the mode in force (``"auto"`` resolved).
+        stats: what moving states cost so far.
 
     Raises:
         ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, or a
@@ -86,8 +102,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         projection: Projection | None = None,
-        master_weights: bool = False,
-        offload: Literal["none", "resident", "auto"] = "auto",
+        precision: Precision = "rem16",
+        offload: Offload = "auto",
         inactive_states: Literal["keep", "reset"] = "keep",
         train_embeddings: bool = False,
         train_head: bool = False,
@@ -95,10 +111,19 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         granularity: Granularity = "layer",
         layers: str | None = None,
         process_group: Any | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        ring_slots: int = 4,
+        lanes: Lanes | None = None,
     ) -> None:
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        if offload not in ("none", "resident", "auto"):
-            raise ValueError(f"offload is {offload!r}; available: none, resident, auto")
+        if offload not in get_args(Offload):
+            raise ValueError(f"offload is {offload!r}; available: {', '.join(get_args(Offload))}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision is {precision!r}; available: {', '.join(get_args(Precision))}")
+        if projection is not None and offload in ("blocking", "overlap", "lazy"):
+            raise ValueError(f"offload is {offload!r}, but projected states are small and not streamed; use resident")
+        if ring_slots < 1:
+            raise ValueError(f"ring_slots is {ring_slots}; it must be at least 1")
         if inactive_states not in ("keep", "reset"):
             raise ValueError(f"inactive_states is {inactive_states!r}; available: keep, reset")
         if granularity == "block" and (train_embeddings or train_head or train_norm):
@@ -128,7 +153,6 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self.sampler = sampler
         self.max_grad_norm = max_grad_norm
         self.inactive_states = inactive_states
-        self.offload = "none" if offload == "none" else "resident"
         self.stack = stack
         self.units = units
         self.constant_units = constant
@@ -139,15 +163,33 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._workers = Workers(process_group)
         self._projection = projection
         self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
-        self._master_weights = master_weights
+        self._precision = precision
+        self._unit_of: dict[Tensor, Unit] = {p: unit for unit in (*units, *constant) for p in unit.parameters}
         self._index = {p: index for index, p in enumerate(self._parameters_in_order())}
-        self._host = HostStore(managed[0].device)
+        self._device = managed[0].device
+        self._chunk_bytes = chunk_bytes
+        self._host = HostStore(self._device, chunk_bytes)
+        # names of units whose states are on the host now; those of all others are in self.state
+        self._away: set[str] = set()
+        self._torn = False
+        self.stats = OffloadStats()
+        self.offload = self._choose_offload(offload)
+        self._streamer: Streamer | None = None
+        if self.offload in ("blocking", "overlap", "lazy"):
+            self._lanes = lanes or make_lanes(self._device, merged=self.offload == "blocking")
+            self._ring_slots = ring_slots
+            self._start_streaming()
+            self._install_gates(model)
         measures = sampler.grad_norms == "arriving" or sampler.probing
         self._meter = GradNormMeter([unit.parameters for unit in units]) if measures else None
         self._never_seen = torch.full((len(units),), torch.nan)
         if sampler.probing:
             for parameter in managed:
                 parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+        if self.offload == "lazy":
+            for unit in units:
+                for parameter in unit.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._prefetching(unit))  # type: ignore[no-untyped-call]
         everything = set(managed)
         for parameter in model.parameters():
             if parameter not in everything:
@@ -175,10 +217,14 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Measure, average over the workers, clip and update the active layers; at a boundary draw the next ones.
 
+        Gradients that are not finite change nothing: weights, states and counters stay as they are, and ``grad_norm``
+        tells.
+
         Raises:
-            RuntimeError: nothing is active (a sampler that must measure first got no ``probe``), or the workers
-                disagree about what is.
+            RuntimeError: nothing is active (a sampler that must measure first got no ``probe``), the workers
+                disagree about what is, or an earlier step was interrupted in the middle of its update.
         """
+        self._refuse_torn()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -202,12 +248,31 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 torch.nn.utils.clip_grads_with_norm_(active, self.max_grad_norm, self.grad_norm)
             if self.sampler.grad_norms == "clipped":
                 norms = self._rms_gradients()
-            for unit in self._active():
-                self._update(unit)
+            self._update(active)
         self.sampler.observe(norms)
         if self.sampler.due:
             self._switch(self.sampler.sample())
         return loss
+
+    def _update(self, active: list[nn.Parameter]) -> None:
+        """Step every active unit: those on the device at once, streamed ones through the ring."""
+        assert self.grad_norm is not None
+        skip = (~torch.isfinite(self.grad_norm)).to(torch.float32)
+        trained: list[Tensor] = [p for p in active if p.grad is not None]
+        states = {p: self._state_of(p) for p in trained}
+        self._torn = True
+        counters = [states[p][STEP] for p in trained if p not in self._projected]
+        if counters:
+            torch._foreach_add_(counters, 1.0 - skip)
+        # units further up first: backward reached them first, and their states may be on their way
+        units = sorted(self._active(), key=lambda unit: -1 if unit.layer is None else unit.layer, reverse=True)
+        for unit in units:
+            if unit.name not in self._away:
+                self._update_resident(unit, skip)
+        if self._streamer is not None:
+            streamed = [unit for unit in units if unit.name in self._away]
+            self._streamer.update(streamed, {p: states[p][STEP] for p in trained}, self.param_groups, skip)
+        self._torn = False
 
     @property
     def probing(self) -> bool:
@@ -225,63 +290,53 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         return [p for unit in self._active() for p in unit.parameters]
 
     def resident_states(self) -> Iterator[Tensor]:
-        """The state tensors that are on the device now."""
-        on_host = self._units_on_host()
+        """The state tensors that are on the device now, and the ring that others are streamed through."""
         for unit in (*self.units, *self.constant_units):
-            if unit.name not in on_host:
+            if unit.name not in self._away:
                 for parameter in unit.parameters:
                     yield from _tensors(self.state.get(parameter, {})).values()
+        if self._streamer is not None:
+            yield self._streamer.ring
 
     def state_bytes(self) -> tuple[int, int]:
         """Bytes of optimizer states (on the device, on the host)."""
         return sum(t.numel() * t.element_size() for t in self.resident_states()), self._host.bytes
 
-    def _update(self, unit: Unit) -> None:
-        """AdamW on one unit (torch's own fused kernel where it has one)."""
+    def synchronize(self) -> None:
+        """Let the current stream wait for updates that are still under way (``offload="lazy"``).
+
+        Forward passes of the model and its ``state_dict`` do this by themselves; call it before reading weights in any
+        other way.
+        """
+        if self._streamer is not None:
+            self._streamer.synchronize()
+
+    def _update_resident(self, unit: Unit, skip: Tensor) -> None:
+        """AdamW on one unit whose states are on the device."""
         for index, parameters in unit.groups:
             group = self.param_groups[index]
             trained = [p for p in parameters if p.grad is not None]
             for parameter in (p for p in trained if p in self._projected):
-                assert self._projection is not None
-                self._projection.update(parameter, self._state_of(parameter), group, key=self._index[parameter])
-            plain = [p for p in trained if p not in self._projected]
-            if not plain:
-                continue
+                if not bool(skip):
+                    assert self._projection is not None
+                    self._projection.update(parameter, self._state_of(parameter), group, key=self._index[parameter])
+            plain: list[Tensor] = [p for p in trained if p not in self._projected]
             states = [self._state_of(p) for p in plain]
-            weights: list[Tensor] = [state.get("master", p) for state, p in zip(states, plain, strict=True)]
-            adamw(
-                weights,
-                [p.grad.to(w.dtype) for p, w in zip(plain, weights, strict=True) if p.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state[STEP] for state in states],
-                fused=weights[0].device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for parameter, weight in zip(plain, weights, strict=True):
-                if weight is not parameter:
-                    parameter.copy_(weight)
+            gradients = [p.grad for p in plain if p.grad is not None]
+            adamw(plain, gradients, states, [state[STEP] for state in states], group, skip)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter that trains now, zero before its first update; only a counter when streamed."""
         state: dict[str, Tensor] = self.state[parameter]
         if state:
             return state
         if self._projection is not None and parameter in self._projected:
             state.update(self._projection.start(parameter))
             return state
-        weight = parameter
-        if self._master_weights and parameter.element_size() < 4:
-            weight = state["master"] = parameter.detach().float()
         state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        if self._unit_of[parameter].name not in self._away:
+            for name, dtype in state_layout(parameter.dtype, self._precision).dtypes:
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
     def _total_norm(self, norms: Tensor) -> Tensor:
@@ -306,14 +361,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
     def _switch(self, units: tuple[int, ...]) -> None:
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
+        started = time.perf_counter()
         self.switches += 1
         self._workers.check_agreement(units)
         for index in sorted(set(self.active_units) - set(units)):
             self._release(self.units[index])
-        self._host.synchronize()
+        self._host.synchronize(self._device)
         for index in sorted(set(units) - set(self.active_units)):
             self._reclaim(self.units[index])
         self._activate(units)
+        self.stats.switch_s += time.perf_counter() - started
+        self.stats.exposed_s += time.perf_counter() - started
+        self.stats.pinned = self._host.pinned
 
     def _activate(self, units: tuple[int, ...]) -> None:
         """Let exactly ``units`` and the always-trained parts require gradients; frozen ones hold none."""
@@ -323,33 +382,127 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 parameter.requires_grad_(index in units)
                 if index not in units:
                     parameter.grad = None
+        if self._streamer is not None and not self.sampler.probing:
+            for index in units:
+                self._allocate(self.units[index])
+                self._away.add(self.units[index].name)
 
     def _release(self, unit: Unit) -> None:
         """A unit leaves the active set: forget its states, leave them, or move them to the host."""
-        for parameter in unit.parameters:
-            if self.inactive_states == "reset":
+        if self.inactive_states == "reset":
+            for parameter in unit.parameters:
                 self.state.pop(parameter, None)
-            elif self.offload == "resident":
-                state = self.state.get(parameter, {})
-                for name, tensor in _tensors(state).items():
-                    state[name] = self._host.evict(self._index[parameter], name, tensor)
+            if self._streamer is not None:
+                self._streamer.wait_for_host()
+                self._host.clear(unit.name)
+        elif self.offload == "resident" and self._has_states(unit):
+            self._to_host(unit, {p: _tensors(self.state.get(p, {})) for p in unit.parameters})
+            self._host.synchronize(self._device)
+            for parameter in unit.parameters:
+                for name in _tensors(self.state.get(parameter, {})):
+                    del self.state[parameter][name]
+            self._away.add(unit.name)
 
     def _reclaim(self, unit: Unit) -> None:
         """A unit enters the active set: bring its states back."""
-        if self.offload == "resident":
-            for parameter in unit.parameters:
-                state = self.state.get(parameter, {})
-                for name, tensor in _tensors(state).items():
-                    state[name] = self._host.fetch(tensor)
+        if self.offload != "resident" or unit.name not in self._away:
+            return
+        self._away.remove(unit.name)
+        for parameter in unit.parameters:
+            state = self.state.get(parameter, {})
+            if state:
+                state.update(self._from_host(unit, parameter, self._device))
+            self.stats.bytes_in += sum(t.nbytes for t in _tensors(state).values())
+
+    def _has_states(self, unit: Unit) -> bool:
+        return any(_tensors(self.state.get(p, {})) for p in unit.parameters)
+
+    def _to_host(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
+        if self._projected.isdisjoint(unit.parameters):
+            self._allocate(unit)
+        for parameter, tensors in states.items():
+            if not tensors:
+                continue
+            if self._projected.isdisjoint(unit.parameters):
+                self._host.write(unit.name, parameter, tensors)
+            else:
+                self._host.put(unit.name, parameter, tensors)
+            self.stats.bytes_out += sum(t.nbytes for t in tensors.values())
+
+    def _from_host(self, unit: Unit, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
+        if self._projected.isdisjoint(unit.parameters):
+            return self._host.read(unit.name, parameter, device)
+        return self._host.take(unit.name, parameter, device)
+
+    def _allocate(self, unit: Unit) -> None:
+        """Host blocks for the unit's states, its parameters in the order of backward and by dtype."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in reversed(unit.parameters):
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        parts = [(own, state_layout(dtype, self._precision)) for dtype, own in by_dtype.items()]
+        self._host.allocate(unit.name, parts)
 
     def _active(self) -> list[Unit]:
         return [self.units[index] for index in self.active_units] + self.constant_units
 
-    def _units_on_host(self) -> set[str]:
-        """Names of the units whose states are on the host: with offloading, everything that is not active."""
-        if self.offload == "none":
-            return set()
-        return {unit.name for index, unit in enumerate(self.units) if index not in self.active_units}
+    # ------------------------------------------------------------------------------------------------ streaming
+
+    def _choose_offload(self, offload: Offload) -> Offload:
+        if offload != "auto":
+            return offload
+        if self._device.type != "cuda" or self._projection is not None:
+            return "resident"
+        layouts = (state_layout(p.dtype, self._precision) for p in self._parameters_in_order())
+        per_parameter = max(layout.bytes_per_parameter for layout in layouts)
+        sizes = sorted((unit.size for unit in self.units), reverse=True)
+        largest = sum(sizes[: int(bounds_of(getattr(self.sampler, "num_active_layers", len(sizes)))[1])])
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return "resident" if largest * per_parameter <= RESIDENT_SHARE * free else "lazy"
+
+    def _start_streaming(self) -> None:
+        if self.offload == "blocking" or self.offload == "overlap" or self.offload == "lazy":
+            self._streamer = Streamer(
+                self._host,
+                self._lanes,
+                self._device,
+                self.offload,
+                chunk_bytes=self._chunk_bytes,
+                slots=self._ring_slots,
+                stats=self.stats,
+            )
+
+    def _install_gates(self, model: nn.Module) -> None:
+        """Forward passes wait for updates still under way: each layer for its own, the model for all outside layers."""
+        by_layer: dict[int | None, list[str]] = {}
+        for unit in self.units:
+            by_layer.setdefault(unit.layer, []).append(unit.name)
+        for layer, names in by_layer.items():
+            module = model if layer is None else self.stack.modules[layer]
+            module.register_forward_pre_hook(self._gate_of(names))
+        model.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
+
+    def _gate_of(self, names: list[str]) -> Callable[[nn.Module, Any], None]:
+        def wait(module: nn.Module, inputs: Any) -> None:
+            assert self._streamer is not None
+            for name in names:
+                self._streamer.gate(name)
+
+        return wait
+
+    def _prefetching(self, unit: Unit) -> Callable[[Tensor], None]:
+        def fetch(parameter: Tensor) -> None:
+            if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
+                self._streamer.prefetch(unit)
+
+        return fetch
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "an earlier step was interrupted in the middle of its update, so weights and states do not belong to "
+                "one step any more; go back to the last checkpoint (load_state_dict)"
+            )
 
     # --------------------------------------------------------------------------------------------- the state
 
@@ -359,20 +512,36 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout, with the sampler's state and the active units under ``"layerwise"``.
 
-        Holds tensors and plain values only: ``torch.load(..., weights_only=True)`` reads it.
+        Every mode writes the same: a parameter's ``step``, moments and remainder, each in its own dtype, those on the
+        host straight from their blocks. Holds tensors and plain values only: ``torch.load(..., weights_only=True)``
+        reads it.
+
+        Raises:
+            RuntimeError: an earlier step was interrupted in the middle of its update.
         """
+        self._refuse_torn()
+        if self._streamer is not None:
+            self._streamer.synchronize()
+            self._streamer.wait_for_host()
         state = super().state_dict()
+        for unit in self.units:
+            if unit.name in self._away:
+                for parameter in unit.parameters:
+                    index = self._index[parameter]
+                    if index in state["state"]:
+                        held = self._from_host(unit, parameter, torch.device("cpu"))
+                        state["state"][index] = {**state["state"][index], **held}
         state["layerwise"] = {
             "sampler": self.sampler.state_dict(),
             "active_units": list(self.active_units),
             "switches": self.switches,
-            "on_host": self._host.reserved(),
+            "on_host": self._host.units,
         }
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, bit for bit: dtypes are kept, each state goes where its layer's belongs.
+        """Go on from :meth:`state_dict` of any offload mode, bit for bit: each state goes where its unit's belongs.
 
         Raises:
             ValueError: the state belongs to another model or to another optimizer.
@@ -386,26 +555,43 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         own = state_dict["layerwise"]
+        self.synchronize()
         self.sampler.load_state_dict(own["sampler"])
         self.switches = own["switches"]
-        self._activate(tuple(own["active_units"]))
+        self._torn = False
+        self._streamer = None
         self.state.clear()
-        self._host = HostStore(self._parameters_in_order()[0].device)
-        on_host = self._units_on_host()
-        unit_of = {p: unit.name for unit in (*self.units, *self.constant_units) for p in unit.parameters}
-        parameters = self._parameters_in_order()
-        for index, saved in state_dict["state"].items():
-            parameter = parameters[index]
-            state = {STEP: saved[STEP].to("cpu" if parameter in self._projected else parameter.device, copy=True)}
-            for name, tensor in _tensors(saved).items():
-                if unit_of[parameter] in on_host:
-                    state[name] = self._host.evict(index, name, tensor)
-                else:
-                    state[name] = tensor.to(parameter.device, copy=True)
-                    if index in own["on_host"]:
-                        self._host.reserve(index, name, tensor)
-            self.state[parameter] = state
-        self._host.synchronize()
+        self._away.clear()
+        self._host = HostStore(self._device, self._chunk_bytes)
+        self._start_streaming()
+        self._activate(tuple(own["active_units"]))
+        self._load_states(state_dict["state"], set(own["on_host"]))
+
+    def _load_states(self, states: Mapping[int, Mapping[str, Tensor]], on_host: set[str]) -> None:
+        for index, unit in enumerate(self.units):
+            own = {p: states[self._index[p]] for p in unit.parameters if self._index[p] in states}
+            to_host = bool(own) and (
+                self._streamer is not None or (self.offload == "resident" and index not in self.active_units)
+            )
+            if self.offload != "none" and unit.name in on_host:
+                self._allocate(unit)
+            for parameter, saved in own.items():
+                self._load_state(parameter, saved, to_device=not to_host)
+            if to_host:
+                self._to_host(unit, {p: _tensors(dict(saved)) for p, saved in own.items()})
+                self._away.add(unit.name)
+        for unit in self.constant_units:
+            for parameter in unit.parameters:
+                if self._index[parameter] in states:
+                    self._load_state(parameter, states[self._index[parameter]], to_device=True)
+        self._host.synchronize(self._device)
+
+    def _load_state(self, parameter: nn.Parameter, saved: Mapping[str, Tensor], *, to_device: bool) -> None:
+        place = "cpu" if parameter in self._projected else parameter.device
+        state = {STEP: saved[STEP].to(place, copy=True)}
+        if to_device:
+            state |= {name: t.to(parameter.device, copy=True) for name, t in _tensors(dict(saved)).items()}
+        self.state[parameter] = state
 
 
 def _outside_of_the_base(model: Any) -> list[nn.Parameter]:

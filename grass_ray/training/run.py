@@ -229,7 +229,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         projection=_build_projection(settings.projection),
-        master_weights=settings.master_weights,
+        precision=settings.precision,
         offload=method.offload,
         inactive_states=method.inactive_states,
         train_embeddings=method.train_embeddings,

@@ -12,6 +12,8 @@ from torch import nn
 
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.optim.chunks import SMALLEST_CHUNK_BYTES, cut, total_bytes
+from grass_ray.optim.kernels import state_layout
 
 EVERYTHING = {"train_embeddings": True, "train_head": True, "train_norm": True}
 
@@ -150,15 +152,18 @@ def test_states_on_the_device_never_exceed_gamma_layers() -> None:
     model = make_llama()
     optimizer = LayerwiseAdamW(model, UniformSampler(2, 2), lr=1e-3, offload="resident")
     per_layer = 2 * 4 * sum(p.numel() for p in optimizer.stack.layers[0])
+    layout = state_layout(torch.float32, "rem16")
+    blocks = total_bytes(cut("layer", list(optimizer.stack.layers[0]), layout))
+    assert per_layer <= blocks < per_layer + 2 * SMALLEST_CHUNK_BYTES
     visited: set[int] = set()
     for step in range(40):
         visited |= set(optimizer.active_layers)
         train(model, optimizer, range(step, step + 1))
         resident, host = optimizer.state_bytes()
         assert resident <= 2 * per_layer
-        assert host <= len(visited) * per_layer
+        assert host <= len(visited) * blocks
     assert visited == {0, 1, 2, 3}
-    assert host == 4 * per_layer
+    assert host == 4 * blocks
 
     reset = LayerwiseAdamW(make_llama(), UniformSampler(2, 2), lr=1e-3, inactive_states="reset", offload="none")
     kept = make_llama()
@@ -307,7 +312,7 @@ def test_parameters_frozen_beforehand_stay_frozen() -> None:
         ({"eps": 0.0}, "eps is 0.0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
-        ({"offload": "disk"}, "offload is 'disk'; available: none, resident, auto"),
+        ({"offload": "disk"}, "offload is 'disk'; available: none, resident, blocking, overlap, lazy, auto"),
         ({"inactive_states": "drop"}, "inactive_states is 'drop'; available: keep, reset"),
     ],
 )

@@ -1,0 +1,138 @@
+"""Cut the state of a unit into chunks: pieces of a power-of-two size that host memory and the staging ring hold.
+
+torch's pinned allocator rounds every block up to a power of two, so one flat block a layer would waste a third of host
+memory or more; chunks of exactly such sizes waste next to nothing. Within a parameter chunks are cut at multiples of
+1024 elements, since the fused CPU kernel gives other last bits at odd boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass_ray.optim.kernels import StateLayout
+
+CHUNK_BYTES = 64 * 1024 * 1024
+SMALLEST_CHUNK_BYTES = 64 * 1024
+BOUNDARY = 1024
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements ``start`` to ``stop`` of a flattened parameter, at ``offset`` elements in their chunk."""
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor of the parameter's shape, flat."""
+        return tensor.view(-1)[self.start : self.stop]
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A piece of a unit's state.
+
+    ``nbytes`` is a power of two; ``capacity`` how many elements' states it holds; ``written`` is the event of its last
+    write-back, None before there was one.
+    """
+
+    name: str
+    layout: StateLayout
+    nbytes: int
+    capacity: int
+    segments: list[Segment] = field(default_factory=list)
+    written: Any = None
+
+    @property
+    def count(self) -> int:
+        """Elements in use."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+    def views(self, block: Tensor) -> list[dict[str, Tensor]]:
+        """For each segment its state tensors, as views of ``block`` (uint8, at least ``nbytes``)."""
+        arrays = {}
+        begin = 0
+        for name, dtype in self.layout.dtypes:
+            arrays[name] = block[begin : begin + self.capacity * dtype.itemsize].view(dtype)
+            begin += self.capacity * dtype.itemsize
+        return [
+            {name: array[s.offset : s.offset + s.stop - s.start] for name, array in arrays.items()}
+            for s in self.segments
+        ]
+
+
+def cut(
+    name: str, parameters: Sequence[nn.Parameter], layout: StateLayout, chunk_bytes: int = CHUNK_BYTES
+) -> list[Chunk]:
+    """Chunks that hold the state of every element of ``parameters`` exactly once, in order.
+
+    Args:
+        name: of the unit, for the chunks' names.
+        parameters: contiguous, in the order in which their gradients appear.
+        layout: what the state of an element is.
+        chunk_bytes: of a full chunk, a power of two; the tail goes into smaller powers of two.
+
+    Raises:
+        ValueError: ``chunk_bytes`` is not a power of two or holds no 1024 elements, or a parameter is not contiguous.
+    """
+    per_element = layout.bytes_per_parameter
+    if chunk_bytes & (chunk_bytes - 1) or _capacity(chunk_bytes, per_element) < BOUNDARY:
+        raise ValueError(
+            f"chunk_bytes is {chunk_bytes}; it must be a power of two that holds the state of {BOUNDARY} parameters "
+            f"({BOUNDARY * per_element} bytes)"
+        )
+    if not all(p.is_contiguous() for p in parameters):
+        raise ValueError(f"a parameter of {name} is not contiguous in memory; its state cannot be streamed in pieces")
+    left = sum(p.numel() for p in parameters)
+    chunks: list[Chunk] = []
+    room = 0
+    for parameter in parameters:
+        start = 0
+        while start < parameter.numel():
+            wanted = parameter.numel() - start
+            fitting = wanted if wanted <= room else room // BOUNDARY * BOUNDARY
+            if not fitting:
+                nbytes = _next_size(left * per_element, chunk_bytes, per_element)
+                chunks.append(Chunk(f"{name}.{len(chunks)}", layout, nbytes, _capacity(nbytes, per_element)))
+                room = chunks[-1].capacity
+                continue
+            chunk = chunks[-1]
+            chunk.segments.append(Segment(parameter, start, start + fitting, chunk.capacity - room))
+            start += fitting
+            left -= fitting
+            room -= fitting
+    return chunks
+
+
+def _capacity(nbytes: int, per_element: int) -> int:
+    return nbytes // per_element // BOUNDARY * BOUNDARY
+
+
+def _next_size(bytes_left: int, chunk_bytes: int, per_element: int) -> int:
+    """A full chunk while it can be filled, then the largest power of two that can, at last one that holds the rest."""
+    smallest = SMALLEST_CHUNK_BYTES
+    while _capacity(smallest, per_element) < BOUNDARY:
+        smallest *= 2
+    smallest = min(smallest, chunk_bytes)
+    if bytes_left >= chunk_bytes:
+        return chunk_bytes
+    if bytes_left <= smallest:
+        return smallest
+    return max(smallest, 1 << (bytes_left.bit_length() - 1))
+
+
+def total_bytes(chunks: Sequence[Chunk]) -> int:
+    """Bytes of the host blocks of ``chunks``."""
+    return sum(chunk.nbytes for chunk in chunks)
+
+
+def allocate_block(nbytes: int, *, pinned: bool) -> Tensor:
+    """A host block of zeros: the state of weights that were never updated."""
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)

@@ -1,0 +1,243 @@
+"""Stream the active units' states through a small ring on the device: fetch a chunk, update, write it back.
+
+The ring is allocated once and never lent to the caching allocator, so a fetch needs no ordering against the training's
+own memory. Three modes share the protocol and give bitwise the same weights:
+
+- ``blocking``: everything on the training's stream, one chunk after another; the baseline;
+- ``overlap``: while a chunk is updated the next is fetched and the last written back; all is done when ``step`` ends;
+- ``lazy``: chunks are fetched ahead during backward, and updates may go on under the next forward, which waits in front
+  of each layer for that layer's own update only. No step ever uses stale weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grass_ray.optim.chunks import CHUNK_BYTES, Chunk
+from grass_ray.optim.host_store import HostStore
+from grass_ray.optim.kernels import adamw
+from grass_ray.optim.lanes import Lanes
+from grass_ray.optim.units import Unit
+
+StreamMode = Literal["blocking", "overlap", "lazy"]
+
+
+@dataclass
+class OffloadStats:
+    """What moving states cost so far.
+
+    ``bytes_in`` and ``bytes_out`` went to and came from the device, by chunks or by whole units at a switch;
+    ``ring_waits`` counts fetches that found every slot of the ring in use; ``exposed_s`` is the time in which training
+    stood still for states (on a CUDA device only what the host waited for: what streams waited for shows in a
+    profile), ``switch_s`` the part of it at switches.
+    """
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    chunks: int = 0
+    prefetched: int = 0
+    ring_waits: int = 0
+    exposed_s: float = 0.0
+    switch_s: float = 0.0
+    pinned: bool = False
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of fetched chunks that were on their way before ``step`` asked for them."""
+        return self.prefetched / self.chunks if self.chunks else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values."""
+        return {name: float(value) for name, value in asdict(self).items()} | {"hidden_share": self.hidden_share}
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place in the ring; ``written`` is the event of its last write-back."""
+
+    index: int
+    memory: Tensor
+    written: Any = None
+
+
+@dataclass
+class Gate:
+    """What a forward must wait for before it uses a unit's weights, and the gradients kept alive until then."""
+
+    updated: Any
+    gradients: list[Tensor]
+
+
+class Streamer:
+    """Updates units whose states live in a host store.
+
+    Args:
+        store: the host blocks.
+        lanes: where the work runs.
+        device: of the weights.
+        mode: when updates must be done.
+        chunk_bytes: size of a slot.
+        slots: number of slots.
+        stats: what to count into.
+    """
+
+    def __init__(
+        self,
+        store: HostStore,
+        lanes: Lanes,
+        device: torch.device,
+        mode: StreamMode,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        slots: int = 4,
+        stats: OffloadStats,
+    ) -> None:
+        self.ring = torch.empty(slots * chunk_bytes, dtype=torch.uint8, device=device)
+        self.mode = mode
+        self.stats = stats
+        self._store = store
+        self._lanes = lanes
+        self._free = deque(
+            Slot(index, self.ring[index * chunk_bytes : (index + 1) * chunk_bytes]) for index in range(slots)
+        )
+        self._fetched: dict[str, tuple[Slot, Any]] = {}
+        self._gates: dict[str, Gate] = {}
+
+    # ------------------------------------------------------------------------------------------------- before the step
+
+    def prefetch(self, unit: Unit) -> None:
+        """Backward reached the unit: fetch as many of its chunks as there is room for."""
+        for chunk in self._store.chunks(unit.name):
+            if chunk.name in self._fetched:
+                continue
+            if not self._free:
+                return
+            self._fetch(chunk)
+            self.stats.prefetched += 1
+
+    def _fetch(self, chunk: Chunk) -> None:
+        slot = self._free.popleft()
+        if slot.written is not None:
+            self._lanes.wait("fetch", slot.written, "a slot is filled again after it was written back")
+        if chunk.written is not None:
+            self._lanes.wait("fetch", chunk.written, "a block is fetched again after it was written back")
+        started = time.perf_counter()
+        with self._lanes.on("fetch", reads=[("block", chunk.name)], writes=[("slot", slot.index)]):
+            slot.memory[: chunk.nbytes].copy_(self._store.block(chunk), non_blocking=True)
+        self.stats.exposed_s += time.perf_counter() - started
+        self._fetched[chunk.name] = (slot, self._lanes.record("fetch"))
+        self.stats.bytes_in += chunk.nbytes
+        self.stats.chunks += 1
+
+    # ---------------------------------------------------------------------------------------------------- the step
+
+    def update(
+        self,
+        units: Sequence[Unit],
+        steps: Mapping[Tensor, Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        skip: Tensor | None,
+    ) -> None:
+        """Update every unit from its parameters' gradients, which are taken away from them.
+
+        Args:
+            units: the active ones, in the order in which backward reached them.
+            steps: for every parameter with a gradient how many updates it has had, this one included.
+            groups: the optimizer's parameter groups.
+            skip: see :func:`grass_ray.optim.kernels.adamw`.
+        """
+        ready = self._lanes.record("compute")
+        self._lanes.wait("update", ready, "gradients are complete before an update reads them")
+        for unit in units:
+            group_of: dict[Tensor, Mapping[str, Any]] = {
+                p: groups[index] for index, parameters in unit.groups for p in parameters
+            }
+            gradients: dict[Tensor, Tensor] = {p: p.grad for p in unit.parameters if p.grad is not None}
+            for chunk in self._store.chunks(unit.name):
+                self._update_chunk(unit, chunk, gradients, steps, group_of, skip)
+            self._gates[unit.name] = Gate(self._lanes.record("update"), list(gradients.values()))
+            for parameter in gradients:
+                parameter.grad = None
+        if self.mode != "lazy":
+            self.synchronize()
+
+    def _update_chunk(
+        self,
+        unit: Unit,
+        chunk: Chunk,
+        gradients: Mapping[Tensor, Tensor],
+        steps: Mapping[Tensor, Tensor],
+        group_of: Mapping[Tensor, Mapping[str, Any]],
+        skip: Tensor | None,
+    ) -> None:
+        if chunk.name not in self._fetched:
+            if not self._free:
+                self._forget_a_prefetch()
+            self._fetch(chunk)
+        slot, fetched = self._fetched.pop(chunk.name)
+        self._lanes.wait("update", fetched, "states are on the device before an update reads them")
+        pieces = [
+            (segment, state)
+            for segment, state in zip(chunk.segments, chunk.views(slot.memory), strict=True)
+            if segment.parameter in gradients
+        ]
+        touched = [("weights", unit.name), ("slot", slot.index)]
+        with self._lanes.on("update", reads=[("gradients", unit.name)], writes=touched):
+            for group in {id(group): group for group in group_of.values()}.values():
+                own = [(segment, state) for segment, state in pieces if group_of[segment.parameter] is group]
+                adamw(
+                    [segment.of(segment.parameter.data) for segment, _ in own],
+                    [segment.of(gradients[segment.parameter].contiguous()) for segment, _ in own],
+                    [state for _, state in own],
+                    [steps[segment.parameter] for segment, _ in own],
+                    group,
+                    skip,
+                )
+        updated = self._lanes.record("update")
+        self._lanes.wait("write", updated, "states are updated before they are written back")
+        started = time.perf_counter()
+        with self._lanes.on("write", reads=[("slot", slot.index)], writes=[("block", chunk.name)]):
+            self._store.block(chunk).copy_(slot.memory[: chunk.nbytes], non_blocking=True)
+        self.stats.exposed_s += time.perf_counter() - started
+        slot.written = chunk.written = self._lanes.record("write")
+        self._free.append(slot)
+        self.stats.bytes_out += chunk.nbytes
+
+    def _forget_a_prefetch(self) -> None:
+        """Every slot holds a chunk that is not needed yet: give up the last one fetched; its block is as it was."""
+        _, (slot, fetched) = self._fetched.popitem()
+        slot.written = fetched
+        self._free.append(slot)
+        self.stats.ring_waits += 1
+
+    # ----------------------------------------------------------------------------------------------- after the step
+
+    def gate(self, unit: str) -> None:
+        """Before a forward uses the unit's weights: wait for its update, and let its gradients go."""
+        gate = self._gates.pop(unit, None)
+        if gate is not None:
+            self._lanes.wait("compute", gate.updated, "weights are updated before a forward reads them")
+
+    def synchronize(self) -> None:
+        """Let the training's stream wait for every update under way."""
+        for unit in list(self._gates):
+            self.gate(unit)
+
+    def wait_for_host(self) -> None:
+        """Block until the host may read every block."""
+        for unit in self._store.units:
+            for chunk in self._store.chunks(unit):
+                if chunk.written is not None:
+                    self._lanes.wait_on_host(chunk.written, "blocks are written before the host reads them")
+
+    def forget(self) -> None:
+        """Give up every prefetch, for states that are about to be replaced."""
+        while self._fetched:
+            self._forget_a_prefetch()
