@@ -277,7 +277,8 @@ class CyclicSampler(PeriodicSampler):
         """Begin with units of ``sizes`` parameters. Raises ValueError when fewer than ``num_active_layers``."""
         super().start(sizes, total)
         if self._spread is not None:
-            self.period = max(1, self._spread // len(self._groups()))
+            # rounded up: the last groups get fewer steps rather than the first ones a second turn
+            self.period = max(1, -(-self._spread // len(self._groups())))
 
     @property
     def cycle_steps(self) -> int:

@@ -199,6 +199,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self._activate(tuple(range(len(units))))
         else:
             self._activate(sampler.sample() if sampler.due else ())
+        self._workers.check_agreement(self.active_units)
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -236,7 +237,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self.grad_norm = self._total_norm(norms)
         else:
             active = self.active_parameters()
-            if not active:
+            if not self.active_units and self.units:
                 raise RuntimeError(
                     f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
                     "step, or give the sampler its scores"

@@ -228,7 +228,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        projection=_build_projection(settings.projection),
+        projection=build_projection(settings.projection),
         precision=settings.precision,
         offload=method.offload,
         inactive_states=method.inactive_states,
@@ -239,7 +239,8 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
     )
 
 
-def _build_projection(config: ProjectionConfig | None) -> Projection | None:
+def build_projection(config: ProjectionConfig | None) -> Projection | None:
+    """The projection of moments that a method's row describes."""
     match config:
         case None:
             return None
@@ -266,15 +267,15 @@ def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim
         num_training_steps=max(training.steps, 1),
     )
     if isinstance(optimizer.sampler, CyclicSampler) and getattr(config.method.sampler, "hold_lr", False):
-        _hold_within_cycles(schedule, optimizer.sampler.cycle_steps)
+        _hold_within_cycles(schedule, optimizer.sampler.cycle_steps, training.warmup_steps)
     return schedule
 
 
-def _hold_within_cycles(schedule: Any, cycle_steps: int) -> None:
-    """Give every step the learning rate of its cycle's first step."""
+def _hold_within_cycles(schedule: Any, cycle_steps: int, warmup_steps: int) -> None:
+    """After the warm-up, give every step the learning rate of its cycle's first step."""
 
     def held(of_step: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: of_step(step - step % cycle_steps)
+        return lambda step: of_step(step if step < warmup_steps else max(step - step % cycle_steps, warmup_steps))
 
     schedule.lr_lambdas = [held(of_step) for of_step in schedule.lr_lambdas]
 

@@ -1,0 +1,602 @@
+"""The offload engine: exact in every mode, bounded in memory, and every wait of its protocol needed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from small import backward, make_batch, make_llama
+from torch import nn
+
+from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
+from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.optim import host_store, streaming
+from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
+from grass_ray.optim.kernels import join, split, state_layout
+
+MODES = ("none", "resident", "blocking", "overlap", "lazy")
+STREAMED = MODES[2:]
+CHUNK = 64 * 1024
+
+
+def make_odd_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Llama whose parameters have odd sizes and span several chunks."""
+    return make_llama(hidden=72, vocabulary=61, tied=tied).to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, accumulation: int = 1) -> None:
+    for step in steps:
+        for micro in range(accumulation):
+            backward(model, accumulation * step + micro, vocabulary=61)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same(left: nn.Module, right: nn.Module) -> None:
+    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# ------------------------------------------------------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("chunk_bytes", [16 * 1024, CHUNK, 1024 * 1024])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "rem16"), (torch.bfloat16, "rem16")])
+def test_every_element_is_in_exactly_one_chunk(chunk_bytes: int, dtype: torch.dtype, precision: Any) -> None:
+    parameters = [nn.Parameter(torch.empty(size, dtype=dtype)) for size in (1, 1023, 1024, 70_001, 5, 40_000)]
+    layout = state_layout(dtype, precision)
+    chunks = cut("unit", parameters, layout, chunk_bytes)
+    seen = {p: torch.zeros(p.numel(), dtype=torch.int64) for p in parameters}
+    for chunk in chunks:
+        assert chunk.nbytes & (chunk.nbytes - 1) == 0
+        assert chunk.count <= chunk.capacity
+        assert chunk.capacity * layout.bytes_per_parameter <= chunk.nbytes <= chunk_bytes
+        block = torch.zeros(chunk.nbytes, dtype=torch.uint8)
+        for segment, views in zip(chunk.segments, chunk.views(block), strict=True):
+            seen[segment.parameter][segment.start : segment.stop] += 1
+            assert segment.start % BOUNDARY == 0
+            for name, kind in layout.dtypes:
+                assert views[name].dtype == kind
+                views[name].fill_(1)
+        written = sum(views[name].numel() for views in chunk.views(block) for name, _ in layout.dtypes)
+        assert written == chunk.count * len(layout.dtypes), "state tensors of a chunk must not overlap"
+    assert all(bool((count == 1).all()) for count in seen.values())
+    used = sum(p.numel() for p in parameters) * layout.bytes_per_parameter
+    assert sum(chunk.nbytes for chunk in chunks) < used + 2 * min(chunk_bytes, SMALLEST_CHUNK_BYTES) + 0.35 * used
+
+
+def test_real_layers_waste_next_to_nothing() -> None:
+    """LLaMA2-7B: 202,383,360 parameters a layer in 64 MiB chunks."""
+    parameter = nn.Parameter(torch.empty(202_383_360, dtype=torch.bfloat16, device="meta"))
+    for precision, most in (("weights", 0.01), ("rem16", 0.01), ("exact", 0.01)):
+        layout = state_layout(torch.bfloat16, precision)  # type: ignore[arg-type]
+        chunks = cut("layer", [parameter], layout)
+        exact = parameter.numel() * layout.bytes_per_parameter
+        assert 0 <= sum(chunk.nbytes for chunk in chunks) / exact - 1 < most, precision
+
+
+def test_bad_chunk_sizes_are_refused() -> None:
+    layout = state_layout(torch.float32, "rem16")
+    for chunk_bytes in (1000, 3 * 1024 * 1024, 4096):
+        with pytest.raises(ValueError, match=rf"chunk_bytes is {chunk_bytes}; it must be a power of two that holds"):
+            cut("unit", [nn.Parameter(torch.empty(10))], layout, chunk_bytes)
+    with pytest.raises(ValueError, match="not contiguous"):
+        cut("unit", [nn.Parameter(torch.empty(4, 6).T)], layout, CHUNK)
+
+
+# ---------------------------------------------------------------------------------------------------------- remainders
+
+
+def test_weight_and_remainder_give_every_master_back() -> None:
+    """All bit patterns on a grid, and a dense range around one: no round trip loses a bit."""
+    coarse = torch.arange(-(2**31), 2**31, 997, dtype=torch.int64).to(torch.int32)
+    dense = torch.arange(0x3F7F0000, 0x3F810000, dtype=torch.int64).to(torch.int32)
+    for bits in (coarse, dense):
+        upper, remainder = split(bits.view(torch.float32))
+        assert torch.equal(join(upper, remainder).view(torch.int32), bits)
+    ordinary = torch.randn(100_000)
+    assert (
+        torch.equal(split(ordinary)[0], ordinary.to(torch.bfloat16))
+        or (
+            (split(ordinary)[0].float() - ordinary).abs() <= (ordinary.to(torch.bfloat16).float() - ordinary).abs()
+        ).all()
+    )
+
+
+def plain_master_adamw(model: nn.Module, gradients: list[list[torch.Tensor]], lr: float) -> list[torch.Tensor]:
+    """torch's AdamW on float32 copies of bfloat16 weights, from recorded gradients."""
+    masters = [p.detach().float().requires_grad_(True) for p in model.parameters()]
+    reference = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=True)
+    for step in gradients:
+        for master, gradient in zip(masters, step, strict=True):
+            master.grad = gradient.float()
+        reference.step()
+    return masters
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exact_precision_is_adamw_on_float32_masters(mode: Any) -> None:
+    """Bit for bit, in every mode: the bfloat16 weight is the rounded master, the remainder the rest."""
+    model = make_odd_llama(dtype=torch.bfloat16)
+    start = copy.deepcopy(model)
+    optimizer = LayerwiseAdamW(
+        model,
+        AllLayersSampler(),
+        lr=1e-5,
+        precision="exact",
+        offload=mode,
+        chunk_bytes=CHUNK,
+        train_embeddings=True,
+        train_head=True,
+        train_norm=True,
+    )
+    recorded = []
+    for step in range(20):
+        backward(model, step, vocabulary=61)
+        recorded.append([p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+    masters = plain_master_adamw(start, recorded, 1e-5)
+    state = optimizer.state_dict()["state"]
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for parameter, master in zip(model.parameters(), masters, strict=True):
+        held = join(parameter.data, state[index[parameter]]["remainder"])
+        assert torch.equal(held, master.data)
+
+
+def test_remainders_keep_what_plain_bfloat16_loses() -> None:
+    """At lr 1e-5 most weights never move in bfloat16; with a remainder the masters follow float32 AdamW closely."""
+    moved = {}
+    for precision in ("weights", "rem16"):
+        model = make_odd_llama(dtype=torch.bfloat16)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = LayerwiseAdamW(model, AllLayersSampler(), lr=1e-5, precision=precision, offload="none")  # type: ignore[arg-type]
+        train(model, optimizer, range(30))
+        layers = {p for layer in optimizer.stack.layers for p in layer}
+        pairs = [(a, b) for a, b in zip(before, model.parameters(), strict=True) if b in layers]
+        still = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+        moved[precision] = 1 - still
+    assert moved["rem16"] > 1.5 * moved["weights"]
+
+
+# --------------------------------------------------------------------------------------------------------- every mode
+
+
+SETTINGS = list(itertools.product([1, 3, 10], [1, 2, 4]))
+
+
+@pytest.mark.parametrize(("period", "gamma"), SETTINGS)
+def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
+    """Over changing active sets; tied weights, accumulation and clipping each in some of the cases."""
+    tied = gamma == 2
+    accumulation = 4 if period == 3 else 1
+    clip = 0.5 if gamma != 1 else None
+    inactive = "reset" if period == 1 else "keep"
+    models, states = {}, {}
+    for mode in MODES:
+        model = models[mode] = make_odd_llama(tied=tied)
+        optimizer = LayerwiseAdamW(
+            model,
+            GradNormSampler(gamma, period, probing_steps=2, refresh_period=4, seed=2),
+            lr=1e-3,
+            weight_decay=0.1,
+            max_grad_norm=clip,
+            offload=mode,  # type: ignore[arg-type]
+            inactive_states=inactive,  # type: ignore[arg-type]
+            train_norm=True,
+            train_embeddings=tied,
+            chunk_bytes=CHUNK,
+            ring_slots=2,
+        )
+        train(model, optimizer, range(24), accumulation=accumulation)
+        states[mode] = optimizer.state_dict()
+    for mode in MODES[1:]:
+        assert_same(models["none"], models[mode])
+        ours, theirs = states["none"]["state"], states[mode]["state"]
+        active = states[mode]["layerwise"]["active_units"]
+        assert active == states["none"]["layerwise"]["active_units"]
+        for index, saved in ours.items():
+            for name, tensor in saved.items():
+                assert torch.equal(tensor, theirs[index][name]), (mode, index, name)
+
+
+@pytest.mark.parametrize("mode", STREAMED)
+def test_streaming_is_torchs_adamw(mode: Any) -> None:
+    ours, theirs = make_odd_llama(), make_odd_llama()
+    optimizer = LayerwiseAdamW(
+        ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK, ring_slots=1
+    )
+    layers = [p for layer in find_decoder_stack(theirs).layers for p in layer]
+    for parameter in set(theirs.parameters()) - set(layers):
+        parameter.requires_grad_(False)
+    norms = {"params": [p for p in layers if p.ndim == 1], "weight_decay": 0}
+    groups = [{"params": [p for p in layers if p.ndim > 1]}, norms]
+    train(ours, optimizer, range(12))
+    train(theirs, torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, fused=True), range(12))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("saved_in", MODES)
+def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
+    def build(mode: Any) -> tuple[nn.Module, LayerwiseAdamW]:
+        model = make_odd_llama()
+        sampler = GradNormSampler(2, 3, probing_steps=2, refresh_period=4, seed=5)
+        return model, LayerwiseAdamW(model, sampler, lr=1e-3, offload=mode, chunk_bytes=CHUNK, train_norm=True)
+
+    whole, optimizer = build(saved_in)
+    snapshots = []
+    for step in range(10):
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        snapshots.append((copy.deepcopy(whole.state_dict()), buffer.getvalue()))
+        train(whole, optimizer, range(step, step + 1))
+    for step, (saved_weights, saved_state) in enumerate(snapshots):
+        mode = MODES[(MODES.index(saved_in) + step) % len(MODES)]
+        resumed, other = build(mode)
+        resumed.load_state_dict(saved_weights)
+        other.load_state_dict(torch.load(io.BytesIO(saved_state), weights_only=True))
+        train(resumed, other, range(step, 10))
+        assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("mode", STREAMED)
+def test_memory_on_the_device_is_the_ring(mode: Any) -> None:
+    model = make_odd_llama()
+    optimizer = LayerwiseAdamW(
+        model, UniformSampler(2, 2), lr=1e-3, offload=mode, chunk_bytes=CHUNK, ring_slots=3, train_norm=True
+    )
+    norm = 2 * 4 * model.model.norm.weight.numel()
+    for step in range(12):
+        train(model, optimizer, range(step, step + 1))
+        device, host = optimizer.state_bytes()
+        assert device == 3 * CHUNK + norm
+    layout = state_layout(torch.float32, "rem16")
+    planned = sum(
+        chunk.nbytes for layer in optimizer.stack.layers for chunk in cut("layer", list(layer), layout, CHUNK)
+    )
+    assert host == planned, "every layer was visited: host bytes are the plan's"
+    assert optimizer.stats.bytes_in == optimizer.stats.bytes_out > 0
+
+
+def test_lazy_fetches_ahead_during_backward_and_overlap_does_not() -> None:
+    hidden = {}
+    for mode in ("overlap", "lazy"):
+        model = make_odd_llama()
+        optimizer = LayerwiseAdamW(
+            model,
+            UniformSampler(1, 4),
+            lr=1e-3,
+            offload=mode,  # type: ignore[arg-type]
+            chunk_bytes=1024 * 1024,
+        )
+        train(model, optimizer, range(8), accumulation=2)
+        hidden[mode] = optimizer.stats.hidden_share
+    assert hidden == {"overlap": 0.0, "lazy": 1.0}
+
+
+# ----------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_are_not_finite_change_nothing(mode: Any) -> None:
+    model = make_odd_llama()
+    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5, seed=1), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    train(model, optimizer, range(2))
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()["state"]))
+    backward(model, 99, vocabulary=61)
+    gradient = optimizer.active_parameters()[0].grad
+    assert gradient is not None
+    gradient[0] = float("nan")
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not torch.isfinite(optimizer.grad_norm)  # type: ignore[arg-type]
+    after = dict(model.state_dict()), optimizer.state_dict()["state"]
+    assert all(torch.equal(a, after[0][name]) for name, a in before[0].items())
+    for index, state in before[1].items():
+        assert all(torch.equal(tensor, after[1][index][name]) for name, tensor in state.items())
+    train(model, optimizer, range(2, 4))
+    assert any(not torch.equal(a, model.state_dict()[name]) for name, a in before[0].items())
+
+
+@pytest.mark.parametrize("mode", STREAMED)
+def test_an_interrupted_update_is_never_saved(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_odd_llama()
+    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    train(model, optimizer, range(2))
+    saved_weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = copy.deepcopy(saved)
+    calls = itertools.count()
+
+    def broken(*args: Any) -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "adamw", broken)
+    backward(model, 2, vocabulary=61)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    for action in (optimizer.state_dict, optimizer.step):
+        with pytest.raises(RuntimeError, match="interrupted in the middle of its update"):
+            action()
+    model.load_state_dict(saved_weights)
+    optimizer.load_state_dict(saved)
+    found = optimizer.state_dict()
+    for index, state in expected["state"].items():
+        assert all(torch.equal(tensor, found["state"][index][name]) for name, tensor in state.items())
+    train(model, optimizer, range(2, 6))
+
+
+@pytest.mark.parametrize("mode", STREAMED)
+def test_an_exception_in_backward_harms_nothing(mode: Any) -> None:
+    model, reference = make_odd_llama(), make_odd_llama()
+    build = {"lr": 1e-3, "chunk_bytes": CHUNK}
+    optimizer = LayerwiseAdamW(model, UniformSampler(2, 3, seed=1), offload=mode, **build)  # type: ignore[arg-type]
+    other = LayerwiseAdamW(reference, UniformSampler(2, 3, seed=1), offload="none", **build)  # type: ignore[arg-type]
+    for step in range(6):
+        handle = optimizer.active_parameters()[0].register_hook(_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            backward(model, 50 + step, vocabulary=61)
+        handle.remove()
+        optimizer.zero_grad()
+        train(model, optimizer, range(step, step + 1))
+        train(reference, other, range(step, step + 1))
+    assert_same(model, reference)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_host_memory_that_is_not_there_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_store, "available_bytes", lambda: 100 * 2**20)
+    with pytest.raises(MemoryError, match=r"layer_\d\d need \d+ MiB of host memory, but only 100 MiB are available"):
+        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy")
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="projected states are small and not streamed; use resident"):
+        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
+    with pytest.raises(ValueError, match="ring_slots is 0"):
+        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
+    with pytest.raises(ValueError, match="precision is 'half'; available: weights, rem16, exact"):
+        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), precision="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offload", ["none", "resident"])
+def test_projected_states_travel_whole(offload: Any) -> None:
+    model = make_odd_llama()
+    optimizer = LayerwiseAdamW(
+        model, UniformSampler(1, 2), lr=1e-3, offload=offload, projection=GaLore(rank=4, refresh_period=3)
+    )
+    train(model, optimizer, range(12))
+    device, host = optimizer.state_bytes()
+    assert (host > 0) == (offload == "resident")
+    assert device > 0
+
+
+# ------------------------------------------------------------------------------------------------ the hazard checker
+
+
+@dataclass
+class Operation:
+    """One piece of work: where it ran, what it touched, and the operations it is certain to come after."""
+
+    lane: str
+    reads: set[Hashable]
+    writes: set[Hashable]
+    after: set[int]
+
+
+@dataclass
+class RecordingLanes:
+    """Runs everything at once like a CPU, and notes what CUDA streams would be free to reorder."""
+
+    without: str | None = None
+    operations: list[Operation] = field(default_factory=list)
+    reasons: set[str] = field(default_factory=set)
+    _behind: dict[str, set[int]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def on(self, lane: str, *, reads: Iterable[Hashable] = (), writes: Iterable[Hashable] = ()) -> Iterator[None]:
+        behind = self._behind.setdefault(lane, set())
+        self.operations.append(Operation(lane, set(reads), set(writes), set(behind)))
+        behind.add(len(self.operations) - 1)
+        yield
+
+    def record(self, lane: str) -> frozenset[int]:
+        return frozenset(self._behind.setdefault(lane, set()))
+
+    def wait(self, lane: str, event: frozenset[int], reason: str) -> None:
+        self.reasons.add(reason)
+        if reason != self.without:
+            self._behind.setdefault(lane, set()).update(event)
+
+    def wait_on_host(self, event: frozenset[int], reason: str) -> None:
+        self.wait("host", event, reason)
+
+    def collisions(self) -> list[tuple[Operation, Operation]]:
+        """Pairs of operations on the same memory, one of them writing, that nothing puts in order."""
+        found = []
+        for later, operation in enumerate(self.operations):
+            for earlier in range(later):
+                other = self.operations[earlier]
+                touched = (operation.writes & (other.reads | other.writes)) | (operation.reads & other.writes)
+                if touched and earlier not in operation.after:
+                    found.append((other, operation))
+        return found
+
+
+def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None = None) -> RecordingLanes:
+    """A short training with switches, in which the training's own work is noted too."""
+    model = make_odd_llama()
+    lanes = RecordingLanes(without=without)
+
+    def noting_forward(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any) -> None:
+            with lanes.on("compute", reads=[("weights", name)]):
+                pass
+
+        return note
+
+    def noting_backward(name: str) -> Callable[..., None]:
+        def note(gradient: torch.Tensor) -> None:
+            with lanes.on("compute", reads=[("weights", name)], writes=[("gradients", name)]):
+                pass
+
+        return note
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.register_hook(noting_backward(f"layer_{index:02d}"))
+    optimizer = LayerwiseAdamW(
+        model,
+        UniformSampler(2, 3, seed=3),
+        lr=1e-3,
+        offload=mode,
+        chunk_bytes=chunk_bytes,
+        ring_slots=slots,
+        lanes=lanes,
+    )
+    for module, unit in zip(optimizer.stack.modules, optimizer.units, strict=True):
+        module.register_forward_pre_hook(noting_forward(unit.name))
+    for step in range(8):
+        backward(model, step, vocabulary=61)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.state_dict()
+    blocks = [("block", chunk.name) for unit in optimizer._host.units for chunk in optimizer._host.chunks(unit)]
+    with lanes.on("host", reads=blocks):
+        pass
+    return lanes
+
+
+SCENES = [("lazy", CHUNK, 2), ("lazy", 1024 * 1024, 8), ("overlap", CHUNK, 2), ("overlap", 1024 * 1024, 8)]
+
+
+@pytest.mark.parametrize(("mode", "chunk_bytes", "slots"), SCENES)
+def test_no_two_accesses_can_collide(mode: Any, chunk_bytes: int, slots: int) -> None:
+    lanes = record_training(mode, chunk_bytes, slots)
+    assert len(lanes.operations) > 60
+    assert {operation.lane for operation in lanes.operations} == {"compute", "fetch", "update", "write", "host"}
+    assert not lanes.collisions()
+
+
+def test_every_wait_is_needed() -> None:
+    """Without any one kind of wait the checker finds a collision in one of the scenes."""
+    reasons = set().union(*(record_training(*scene).reasons for scene in SCENES))
+    assert len(reasons) == 7
+    for reason in reasons:
+        assert any(record_training(*scene, without=reason).collisions() for scene in SCENES), reason
+
+
+def test_lazy_lets_updates_go_on_under_the_next_forward() -> None:
+    """In lazy mode some forward does not come after every update before it; in overlap each does."""
+    free = {}
+    for mode in ("lazy", "overlap"):
+        operations = record_training(mode, CHUNK, 2).operations
+        free[mode] = any(
+            operations[earlier].lane == "update" and earlier not in operation.after
+            for later, operation in enumerate(operations)
+            for earlier in range(later)
+            if operation.lane == "compute" and not operation.writes
+        )
+    assert free == {"lazy": True, "overlap": False}
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("mode", STREAMED)
+def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precision: Any) -> None:
+    """With random delays injected into each stream."""
+    device = torch.device("cuda")
+    models = {}
+    for each in ("resident", mode):
+        model = models[each] = make_odd_llama(dtype=torch.bfloat16).to(device)
+        optimizer = LayerwiseAdamW(
+            model,
+            GradNormSampler(2, 3, probing_steps=2, refresh_period=4),
+            lr=1e-3,
+            precision=precision,
+            offload=each,
+            chunk_bytes=CHUNK,
+            ring_slots=2,
+        )
+        chance = torch.Generator().manual_seed(0)
+        for step in range(30):
+            batch = make_batch(step, vocabulary=61).to(device)
+            model(input_ids=batch, labels=batch).loss.backward()
+            if each == mode and mode != "blocking":
+                for lane in ("fetch", "update", "write"):
+                    with optimizer._lanes.on(lane):  # type: ignore[arg-type]
+                        torch.cuda._sleep(int(torch.randint(0, 2_000_000, (), generator=chance)))
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.synchronize()
+    torch.cuda.synchronize()
+    assert_same(models["resident"], models[mode])
+
+
+@pytest.mark.gpu
+def test_gpu_kernel_is_the_reference() -> None:
+    """The fused kernel against the plain one; the compiler may contract float32 operations, hence the tolerance."""
+    from grass_ray.optim.kernels import _with_remainder
+    from grass_ray.optim.triton_adamw import adamw_with_remainder
+
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    for moment in (torch.bfloat16, torch.float32):
+        weight = torch.randn(5001, device="cuda").bfloat16()
+        state = {
+            "exp_avg": torch.randn(5001, device="cuda").to(moment) * 1e-3,
+            "exp_avg_sq": torch.rand(5001, device="cuda").to(moment) * 1e-6,
+            "remainder": torch.randint(-32768, 32767, (5001,), dtype=torch.int16, device="cuda"),
+        }
+        gradient = torch.randn(5001, device="cuda").bfloat16()
+        step = torch.tensor(7.0, device="cuda")
+        ours, theirs = ((weight.clone(), {k: v.clone() for k, v in state.items()}) for _ in range(2))
+        adamw_with_remainder(ours[0], gradient, ours[1], step, group, None)
+        _with_remainder(theirs[0], gradient, theirs[1], step, group, None)
+        torch.testing.assert_close(
+            join(ours[0], ours[1]["remainder"]), join(theirs[0], theirs[1]["remainder"]), rtol=1e-6, atol=1e-7
+        )
+
+
+@pytest.mark.gpu
+def test_gpu_step_never_makes_the_host_wait() -> None:
+    model = make_odd_llama(dtype=torch.bfloat16).cuda()
+    optimizer = LayerwiseAdamW(
+        model, UniformSampler(2, 100), lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0
+    )
+    batch = make_batch(0, vocabulary=61).cuda()
+    for step in range(6):
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        try:
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_flat() -> None:
+    model = make_llama(hidden=512, layers=8).cuda().bfloat16()
+    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload="lazy", chunk_bytes=1024 * 1024)
+    batch = make_batch(0).cuda()
+    reserved = []
+    for step in range(50):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 20:
+            reserved.append(torch.cuda.memory_reserved())
+    assert len(set(reserved)) == 1
