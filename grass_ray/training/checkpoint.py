@@ -24,6 +24,7 @@ FORMAT = 2
 
 def save_checkpoint(state: TrainState, folder: Path) -> None:
     """Write ``state`` to ``folder``, replacing what is there only when everything is on disk."""
+    state.optimizer.synchronize()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
     save_file(_trained_weights(state), temporary / "weights.safetensors")

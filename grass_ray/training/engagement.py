@@ -52,6 +52,7 @@ class EngagementLog:
         if optimizer.probing or optimizer.switches == self._switches:
             return
         if self._steps_since_check >= STEPS_BETWEEN_CHECKS:
+            optimizer.synchronize()
             self._check()
         self._switches = optimizer.switches
         log.intervals.append((step, optimizer.active_units))
@@ -69,6 +70,7 @@ class EngagementLog:
             log.refreshes.append((report.step, report.importance, report.probabilities))
         log.resident_state_bytes, log.host_state_bytes = optimizer.state_bytes()
         if report.step == report.total_steps:
+            optimizer.synchronize()
             self._check()
             if fingerprint(self._frozen) != self._frozen_fingerprint:
                 log.only_active_layers_changed = False

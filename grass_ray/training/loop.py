@@ -141,6 +141,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             measure_s=elapsed if probing else measured_s,
             peak_allocated_gib=state.memory.peak_allocated_gib,
             host_pinned_gib=optimizer.state_bytes()[1] / GIB,
+            offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
         )
         state.engagement.note(report, optimizer, active_units)
         for name, value in report.metrics().items():

@@ -25,7 +25,8 @@ class StepReport:
     ``probabilities``, ``importance`` (mean gradient norms, NaN where never measured) and ``visits`` (draws so far)
     have one entry a unit and are None for methods without them. ``refreshed`` and ``switched`` (an active set was
     drawn, perhaps the same again) say what happened in this step. ``measure_s`` is the part of ``step_s`` that only
-    measured: a probing step, or extra passes before a step.
+    measured: a probing step, or extra passes before a step. ``offload`` says what moving states has cost since the
+    start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move.
     """
 
     step: int
@@ -45,6 +46,7 @@ class StepReport:
     measure_s: float
     peak_allocated_gib: float
     host_pinned_gib: float
+    offload: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
@@ -57,6 +59,7 @@ class StepReport:
             "memory/peak_allocated_gib": self.peak_allocated_gib,
             "memory/host_pinned_gib": self.host_pinned_gib,
         }
+        values |= {f"offload/{name}": value for name, value in self.offload.items()}
         if self.refreshed and self.probabilities is not None:
             h = entropy(self.probabilities)
             values |= {"layers/entropy": h, "layers/effective": exp(h)}
