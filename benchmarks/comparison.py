@@ -204,8 +204,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     state = options.output / "comparison.json"
     found: dict[str, Any] = json.loads(state.read_text())["methods"] if state.exists() else {}
-    split = split_training_rows(options)
     commit, dirty = git_state()
+    split = split_training_rows(options)
     facts = {
         "options": {key: str(value) for key, value in vars(options).items() if key not in ("data_dir", "output")},
         "hardware": hardware(),
@@ -215,7 +215,7 @@ def main() -> None:
         "git_dirty": dirty,
     }
     for method in options.methods:
-        entry = found.setdefault(method, {"search": {}, "lr": None, "test_losses": {}})
+        entry = found.setdefault(method, {"search": {}, "lr": None, "test_losses": {}, "commit": commit})
         started = time.perf_counter()
         if METHODS[method].trains and entry["lr"] is None:
             entry["search"] = search(options, method, split)

@@ -11,12 +11,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from grass_ray.config import ConfigError
+
+if TYPE_CHECKING:
+    from grass_ray.results.record import RunRecord
+    from grass_ray.results.selection import Selection
 
 RESULTS = Path("grass_ray_results")
 
@@ -42,8 +46,10 @@ class Train:
     config: Annotated[Path | None, arg(help="start from this config.yaml; the flags given come on top")] = None
     output: Annotated[Path | None, arg(help="new or empty folder for everything the run writes")] = None
     tracking_uri: Annotated[str | None, arg(help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db")] = None
+    memory_check: Annotated[bool, arg(help="refuse a run that cannot fit into memory, before it starts")] = True
     resume: Annotated[bool, arg(help="go on from the checkpoint in the output folder")] = False
     dry_run: Annotated[bool, arg(help="check everything, print the configuration and stop")] = False
+    quiet: Annotated[bool, arg(help="only the final row, failures and errors")] = False
 
     def run(self) -> int:
         """Carry it out."""
@@ -59,7 +65,13 @@ class Train:
         )
         output = self.output or RESULTS / "train" / f"{config.name}-{config.fingerprint}"
         return train_locally(
-            config, output=output, tracking_uri=self.tracking_uri, resume=self.resume, dry_run=self.dry_run
+            config,
+            output=output,
+            tracking_uri=self.tracking_uri,
+            resume=self.resume,
+            dry_run=self.dry_run,
+            quiet=self.quiet,
+            memory_check=self.memory_check,
         )
 
     def _assignments(self) -> list[str]:
@@ -101,6 +113,7 @@ class Eval:
     scoring: Annotated[Literal["generation", "loglikelihood"], arg(help="how an answer is read")] = "generation"
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="any other setting by its dotted key")] = ()
     output: Annotated[Path | None, arg(help="new or empty folder for examples.jsonl and record.json")] = None
+    quiet: Annotated[bool, arg(help="only the final row and errors")] = False
 
     def run(self) -> int:
         """Carry it out."""
@@ -120,15 +133,72 @@ class Eval:
             data_dir=self.data_dir,
             assignments=[*(f"{key}={value}" for key, value in given.items()), *self.set],
         )
-        return evaluate_locally(config, run_folder=run_folder, output=self.output)
+        return evaluate_locally(config, run_folder=run_folder, output=self.output, quiet=self.quiet)
+
+
+Stores = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    arg(metavar="URI", help="MLflow store, once or several times; default: MLFLOW_TRACKING_URI, else mlflow.db"),
+]
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Which runs: the flags that the leaderboard and its pictures share."""
+
+    experiment: Annotated[str | None, arg(help="a sweep's name; default: every experiment")] = None
+    tracking_uri: Stores = ()
+    method: Annotated[Names, arg(metavar="NAME ...", help="show these methods' rows; nothing is computed anew")] = ()
+    model: Annotated[Names, arg(metavar="NAME ...", help="only runs of these models")] = ()
+    suite: Annotated[Names, arg(metavar="NAME ...", help="only runs on these suites")] = ()
+    task: Annotated[Names, arg(metavar="NAME ...", help="average over these tasks alone")] = ()
+    seed: Annotated[tuple[int, ...], arg(metavar="N ...", help="only runs of these seeds")] = ()
+    status: Annotated[
+        Names, arg(metavar="NAME ...", help="show rows that ended so: finished partial failed out_of_memory stopped")
+    ] = ()
+
+    def selection(self, sort: str | None = None, reverse: bool = False) -> Selection:
+        """The filters. Raises :class:`ConfigError` on names that do not exist."""
+        from grass_ray.results.selection import Selection
+
+        return Selection(
+            methods=self.method,
+            models=self.model,
+            suites=self.suite,
+            tasks=self.task,
+            seeds=self.seed,
+            statuses=self.status,
+            sort=sort,
+            reverse=reverse,
+        )
+
+    def load(self) -> list[RunRecord]:
+        """The records of all stores named, each run once."""
+        from grass_ray.results.selection import merge_records
+        from grass_ray.results.store import load_records
+
+        if len(self.tracking_uri) < 2:
+            return load_records(_tracking_uri("".join(self.tracking_uri)), self.experiment)
+        records = merge_records(load_records(uri) for uri in self.tracking_uri)
+        chosen = [record for record in records if self.experiment in (None, record.sweep)]
+        if records and not chosen:
+            known = ", ".join(sorted({record.sweep for record in records}))
+            raise ConfigError(f"unknown experiment {self.experiment!r} in these stores; available: {known}")
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
     """Rank the runs of a tracking store."""
 
-    experiment: Annotated[str | None, arg(help="a sweep's name; default: every experiment")] = None
-    tracking_uri: Annotated[str | None, arg(help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db")] = None
+    chosen: Chosen
+    sort: Annotated[str | None, arg(metavar="COLUMN", help="a key of the json format, or a task; best first")] = None
+    reverse: Annotated[bool, arg(help="turn the order of --sort around")] = False
+    compare: Annotated[
+        tuple[str, str] | None, arg(metavar="A B", help="two sweep ids or experiments, question by question")
+    ] = None
     format: Annotated[Literal["table", "markdown", "csv", "json", "html"], arg(help="how to write it")] = "table"
     output: Annotated[Path | None, arg(help="file to write; default: the terminal")] = None
 
@@ -137,12 +207,18 @@ class Leaderboard:
         import shutil
 
         from grass_ray.results.leaderboard import build_leaderboard
-        from grass_ray.results.rendering import render
-        from grass_ray.results.store import load_records
+        from grass_ray.results.rendering import render, render_comparison
+        from grass_ray.results.sweep_comparison import compare_sweeps
 
-        records = load_records(_tracking_uri(self.tracking_uri), self.experiment)
+        selection = self.chosen.selection(self.sort, self.reverse)
+        if self.compare is not None and (self.sort or self.chosen.method or self.chosen.status):
+            raise ConfigError("--compare shows all rows of two sweeps; leave --sort, --method and --status out")
+        records = selection.records(self.chosen.load())
         width = max(100, shutil.get_terminal_size().columns)
-        text = render(build_leaderboard(records), self.format, width=width)
+        if self.compare is not None:
+            text = render_comparison(compare_sweeps(records, *self.compare), self.format, width=width)
+        else:
+            text = render(selection.tables(build_leaderboard(records)), self.format, width=width, records=records)
         if self.output is None:
             print(text)
         else:
@@ -153,43 +229,192 @@ class Leaderboard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw a picture of the runs of a tracking store, with its numbers as CSV beside it."""
+
+    kind: Positional[
+        Annotated[
+            Literal["pareto", "loss", "tasks", "step-time", "sensitivity", "sampling", "importance"],
+            arg(help="what to draw"),
+        ]
+    ]
+    chosen: Chosen
+    output: Annotated[Path | None, arg(help="picture to write: .png, .svg or .pdf; default: KIND.png")] = None
+
+    def run(self) -> int:
+        """Carry it out."""
+        from grass_ray.results.figures import MISSING, draw_kind
+        from grass_ray.results.leaderboard import build_leaderboard
+        from grass_ray.results.pictures import check_suffix
+
+        output = self.output or Path(f"{self.kind}.png")
+        check_suffix(output)
+        selection = self.chosen.selection()
+        records = selection.records(self.chosen.load())
+        pictures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
+        if not pictures:
+            raise ConfigError(f"there is nothing to draw: {MISSING[self.kind]}")
+        for picture in pictures:
+            suffix = picture.name.removeprefix(self.kind) if len(pictures) > 1 else ""
+            written = picture.save(output.with_stem(output.stem + suffix))
+            print(f"wrote {' and '.join(map(str, written))}: {picture.description}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a trained run, or a delta and its base model, as a model folder that transformers loads."""
 
-    folder: Positional[
-        Annotated[Path, arg(help="output folder of `grass-ray train`, or of --delta", metavar="RUN|DELTA")]
+    run_or_delta: Positional[
+        Annotated[str, arg(help="a run's folder or MLflow run id, or a folder of --delta", metavar="RUN|DELTA")]
     ]
     output: Annotated[Path, arg(help="new or empty folder for what is written")]
     delta: Annotated[bool, arg(help="write only the tensors that differ from the base model")] = False
     adapter: Annotated[bool, arg(help="write only the adapter, in peft's own format")] = False
     model: Annotated[str | None, arg(help="base model of a delta; default: the one it names")] = None
+    log: Annotated[bool, arg(help="also log what is written to the MLflow run, which must be given by its id")] = False
+    tracking_uri: Annotated[str | None, arg(help="MLflow store of a run id")] = None
 
     def run(self) -> int:
         """Carry it out."""
+        from grass_ray.results.card import Kind, write_delta_card
         from grass_ray.training.delta import export_delta, export_from_delta, is_delta
         from grass_ray.training.export import export_adapter, export_run
 
-        self._check_flags(is_delta(self.folder))
+        folder = self._folder()
+        kind: Kind = "delta" if self.delta else "adapter" if self.adapter else "model"
+        self._check_flags(is_delta(folder))
         if self.delta:
-            print(f"wrote {self.output}: {export_delta(self.folder, self.output).describe()}")
-        elif is_delta(self.folder):
-            delta = export_from_delta(self.folder, self.output, base_model=self.model)
+            said = export_delta(folder, self.output).describe()
+            self._write_card(folder, kind, said)
+            print(f"wrote {self.output}: {said}")
+        elif is_delta(folder):
+            delta = export_from_delta(folder, self.output, base_model=self.model)
+            write_delta_card(folder, self.output)
             print(f"wrote {self.output}; reloaded with transformers, the same in every bit; {delta.describe()}")
         else:
-            export = (export_adapter if self.adapter else export_run)(self.folder, self.output)
+            export = (export_adapter if self.adapter else export_run)(folder, self.output)
+            self._write_card(folder, kind)
             print(
                 f"wrote {export.folder}; reloaded with {'peft' if self.adapter else 'transformers'}, "
                 f"largest logit difference {export.difference:.1e} (allowed: {export.tolerance:.0e})"
             )
+        if self.log:
+            from grass_ray.results.store import upload
+
+            upload(_tracking_uri(self.tracking_uri), self.run_or_delta, self.output, kind)
+            print(f"logged to the MLflow run {self.run_or_delta} as {kind}/")
         return 0
+
+    def _folder(self) -> Path:
+        """The folder that was given, or that the run with the given id says it is in."""
+        from grass_ray.results.store import is_run_id, run_folder
+
+        by_id = is_run_id(self.run_or_delta) and not Path(self.run_or_delta).exists()
+        if self.log and not by_id:
+            raise ConfigError(f"--log needs an MLflow run id to log to, not the folder {self.run_or_delta}")
+        if not by_id:
+            return Path(self.run_or_delta)
+        found = run_folder(_tracking_uri(self.tracking_uri), self.run_or_delta)
+        if not Path(found).is_dir():
+            raise ConfigError(
+                f"the files of the MLflow run {self.run_or_delta} are in {found}, which is no folder on this machine; "
+                "copy it here and give the copy"
+            )
+        return Path(found)
+
+    def _write_card(self, folder: Path, kind: Literal["model", "adapter", "delta"], said: str | None = None) -> None:
+        from grass_ray.config import RunConfig
+        from grass_ray.results.card import find_record, write_card
+
+        write_card(self.output, kind, RunConfig.from_yaml(folder / "config.yaml"), find_record(folder), written=said)
 
     def _check_flags(self, of_delta: bool) -> None:
         if self.delta and self.adapter:
             raise ConfigError("--delta and --adapter exclude each other; give one of them, or none for the whole model")
         if of_delta and (self.delta or self.adapter):
-            raise ConfigError(f"{self.folder} is a delta already; leave out --{'delta' if self.delta else 'adapter'}")
+            raise ConfigError(
+                f"{self.run_or_delta} is a delta already; leave out --{'delta' if self.delta else 'adapter'}"
+            )
         if self.model is not None and not of_delta:
-            raise ConfigError(f"--model names the base model of a delta, and {self.folder} is no folder with a delta")
+            raise ConfigError(
+                f"--model names the base model of a delta, and {self.run_or_delta} is no folder with a delta"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run a record again and say whether its numbers agree."""
+
+    run_or_record: Positional[
+        Annotated[str, arg(help="a run's folder, a record.json, or an MLflow run id", metavar="RUN")]
+    ]
+    tracking_uri: Annotated[str | None, arg(help="MLflow store of a run id")] = None
+    model: Annotated[str | None, arg(help="where the base model is here; default: as recorded")] = None
+    data_dir: Annotated[Path | None, arg(help="where the data folder is here; default: as recorded")] = None
+    output: Annotated[Path | None, arg(help="new or empty folder for the rerun; default: nothing is written")] = None
+    dry_run: Annotated[bool, arg(help="say what would run and how this machine differs, and stop")] = False
+    quiet: Annotated[bool, arg(help="only warnings, what differs and the verdict")] = False
+
+    def run(self) -> int:
+        """Carry it out."""
+        from grass_ray.cluster.reproduce import find_original, reproduce
+
+        return reproduce(
+            find_original(self.run_or_record, _tracking_uri(self.tracking_uri)),
+            model=self.model,
+            data_dir=self.data_dir,
+            output=self.output,
+            dry_run=self.dry_run,
+            quiet=self.quiet,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predict peak memory, method by method, without loading weights."""
+
+    model: Annotated[
+        str, arg(help="hub id, folder, smollm2-135m, tiny, or a shape: tinyllama-1.1b, gemma-2b, llama2-7b")
+    ] = "smollm2-135m"
+    gpu_memory: Annotated[float | None, arg(help="GiB of the device; default: what this machine has")] = None
+    batch_size: Annotated[int, arg(help="rows an update")] = 4
+    seq_len: Annotated[int, arg(help="tokens of the longest row")] = 1024
+    labelled: Annotated[int | None, arg(help="positions with a label; default: every one")] = None
+    accumulation_steps: Annotated[int, arg(help="micro-batches an update")] = 1
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], arg(help="of the weights")] = "bfloat16"
+    methods: Annotated[tuple[str, ...] | None, arg(help="default: every method", metavar="NAME ...")] = None
+    gradient_checkpointing: Annotated[bool, arg(help="plan with it on")] = False
+    device: Annotated[Literal["cpu", "cuda"] | None, arg(help="default: cuda, or what this machine has")] = None
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="settings for methods that have the key")] = ()
+    format: Annotated[Literal["table", "json", "markdown"], arg(help="how to write it")] = "table"
+
+    def run(self) -> int:
+        """Carry it out."""
+        from grass_ray.training.memory_report import make_report, make_request, render_report
+
+        request = make_request(
+            model=self.model,
+            dtype=self.dtype,
+            memory_gib=self.gpu_memory,
+            device=self.device,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            labelled=self.labelled,
+            accumulation_steps=self.accumulation_steps,
+            checkpointing=self.gradient_checkpointing,
+            methods=self.methods,
+            settings=self.set,
+        )
+
+        def show(name: str) -> None:
+            if sys.stderr.isatty():
+                print(f"\rplanning {name:20}", end="", file=sys.stderr, flush=True)
+
+        report = make_report(request, show)
+        show("")
+        print(render_report(report, self.format))
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +483,21 @@ Verb = (
             "leaderboard",
             description=_examples(
                 "Rank the runs of a tracking store by accuracy, with memory and speed.",
-                "grass-ray leaderboard",
-                "grass-ray leaderboard --experiment quickstart --format markdown",
-                "grass-ray leaderboard --tracking-uri http://127.0.0.1:5000 --format json --output board.json",
+                "grass-ray leaderboard --experiment quickstart --format html --output page.html",
+                "grass-ray leaderboard --method full grass lora --sort peak_allocated_gib",
+                "grass-ray leaderboard --compare SWEEP_ID_A SWEEP_ID_B --tracking-uri STORE_A --tracking-uri STORE_B",
+            ),
+        ),
+    ]
+    | Annotated[
+        Plot,
+        subcommand(
+            "plot",
+            description=_examples(
+                "Draw a picture of the runs of a tracking store, with its numbers as CSV beside it.",
+                "grass-ray plot pareto --experiment quickstart",
+                "grass-ray plot loss --method full grass --output loss.svg",
+                "grass-ray plot sampling --model smollm2-135m --output sampling.png",
             ),
         ),
     ]
@@ -271,8 +508,32 @@ Verb = (
             description=_examples(
                 "Write a trained run as a model folder that transformers loads, or only the layers that changed.",
                 "grass-ray export grass_ray_results/train/RUN --output my-model",
-                "grass-ray export grass_ray_results/train/RUN --delta --output my-delta",
                 "grass-ray export my-delta --output my-model",
+                "grass-ray export MLFLOW_RUN_ID --delta --log --output my-delta",
+            ),
+        ),
+    ]
+    | Annotated[
+        Reproduce,
+        subcommand(
+            "reproduce",
+            description=_examples(
+                "Run a record again and say number by number whether it agrees: exit code 0 when all do, 1 when not.",
+                "grass-ray reproduce grass_ray_results/train/RUN",
+                "grass-ray reproduce record.json --dry-run",
+                "grass-ray reproduce MLFLOW_RUN_ID --tracking-uri http://127.0.0.1:5000 --output again",
+            ),
+        ),
+    ]
+    | Annotated[
+        Plan,
+        subcommand(
+            "plan",
+            description=_examples(
+                "Predict peak memory part by part for every method and offload mode, without weights; say what fits.",
+                "grass-ray plan --model llama2-7b --gpu-memory 24 --batch-size 4 --seq-len 1024",
+                "grass-ray plan --model meta-llama/Llama-3.2-1B --gpu-memory 16 --methods grass lisa --format markdown",
+                "grass-ray plan --model smollm2-135m --dtype float32 --device cpu --seq-len 256",
             ),
         ),
     ]
@@ -301,7 +562,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    from grass_ray.cluster.progress import quiet_libraries
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     try:
         if isinstance(verb, SweepFile):
             code = verb.run(rest)
@@ -314,6 +578,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.exit(code)
 
 

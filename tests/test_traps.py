@@ -56,16 +56,16 @@ def check_every_drawn_layer_is_really_trained() -> None:
 
 
 def only_update_the_first_set(patch: pytest.MonkeyPatch) -> None:
-    update = LayerwiseAdamW._update
+    update = LayerwiseAdamW._update_resident
     seen: list[str] = []
 
-    def first_only(self: LayerwiseAdamW, unit: Any) -> None:
+    def first_only(self: LayerwiseAdamW, unit: Any, skip: torch.Tensor) -> None:
         if len(seen) < 2:
             seen.append(unit.name)
         if unit.name in seen:
-            update(self, unit)
+            update(self, unit, skip)
 
-    patch.setattr(LayerwiseAdamW, "_update", first_only)
+    patch.setattr(LayerwiseAdamW, "_update_resident", first_only)
 
 
 # ------------------------------------------------------------------------------ 2. states of visited layers never freed
@@ -84,7 +84,6 @@ def check_states_on_the_device_stay_within_gamma_layers() -> None:
 def never_release(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LayerwiseAdamW, "_release", lambda self, unit: None)
     patch.setattr(LayerwiseAdamW, "_reclaim", lambda self, unit: None)
-    patch.setattr(LayerwiseAdamW, "_units_on_host", lambda self: set())
 
 
 # ----------------------------------------------------------------------- 3. a resume in mid-interval trains another set

@@ -19,6 +19,7 @@ from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import RECORD_FILE, TRACEBACK_FILE, steps_of
+from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.tracking import Tracker
@@ -28,7 +29,13 @@ class Ledger:
     """One sweep's books, kept by the driver: which trials ended and how, in MLflow and on the terminal."""
 
     def __init__(
-        self, plan: SweepPlan, storage: Storage, tracker: Tracker, progress: SweepProgress, scratch: Path
+        self,
+        plan: SweepPlan,
+        storage: Storage,
+        tracker: Tracker,
+        progress: SweepProgress,
+        scratch: Path,
+        overview: Overview,
     ) -> None:
         """``storage`` is the sweep's folder; ``scratch`` holds copies of trials' files until the tracker is closed."""
         self.plan = plan
@@ -36,6 +43,7 @@ class Ledger:
         self.tracker = tracker
         self.progress = progress
         self.scratch = scratch
+        self.overview = overview
         self.records: dict[str, RunRecord] = {}
         self._specs = {spec.key: spec for spec in plan.specs}
         self._run_ids: dict[str, str] = {}
@@ -76,6 +84,8 @@ class Ledger:
             failure=record.failure,
             earlier=earlier,
         )
+        if not earlier:  # a resumed sweep begins with many at once
+            self.overview.show(list(self.records.values()))
 
     def stop_running(self) -> None:
         """The sweep is interrupted: close the runs of the trials that have not ended, without a record in storage."""
@@ -105,6 +115,7 @@ class Ledger:
                 "suite": config.data.suite,
                 "seed": str(config.seed),
                 "sweep": self.plan.name,
+                "folder": f"{self.storage.uri}/{spec.folder}",
             }
             self._run_ids[spec.key] = self.tracker.start_trial(
                 self.plan.sweep_id, spec.key, config.name, tags, config.flatten()

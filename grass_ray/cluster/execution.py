@@ -20,10 +20,10 @@ from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.plots import write_sweep_plots
+from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rendering import Format, render
+from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -44,7 +44,7 @@ class Execution:
         local = root.local_folder
         self.tracker = Tracker(plan.tracking_uri, plan.name, None if local is None else local / "artifacts")
         names = [(spec.key, spec.config.name) for spec in plan.specs]
-        self.progress = SweepProgress(plan.name, names, console=console)
+        self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet)
 
     def open(self) -> None:
         """Reach the tracking store. Raises :class:`grass_ray.config.ConfigError` when it does not answer."""
@@ -58,14 +58,22 @@ class Execution:
             {"trials": str(len(self.plan.specs)), "storage": self.storage.uri},
         )
         with tempfile.TemporaryDirectory(prefix="grass_ray-sweep-") as scratch:
-            ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch))
+            overview = Overview(
+                self.tracker,
+                sweep_run,
+                self.plan.question,
+                num_trials=len(self.plan.specs),
+                folder=Path(scratch) / SUMMARY_FOLDER,
+            )
+            ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
             try:
                 self._run_trials(ledger)
-                code = self._sum_up(sweep_run, list(ledger.records.values()), Path(scratch) / SUMMARY_FOLDER)
+                code = self._sum_up(sweep_run, list(ledger.records.values()), overview)
             except KeyboardInterrupt:
                 ledger.stop_running()
+                overview.show(list(ledger.records.values()), at_once=True)
                 self.tracker.finish_sweep(sweep_run, status="stopped")
-                self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}")
+                self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
                 code = EXIT_INTERRUPTED
             finally:
                 self.tracker.close()
@@ -104,33 +112,31 @@ class Execution:
             cpus=cpus,
             gpus=gpus,
             keep_checkpoints=self.options.keep_checkpoints,
+            memory_check=self.options.memory_check,
         )
 
-    def _sum_up(self, sweep_run: str, records: list[RunRecord], folder: Path) -> int:
+    def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
         """Plots and leaderboard as files and on the parent run; the leaderboard and the places on the terminal."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = build_leaderboard(records)
-        forms: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
-        for suffix, form in forms.items():
-            (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
-        write_sweep_plots(records, folder)
-        self.storage.upload(folder, SUMMARY_FOLDER)
+        overview.show(records, at_once=True)
+        self.storage.upload(overview.folder, SUMMARY_FOLDER)
         failed = [record for record in records if record.status != "finished"]
-        self.tracker.finish_sweep(
-            sweep_run,
-            status="failed" if failed else "finished",
-            folder=folder,
-            metrics={"sweep/trials": len(records), "sweep/failed": len(failed)},
-        )
-        if not self.options.keep_checkpoints and not failed:
+        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished")
+        if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
-        print("\n" + render(tables, "table", width=self.console.width if self.console.is_terminal else 140))
+        tables = build_leaderboard(records)
+        print("\n" * (not self.options.quiet) + render(tables, "table", width=self._width()))
         for record in failed:
-            self._say(f"{record.status}: {record.name}: {record.failure}")
+            self._say(f"{record.status}: {record.name}: {record.failure}", always=True)
+        self._say(f"sweep:    {self.progress.summary()}")
         self._say(f"files:    {self.storage.uri}\nplots:    {self.storage.uri}/{SUMMARY_FOLDER}")
         if not self.plan.tracking_uri.startswith("http"):
             self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
         return EXIT_FAILED if failed else 0
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+    def _width(self) -> int:
+        return self.console.width if self.console.is_terminal else 140
+
+    def _say(self, text: str, *, always: bool = False) -> None:
+        """Print; with ``--quiet`` only what must ``always`` be said."""
+        if always or not self.options.quiet:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -21,7 +21,7 @@ from grass_ray.cluster.options import data_source
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
-from grass_ray.results.provenance import build_record, hardware, now, redact, write_examples
+from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
@@ -65,15 +65,28 @@ def build_config(
     return config.override(assignments)
 
 
-def train_locally(config: RunConfig, *, output: Path, tracking_uri: str | None, resume: bool, dry_run: bool) -> int:
+def train_locally(
+    config: RunConfig,
+    *,
+    output: Path,
+    tracking_uri: str | None,
+    resume: bool,
+    dry_run: bool,
+    quiet: bool = False,
+    memory_check: bool = True,
+) -> int:
     """Train, evaluate and record one run; returns the exit code (0 done, 1 failed, 130 interrupted).
+
+    ``quiet`` prints only the final leaderboard row, or why there is none. ``memory_check`` refuses what cannot fit.
 
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
     """
+    from grass_ray.training.memory_fit import fit_to_memory
     from grass_ray.training.run import check_run
 
     check_run(config)
+    fitted = fit_to_memory(config) if memory_check else config
     if dry_run:
         print(config.to_yaml(), end="")
         return 0
@@ -83,18 +96,19 @@ def train_locally(config: RunConfig, *, output: Path, tracking_uri: str | None, 
     tracker.open()
     output.mkdir(parents=True, exist_ok=True)
     config.save(output / "config.yaml")
-    return _LocalRun(config, output, checkpoint, tracker).carry_out()
+    return _LocalRun(config, output, checkpoint, tracker, quiet=quiet).carry_out(fitted)
 
 
 class _LocalRun:
     """The listeners of one local run: progress, checkpoints, tracker, record."""
 
-    def __init__(self, config: RunConfig, output: Path, checkpoint: Path, tracker: Tracker) -> None:
+    def __init__(self, config: RunConfig, output: Path, checkpoint: Path, tracker: Tracker, *, quiet: bool) -> None:
         self.config = config
         self.output = output
         self.checkpoint = checkpoint
         self.tracker = tracker
         self.console = Console()
+        self.quiet = quiet
         self.started_at = now()
         tags = {
             "method": config.method.name,
@@ -103,23 +117,27 @@ class _LocalRun:
             "seed": str(config.seed),
             "sweep": EXPERIMENT,
             "stage": "training",
+            "folder": str(output.absolute()),
         }
         self.run_id = tracker.start_trial(EXPERIMENT, config.fingerprint, config.name, tags, config.flatten())
         self._pending: list[tuple[int, dict[str, float]]] = []
         self._logged = time.monotonic()
 
-    def carry_out(self) -> int:
-        """Train to the end, or to the first Ctrl-C."""
-        from grass_ray.training.run import Run
+    def carry_out(self, fitted: RunConfig) -> int:
+        """Train to the end, or to the first Ctrl-C; ``fitted`` is the configuration as it fits this machine."""
+        import torch
 
-        run = Run.prepare(self.config)
+        from grass_ray.training.run import Run
+        from grass_ray.training.weights import base_model_sha256
+
+        run = Run.prepare(fitted)
         if self.checkpoint.is_dir():
             run.restore(self.checkpoint)
         self._print_head(run.state.optimizer.active_parameters(), run.state.model, run.state.steps_done)
         status: Status = "finished"
         failure: str | None = None
         every = self.config.training.checkpoint_every_steps
-        with RunProgress(self.config.name, console=self.console) as progress, _first_interrupt() as interrupted:
+        with self._progress() as progress, _first_interrupt() as interrupted:
             try:
                 for report in run.fit():
                     progress.step(report)
@@ -144,9 +162,20 @@ class _LocalRun:
             failure=failure,
             outcome=outcome,
             started_at=self.started_at,
+            model_sha256=base_model_sha256(self.config.model),
+            threads=torch.get_num_threads(),
         )
         write_examples(self.output / "examples.jsonl", outcome.tasks)
+        write_engagement(self.output, outcome.engagement)
         return self._finish(record)
+
+    def _progress(self) -> RunProgress:
+        return RunProgress(self.config.name, console=self.console, quiet=self.quiet)
+
+    def _say(self, text: str, *, always: bool = False) -> None:
+        """Print; with ``--quiet`` only what must ``always`` be said."""
+        if always or not self.quiet:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _log(self, report: StepReport) -> None:
         """Send steps to the tracker, several at a time."""
@@ -167,15 +196,14 @@ class _LocalRun:
         self.tracker.finish(self.run_id, record, self.output)
         self.tracker.close()
         if record.status == "finished":
-            self.console.print(render(build_leaderboard([record])), soft_wrap=True, highlight=False, markup=False)
+            self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
-        say = self.console.print
-        say(f"record    {self.output / 'record.json'}", soft_wrap=True, highlight=False)
-        say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}", soft_wrap=True, highlight=False)
+        self._say(f"record    {self.output / 'record.json'}")
+        self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
         if record.status == "stopped":
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", soft_wrap=True, highlight=False)
+            self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)
             return INTERRUPTED
         return 0 if record.status == "finished" else 1
 
@@ -187,6 +215,7 @@ class _LocalRun:
         rows = {
             "run": f"{config.name} in {self.output}",
             "model": f"{config.model.name}, {config.model.dtype}",
+            "method": f"{config.method.name}, {_schedule(config)}",
             "tasks": f"{config.data.suite}: {' '.join(config.data.tasks)}",
             "trains": f"{trainable:,} of {total:,} parameters at first",
             "device": hardware(),
@@ -195,10 +224,18 @@ class _LocalRun:
         if steps_done:
             rows["resumed"] = f"after step {steps_done}"
         for name, text in rows.items():
-            self.console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+            self._say(f"{name:9} {text}")
 
 
-def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None) -> int:
+def _schedule(config: RunConfig) -> str:
+    """How much it trains, in a few words."""
+    training = config.training
+    if not training.steps:
+        return "untrained"
+    return f"{training.steps} steps of {training.batch_size} rows, learning rate {config.method.optimizer.lr:g}"
+
+
+def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
     """Evaluate a model, or the trained model in ``run_folder``; prints a table and returns the exit code.
 
     Raises:
@@ -211,6 +248,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.training.export import check_output, load_trained_model
     from grass_ray.training.models import describe_model, load_model
     from grass_ray.training.report import RunOutcome
+    from grass_ray.training.weights import base_model_sha256
 
     describe_model(config.model)
     check_data(config.data, training=False)
@@ -219,7 +257,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         check_output(output)
     started_at = now()
     loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
-    with RunProgress(f"eval {config.name}") as progress:
+    with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
         results = evaluate(
             loaded.model, loaded.tokenizer, config.data, config.evaluation, on_progress=progress.evaluating
         )
@@ -239,13 +277,15 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
             model_revision=loaded.revision,
         ),
         started_at=started_at,
+        model_sha256=base_model_sha256(config.model),
     )
     print(render(build_leaderboard([record])))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         record.save(output / "record.json")
         write_examples(output / "examples.jsonl", results)
-        print(f"wrote {output}/record.json and examples.jsonl")
+        if not quiet:
+            print(f"wrote {output}/record.json and examples.jsonl")
     return 0
 
 

@@ -77,10 +77,14 @@ class SweepOptions:
     ] = None
     max_concurrent_trials: Annotated[int | None, tyro.conf.arg(help="default: as many as fit", metavar="N")] = None
     keep_checkpoints: Annotated[
-        bool, tyro.conf.arg(help="keep a last training checkpoint of every trial; otherwise an ended trial has none")
+        bool, tyro.conf.arg(help="keep what each trial trained, for `grass-ray export`; otherwise only its numbers")
     ] = False
+    memory_check: Annotated[
+        bool, tyro.conf.arg(help="refuse trials that cannot fit into their device's memory, before they start")
+    ] = True
     resume: Annotated[bool, tyro.conf.arg(help="finish this sweep's newest interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="print the trials and stop")] = False
+    quiet: Annotated[bool, tyro.conf.arg(help="only the final leaderboard, failures and errors")] = False
 
     def chosen(self) -> list[str]:
         """The flags given that decide what the trials are."""

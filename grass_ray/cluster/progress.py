@@ -10,7 +10,10 @@ Imports no ray, so that a single local run can show its progress without it::
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -28,6 +31,14 @@ PLAIN_LINE_EVERY_S = 15.0
 
 State = Literal["waiting", "starting", "training", "evaluating", "finished", "failed", "out_of_memory", "stopped"]
 ENDED: tuple[State, ...] = ("finished", "failed", "out_of_memory", "stopped")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say to their own developers off the terminal; call it before torch and tqdm are imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler on memory that was there before it
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading and saving, a line for every tick
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def step_summary(report: StepReport) -> dict[str, Any]:
@@ -75,11 +86,21 @@ def describe_seconds(seconds: float) -> str:
 
 
 class RunProgress:
-    """Progress of one run in this process: a bar on a terminal, a plain line every ``every_s`` seconds elsewhere."""
+    """Progress of one run in this process: a bar on a terminal, a plain line every ``every_s`` seconds elsewhere.
 
-    def __init__(self, name: str, *, console: Console | None = None, every_s: float = PLAIN_LINE_EVERY_S) -> None:
+    With ``quiet`` it shows nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        console: Console | None = None,
+        every_s: float = PLAIN_LINE_EVERY_S,
+        quiet: bool = False,
+    ) -> None:
         self.name = name
-        self.console = console or Console()
+        self.console = Console(quiet=True) if quiet else console or Console()
         self.every_s = every_s
         self._last_line = float("-inf")
         self._bar = Progress(
@@ -158,10 +179,11 @@ class SweepProgress:
         slots: int = 1,
         console: Console | None = None,
         every_s: float = PLAIN_LINE_EVERY_S,
+        quiet: bool = False,
     ) -> None:
-        """``trials`` are (key, name) pairs; ``slots`` trials run at once."""
+        """``trials`` are (key, name) pairs; ``slots`` trials run at once; ``quiet`` shows nothing."""
         self.title = title
-        self.console = console or Console()
+        self.console = Console(quiet=True) if quiet else console or Console()
         self.every_s = every_s
         self.slots = slots
         self.trials = {key: TrialView(name=name, key=key) for key, name in trials}
@@ -253,7 +275,7 @@ class SweepProgress:
 
     def _eta_s(self) -> float | None:
         took = [trial.seconds for trial in self.trials.values() if trial.seconds is not None]
-        if not took:
+        if not took or all(trial.state in ENDED for trial in self.trials.values()):
             return None
         mean = sum(took) / len(took)
         waiting = sum(trial.state == "waiting" for trial in self.trials.values())

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, default_tracking, parse_options
 from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand
+from grass_ray.cluster.progress import quiet_libraries
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError
 from grass_ray.methods import get_method
@@ -73,6 +74,7 @@ class Sweep:
         """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
         for name, value in DRIVER_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        quiet_libraries()
         console = Console()
         root = Storage.at(options.storage_path)
         plan = self._resumed_plan(root, options) if options.resume else self._new_plan(root, options)
@@ -81,7 +83,8 @@ class Sweep:
         if options.dry_run:
             _print_trials(console, plan)
             return 0
-        _print_head(console, plan, storage)
+        if not options.quiet:
+            _print_head(console, plan, storage)
         from grass_ray.cluster.execution import Execution
 
         execution = Execution(plan, root, storage, options, console)

@@ -28,7 +28,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from grass_ray.cluster.progress import step_summary
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, RunConfig
-from grass_ray.results.provenance import build_record, now, write_examples
+from grass_ray.results.provenance import build_record, now, write_engagement, write_examples
 from grass_ray.results.record import Status
 from grass_ray.training.report import StepReport, TrainingFailure
 
@@ -53,6 +53,7 @@ class Job:
     cpus: int
     gpus: int
     keep_checkpoints: bool = False
+    memory_check: bool = True
 
     @property
     def run_id(self) -> str:
@@ -73,7 +74,10 @@ def train_worker(values: dict[str, Any]) -> None:
     import torch
 
     from grass_ray.results.plots import write_run_plots
+    from grass_ray.training.export import CHECKPOINT_FOLDER
+    from grass_ray.training.memory_fit import fit_to_memory
     from grass_ray.training.run import Run
+    from grass_ray.training.weights import base_model_sha256
 
     job = Job(**values)
     torch.set_num_threads(job.cpus)  # Ray exports OMP_NUM_THREADS=1 to its workers on a cluster
@@ -88,12 +92,12 @@ def train_worker(values: dict[str, Any]) -> None:
     status: Status = "finished"
     failure: str | None = None
     try:
-        run = Run.prepare(config)
+        run = Run.prepare(fit_to_memory(config) if job.memory_check else config)
         with _last_checkpoint() as folder:
             if folder is not None:
                 run.restore(folder)
                 ray.train.report(_restored_message(run))
-        _fit(run, config.training.checkpoint_every_steps, job.keep_checkpoints)
+        _fit(run, config.training.checkpoint_every_steps)
         run.evaluate(on_progress=_EvaluationReporter())
     except TrainingFailure as problem:
         status, failure = problem.status, problem.reason
@@ -109,26 +113,31 @@ def train_worker(values: dict[str, Any]) -> None:
         failure=failure,
         outcome=outcome,
         started_at=started_at,
+        model_sha256=None if run is None else base_model_sha256(config.model),
+        threads=torch.get_num_threads(),
     )
     with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
         written = Path(name)
         write_run_plots(record, written)
         if outcome is not None:
             write_examples(written / "examples.jsonl", outcome.tasks)
+            write_engagement(written, outcome.engagement)
+        if run is not None and status == "finished" and job.keep_checkpoints and config.training.steps:
+            run.save(written / CHECKPOINT_FOLDER)
         storage.upload(written, job.folder)
-        record.save(written / RECORD_FILE)
-        storage.upload(written, job.folder)  # the record comes last: where it is, everything is
+    # the record comes last: where it is, everything is
+    storage.write_text(record.model_dump_json(indent=1), job.folder, RECORD_FILE)
     ray.train.report({"phase": "ended", "status": status, "failure": failure, "steps": []})
 
 
-def _fit(run: Run, every_steps: int | None, keep_last: bool) -> None:
+def _fit(run: Run, every_steps: int | None) -> None:
     """Take every step; report the steps since the last report every few seconds, and at each checkpoint."""
     pending: list[StepReport] = []
     last_report = time.monotonic()
     for report in run.fit():
         pending.append(report)
         last = report.step == report.total_steps
-        if (last and keep_last) or (every_steps is not None and (last or report.step % every_steps == 0)):
+        if every_steps is not None and (last or report.step % every_steps == 0):
             with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
                 run.save(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -212,8 +221,7 @@ def drive_trial(values: dict[str, Any]) -> None:
         storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
         ray.tune.report({"phase": "crashed", "failure": _reason(error), "steps": []})
     else:
-        if not job.keep_checkpoints:
-            storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
+        storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
 
 
 def _resources(job: Job) -> dict[str, float]:

@@ -7,8 +7,8 @@ Precision says what a parameter's state is:
 - ``"exact"``: float32 moments and the remainder: bit for bit AdamW on a float32 master copy, at 10 bytes a parameter.
 
 The bfloat16 weight on the device is the master's upper half, rounded to the nearest (exact ties away from zero, where
-torch's own cast takes the even one: +32768 has no place in 16 bits); ``(upper << 16) + remainder`` gives the master back
-without loss, so small updates are not lost and no master copy is held. Other weights than bfloat16 have no
+torch's own cast takes the even one: +32768 has no place in 16 bits); ``(upper << 16) + remainder`` gives the master
+back without loss, so small updates are not lost and no master copy is held. Other weights than bfloat16 have no
 remainder: for them all three are the same.
 """
 

@@ -532,11 +532,26 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                     if index in state["state"]:
                         held = self._from_host(unit, parameter, torch.device("cpu"))
                         state["state"][index] = {**state["state"][index], **held}
+        # the same order whatever happened first: equal states are equal files
+        state["state"] = dict(sorted(state["state"].items()))
         state["layerwise"] = {
             "sampler": self.sampler.state_dict(),
             "active_units": list(self.active_units),
             "switches": self.switches,
             "on_host": self._host.units,
+        }
+        return state
+
+    def adamw_state_dict(self) -> dict[str, Any]:
+        """The states in the layout of ``torch.optim.AdamW`` over the same two parameter groups, for other trainers.
+
+        Moments and counters only: what a remainder adds to a bfloat16 weight, and the sampler's place, have none there.
+        """
+        state = self.state_dict()
+        del state["layerwise"]
+        names = (STEP, "exp_avg", "exp_avg_sq")
+        state["state"] = {
+            index: {name: saved[name] for name in names if name in saved} for index, saved in state["state"].items()
         }
         return state
 

@@ -36,7 +36,6 @@ def _adamw_kernel(
     """AdamW on ``count`` bfloat16 weights; ``weight`` and ``remainder`` are seen as int16 bit patterns."""
     places = tl.program_id(0) * size + tl.arange(0, size)
     inside = places < count
-    keep = tl.load(skip) == 0.0
     upper = tl.load(weight + places, mask=inside, other=0).to(tl.int32)
     low = tl.load(remainder + places, mask=inside, other=0).to(tl.int32)
     g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
@@ -53,7 +52,8 @@ def _adamw_kernel(
     master = master - (lr / correction1) * (m / denominator)
     bits = master.to(tl.int32, bitcast=True)
     upper = (bits + 0x8000) >> 16
-    store = inside & keep
+    # gradients that are not finite change nothing: no place is stored to
+    store = places < tl.where(tl.load(skip) == 0.0, count, 0)
     tl.store(weight + places, upper.to(tl.int16), mask=store)
     tl.store(remainder + places, (bits - (upper << 16)).to(tl.int16), mask=store)
     tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)

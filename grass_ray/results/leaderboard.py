@@ -16,76 +16,25 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from statistics import fmean, stdev
 from typing import Any
 
+from grass_ray.results.budget import budget_line
+from grass_ray.results.pairing import Difference, compare_answers, mean_answers
 from grass_ray.results.record import RunRecord
-from grass_ray.results.statistics import average_interval, benjamini_hochberg, mcnemar
+from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
+from grass_ray.results.rows import build_rows, settings_key
+from grass_ray.results.statistics import benjamini_hochberg
+from grass_ray.tasks.suites import TASKS
 
 # What decides whether two accuracies may be ranked together; rows that differ here go to different tables.
 _EVALUATION = ("limit", "scoring", "extraction", "num_beams")
-# Settings that change no number, so that runs which differ in them alone are one row.
-_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size")
-# MAWPS, which is in the arithmetic training mixture, contains these three test sets.
-_CONTAMINATED = ("addsub", "multiarith", "singleeq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeaderboardRow:
-    """One method as configured, over its seeds.
-
-    Accuracies are shares from 0 to 1; ``accuracy`` is the unweighted mean over tasks of the means over seeds, its
-    interval that of :func:`grass_ray.results.statistics.average_interval` over the questions (not questions x seeds:
-    the same ones are asked again), ``accuracy_std`` the spread over seeds. Memory is the maximum over seeds, speed and
-    time the mean. ``variant`` says what tells this row from others of its method; ``seeds`` lists the finished seeds.
-    ``p_value`` is the exact McNemar test against ``full`` on the same questions, ``p_adjusted`` the same after
-    Benjamini-Hochberg over the table. ``status`` is the seeds' common one, or ``partial`` when they differ.
-    """
-
-    rank: int | None = None
-    method: str
-    model: str
-    suite: str
-    accuracy: float | None
-    accuracy_low: float | None
-    accuracy_high: float | None
-    tasks: dict[str, float]
-    peak_allocated_gib: float | None
-    peak_reserved_gib: float | None
-    host_pinned_gib: float | None
-    tokens_per_second: float | None
-    train_s: float | None
-    trainable_share: float | None
-    seeds: list[int]
-    status: str
-    failure: str | None
-    variant: str
-    hardware: str
-    accuracy_std: float | None
-    accuracy_clean: float | None
-    difference_to_full: float | None = None
-    p_value: float | None = None
-    p_adjusted: float | None = None
-    pareto: bool = False
-    commit: str | None
-    date: str
-    run_ids: list[str]
-
-    @property
-    def label(self) -> str:
-        """The method, with what sets this row apart."""
-        return f"{self.method} ({self.variant})" if self.variant else self.method
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values in a fixed order; a number that is not one becomes None."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardTable:
-    """Rows that may be compared, best first; ``notes`` say what a reader must know."""
+    """Rows that may be compared, best first; ``notes`` say what a reader must know, ``budget`` who had which."""
 
     model: str
     suite: str
@@ -95,6 +44,7 @@ class LeaderboardTable:
     evaluation: Mapping[str, Any]
     rows: tuple[LeaderboardRow, ...]
     notes: tuple[str, ...]
+    budget: str | None = None
 
     @property
     def title(self) -> str:
@@ -107,32 +57,46 @@ class LeaderboardTable:
             parts.append(f"a sample of {self.evaluation['limit']} examples a task")
         return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
 
+    @property
+    def best_of_each_method(self) -> tuple[LeaderboardRow, ...]:
+        """The highest row of each method, in the table's order."""
+        first: dict[str, LeaderboardRow] = {}
+        for row in self.rows:
+            first.setdefault(row.method, row)
+        return tuple(first.values())
+
 
 def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
     """Group, aggregate, compare and rank. Of two runs of one configuration and seed the later one counts."""
     tables: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        tables[json.dumps(_table_key(record))].append(record)
+        tables[json.dumps(table_key(record))].append(record)
     return [_table(tables[key]) for key in sorted(tables)]
 
 
-def _table_key(record: RunRecord) -> list[Any]:
+def table_key(record: RunRecord) -> list[Any]:
+    """What two runs must share to be ranked together, as plain values."""
     config = record.config
     protocol = [config["evaluation"].get(key) for key in _EVALUATION]
     tasks = sorted(config["data"]["tasks"])
     return [config["model"]["name"], config["data"]["suite"], record.hardware, record.world_size, tasks, protocol]
 
 
-def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
-    model, suite, hardware, world_size, _, protocol = _table_key(records[0])
+def seed_groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """Records of one configuration together, by seed; of two with one seed the later one."""
     groups: defaultdict[str, dict[int, RunRecord]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: datetime.fromisoformat(record.finished_at)):
-        groups[json.dumps(_settings(record), sort_keys=True)][record.config["seed"]] = record
-    seeds = [[group[seed] for seed in sorted(group)] for group in groups.values()]
-    rows = [_row(group, variant) for group, variant in zip(seeds, _variants(seeds), strict=True)]
+        groups[settings_key(record)][record.config["seed"]] = record
+    return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
+    model, suite, hardware, world_size, _, protocol = table_key(records[0])
+    groups = seed_groups(records)
+    rows = build_rows(groups)
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
     rows = [_incomplete(row, evaluated) for row in rows]
-    rows = _compare(rows, seeds)
+    rows, tests = _compare(rows, groups)
     return LeaderboardTable(
         model=model,
         suite=suite,
@@ -141,109 +105,9 @@ def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
         tasks=tuple(records[0].config["data"]["tasks"]),
         evaluation=dict(zip(_EVALUATION, protocol, strict=True)),
         rows=tuple(_ranked(_pareto(rows))),
-        notes=tuple(_notes(rows, suite)),
+        notes=tuple(_notes(rows, tests)),
+        budget=budget_line(rows),
     )
-
-
-# ------------------------------------------------------------------------------------------------- rows from records
-
-
-def _settings(record: RunRecord) -> dict[str, str]:
-    """What a row is: the configuration by dotted key, without what changes no number."""
-    flat = dict(_flat("", record.config))
-    return {key: value for key, value in flat.items() if key not in _NO_EFFECT}
-
-
-def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-        yield prefix, json.dumps(value).strip('"')
-
-
-def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """For each group what tells it from the other groups of its method, in as few words as are unambiguous."""
-    settings = [_settings(group[0]) for group in groups]
-    labels = []
-    for own in settings:
-        peers = [other for other in settings if other["method.name"] == own["method.name"]]
-        keys = sorted({key for peer in peers for key in peer})
-        differing = [key for key in keys if len({peer.get(key) for peer in peers}) > 1 and key in own]
-        last = [key.rsplit(".", 1)[-1] for key in differing]
-        words = [name if last.count(name) == 1 else key for name, key in zip(last, differing, strict=True)]
-        labels.append(", ".join(f"{word}={own[key]}" for word, key in zip(words, differing, strict=True)))
-    return labels
-
-
-def _row(group: Sequence[RunRecord], variant: str) -> LeaderboardRow:
-    finished = [record for record in group if record.status == "finished" and record.tasks]
-    scores = {
-        task: fmean(record.tasks[task].accuracy for record in finished)
-        for task in (finished[0].tasks if finished else {})
-        if all(task in record.tasks and record.tasks[task].num_examples for record in finished)
-    }
-    low = high = None
-    if scores:
-        low, high = average_interval(
-            list(scores.values()), [min(record.tasks[task].num_examples for record in finished) for task in scores]
-        )
-    last, config = group[-1], group[-1].config
-    averages = [fmean(score.accuracy for score in record.tasks.values()) for record in finished]
-    clean = [value for task, value in scores.items() if task not in _CONTAMINATED]
-    mixed = config["data"]["suite"] == "arithmetic" and config["method"]["name"] != "base"
-    shares = [record.layers.trainable_share for record in group if record.layers is not None]
-    status, failure = _status(group)
-    return LeaderboardRow(
-        method=config["method"]["name"],
-        variant=variant,
-        model=config["model"]["name"],
-        suite=config["data"]["suite"],
-        accuracy=fmean(scores.values()) if scores else None,
-        accuracy_low=low,
-        accuracy_high=high,
-        accuracy_std=stdev(averages) if len(averages) > 1 else None,
-        accuracy_clean=fmean(clean) if mixed and clean and len(clean) < len(scores) else None,
-        tasks=scores,
-        peak_allocated_gib=max(_values(group, "memory/peak_allocated_gib"), default=None),
-        peak_reserved_gib=max(_values(group, "memory/peak_reserved_gib"), default=None),
-        host_pinned_gib=max(_values(group, "memory/host_pinned_gib"), default=None),
-        tokens_per_second=_mean(_values(finished, "throughput/tokens_per_second")),
-        train_s=_mean(_values(finished, "time/train_s")),
-        trainable_share=max(shares, default=None),
-        seeds=[record.config["seed"] for record in finished],
-        status=status,
-        failure=failure,
-        hardware=last.hardware,
-        commit=_commit(group),
-        date=max(record.finished_at for record in group)[:10],
-        run_ids=[record.run_id for record in group],
-    )
-
-
-def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
-    statuses = {record.status for record in group}
-    reasons: defaultdict[str, list[str]] = defaultdict(list)
-    for record in group:
-        if record.status != "finished":
-            reasons[record.failure or record.status].append(str(record.config["seed"]))
-        elif not record.tasks:
-            reasons["finished without an evaluation"].append(str(record.config["seed"]))
-    failure = "; ".join(f"seed {', '.join(seeds)}: {reason}" for reason, seeds in reasons.items())
-    return (statuses.pop() if len(statuses) == 1 else "partial"), failure or None
-
-
-def _values(group: Iterable[RunRecord], metric: str) -> list[float]:
-    return [value for record in group if math.isfinite(value := record.metrics.get(metric, math.nan))]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
-
-
-def _commit(group: Sequence[RunRecord]) -> str | None:
-    commits = {f"{record.git_commit[:9]}{'+' if record.git_dirty else ''}" for record in group if record.git_commit}
-    return ", ".join(sorted(commits)) or None
 
 
 def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
@@ -257,104 +121,132 @@ def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
 # ------------------------------------------------------------------------------------------- comparing and ranking
 
 
-def _is_ranked(row: LeaderboardRow) -> bool:
-    return row.status == "finished" and row.accuracy is not None and math.isfinite(row.accuracy)
+def _compare(
+    rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]
+) -> tuple[list[LeaderboardRow], set[str]]:
+    """Differences to the best ``full`` row and to the best row, per question; and the names of the tests used."""
+    ranked = [index for index, row in enumerate(rows) if row.is_ranked]
+    if len(ranked) < 2:
+        return list(rows), set()
 
+    def place(index: int) -> tuple[float, str]:
+        return -(rows[index].accuracy or 0.0), rows[index].label
 
-def _compare(rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
-    """Difference to the best ``full`` row, with McNemar over the questions of the seeds both have."""
-    full = [index for index, row in enumerate(rows) if row.method == "full" and _is_ranked(row)]
-    if not full:
-        return list(rows)
-    best = max(full, key=lambda index: rows[index].accuracy or 0.0)
-    reference = rows[best].accuracy or 0.0
-    p_values: dict[int, float] = {}
+    best = min(ranked, key=place)
+    full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
+    to_full, to_best = _differences(ranked, groups, full, best)
+    tests = {str(found.test) for found in (*to_full.values(), *to_best.values()) if found is not None}
+    adjusted, adjusted_to_best = _adjust(to_full), _adjust(to_best)
+    compared = []
     for index, row in enumerate(rows):
-        if index != best and _is_ranked(row):
-            own, other = _paired(groups[index], groups[best])
-            if own:
-                p_values[index] = mcnemar(own, other)
-    adjusted = dict(zip(p_values, benjamini_hochberg(list(p_values.values())), strict=True))
-    return [
-        replace(
-            row,
-            difference_to_full=row.accuracy - reference
-            if index != best and _is_ranked(row) and row.accuracy is not None
-            else None,
-            p_value=p_values.get(index),
-            p_adjusted=adjusted.get(index),
-        )
-        for index, row in enumerate(rows)
-    ]
+        if index in to_full:
+            row = replace(row, **_fields(rows, index, full, to_full, "full"), p_adjusted=adjusted.get(index))
+        if index in to_best:
+            row = replace(
+                row, **_fields(rows, index, best, to_best, "best"), p_adjusted_to_best=adjusted_to_best.get(index)
+            )
+        compared.append(row)
+    return compared, tests
 
 
-def _paired(first: Sequence[RunRecord], second: Sequence[RunRecord]) -> tuple[list[bool], list[bool]]:
-    """Correctness of both on the same task, question and seed."""
-    others = {record.config["seed"]: _correctness(record) for record in second}
-    own: list[bool] = []
-    other: list[bool] = []
-    for record in first:
-        answers, rival = _correctness(record), others.get(record.config["seed"], {})
-        same = sorted(answers.keys() & rival.keys())
-        own += [answers[key] for key in same]
-        other += [rival[key] for key in same]
-    return own, other
+def _differences(
+    ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], *references: int | None
+) -> list[dict[int, Difference | None]]:
+    """For each reference row the differences of all other ranked rows to it; answers of one row at a time."""
+    theirs = {index: mean_answers(groups[index]) for index in references if index is not None}
+    found: dict[int, dict[int, Difference | None]] = {reference: {} for reference in theirs}
+    for index in ranked:
+        own = theirs.get(index) or mean_answers(groups[index])
+        for reference in found:
+            if index != reference:
+                found[reference][index] = compare_answers(own, theirs[reference])
+    return [{} if reference is None else found[reference] for reference in references]
 
 
-def _correctness(record: RunRecord) -> dict[tuple[str, str, int], bool]:
-    """Correctness by task, example id and how often that id came before (equal prompts share an id)."""
-    answers: dict[tuple[str, str, int], bool] = {}
-    for task, score in record.tasks.items():
-        seen: defaultdict[str, int] = defaultdict(int)
-        for example, correct in zip(score.example_ids, score.correct, strict=True):
-            answers[task, example, seen[example]] = correct
-            seen[example] += 1
-    return answers
+def _adjust(differences: Mapping[int, Difference | None]) -> dict[int, float]:
+    found = {index: difference.p_value for index, difference in differences.items() if difference is not None}
+    return dict(zip(found, benjamini_hochberg(list(found.values())), strict=True))
+
+
+def _fields(
+    rows: Sequence[LeaderboardRow],
+    index: int,
+    reference: int | None,
+    differences: Mapping[int, Difference | None],
+    name: str,
+) -> dict[str, Any]:
+    """What a row says about one difference; where no question is common, only how far the accuracies are apart."""
+    found = differences[index]
+    key = f"difference_to_{name}"
+    if found is None:
+        assert reference is not None
+        return {key: (rows[index].accuracy or 0.0) - (rows[reference].accuracy or 0.0)}
+    p_value = "p_value" if name == "full" else "p_value_to_best"
+    return {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high, p_value: found.p_value}
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
     """Mark ranked rows that no other beats in accuracy without more peak memory, or in memory without less accuracy."""
     points = {
-        index: (row.accuracy, -row.peak_allocated_gib)
+        index: (-row.accuracy, row.peak_allocated_gib)
         for index, row in enumerate(rows)
-        if _is_ranked(row) and row.accuracy is not None and row.peak_allocated_gib is not None
+        if row.is_ranked and row.accuracy is not None and row.peak_allocated_gib is not None
     }
-
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(rival[0] >= point[0] and rival[1] >= point[1] and rival != point for rival in points.values())
-
-    return [replace(row, pareto=index in points and not beaten(points[index])) for index, row in enumerate(rows)]
+    front: set[int] = set()
+    best_before, previous = math.inf, (math.inf, math.inf)
+    # from the least memory on, the more accurate first: a point is on the front when it beats all before it
+    for index, (loss, gib) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
+        if loss < best_before or (loss, gib) == previous:
+            front.add(index)
+            best_before, previous = loss, (loss, gib)
+    return [replace(row, pareto=index in front) for index, row in enumerate(rows)]
 
 
 def _ranked(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
     """Best first, equal accuracies sharing a rank, then what is not ranked: partly finished before failed."""
-    ranked = sorted((row for row in rows if _is_ranked(row)), key=lambda row: (-(row.accuracy or 0.0), row.label))
-    accuracies = [row.accuracy for row in ranked]
-    below = sorted((row for row in rows if not _is_ranked(row)), key=lambda row: (-len(row.seeds), row.label))
-    return [replace(row, rank=accuracies.index(row.accuracy) + 1) for row in ranked] + below
+    ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (-(row.accuracy or 0.0), row.label))
+    ranks: dict[float | None, int] = {}
+    for place, row in enumerate(ranked, start=1):
+        ranks.setdefault(row.accuracy, place)
+    below = sorted((row for row in rows if not row.is_ranked), key=lambda row: (-len(row.seeds), row.label))
+    return [replace(row, rank=ranks[row.accuracy]) for row in ranked] + below
 
 
-def _notes(rows: Sequence[LeaderboardRow], suite: str) -> list[str]:
+def _notes(rows: Sequence[LeaderboardRow], tests: set[str]) -> list[str]:
     notes = []
-    if any(row.p_value is not None for row in rows):
-        pooled = max(len(row.seeds) for row in rows if row.p_value is not None) > 1
+    if tests:
+        named = {
+            "exact McNemar": "exact McNemar",
+            "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
+        }
+        against = (
+            "against full and against the best row"
+            if any(row.p_value is not None for row in rows)
+            else ("against the best row")
+        )
         notes.append(
-            "p: exact McNemar against full on the same questions, Benjamini-Hochberg over this table"
-            + ("; answers of all common seeds pooled, so p is too small where seeds agree" if pooled else "")
+            f"p: {' or '.join(named[test] for test in sorted(tests))} {against}, on the same questions, "
+            "Benjamini-Hochberg over this table"
         )
-    if any(row.accuracy_clean is not None for row in rows):
-        clean = ", ".join(
-            f"{row.label} {100 * row.accuracy_clean:.1f}" for row in rows if row.accuracy_clean is not None
-        )
-        notes.append(f"{suite}: training data contains AddSub, MultiArith and SingleEq; average without them: {clean}")
-    if sum(_is_ranked(row) for row in rows) > 1 and all(len(row.seeds) <= 1 for row in rows):
+        notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
+    notes += _contamination(rows)
+    if sum(row.is_ranked for row in rows) > 1 and all(len(row.seeds) <= 1 for row in rows):
         notes.append("one seed a row: differences between trainings are not covered by the intervals")
     return notes
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value
+def _contamination(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """What must be said of rows that trained on test questions: which tasks, and the average without them."""
+    found: defaultdict[tuple[str, ...], list[LeaderboardRow]] = defaultdict(list)
+    for row in rows:
+        if row.contaminated:
+            found[tuple(row.contaminated)].append(row)
+    trained = [row for row in rows if row.trained and row.tasks]
+    notes = []
+    for tasks, those in found.items():
+        titles = ", ".join(TASKS[task].title for task in tasks)
+        who = "" if len(those) == len(trained) else f" of {', '.join(row.label for row in those)}"
+        clean = [f"{row.label} {100 * row.accuracy_clean:.1f}" for row in those if row.accuracy_clean is not None]
+        without = f"; average without them: {', '.join(clean)}" if clean else ""
+        notes.append(f"the training data{who} contains test questions of {titles}{without}")
+    return notes

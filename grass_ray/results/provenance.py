@@ -17,10 +17,11 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grass_ray.config import RunConfig
 from grass_ray.results.record import LayerHistory, RunRecord, Status, TaskScore
@@ -129,6 +130,8 @@ def build_record(
     finished_at: str | None = None,
     hardware_name: str | None = None,
     world_size: int = 1,
+    model_sha256: str | None = None,
+    threads: int | None = None,
 ) -> RunRecord:
     """Make the record of one trial, whether it finished or not.
 
@@ -144,6 +147,8 @@ def build_record(
         finished_at: ISO time, by default now.
         hardware_name: what the workers ran on, by default this process's :func:`hardware`.
         world_size: number of workers.
+        model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
+        threads: CPU threads that torch computed with; another number may change the last bits of a sum.
     """
     git = git_state()
     return RunRecord(
@@ -167,6 +172,8 @@ def build_record(
         model_revision=None if outcome is None else outcome.model_revision,
         started_at=started_at,
         finished_at=finished_at or now(),
+        model_sha256=model_sha256,
+        threads=threads,
     )
 
 
@@ -196,6 +203,25 @@ def _history(engagement: Engagement) -> LayerHistory:
         resident_state_bytes=engagement.resident_state_bytes,
         host_state_bytes=engagement.host_state_bytes,
     )
+
+
+def write_engagement(folder: str | Path, engagement: Engagement | None) -> None:
+    """Write what layer-wise training did, as ``engagement.json`` and ``engagement.txt``; nothing where it is None."""
+    if engagement is not None:
+        values = json.dumps(_finite(asdict(engagement)), indent=1, allow_nan=False)
+        (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")
+        (Path(folder) / "engagement.txt").write_text(engagement.describe() + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Plain values with None for a number that is none, which strict readers of JSON refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:

@@ -73,6 +73,8 @@ class RunRecord(RecordPart):
     model_revision: str | None = None
     started_at: str
     finished_at: str
+    model_sha256: str | None = Field(default=None, description="of the base model's weight files, as sha256sum says")
+    threads: int | None = Field(default=None, description="CPU threads that torch computed with")
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""

@@ -12,12 +12,13 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 from grass_ray.config import ConfigError
 from grass_ray.results.provenance import redact
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 SQLITE = "sqlite:///"
+RECORD_FILE = "record.json"
+SPEED, SECONDS = "throughput/tokens_per_second", "time/step_s"
 
 
 def default_tracking_uri(storage_path: Path) -> str:
@@ -102,11 +105,12 @@ def store_errors(uri: str) -> Iterator[None]:
 
 @contextmanager
 def impatient(timeout_s: int) -> Iterator[None]:
-    """MLflow's own patience is minutes a call, which training must not wait for; its only switch is the environment."""
+    """MLflow waits for minutes and prints where each run can be seen; its only switches are in the environment."""
     wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
@@ -120,15 +124,26 @@ def impatient(timeout_s: int) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def load_records(tracking_uri: str, experiment: str | None = None) -> list[RunRecord]:
-    """Download the records of all trials of an experiment (None: of all experiments), oldest first.
+def load_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> list[RunRecord]:
+    """Read the records of all trials of an experiment (None: of all experiments), oldest first.
 
-    The latest run counts for each sweep id and trial key; trials without a record yet are left out. Raises
-    :class:`ConfigError` when the store or the experiment does not exist.
+    The latest run counts for each sweep id and trial key; trials without a record yet are left out.
+
+    Args:
+        tracking_uri: ``sqlite:///...`` or the address of a server.
+        experiment: the name of a sweep.
+        series: keep what was measured at every step, which is most of a record. Without, tokens and seconds of all
+            steps stay as one point, so that leaderboards come out the same.
+
+    Raises:
+        ConfigError: the store or the experiment does not exist.
     """
-    uri = absolute_uri(tracking_uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        raise ConfigError(f"there is no MLflow store at {uri}; run a sweep first, or name another with --tracking-uri")
+    return list(iter_records(tracking_uri, experiment, series=series))
+
+
+def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> Iterator[RunRecord]:
+    """The same one after another, so that only the one in hand is in memory."""
+    uri = _existing(tracking_uri)
     client = connect(uri)
     with store_errors(uri):
         experiments = {item.name: item.experiment_id for item in client.search_experiments()}
@@ -137,34 +152,148 @@ def load_records(tracking_uri: str, experiment: str | None = None) -> list[RunRe
                 f"unknown experiment {experiment!r} in {redact(uri)}; available: {', '.join(experiments)}"
             )
         chosen = list(experiments.values()) if experiment is None else [experiments[experiment]]
-        latest: dict[tuple[str, str], Any] = {}
-        for run in _child_runs(client, chosen):
-            latest[run.data.tags["sweep_id"], run.data.tags["trial_key"]] = run
-        with tempfile.TemporaryDirectory() as folder:
-            records = [_download(client, run, Path(folder)) for run in latest.values()]
-    return [record for record in records if record is not None]
+        latest: dict[tuple[str, str], _Found] = {}
+        for key, found in _child_runs(client, chosen):
+            latest[key] = found
+    questions: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="grass_ray-records-") as folder:
+        for found in latest.values():
+            with store_errors(uri):
+                path = _record_file(client, found, Path(folder))
+            record = None if path is None else _read(path, found)
+            if record is not None:
+                yield _slim(record, questions, series=series)
 
 
-def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[Any]:
+def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Copy those of a run's artifacts that are there into ``folder``.
+
+    Raises:
+        ConfigError: the store or the run does not exist.
+    """
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        _check_run(client, uri, run_id)
+        there = {item.path for item in client.list_artifacts(run_id)}
+        return {name: Path(client.download_artifacts(run_id, name, str(folder))) for name in names if name in there}
+
+
+def run_folder(tracking_uri: str, run_id: str) -> str:
+    """Where a run wrote its files, as its tag ``folder`` says.
+
+    Raises:
+        ConfigError: the store or the run does not exist, or the run is of a version that did not tell.
+    """
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        tags = _check_run(client, uri, run_id).data.tags
+    if "folder" not in tags:
+        raise ConfigError(f"the MLflow run {run_id} does not say where its files are; give the run's folder itself")
+    return str(tags["folder"])
+
+
+def upload(tracking_uri: str, run_id: str, folder: Path, place: str) -> None:
+    """Log a folder's files as artifacts of a run, under ``place``.
+
+    Raises:
+        ConfigError: the store or the run does not exist, or takes no files.
+    """
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        _check_run(client, uri, run_id)
+        client.log_artifacts(run_id, str(folder), place)
+
+
+def is_run_id(text: str) -> bool:
+    """Whether the text has the form of MLflow's run ids: 32 hexadecimal digits."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+# ------------------------------------------------------------------------------------------------------ inside a store
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is kept of a run that was found; MLflow's own object holds all its metrics and parameters."""
+
+    run_id: str
+    name: str
+    artifacts: str
+
+
+def _existing(tracking_uri: str) -> str:
+    """The absolute address. Raises :class:`ConfigError` where a SQLite file would be made by looking at it."""
+    uri = absolute_uri(tracking_uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise ConfigError(f"there is no MLflow store at {uri}; run a sweep first, or name another with --tracking-uri")
+    return uri
+
+
+def _check_run(client: MlflowClient, uri: str, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise ConfigError(f"there is no run {run_id} in {redact(uri)}; its page there shows a run's id") from None
+        raise
+
+
+def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[tuple[str, str], _Found]]:
     token = None
     while True:
         page = client.search_runs(
-            experiments, max_results=1000, order_by=["attributes.start_time ASC"], page_token=token
+            experiments, max_results=500, order_by=["attributes.start_time ASC"], page_token=token
         )
-        yield from (run for run in page if {PARENT_TAG, "sweep_id", "trial_key"} <= run.data.tags.keys())
+        for run in page:
+            tags = run.data.tags
+            if {PARENT_TAG, "sweep_id", "trial_key"} <= tags.keys():
+                found = _Found(str(run.info.run_id), str(run.info.run_name), str(run.info.artifact_uri))
+                yield (tags["sweep_id"], tags["trial_key"]), found
         token = page.token
         if not token:
             return
 
 
-def _download(client: MlflowClient, run: Any, folder: Path) -> RunRecord | None:
-    run_id = run.info.run_id
-    if all(item.path != "record.json" for item in client.list_artifacts(run_id)):
+def _record_file(client: MlflowClient, found: _Found, folder: Path) -> Path | None:
+    """The record as a file: in its place where that is on this machine, else downloaded into ``folder``."""
+    if found.artifacts.startswith("file:"):
+        path = Path(url2pathname(urlsplit(found.artifacts).path)) / RECORD_FILE
+        return path if path.is_file() else None
+    if all(item.path != RECORD_FILE for item in client.list_artifacts(found.run_id)):
         return None
-    target = folder / run_id
-    target.mkdir()
+    return Path(client.download_artifacts(found.run_id, RECORD_FILE, str(folder)))  # over the one before
+
+
+def _read(path: Path, found: _Found) -> RunRecord | None:
     try:
-        return RunRecord.load(client.download_artifacts(run_id, "record.json", str(target)))
+        return RunRecord.load(path)
     except ConfigError as error:
-        log.warning("the record of run %s (%s) is left out: %s", run.info.run_name, run_id, error)
+        log.warning("the record of run %s (%s) is left out: %s", found.name, found.run_id, error)
         return None
+
+
+def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunRecord:
+    """The record with each question's id in memory once however many runs answered it, and without steps if asked."""
+    for score in record.tasks.values():
+        score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
+    if not series:
+        record.series = _totals(record)
+        if record.layers is not None:
+            record.layers.intervals, record.layers.refreshes = [], []
+    return record
+
+
+def _totals(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
+    """Seconds of all steps, and the speed that gives the same tokens in them, as a series of one step each."""
+    speeds, seconds = (dict(record.series.get(name, ())) for name in (SPEED, SECONDS))
+    total = sum(seconds.values())
+    if not speeds or speeds.keys() != seconds.keys() or not total > 0:
+        return {}
+    last = max(seconds)
+    speed = sum(speeds[step] * seconds[step] for step in seconds) / total
+    return {SPEED: [(last, speed)], SECONDS: [(last, total)]}

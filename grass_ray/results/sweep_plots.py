@@ -2,12 +2,12 @@
 
 ::
 
-    plot_accuracy_memory(records, folder / "accuracy_memory.png")
+    picture = draw_accuracy_memory(build_leaderboard(records))
+    write_sweep_plots(records, folder)                    # every picture of a sweep that applies, as PNG
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,43 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from grass_ray.results.colours import colour_of, smooth
+from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks
+from grass_ray.results.colours import smooth, style_of
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
+from grass_ray.results.pictures import EDGE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import RunRecord
 
-_DPI = 150
-_LINES = ("-", "--", ":", "-.")
+_MOST_LABELS = 24
+_UNFILLED = "x+1234"
 
 
 def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
     """Draw what applies to the sweep into ``folder``; returns the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Sequence[RunRecord], Path], bool]] = {
-        "accuracy_memory.png": plot_accuracy_memory,
-        "loss_comparison.png": plot_loss_comparison,
+    tables = build_leaderboard(records)
+    drawings: dict[str, Callable[[], Picture | None]] = {
+        "accuracy_memory.png": lambda: draw_accuracy_memory(tables),
+        "loss_comparison.png": lambda: draw_loss_comparison(tables, records),
+        "tasks.png": lambda: draw_tasks(tables),
+        "step_time.png": lambda: draw_step_time(tables, records),
+        "sensitivity.png": lambda: draw_sensitivity(tables, records),
     }
-    return [folder / name for name, draw in drawings.items() if draw(records, folder / name)]
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for name, draw in drawings.items():
+        if (picture := draw()) is not None:
+            written += picture.save(folder / name, with_csv=False)
+    return written
 
 
 # --------------------------------------------------------------------------------------------- accuracy against memory
 
 
-def plot_accuracy_memory(records: Sequence[RunRecord], path: Path) -> bool:
-    """Accuracy against peak memory with the Pareto front, a panel a leaderboard table. False without any such point."""
-    tables = [table for table in build_leaderboard(records) if _points(table)]
+def draw_accuracy_memory(tables: Sequence[LeaderboardTable]) -> Picture | None:
+    """Accuracy against peak memory with the Pareto front, a panel a leaderboard table. None without any such point."""
+    tables = [table for table in tables if _points(table)]
     if not tables:
-        return False
-    figure = Figure(figsize=(7.5, 4.8 * len(tables)), layout="constrained")
+        return None
+    figure = Figure(figsize=(7.5, 5.0 * len(tables)), layout="constrained")
     for axes, table in zip(figure.subplots(len(tables), squeeze=False)[:, 0], tables, strict=True):
         _draw_accuracy_memory(axes, table)
     canvas = FigureCanvasAgg(figure)
@@ -53,8 +63,26 @@ def plot_accuracy_memory(records: Sequence[RunRecord], path: Path) -> bool:
     figure.set_layout_engine("none")
     for axes, table in zip(figure.axes, tables, strict=True):
         _label_points(canvas.get_renderer(), axes, _points(table))
-    figure.savefig(path, dpi=_DPI)
-    return True
+    front = [row for table in tables for row in table.rows if row.pareto]
+    named = ", ".join(
+        f"{row.label} ({100 * (row.accuracy or 0):.1f} %, {row.peak_allocated_gib or 0:.2f} GiB)" for row in front[:8]
+    )
+    return Picture(
+        name="pareto",
+        title="Accuracy against peak memory",
+        description=f"Accuracy over peak allocated memory of {sum(len(_points(table)) for table in tables)} rows. "
+        f"On the Pareto front: {named}.",
+        figure=figure,
+        header=("table", "method", "variant", "rank", "peak_allocated_gib", "accuracy", "low", "high", "pareto"),
+        rows=[
+            (
+                *(table.title, row.method, row.variant, row.rank, row.peak_allocated_gib),
+                *(row.accuracy, row.accuracy_low, row.accuracy_high, row.pareto),
+            )
+            for table in tables
+            for row in table.rows
+        ],
+    )
 
 
 def _points(table: LeaderboardTable) -> list[tuple[float, float, LeaderboardRow]]:
@@ -68,63 +96,80 @@ def _points(table: LeaderboardTable) -> list[tuple[float, float, LeaderboardRow]
 
 def _draw_accuracy_memory(axes: Any, table: LeaderboardTable) -> None:
     points = _points(table)
+    crowded = len(points) > _MOST_LABELS
     for gib, accuracy, row in points:
         below, above = (100 * (bound or 0.0) for bound in (row.accuracy_low, row.accuracy_high))
+        style = style_of(row.method)
+        filled = style.marker not in _UNFILLED
         axes.errorbar(
             gib,
             accuracy,
             yerr=[[max(0.0, accuracy - below)], [max(0.0, above - accuracy)]],
-            fmt="o" if row.pareto else "s",
-            markersize=8 if row.pareto else 6.5,
-            color=colour_of(row.method),
-            elinewidth=1,
-            capsize=2.5,
+            fmt=style.marker,
+            markersize=7.5 if filled else 10,
+            color=style.colour,
+            markeredgewidth=0.6 if filled else 2,
+            markeredgecolor="white" if filled else style.colour,
+            elinewidth=0.6 if crowded else 1,
+            ecolor=(style.colour, 0.35 if crowded else 0.8),
+            capsize=0 if crowded else 2.5,
             zorder=3,
         )
     front = sorted((gib, accuracy) for gib, accuracy, row in points if row.pareto)
-    axes.step(*zip(*front, strict=True), where="post", color="#999999", linewidth=1, linestyle="--", zorder=1)
+    across, up = zip(*front, strict=True)
+    axes.step(across, up, where="post", color=EDGE, linewidth=1, linestyle="--", zorder=1)
+    axes.scatter(across, up, s=190, facecolors="none", edgecolors=EDGE, linewidths=1.2, zorder=2)
     untrained = [row for row in table.rows if row.rank is not None and row.peak_allocated_gib is None]
     for row in untrained:
-        axes.axhline(100 * (row.accuracy or 0.0), color=colour_of(row.method), linewidth=1, linestyle=":", zorder=0)
+        accuracy = 100 * (row.accuracy or 0.0)
+        axes.axhline(accuracy, linewidth=1, zorder=0, **style_of(row.method).line())
         axes.annotate(
-            row.label,
-            (0.995, 100 * (row.accuracy or 0.0)),
+            plain(row.label),
+            (0.995, accuracy),
             xycoords=("axes fraction", "data"),
             xytext=(0, 2),
             textcoords="offset points",
             ha="right",
             va="bottom",
             fontsize=9,
-            color="#5a5a5a",
+            color=SOFT,
         )
     axes.margins(x=0.16, y=0.14)
     axes.set(xlabel="peak allocated memory (GiB)", ylabel="accuracy (%), 95 % interval")
     head, _, tail = table.title.partition(" (")
-    axes.set_title(f"{head}\n({tail}", fontsize=10)
+    axes.set_title(plain(f"{head}\n({tail}"), fontsize=10)
     missing = [f"{row.label}: {row.status.replace('_', ' ')}" for row in table.rows if row.rank is None]
-    note = ["dashed: Pareto front (circles)"] + ([f"not ranked: {'; '.join(missing)}"] if missing else [])
-    axes.text(0, -0.16, "\n".join(note), transform=axes.transAxes, fontsize=8.5, color="#444444", va="top", wrap=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+    note = ["ringed and dashed: Pareto front"] + ([f"not ranked: {'; '.join(missing[:6])}{more}"] if missing else [])
+    axes.text(0, -0.14, plain("\n".join(note)), transform=axes.transAxes, fontsize=8.5, color=SOFT, va="top", wrap=True)
+    tidy(axes)
 
 
-_LEADER = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+_LEADER = {"arrowstyle": "-", "color": EDGE, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
 _PLACES = [
     (distance, dx, dy)
-    for distance in (9, 18, 30, 44, 60)
+    for distance in (9, 18, 30, 44, 60, 80)
     for dx, dy in ((1, 0.5), (1, -0.5), (-1, 0.5), (-1, -0.5), (0, 1), (0, -1))
 ]
 
 
 def _label_points(renderer: Any, axes: Any, points: Sequence[tuple[float, float, LeaderboardRow]]) -> None:
-    """Write each row's name beside its point, at the first place that covers no other name, point or bar."""
+    """Write each row's name beside its point, at the first place that covers no other name, point or bar.
+
+    Where there are too many, only the front and the best row of each method are named.
+    """
     frame = axes.get_window_extent(renderer)
-    taken: list[Any] = [_bar(axes, gib, accuracy, row) for gib, accuracy, row in points]
+    crowded = len(points) > _MOST_LABELS
+    taken: list[Any] = [_bar(axes, gib, accuracy, row, crowded) for gib, accuracy, row in points]
+    named: set[str] = set()
     for gib, accuracy, row in points:
+        if crowded and row.method in named:
+            continue
+        named.add(row.method)
         choices = []
         for distance, dx, dy in _PLACES:
             label = axes.annotate(
-                row.label,
+                plain(row.method if crowded else row.label),
                 (gib, accuracy),
                 xytext=(dx * distance, dy * distance),
                 textcoords="offset points",
@@ -134,6 +179,7 @@ def _label_points(renderer: Any, axes: Any, points: Sequence[tuple[float, float,
                 arrowprops=_LEADER | {"relpos": ((1 - dx) / 2, (1 - dy) / 2 if dx == 0 else 0.5)}
                 if distance > 18
                 else None,
+                zorder=5,
             )
             label.update_positions(renderer)
             box = Text.get_window_extent(label, renderer)  # the words alone, without the arrow
@@ -148,9 +194,11 @@ def _label_points(renderer: Any, axes: Any, points: Sequence[tuple[float, float,
                 label.remove()
 
 
-def _bar(axes: Any, gib: float, accuracy: float, row: LeaderboardRow) -> Any:
-    """The marker and error bar of a point, as a box in pixels."""
-    x, _ = axes.transData.transform((gib, accuracy))
+def _bar(axes: Any, gib: float, accuracy: float, row: LeaderboardRow, crowded: bool) -> Any:
+    """The marker and error bar of a point, as a box in pixels; the marker alone where bars are pale."""
+    x, y = axes.transData.transform((gib, accuracy))
+    if crowded:
+        return Bbox.from_extents(x - 8, y - 8, x + 8, y + 8)
     _, low = axes.transData.transform((gib, 100 * (row.accuracy_low or 0.0)))
     _, high = axes.transData.transform((gib, 100 * (row.accuracy_high or 0.0)))
     return Bbox.from_extents(x - 8, low, x + 8, high)
@@ -159,48 +207,68 @@ def _bar(axes: Any, gib: float, accuracy: float, row: LeaderboardRow) -> Any:
 # ------------------------------------------------------------------------------------------------------------- losses
 
 
-def plot_loss_comparison(records: Sequence[RunRecord], path: Path) -> bool:
-    """Training loss against step and against training time, mean and range over seeds. False without any loss."""
-    tables = [table for table in build_leaderboard(records) if _curves(table, records)]
+def draw_loss_comparison(tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]) -> Picture | None:
+    """Training loss against step and against training time, mean and range over seeds. None without any loss.
+
+    One line a method: where a method has several rows, its highest.
+    """
+    curves = {table.title: _curves(table, records) for table in tables}
+    tables = [table for table in tables if curves[table.title]]
     if not tables:
-        return False
-    figure = Figure(figsize=(10, 4.2 * len(tables) + 0.3), layout="constrained")
-    grid = figure.subplots(len(tables), 2, squeeze=False, sharey="row")
-    for (by_step, by_time), table in zip(grid, tables, strict=True):
-        curves = _curves(table, records)
-        drawn: defaultdict[str, int] = defaultdict(int)
-        for row, runs in curves:
-            style = _LINES[drawn[row.method] % len(_LINES)]
-            drawn[row.method] += 1
-            steps, losses, minutes = runs
+        return None
+    most = max(len(curves[table.title]) for table in tables)
+    figure = Figure(figsize=(10, (4.2 + 0.22 * (most // 5)) * len(tables) + 0.3), layout="constrained")
+    parts = figure.subfigures(len(tables), squeeze=False)[:, 0]
+    numbers: list[tuple[Any, ...]] = []
+    for part, table in zip(parts, tables, strict=True):
+        by_step, by_time = part.subplots(1, 2, sharey=True)
+        for row, (steps, losses, minutes) in curves[table.title]:
+            style = style_of(row.method)
             for axes, across in ((by_step, steps), (by_time, minutes)):
-                axes.plot(
-                    across, losses.mean(axis=0), style, color=colour_of(row.method), label=row.label, linewidth=1.8
-                )
+                axes.plot(across, losses.mean(axis=0), label=plain(row.label), linewidth=1.8, **style.line())
                 if len(losses) > 1:
-                    axes.fill_between(
-                        across, losses.min(axis=0), losses.max(axis=0), color=colour_of(row.method), alpha=0.18, lw=0
-                    )
+                    low, high = losses.min(axis=0), losses.max(axis=0)
+                    axes.fill_between(across, low, high, color=style.colour, alpha=0.18, lw=0)
+            numbers += [
+                (table.title, row.label, step, minute, *values)
+                for step, minute, *values in zip(
+                    *(steps, minutes.tolist()),
+                    *(losses.mean(axis=0).tolist(), losses.min(axis=0).tolist(), losses.max(axis=0).tolist()),
+                    strict=True,
+                )
+            ]
         by_step.set(xlabel="step (probing included)", ylabel="training loss (nats per token), smoothed")
         by_step.xaxis.set_major_locator(MaxNLocator(integer=True))
         by_time.set(xlabel="training time (minutes)")
-        by_time.legend(frameon=False, fontsize=9)
         for axes in (by_step, by_time):
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        by_step.set_title(f"{table.model} on {table.suite}", fontsize=10, loc="left")
-        by_time.set_title(table.hardware, fontsize=10, loc="right")
-    figure.savefig(path, dpi=_DPI)
-    return True
+            tidy(axes)
+        by_step.set_title(plain(f"{table.model} on {table.suite}"), fontsize=10, loc="left")
+        by_time.set_title(plain(table.hardware), fontsize=10, loc="right")
+        handles, labels = by_step.get_legend_handles_labels()
+        part.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5, handlelength=3)
+    named = ", ".join(row.label for row, _ in curves[tables[0].title])
+    seeds = max(len(row.run_ids) for table in tables for row, _ in curves[table.title])
+    return Picture(
+        name="loss",
+        title="Training loss against step and against time",
+        description=f"Lines of the smoothed training loss of {named}"
+        + (f"; bands span up to {seeds} seeds." if seeds > 1 else "; one seed each."),
+        figure=figure,
+        header=("table", "row", "step", "minutes", "loss_mean", "loss_min", "loss_max"),
+        rows=numbers,
+    )
 
 
-def _curves(table: LeaderboardTable, records: Sequence[RunRecord]) -> list[tuple[LeaderboardRow, tuple[Any, Any, Any]]]:
-    """For each row with losses: steps, smoothed losses (seed x step), minutes passed at each step."""
+_Curve = tuple[LeaderboardRow, tuple[Any, Any, Any]]
+
+
+def _curves(table: LeaderboardTable, records: Sequence[RunRecord]) -> list[_Curve]:
+    """For each method's best row with losses: steps, smoothed losses (seed x step), minutes passed at each step."""
     by_id: Mapping[str, RunRecord] = {record.run_id: record for record in records}
-    curves = []
+    curves: dict[str, _Curve] = {}
     for row in table.rows:
         runs = [by_id[run_id].series for run_id in row.run_ids if by_id[run_id].series.get("train/loss")]
-        if not runs:
+        if not runs or row.method in curves:
             continue
         length = min(len(run["train/loss"]) for run in runs)
         window = max(1, length // 20)
@@ -209,5 +277,5 @@ def _curves(table: LeaderboardTable, records: Sequence[RunRecord]) -> list[tuple
         seconds = [np.cumsum([s for _, s in run.get("time/step_s", [])[:length]]) for run in runs]
         timed = [clock for clock in seconds if len(clock) == length]
         minutes = np.mean(timed, axis=0) / 60 if timed else np.full(length, np.nan)
-        curves.append((row, (steps, losses, minutes)))
-    return curves
+        curves[row.method] = (row, (steps, losses, minutes))
+    return list(curves.values())

@@ -8,7 +8,8 @@
     run = tracker.start_trial(sweep_id, trial_key, config.name, tags, config.flatten())
     tracker.log_steps(run, [(report.step, report.metrics())])
     tracker.finish(run, record, folder)
-    tracker.finish_sweep(sweep, folder=sweep_folder)
+    tracker.show_sweep(sweep, note=markdown, table=rows, files=pictures)
+    tracker.finish_sweep(sweep)
     tracker.close()
 
 One process writes. A store that fails in mid-run never stops training: calls wait in order and are tried again at the
@@ -17,11 +18,12 @@ next call and at :meth:`Tracker.close`; each can be repeated without counting an
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -55,9 +57,12 @@ RUN_STATUS: Mapping[Status, str] = {
     "out_of_memory": "FAILED",
 }
 SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found among its children
+RANKING_FILE = "ranking.json"
+_NOTE_TAG = "mlflow.note.content"  # MLflow's page shows it as the run's description
+_TABLES_TAG = "mlflow.loggedArtifacts"  # and what this names as tables
 _STAND_IN = "waiting-"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open on runs, not on chats
-_FILES = ("config.yaml", "record.json", "examples.jsonl")
+_FILES = ("config.yaml", "record.json", "examples.jsonl", "engagement.json", "engagement.txt")
 _PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
 _METRICS_A_BATCH = 1000
 _OTHERS_A_BATCH = 100
@@ -95,6 +100,7 @@ class Tracker:
         self._run_ids: dict[str, str] = {}
         self._reopened: set[str] = set()
         self._logged: dict[tuple[str, str], int] = {}
+        self._shown: dict[str, tuple[str, list[Mapping[str, Any]], list[Path], dict[str, str]]] = {}
 
     def __reduce__(self) -> tuple[type[Tracker], tuple[str, str, Path | None]]:
         return Tracker, (self.tracking_uri, self.experiment, self.artifact_root)
@@ -280,29 +286,50 @@ class Tracker:
 
         self._do(f"end of {record.name}", act)
 
-    def finish_sweep(
+    def show_sweep(
         self,
         run_id: str,
         *,
-        status: Status = "finished",
-        folder: Path | None = None,
-        metrics: Mapping[str, float] | None = None,
+        note: str,
+        table: Sequence[Mapping[str, Any]],
+        files: Sequence[Path] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        """End a sweep: everything in ``folder`` as artifacts, ``metrics``, the status."""
-        from mlflow.entities import Metric
+        """Put a ranking on a sweep's run, in the place of the one before.
 
+        Args:
+            run_id: the parent run.
+            note: Markdown for the run's description, and the experiment's.
+            table: rows with the same columns; MLflow shows them as a table (``ranking.json``). ``mlflow.log_table``
+                itself would append them to the rows of the last call.
+            files: artifacts, pictures among them; must stay until :meth:`close`.
+            tags: further tags.
+        """
+        self._shown[run_id] = (note, list(table), list(files), dict(tags or {}))
+        what = f"ranking of {run_id}"
+        if all(call.what != what for call in self._waiting):  # else the call that waits sends this one
+            self._do(what, lambda: self._show(run_id))
+
+    def _show(self, run_id: str) -> None:
+        client, known = self._opened(), self._known(run_id)
+        if known is not None:
+            note, table, files, tags = self._shown[run_id]
+            client.log_text(known, _split_table(table), RANKING_FILE)
+            for path in files:
+                client.log_artifact(known, str(path))
+            is_table = json.dumps([{"path": RANKING_FILE, "type": "table"}])
+            self._set_tags(known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
+            client.set_experiment_tag(self._experiment_id, _NOTE_TAG, note)  # the newest sweep's, on the first page
+
+    def finish_sweep(self, run_id: str, *, status: Status = "finished") -> None:
+        """End a sweep's run."""
         ended = int(time.time() * 1000)
-        rows = [Metric(metric_name(key), float(value), ended, 0) for key, value in (metrics or {}).items()]
 
         def act() -> None:
             client, known = self._opened(), self._known(run_id)
-            if known is None:
-                return
-            self._log_metrics(known, rows)
-            if folder is not None and folder.is_dir():
-                client.log_artifacts(known, str(folder))
-            self._set_tags(known, {"status": status})
-            client.set_terminated(known, RUN_STATUS[status], ended)
+            if known is not None:
+                self._set_tags(known, {"status": status})
+                client.set_terminated(known, RUN_STATUS[status], ended)
 
         self._do("end of the sweep", act)
 
@@ -350,3 +377,9 @@ class Tracker:
             first = redact(str(error)).strip().splitlines() or [type(error).__name__]
             log.warning("MLflow failed at the %s; training goes on and logging is tried again: %s", call.what, first[0])
         self._failing = True
+
+
+def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows in the form of ``pandas.DataFrame.to_json(orient="split")``, which MLflow's page reads as a table."""
+    columns = list(rows[0]) if rows else []
+    return json.dumps({"columns": columns, "data": [[row[column] for column in columns] for row in rows]})

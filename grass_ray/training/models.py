@@ -241,3 +241,90 @@ def _build_tiny_model(*, eos_token_id: int, pad_token_id: int) -> Any:
             bos_token_id=None,
         )
     )
+
+
+# ------------------------------------------------------------------------------------- shapes to plan and measure with
+
+# published sizes of models whose weights live on the hub; made with random weights where they are run
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "tinyllama-1.1b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "gemma-2b": {
+        "model_type": "gemma",
+        "vocab_size": 256000,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    "llama2-7b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def build_shape(config: ModelConfig, device: str = "meta") -> Any:
+    """A model by its shape alone, in ``config.dtype``: as :func:`build_skeleton`, and the names in ``SHAPES`` besides.
+
+    Args:
+        config: which model; the names in ``SHAPES`` need no network.
+        device: ``"meta"`` allocates nothing; on any other the names in ``SHAPES`` get random weights.
+
+    Raises:
+        ConfigError: there is no such model, or only its weights would do.
+    """
+    dtype = DTYPES[config.dtype]
+    if config.name not in SHAPES:
+        if device != "meta":
+            raise ConfigError(f"{config.name} has weights of its own; random ones: {', '.join(SHAPES)}")
+        try:
+            model = build_skeleton(config)
+        except ConfigError as error:
+            raise ConfigError(f"{error} Built-in shapes to plan with: {', '.join(SHAPES)}.") from None
+        for parameter in model.parameters():  # as load_model leaves them; buffers keep their dtype
+            parameter.data = parameter.data.to(dtype)
+        return model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(SHAPES[config.name])
+    shape = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a model, without its weights (SmolLM2's first conversion reads them).
+
+    Raises:
+        ConfigError: as :func:`describe_model`.
+    """
+    if config.name == "tiny":
+        return _build_tiny()[1]
+    from transformers import AutoTokenizer
+
+    source = str(_smollm2_folder()) if config.name == "smollm2-135m" else config.name
+    with _clear_errors(config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -11,8 +11,8 @@ from grass_ray.training.report import StepReport
 def report(step: int = 5, total: int = 20) -> StepReport:
     return StepReport(
         step=step, total_steps=total, phase="train", loss=1.25, lr=1e-4, grad_norm=1.0, active_layers=(1, 3),
-        probabilities=None, importance=None, refreshed=False, switched=False, tokens=300, step_s=0.5,
-        peak_allocated_gib=2.0, host_pinned_gib=0.0,
+        probabilities=None, importance=None, visits=(3, 2), refreshed=False, switched=False, tokens=300, step_s=0.5,
+        measure_s=0.0, peak_allocated_gib=2.0, host_pinned_gib=0.0,
     )  # fmt: skip
 
 
@@ -68,3 +68,15 @@ def test_layers_and_durations_are_short() -> None:
     assert describe_layers((2, 7, 11)) == "2 7 11"
     assert describe_layers((0, 2, 4, 6, 8, 10, 12)) == "0 2 4 6 8 10 +1"
     assert [describe_seconds(value) for value in (42, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_quiet_shows_nothing_and_still_counts() -> None:
+    console = plain()
+    with RunProgress("grass-tiny", console=console, every_s=0, quiet=True) as progress:
+        progress.step(report())
+    with SweepProgress("mini", [("a", "full")], console=console, every_s=0, quiet=True) as sweep:
+        sweep.start("a")
+        sweep.note("a", "goes on")
+        sweep.end("a", "finished", accuracy=0.25, failure=None)
+    assert text(console) == ""
+    assert sweep.summary().startswith("1 of 1 done, 0 running, 0 failed, best full 25.0 %")

@@ -169,9 +169,15 @@ def test_artifacts_are_on_each_run_and_on_the_sweep(story: Story) -> None:
     for run in story.runs():
         method = run.data.tags.get("method")
         if method is None:
-            assert {"leaderboard.md", "leaderboard.csv", "leaderboard.json", "accuracy_memory.png"} <= artifacts(run)
+            names = artifacts(run)
+            assert {"leaderboard.md", "leaderboard.csv", "leaderboard.json"} <= names
+            assert {"ranking.json", "ranking.png", "accuracy_memory.png"} <= names
+            assert "4 of 4 trials have ended" in run.data.tags["mlflow.note.content"]
+            assert "| grass" in run.data.tags["mlflow.note.content"]
+            assert run.data.metrics["sweep/failed"] == 1
         elif method == "grass":
             assert {"config.yaml", "record.json", "examples.jsonl", "sampling.png", "loss.png"} <= artifacts(run)
+            assert {"engagement.json", "engagement.txt"} <= artifacts(run)
         else:
             assert {"config.yaml", "record.json"} <= artifacts(run)
 

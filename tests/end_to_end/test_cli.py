@@ -55,6 +55,10 @@ def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
     (run,) = (tmp_path / "grass_ray_results" / "train").iterdir()
     written = {path.name for path in run.iterdir()}
     assert {"config.yaml", "record.json", "examples.jsonl", "sampling.png", "loss.png", "checkpoint"} <= written
+    assert "exactly the active units changed: yes" in (run / "engagement.txt").read_text()
+    assert json.loads((run / "engagement.json").read_text())["only_active_layers_changed"] is True
+    head = [line.split()[0] for line in done.stdout.splitlines()[:7]]
+    assert head == ["run", "model", "method", "tasks", "trains", "device", "config"]
     assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == "grass"
 
     board = grass_ray("leaderboard", "--format", "json", cwd=tmp_path)
@@ -70,6 +74,7 @@ def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
     export = grass_ray("export", run, "--output", "exported", cwd=tmp_path)
     assert export.returncode == 0, export.stderr
     assert "largest logit difference 0.0e+00" in export.stdout
+    assert "| generated |" in (tmp_path / "exported" / "README.md").read_text()
     trained, exported = (
         grass_ray(
             "eval", "--model", model, "--limit=6", "--set", "data.source.test_rows=8", "--output", out, cwd=tmp_path
@@ -127,7 +132,7 @@ def test_delta_there_and_back(
     assert re.search(r"wrote delta: 0\.1\d of 0\.8\d MiB \(1\d\.\d %\): decoder layer [0-3] \(of 4,", there.stdout)
     assert "base model tiny (built-in, float32)" in there.stdout
     files = {path.name: path.stat().st_size for path in (tmp_path / "delta").iterdir()}
-    assert files.keys() == {"delta.json", "delta.safetensors"}
+    assert files.keys() == {"README.md", "delta.json", "delta.safetensors"}
     assert files["delta.safetensors"] < 0.2 * (tmp_path / "whole" / "model.safetensors").stat().st_size
 
     back = grass_ray("export", "delta", "--output", "back", cwd=tmp_path)

@@ -6,8 +6,12 @@ import contextlib
 import copy
 import io
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +248,25 @@ def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
         other.load_state_dict(torch.load(io.BytesIO(saved_state), weights_only=True))
         train(resumed, other, range(step, 10))
         assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchs_adamw_goes_on_from_the_exported_states(mode: Any) -> None:
+    """The standard layout, loaded into torch's optimizer over the same groups: the next steps are the same bits."""
+    ours = make_odd_llama()
+    optimizer = LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK)
+    train(ours, optimizer, range(5))
+    theirs = copy.deepcopy(ours)
+    place = {id(p): q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)}
+    groups = [
+        {"params": [place[id(p)] for p in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+    ]
+    other = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    other.load_state_dict(copy.deepcopy(optimizer.adamw_state_dict()))
+    train(ours, optimizer, range(5, 9))
+    train(theirs, other, range(5, 9))
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("mode", STREAMED)
@@ -510,6 +533,44 @@ def test_lazy_lets_updates_go_on_under_the_next_forward() -> None:
     assert free == {"lazy": True, "overlap": False}
 
 
+def test_the_cuda_kernel_is_the_reference_under_tritons_interpreter() -> None:
+    """Runs the kernel's own source without a GPU, where triton is installed (it comes with CUDA builds of torch)."""
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch; pip install triton to run this")
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[1:]; torch.set_num_threads(1)\n"
+        "import test_offload; test_offload.compare_kernels('cpu')"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code, str(here), str(here.parent)], check=True, env=environment, timeout=300)
+
+
+def compare_kernels(device: str) -> None:
+    """The fused kernel against the plain one; compilers may contract float32 operations, hence the tolerance."""
+    from grass_ray.optim.kernels import _with_remainder
+    from grass_ray.optim.triton_adamw import adamw_with_remainder
+
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    for moment in (torch.bfloat16, torch.float32):
+        weight = torch.randn(5001, device=device).bfloat16()
+        state = {
+            "exp_avg": torch.randn(5001, device=device).to(moment) * 1e-3,
+            "exp_avg_sq": torch.rand(5001, device=device).to(moment) * 1e-6,
+            "remainder": torch.randint(-32768, 32767, (5001,), dtype=torch.int16, device=device),
+        }
+        gradient = torch.randn(5001, device=device).bfloat16()
+        step = torch.tensor(7.0, device=device)
+        ours, theirs, skipped = ((weight.clone(), {k: v.clone() for k, v in state.items()}) for _ in range(3))
+        adamw_with_remainder(ours[0], gradient, ours[1], step, group, None)
+        _with_remainder(theirs[0], gradient, theirs[1], step, group, None)
+        after = join(ours[0], ours[1]["remainder"])
+        torch.testing.assert_close(after, join(theirs[0], theirs[1]["remainder"]), rtol=1e-6, atol=1e-6)
+        assert not torch.equal(after, join(weight, state["remainder"]))
+        adamw_with_remainder(skipped[0], gradient, skipped[1], step, group, torch.ones_like(step))
+        assert torch.equal(skipped[0], weight)
+        assert all(torch.equal(skipped[1][name], tensor) for name, tensor in state.items())
+
+
 # ------------------------------------------------------------------------------------------------------------- on a GPU
 
 
@@ -548,26 +609,7 @@ def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precisi
 
 @pytest.mark.gpu
 def test_gpu_kernel_is_the_reference() -> None:
-    """The fused kernel against the plain one; the compiler may contract float32 operations, hence the tolerance."""
-    from grass_ray.optim.kernels import _with_remainder
-    from grass_ray.optim.triton_adamw import adamw_with_remainder
-
-    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-    for moment in (torch.bfloat16, torch.float32):
-        weight = torch.randn(5001, device="cuda").bfloat16()
-        state = {
-            "exp_avg": torch.randn(5001, device="cuda").to(moment) * 1e-3,
-            "exp_avg_sq": torch.rand(5001, device="cuda").to(moment) * 1e-6,
-            "remainder": torch.randint(-32768, 32767, (5001,), dtype=torch.int16, device="cuda"),
-        }
-        gradient = torch.randn(5001, device="cuda").bfloat16()
-        step = torch.tensor(7.0, device="cuda")
-        ours, theirs = ((weight.clone(), {k: v.clone() for k, v in state.items()}) for _ in range(2))
-        adamw_with_remainder(ours[0], gradient, ours[1], step, group, None)
-        _with_remainder(theirs[0], gradient, theirs[1], step, group, None)
-        torch.testing.assert_close(
-            join(ours[0], ours[1]["remainder"]), join(theirs[0], theirs[1]["remainder"]), rtol=1e-6, atol=1e-7
-        )
+    compare_kernels("cuda")
 
 
 @pytest.mark.gpu

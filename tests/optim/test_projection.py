@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from grass_ray import AllLayersSampler, Apollo, GaLore, LayerwiseAdamW, UniformSampler
 
-ABSENT = "not installed; pip install --no-deps galore-torch apollo-torch (the extra 'reference')"
+ABSENT = "not installed; pip install --no-deps galore-torch apollo-torch"
 STEPS = 12
 LR = 1e-3
 BETAS = (0.9, 0.999)

@@ -56,7 +56,7 @@ def test_cyclic_in_exact_precision_is_badam(dtype: torch.dtype, monkeypatch: pyt
     knows nothing of its own position in its state_dict. With the same kernel below, torch's fused one, everything else
     is bitwise the same. Its cast to bfloat16 is replaced (see the top of this file).
     """
-    badam = pytest.importorskip("badam", reason="not installed; pip install --no-deps badam (the extra 'reference')")
+    badam = pytest.importorskip("badam", reason="not installed; pip install --no-deps badam")
 
     def cast_back(self: Any) -> None:
         for low, high in zip(self.param_idx2lp.values(), self.param_idx2hp.values(), strict=True):

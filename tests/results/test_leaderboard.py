@@ -154,7 +154,7 @@ def test_difference_to_full_is_per_question_with_p() -> None:
     assert by_method["grass"].p_adjusted == pytest.approx(44 / 1024)
     assert by_method["lisa"].p_value == 1.0
     assert by_method["full"].difference_to_full is None
-    assert not any("pooled" in note for note in table.notes)
+    assert any(note.startswith("p: exact McNemar against full") for note in table.notes)
 
 
 def test_pairs_are_found_by_id_not_by_place() -> None:
@@ -169,15 +169,68 @@ def test_pairs_are_found_by_id_not_by_place() -> None:
     assert by_method["grass"].p_value is None
 
 
-def test_pooling_over_seeds_is_said() -> None:
+def test_equal_prompts_are_paired_in_their_order() -> None:
+    full = make_record("full", correct={"generated": [True, False, False, False]})
+    grass = make_record("grass", correct={"generated": [True, True, True, True]})
+    for record in (full, grass):
+        record.tasks["generated"].example_ids[:] = ["the same"] * 4
+    assert rows_of([full, grass])[0].p_value == pytest.approx(2 / 2**3), "three questions differ, not one mean"
+
+
+def test_several_seeds_are_averaged_question_by_question() -> None:
     records = [
         make_record(method, seed=seed, correct={"generated": answers(right, 10)})
-        for method, right in (("full", 4), ("grass", 8))
-        for seed in (0, 1)
+        for method, seed, right in (("full", 0, 4), ("full", 1, 4), ("grass", 0, 8), ("grass", 1, 9))
     ]
     (table,) = build_leaderboard(records)
-    assert table.rows[0].p_value == pytest.approx(2 / 2**8)
-    assert any("pooled" in note for note in table.notes)
+    best, _ = table.rows
+    # four questions differ in both seeds and one in one of them: five flips of a coin, not nine
+    assert best.p_value == pytest.approx(2 / 2**5, abs=0.02)
+    assert best.difference_to_full == pytest.approx(0.45)
+    assert best.difference_to_full_low is not None
+    assert 0 < best.difference_to_full_low < 0.45
+    assert any("sign-flip" in note for note in table.notes)
+
+
+def test_other_seeds_still_compare_question_by_question() -> None:
+    first, second = (
+        make_record(method, seed=seed, correct={"generated": answers(right, 10)})
+        for method, seed, right in (("full", 0, 4), ("grass", 7, 8))
+    )
+    assert rows_of([first, second])[0].p_value == pytest.approx(2 / 2**4)
+
+
+def test_difference_to_the_best_row() -> None:
+    records = [
+        make_record("grass", correct={"generated": answers(18, 20)}),
+        make_record("lisa", correct={"generated": answers(17, 20)}),
+        make_record("full", correct={"generated": answers(8, 20)}),
+    ]
+    best, lisa, full = rows_of(records)
+    assert best.difference_to_best is None
+    assert lisa.difference_to_best == pytest.approx(-0.05)
+    assert lisa.p_value_to_best == 1.0
+    assert full.difference_to_best == pytest.approx(-0.5)
+    assert full.p_value_to_best == pytest.approx(2 / 2**10)
+    assert full.p_adjusted_to_best == pytest.approx(2 * 2 / 2**10)
+    assert best.p_value == full.p_value_to_best, "the same pair, whichever way round"
+
+
+def test_without_full_there_is_still_the_best() -> None:
+    rows = rows_of([make_record("grass"), make_record("lora", correct={"generated": [True, False, False, False]})])
+    assert rows[1].difference_to_full is None
+    assert rows[1].difference_to_best == pytest.approx(-0.25)
+
+
+def test_several_tasks_weigh_alike_in_a_difference() -> None:
+    small, large = ({"boolq": answers(right, 10), "piqa": answers(50, 100)} for right in (9, 5))
+    first, second = (
+        make_record(method, correct=correct, suite="commonsense")
+        for method, correct in (("grass", small), ("full", large))
+    )
+    (table,) = build_leaderboard([first, second])
+    assert table.rows[0].difference_to_full == pytest.approx(0.2)
+    assert any(note.startswith("p: paired sign-flip test of the average over tasks") for note in table.notes)
 
 
 def test_pareto_front() -> None:
@@ -188,6 +241,8 @@ def test_pareto_front() -> None:
 
     rows = rows_of([at("full", 9, 10), at("grass", 8, 4), at("lora", 7, 5), at("lisa", 6, 3), make_record("base")])
     assert {row.method for row in rows if row.pareto} == {"full", "grass", "lisa"}
+    same = [at("full", 8, 5), at("grass", 8, 4), at("lora", 8, 4), at("lisa", 7, 4)]
+    assert {row.method for row in rows_of(same) if row.pareto} == {"grass", "lora"}, "equal points are both on it"
 
 
 def test_the_untrained_model_is_ranked_without_numbers_it_has_not() -> None:
@@ -195,12 +250,89 @@ def test_the_untrained_model_is_ranked_without_numbers_it_has_not() -> None:
     assert (row.rank, row.peak_allocated_gib, row.tokens_per_second, row.train_s) == (1, None, None, None)
 
 
+MATH = {"gsm8k": answers(2, 10), "svamp": answers(4, 10), "addsub": answers(9, 10)}
+
+
+def trained_on(record: RunRecord, *files: str, description: str = "", sha256: str = "ab" * 32) -> RunRecord:
+    rows = [{"name": name, "sha256": sha256, "rows": 5} for name in files]
+    record.data["train"] = {"source": "folder", "description": description, "files": rows, "rows_sha256": sha256}
+    return record
+
+
 def test_contaminated_tasks_have_an_average_without_them() -> None:
-    correct = {"gsm8k": answers(2, 10), "svamp": answers(4, 10), "addsub": answers(9, 10)}
-    (table,) = build_leaderboard([make_record(correct=correct, suite="arithmetic")])
+    record = trained_on(make_record(correct=MATH, suite="arithmetic"), "ft-training_set/math_10k.json")
+    (table,) = build_leaderboard([record])
     assert table.rows[0].accuracy == pytest.approx(0.5)
     assert table.rows[0].accuracy_clean == pytest.approx(0.3)
-    assert any("AddSub" in note for note in table.notes)
+    assert table.rows[0].contaminated == ["addsub"]
+    assert any("contains test questions of AddSub; average without them: grass 30.0" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("files", [("dataset/gsm8k/train.json",), ()])
+def test_other_training_data_is_not_called_contaminated(files: tuple[str, ...]) -> None:
+    """As in test_sources: a mixture built in place of math_10k names it in its description."""
+    record = make_record(correct=MATH, suite="arithmetic")
+    if files:
+        trained_on(record, *files, description="built from the train sets of gsm8k (9), in place of math_10k")
+    (table,) = build_leaderboard([record])
+    assert table.rows[0].accuracy_clean is None
+    assert table.rows[0].contaminated == []
+    assert not any("test questions" in note for note in table.notes)
+
+
+def test_the_caption_says_which_rows_are_contaminated() -> None:
+    records = [
+        trained_on(make_record("grass", correct=MATH, suite="arithmetic"), "ft-training_set/math_10k.json"),
+        trained_on(make_record("lora", correct=MATH, suite="arithmetic"), "dataset/gsm8k/train.json"),
+        make_record("base", correct=MATH, suite="arithmetic", overrides=["training.steps=0"]),
+    ]
+    (table,) = build_leaderboard(records)
+    (note,) = [note for note in table.notes if "test questions" in note]
+    assert note.startswith("the training data of grass contains")
+    assert "lora" not in note
+
+
+def test_the_same_budget_is_said() -> None:
+    records = [trained_on(make_record(method), "x.json") for method in ("full", "grass")]
+    (table,) = build_leaderboard([*records, make_record("base", overrides=["training.steps=0"])])
+    assert table.budget == (
+        "same budget: 50 steps, 8 rows a step, 1 learning rate tried in these runs, the same training rows"
+    )
+
+
+def test_different_budgets_are_said() -> None:
+    series = {
+        "time/step_s": [(1, 2.0), (2, 2.0)],
+        "throughput/tokens_per_second": [(1, 100.0), (2, 100.0)],
+    }
+    longer = {key: [*points, (3, points[0][1])] for key, points in series.items()}
+    records = [
+        make_record("full", series=series),
+        make_record("lora", series=longer, overrides=["training.steps=60"]),
+        make_record("lora", series=series, overrides=["method.optimizer.lr=0.5"]),
+    ]
+    (table,) = build_leaderboard(records)
+    assert table.budget is not None
+    for part in (
+        "budgets differ: 50 steps (most rows), 60 steps (lora)",
+        "400 (full) to 600 (lora (lr=0.001, steps=60))",
+        "2 learning rates tried in these runs",
+        "the same: 8 rows a step",
+    ):
+        assert part in table.budget, table.budget
+    (rows,) = [[row for row in table.rows if row.method == "lora"]]
+    assert [row.learning_rates_tried for row in rows] == [2, 2]
+
+
+def test_other_training_rows_are_another_budget() -> None:
+    records = [
+        trained_on(make_record("full"), "a.json", sha256="aa" * 32),
+        trained_on(make_record("grass"), "b.json", sha256="bb" * 32),
+        make_record("lora", status="failed", failure="before it read anything"),
+    ]
+    (table,) = build_leaderboard(records)
+    assert table.budget is not None
+    assert "training rows by hash: aaaaaaaa (most rows), bbbbbbbb (grass)" in table.budget
 
 
 def test_equal_accuracies_share_a_rank() -> None:

@@ -11,7 +11,16 @@ import pytest
 
 from grass_ray.config import RunConfig
 from grass_ray.methods import METHODS
-from grass_ray.results.provenance import build_record, git_state, hardware, now, redact, versions, write_examples
+from grass_ray.results.provenance import (
+    build_record,
+    git_state,
+    hardware,
+    now,
+    redact,
+    versions,
+    write_engagement,
+    write_examples,
+)
 from grass_ray.results.record import RunRecord
 from grass_ray.tasks.scores import EvaluationResult, Example
 from grass_ray.training.report import Engagement, RunOutcome
@@ -99,6 +108,19 @@ def test_examples_are_one_line_each(tmp_path: Path) -> None:
     assert [row["extracted"] for row in rows] == ["4", None]
     assert rows[1]["output"] == "\n“five”"
     assert set(rows[0]) == {"task", "id", "prompt", "target", "output", "extracted", "correct"}
+
+
+def test_the_engagement_report_is_words_and_strict_json(tmp_path: Path) -> None:
+    write_engagement(tmp_path, None)
+    assert not list(tmp_path.iterdir())
+    engagement = outcome().engagement
+    assert engagement is not None
+    engagement.units = ["layer_00", "layer_01"]
+    write_engagement(tmp_path, engagement)
+    assert (tmp_path / "engagement.txt").read_text() == engagement.describe() + "\n"
+    values = json.loads((tmp_path / "engagement.json").read_text(), parse_constant=pytest.fail)
+    assert values["refreshes"] == [[1, [None, 2.0], [0.25, 0.75]]]
+    assert values["visits"] == [1, 1]
 
 
 def test_hardware_is_words_that_stay_the_same() -> None:

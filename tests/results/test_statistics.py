@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest, bootstrap, false_discovery_control, permutation_test
+from synthetic import simulated_sweep
 
-from grass_ray.results.statistics import average_interval, benjamini_hochberg, mcnemar, wilson_interval
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.statistics import (
+    average_interval,
+    benjamini_hochberg,
+    mcnemar,
+    paired_bootstrap,
+    sign_flip,
+    wilson_interval,
+)
 
 
 def test_wilson_by_hand() -> None:
@@ -49,7 +60,107 @@ def test_mcnemar_refuses_unpaired_answers() -> None:
         mcnemar([True], [True, False])
 
 
-def test_benjamini_hochberg_by_hand() -> None:
+def test_benjamini_hochberg_by_hand_and_as_scipy_does() -> None:
     # sorted .01 .02 .03 .5 times 4/1 4/2 4/3 4/4, then the running minimum from the right
     assert benjamini_hochberg([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.04, 0.5, 0.04, 0.04])
     assert benjamini_hochberg([]) == []
+    drawn = np.random.default_rng(0).uniform(size=19).tolist()
+    assert benjamini_hochberg(drawn) == pytest.approx(false_discovery_control(drawn).tolist())
+
+
+def test_sign_flip_is_mcnemar_where_one_task_is_asked_once() -> None:
+    for only_first, only_second in ((9, 1), (5, 5), (12, 3), (4, 0), (0, 0)):
+        differences = [1.0] * only_first + [-1.0] * only_second + [0.0] * 30
+        exact = binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
+        assert sign_flip([differences], resamples=20_000) == pytest.approx(exact, abs=0.012)
+
+
+def test_sign_flip_counts_ties_of_thirds() -> None:
+    """Means over three seeds are no exact numbers; a tie that is missed makes the p-value far too small."""
+    for size in (1 / 3, 2 / 3, 1 / 7):
+        found = sign_flip([[size] * 3 + [0.0] * 97], resamples=20_000)
+        assert found == pytest.approx(2 / 2**3, abs=0.012)
+    assert sign_flip([[1 / 3, 0.0], [-1 / 3, 0.0]]) == 1.0
+
+
+def test_sign_flip_as_scipy_does() -> None:
+    chance = np.random.default_rng(3)
+    differences = [chance.choice([-1, -0.5, 0, 0.5, 1], size=n, p=[0.05, 0.1, 0.6, 0.15, 0.1]) for n in (40, 25)]
+    weighted = np.concatenate([task / len(task) for task in differences])  # its sum is twice the mean over tasks
+    found = permutation_test(
+        (weighted, np.zeros_like(weighted)),
+        lambda first, second, axis: np.sum(first - second, axis=axis),
+        permutation_type="samples",
+        n_resamples=20_000,
+        vectorized=True,
+        rng=chance,
+    )
+    assert sign_flip([task.tolist() for task in differences], resamples=20_000) == pytest.approx(
+        found.pvalue, abs=0.015
+    )
+
+
+def test_paired_bootstrap_as_scipy_does() -> None:
+    chance = np.random.default_rng(4)
+    differences = chance.choice([-1, 0, 1], size=150, p=[0.1, 0.65, 0.25])
+    expected = bootstrap((differences,), np.mean, method="percentile", n_resamples=20_000, rng=chance)
+    low, high = paired_bootstrap([differences.tolist()], resamples=20_000)
+    assert low == pytest.approx(expected.confidence_interval.low, abs=0.008)
+    assert high == pytest.approx(expected.confidence_interval.high, abs=0.008)
+
+
+def test_paired_bootstrap_of_several_tasks() -> None:
+    # the variance of a mean of two independent means is a quarter of their sum
+    one, two = [1.0] * 30 + [-1.0] * 10 + [0.0] * 60, [1.0] * 10 + [-1.0] * 30 + [0.0] * 60
+    low, high = paired_bootstrap([one, two], resamples=20_000)
+    half_width = 1.96 * np.sqrt((np.var(one) / 100 + np.var(two) / 100) / 4)
+    assert (low, high) == pytest.approx((-half_width, half_width), abs=0.006)
+    assert paired_bootstrap([[0.0] * 5]) == (0.0, 0.0)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    differences = [[1.0, 0.0, -1.0, 1.0, 0.5]]
+    assert sign_flip(differences) == sign_flip(differences)
+    assert paired_bootstrap(differences) == paired_bootstrap(differences)
+
+
+# ---------------------------------------------------------------------------------------------- whole sweeps, simulated
+
+
+def called(skills: dict[str, float], *, seeds: int, questions: int, sweeps: int) -> tuple[float, float]:
+    """Shares of single comparisons to full, and of whole sweeps, that are called significant at 5 %."""
+    single: list[bool] = []
+    whole: list[bool] = []
+    for draw in range(sweeps):
+        (table,) = build_leaderboard(simulated_sweep(skills, questions=questions, seeds=seeds, draw=draw))
+        rivals = [row for row in table.rows if row.method != "full"]
+        single += [(row.p_value or 0.0) < 0.05 for row in rivals]
+        whole.append(any((row.p_adjusted or 0.0) < 0.05 for row in rivals))
+    return float(np.mean(single)), float(np.mean(whole))
+
+
+@pytest.mark.parametrize(("seeds", "questions"), [(1, 120), (3, 80)])
+def test_without_a_difference_significance_is_called_at_the_stated_rate(seeds: int, questions: int) -> None:
+    skills = dict.fromkeys(("full", "grass", "lora", "lisa"), 0.0)
+    single, whole = called(skills, seeds=seeds, questions=questions, sweeps=100)
+    # McNemar's exact test is conservative: at most 5 %, and not far below it
+    assert 0.005 < single < 0.08
+    assert whole < 0.11
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_known_difference_is_found(seeds: int) -> None:
+    single, whole = called({"full": 0.0, "grass": 0.2}, seeds=seeds, questions=300, sweeps=25)
+    assert single > 0.9
+    assert whole > 0.9
+
+
+def test_the_interval_of_a_difference_holds_the_truth() -> None:
+    inside = []
+    for draw in range(120):
+        (table,) = build_leaderboard(simulated_sweep({"full": 0.0, "grass": 0.1}, questions=150, seeds=2, draw=draw))
+        (row,) = [row for row in table.rows if row.method == "grass"]
+        assert row.difference_to_full_low is not None
+        assert row.difference_to_full_high is not None
+        inside.append(row.difference_to_full_low <= 0.1 <= row.difference_to_full_high)
+    assert 0.88 < np.mean(inside) <= 1.0

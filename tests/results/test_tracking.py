@@ -32,7 +32,7 @@ def test_a_trial_is_a_child_run_with_everything_in_it(new_tracker: Opener, folde
     run_id = tracker.start_trial("s1", "t1", record.name, tags, {"seed": "0", "empty": ""})
     tracker.log_steps(run_id, [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0, "train/grad_norm": math.nan})])
     tracker.finish(run_id, record, folder)
-    tracker.finish_sweep(sweep, folder=folder, metrics={"trials": 1})
+    tracker.finish_sweep(sweep)
     assert tracker.close() == 0
 
     client = MlflowClient(tracker.tracking_uri)

@@ -1,0 +1,60 @@
+r"""The example sweep's leaderboard, recomputed from the records beside it: table, Markdown, and the page.
+
+    python benchmarks/example_sweep.py                                   # from benchmarks/results/example_sweep/records
+    python benchmarks/example_sweep.py --from-sweep grass_ray_results/quickstart/SWEEP_ID     # takes a sweep's records
+
+The sweep itself, 31 trials of the built-in random model, a quarter of an hour on one core::
+
+    python sweeps/quickstart.py --models tiny --seeds 0 1 2 --steps 150 --cpus-per-trial 1 \
+        --methods full lora dora lisa ows badam galore apollo grass grass-static \
+        --set method.optimizer.lr=3e-3 method.sampler.num_active_layers=2 method.sampler.period=10 \
+        method.sampler.probing_steps=5 method.sampler.refresh_period=40 \
+        method.optimizer.projection.rank=16 method.optimizer.projection.refresh_period=50
+
+A random model of 214 thousand parameters learns next to nothing from 150 steps: this shows what a sweep leaves behind
+and what the page looks like, not which method is best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from grass_ray.config import ConfigError
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.overview import write_summary
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rendering import render
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where the records are."""
+
+    folder: Path = Path("benchmarks/results/example_sweep")
+    from_sweep: Annotated[Path | None, tyro.conf.arg(help="a sweep's folder to take the records of first")] = None
+
+
+def main(options: Options) -> None:
+    places = options.folder / "records"
+    if options.from_sweep is not None:
+        places.mkdir(parents=True, exist_ok=True)
+        for path in sorted(options.from_sweep.glob("*/record.json")):
+            record = RunRecord.load(path)
+            (places / f"{record.name}.json").write_text(record.model_dump_json() + "\n", encoding="utf-8")
+    records = [RunRecord.load(path) for path in sorted(places.glob("*.json"))]
+    if not records:
+        raise ConfigError(f"there are no records in {places}")
+    tables = build_leaderboard(records)
+    write_summary(records, tables, options.folder)
+    page = render(tables, "html", records=records)
+    (options.folder / "leaderboard.html").write_text(page, encoding="utf-8")
+    print(render(tables, "table", width=140))
+    print(f"\n{len(records)} records, page of {len(page) / 1024:.0f} KiB: {options.folder / 'leaderboard.html'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

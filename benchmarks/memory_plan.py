@@ -1,0 +1,353 @@
+"""Compare the memory plan's predictions with what steps really take.
+
+    python benchmarks/memory_plan.py             # CPU: tiny and SmolLM2-135M, tensor bytes counted; GPU: big shapes
+    python benchmarks/memory_plan.py --models tiny --output /tmp/memory_plan
+    python benchmarks/memory_plan.py --models llama2-7b --methods grass lora
+
+Every case is predicted first, without weights, and then run: all layers are visited once (so that their states exist,
+with rows of a few tokens), then two steps are taken on the active set that the plan calls the worst, with rows exactly
+as long as planned. On a CPU the peak is the bytes alive before a step plus the highest point of what torch's profiler
+sees the step allocate; on CUDA it is the allocator's peak. The models of the GPU cases have random weights.
+Needs neither ray nor mlflow.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from grass_ray.config import ConfigError, ModelConfig, RunConfig
+from grass_ray.layerwise.samplers import AllLayersSampler
+from grass_ray.methods import METHODS
+from grass_ray.results.provenance import git_state, hardware, versions
+from grass_ray.training.adapters import add_adapter
+from grass_ray.training.batches import IGNORED, Batch
+from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.memory_plan import MemoryPlan, Mode, Planner
+from grass_ray.training.metrics import MemoryMeter, default_device, storage_bytes
+from grass_ray.training.models import SHAPES, build_shape, load_model
+from grass_ray.training.report import GIB
+from grass_ray.training.run import build_optimizer, build_sampler
+from grass_ray.training.step_memory import StepShape
+
+Dtype = Literal["float32", "bfloat16"]
+MEASURED_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare."""
+
+    models: Annotated[tuple[str, ...] | None, tyro.conf.arg(help="default: by device")] = None
+    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(help="only these of the cases' methods")] = None
+    device: Annotated[Literal["cpu", "cuda"] | None, tyro.conf.arg(help="default: cuda where there is one")] = None
+    output: Annotated[Path, tyro.conf.arg(help="written with .json and .md")] = Path("benchmarks/results/memory_plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One prediction and its measurement."""
+
+    model: str
+    method: str
+    offload: Mode
+    dtype: Dtype
+    shape: StepShape
+
+    @property
+    def config(self) -> RunConfig:
+        """The method with every period one step, and small enough for the tiny model."""
+        row = METHODS[self.method].config
+        sampler = row.sampler.model_dump()
+        settings = []
+        if "period" in sampler:
+            settings.append("method.sampler.period=1")
+        if "probing_steps" in sampler:
+            settings.append("method.sampler.probing_steps=1")
+        if self.model == "tiny" and sampler["kind"] == "matrix_norm":
+            settings.append("method.sampler.budget=0.2")
+        if self.model == "tiny" and sampler["kind"] == "outlier":
+            settings.append("method.sampler.num_active_layers=2")
+        if self.model == "tiny" and row.optimizer.projection is not None:
+            settings.append("method.optimizer.projection.rank=16")
+        config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(settings)
+        return config.model_copy(update={"method": config.method.model_copy(update={"offload": self.offload})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Bytes, predicted and measured."""
+
+    case: Case
+    plan: MemoryPlan
+    peak: int
+    weights: int
+    states: int
+    host: int
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured peak."""
+        return self.plan.peak_bytes / self.peak
+
+
+# ------------------------------------------------------------------------------------------------------- the cases
+
+
+def cpu_cases() -> Iterator[Case]:
+    """Every method on the tiny model in several shapes; a few on SmolLM2-135M."""
+    small = StepShape(rows=4, tokens=96)
+    for name, row in METHODS.items():
+        if row.trains:
+            yield Case(model="tiny", method=name, offload=row.config.offload, dtype="float32", shape=small)
+    shapes = (
+        StepShape(rows=1, tokens=32),
+        StepShape(rows=8, tokens=256),
+        StepShape(rows=8, tokens=256, labelled=16),
+        StepShape(rows=8, tokens=256, checkpointing=True),
+        StepShape(rows=2, tokens=256, micro_batches=4),
+    )
+    for method, shape in itertools.product(("full", "lora", "lisa", "grass"), shapes):
+        yield Case(model="tiny", method=method, offload=METHODS[method].config.offload, dtype="float32", shape=shape)
+    # rows so short that the update is the peak, not the backward pass
+    for method, dtype in itertools.product(("full", "galore", "apollo", "lisa", "badam"), ("float32", "bfloat16")):
+        offload = METHODS[method].config.offload
+        yield Case(model="tiny", method=method, offload=offload, dtype=dtype, shape=StepShape(rows=1, tokens=2))
+    for method, mode in (("grass", "none"), ("grass", "lazy"), ("full", "lazy"), ("lisa-keep", "resident")):
+        yield Case(model="tiny", method=method, offload=mode, dtype="float32", shape=small)
+    for method in ("full", "grass", "badam", "galore", "dora"):
+        yield Case(model="tiny", method=method, offload=METHODS[method].config.offload, dtype="bfloat16", shape=small)
+    few = StepShape(rows=2, tokens=128, labelled=32)
+    smollm2: tuple[tuple[str, Mode, StepShape], ...] = (
+        ("full", "none", few),
+        ("full", "none", replace(few, checkpointing=True)),
+        ("lisa", "none", few),
+        ("lora", "none", replace(few, rows=4)),
+        ("prompt", "none", few),
+        ("galore", "none", few),
+        ("grass", "none", few),
+        ("grass", "resident", few),
+        ("grass", "resident", replace(few, rows=4, checkpointing=True)),
+        ("grass", "resident", StepShape(rows=1, tokens=256)),
+        ("grass", "lazy", few),
+        ("hift", "resident", few),
+    )
+    for method, mode, shape in smollm2:
+        yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=shape)
+
+
+def cuda_cases() -> Iterator[Case]:
+    """Published shapes in bfloat16, 4 rows of 1024 tokens, as the paper measured; what 80 GB hold."""
+    long = StepShape(rows=4, tokens=1024)
+    saving = replace(long, checkpointing=True)
+    for model in SHAPES:
+        modes: tuple[tuple[str, Mode], ...] = (
+            ("grass", "none"),
+            ("grass", "resident"),
+            ("grass", "lazy"),
+            ("lisa", "none"),
+            ("lora", "none"),
+            ("galore", "none"),
+            ("full", "none"),
+        )
+        for (method, mode), shape in itertools.product(modes, (long, saving)):
+            yield Case(model=model, method=method, offload=mode, dtype="bfloat16", shape=shape)
+
+
+# ----------------------------------------------------------------------------------------------------- one measurement
+
+
+class Forced:
+    """A sampler that visits every unit, so that each has states and has left once, then stays on the given set."""
+
+    def __init__(self, inner: Any, active: tuple[int, ...], num_units: int) -> None:
+        self._inner = inner
+        self._active = active
+        self.visits = [tuple(range(first, min(first + 2, num_units))) for first in range(0, num_units, 2)]
+        self.visits.append(self.visits[0])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    @property
+    def due(self) -> bool:
+        """A draw before every step that trains."""
+        return not self._inner.probing
+
+    def sample(self) -> tuple[int, ...]:
+        """The next units that were not visited, then the planned set."""
+        return self.visits.pop(0) if self.visits else self._active
+
+    def probe(self, measure: Any) -> None:
+        """No extra passes: they take less than a step."""
+
+
+def make_batches(shape: StepShape, vocabulary: int, device: torch.device) -> list[Batch]:
+    """Random tokens in the planned shape; the last row is one token shorter."""
+    ids = torch.randint(0, vocabulary, (shape.rows, shape.tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if shape.masked:
+        mask[-1, -1] = 0
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, shape.tokens - shape.label_positions :] = ids[:, shape.tokens - shape.label_positions :]
+    batch = Batch(ids, mask, labels, tokens=ids.numel()).to(device)
+    return [batch] * shape.micro_batches
+
+
+def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch.device) -> Row:
+    """Run the case on one active set."""
+    config = case.config
+    torch.manual_seed(0)
+    shaped = case.model in SHAPES
+    model = build_shape(config.model, str(device)) if shaped else load_model(config.model).model.to(device)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    model = add_adapter(model, config.method.adapter).to(device)
+    if case.shape.checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+    sampler = build_sampler(config.method, 0, 10)
+    num_units = len(Planner(config.model, "cpu").put_on(config.method).units)
+    forced = sampler if isinstance(sampler, AllLayersSampler) else Forced(sampler, active, num_units)
+    optimizer = build_optimizer(model, forced, config.method)
+    model.train()
+    batches = make_batches(case.shape, vocabulary, device)
+    short = make_batches(StepShape(rows=1, tokens=8), vocabulary, device)
+    meter = MemoryMeter(device)
+
+    def alive() -> Iterator[Tensor]:
+        yield from itertools.chain(model.parameters(), model.buffers(), optimizer.resident_states())
+
+    def step(of: list[Batch], closely: bool) -> None:
+        with meter.watch(alive(), closely=closely):
+            accumulate_gradients(model, of, device)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    while optimizer.probing:
+        step(batches, True)
+    while isinstance(forced, Forced) and (forced.visits or optimizer.active_units != active):
+        step(short, False)
+    for _ in range(MEASURED_STEPS):
+        step(batches, True)
+    optimizer.synchronize()
+    states, host = optimizer.state_bytes()
+    return Row(
+        case=case,
+        plan=plan,
+        peak=round(meter.peak_allocated_gib * GIB),
+        weights=storage_bytes([*model.parameters(), *model.buffers()]),
+        states=states,
+        host=host,
+    )
+
+
+def run_case(case: Case, device: torch.device) -> Row:
+    """Predict, then measure; of several worst sets the one with the higher peak."""
+    planner = Planner(case.config.model, "cuda" if device.type == "cuda" else "cpu")
+    (plan,) = planner.plan_modes(case.config.method, case.shape, modes=[case.offload], training_steps=10)
+    rows = []
+    for active in planner.put_on(case.config.method, 10).active_sets():
+        rows.append(measure(case, plan, active, device))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return max(rows, key=lambda row: row.peak)
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: parts predicted, peak predicted and measured."""
+    lines = [
+        "| model | dtype | method | offload | rows x tokens | peak in | weights | gradients | states | staging "
+        "| activations | logits | other | predicted MiB | measured MiB | predicted / measured | host MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case, plan = row.case, row.plan
+        parts = (plan.weights, plan.gradients, plan.states, plan.staging, plan.activations, plan.logits, plan.workspace)
+        lines.append(
+            f"| {case.model} | {case.dtype} | {case.method} | {case.offload} | {describe(case.shape)} | {plan.phase} | "
+            + " | ".join(f"{part / 2**20:.1f}" for part in parts)
+            + f" | {plan.peak_bytes / 2**20:.1f} | {row.peak / 2**20:.1f} | {row.ratio:.3f} "
+            f"| {row.plan.host_bytes / 2**20:.1f} ({row.host / 2**20:.1f} measured) |"
+        )
+    return "\n".join(lines)
+
+
+def describe(shape: StepShape) -> str:
+    """A step's shape in a few words."""
+    words = [f"{shape.rows} x {shape.tokens}"]
+    words += [f"x {shape.micro_batches} micro-batches"] if shape.micro_batches > 1 else []
+    words += [f"{shape.labelled} labelled"] if shape.labelled is not None else []
+    words += ["checkpointing"] if shape.checkpointing else []
+    return ", ".join(words)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    device = torch.device(options.device) if options.device else default_device()
+    cases = [
+        case
+        for case in (cuda_cases() if device.type == "cuda" else cpu_cases())
+        if (options.models is None or case.model in options.models)
+        and (options.methods is None or case.method in options.methods)
+    ]
+    rows: list[Row] = []
+    skipped: list[str] = []
+    for case in cases:
+        name = f"{case.model} {case.dtype} {case.method} {case.offload} {describe(case.shape)}"
+        try:
+            rows.append(run_case(case, device))
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            skipped.append(f"{name}: {str(error).splitlines()[0]}")
+            print(f"skipped {skipped[-1]}", flush=True)
+            gc.collect()
+            continue
+        print(f"{name}: {rows[-1].ratio:.3f} of {rows[-1].peak / 2**20:.1f} MiB", flush=True)
+    write(options, rows, skipped)
+
+
+def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
+    """The results as JSON and Markdown."""
+    commit, dirty = git_state()
+    worst = max((abs(row.ratio - 1) for row in rows), default=0.0)
+    facts = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "largest_error": worst,
+        "skipped": skipped,
+        "rows": [
+            asdict(row.case)
+            | {"predicted": row.plan.to_dict(), "ratio": row.ratio}
+            | {"measured": {"peak": row.peak, "weights": row.weights, "states": row.states, "host": row.host}}
+            for row in rows
+        ],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+    text = (
+        f"# The memory plan against measurements\n\n{hardware()}; torch {torch.__version__}, commit "
+        f"{(commit or '-')[:10]}{' (modified)' if dirty else ''}. All sizes in MiB; largest error "
+        f"{100 * worst:.1f} % of the measured peak. Columns from weights to other are parts of the predicted peak.\n\n"
+        f"{table(rows)}\n"
+    )
+    text += "".join(f"\nnot run: {line}\n" for line in skipped)
+    options.output.with_suffix(".md").write_text(text)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()

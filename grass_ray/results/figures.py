@@ -1,0 +1,65 @@
+"""Every picture by name, for ``grass-ray plot``.
+
+::
+
+    pictures = draw_kind("pareto", tables, records)     # one a kind, or one a run for the kinds that show a run
+    for picture in pictures: picture.save(folder / f"{picture.name}.svg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+from grass_ray.config import slug
+from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks
+from grass_ray.results.leaderboard import LeaderboardTable
+from grass_ray.results.pictures import Picture
+from grass_ray.results.plots import draw_importance, draw_sampling
+from grass_ray.results.record import RunRecord
+from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
+
+Kind = Literal["pareto", "loss", "tasks", "step-time", "sensitivity", "sampling", "importance"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_OF_A_SWEEP: Mapping[str, Callable[[Sequence[LeaderboardTable], Sequence[RunRecord]], Picture | None]] = {
+    "pareto": lambda tables, records: draw_accuracy_memory(tables),
+    "loss": draw_loss_comparison,
+    "tasks": lambda tables, records: draw_tasks(tables),
+    "step-time": draw_step_time,
+    "sensitivity": draw_sensitivity,
+}
+_OF_A_RUN: Mapping[str, Callable[[RunRecord], Picture | None]] = {
+    "sampling": draw_sampling,
+    "importance": draw_importance,
+}
+MISSING: Mapping[Kind, str] = {
+    "pareto": "no ranked row has an accuracy and a peak memory",
+    "loss": "no run has a loss",
+    "tasks": "no run was evaluated",
+    "step-time": "no run has step times",
+    "sensitivity": "no method has rows that differ in a setting",
+    "sampling": "no run drew layers",
+    "importance": "no run measured importance",
+}
+
+
+def draw_kind(kind: Kind, tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]) -> list[Picture]:
+    """The pictures of a kind, empty where there is nothing to draw.
+
+    Sampling and importance show a run each: the first seed with any of each method's highest row. The name of such a
+    picture holds the method, and the model and suite where there are several tables.
+    """
+    if kind in _OF_A_SWEEP:
+        picture = _OF_A_SWEEP[kind](tables, records)
+        return [] if picture is None else [picture]
+    by_id = {record.run_id: record for record in records}
+    found: dict[str, Picture] = {}
+    for number, table in enumerate(tables, start=1):
+        for row in table.rows:
+            name = f"{kind}-{slug(row.method)}" + (f"-{number}" if len(tables) > 1 else "")
+            for record in (by_id[run_id] for run_id in row.run_ids if name not in found):
+                if (picture := _OF_A_RUN[kind](record)) is not None:
+                    found[name] = replace(picture, name=name)
+    return list(found.values())

@@ -1,0 +1,225 @@
+"""What a sweep's parent run shows in MLflow: the ranking as a table, as Markdown in the description, and as pictures.
+
+::
+
+    overview = Overview(tracker, sweep_run, "Which method learns most?", num_trials=30, folder=folder)
+    overview.show(records)                     # again and again, as trials finish
+    overview.show(records, at_once=True)       # at the end
+
+Somebody who only opens ``mlflow ui`` sees the same leaderboard as ``grass-ray leaderboard`` prints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grass_ray.results.colours import colour_of
+from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rendering import Format, render
+from grass_ray.results.sweep_plots import write_sweep_plots
+from grass_ray.results.tracking import Tracker
+
+LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
+MOST_BARS = 40
+_FORMS: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
+_LEAST_PAUSE_S = 5.0
+_DPI = 150
+
+
+class Overview:
+    """Keeps a parent run's table, description and pictures up to date.
+
+    Args:
+        tracker: an open tracker.
+        run_id: the parent run.
+        question: what the sweep asks.
+        num_trials: how many trials it has.
+        folder: a local folder for the files; must stay until the tracker is closed.
+    """
+
+    def __init__(self, tracker: Tracker, run_id: str, question: str, *, num_trials: int, folder: Path) -> None:
+        self._tracker = tracker
+        self._run_id = run_id
+        self._question = question
+        self._num_trials = num_trials
+        self.folder = folder
+        self._not_before = 0.0
+
+    def show(self, records: Sequence[RunRecord], *, at_once: bool = False) -> None:
+        """Write the files from the records so far and send them; nothing when that was done a moment ago.
+
+        Args:
+            records: of all trials that ended.
+            at_once: do it in any case.
+        """
+        started = time.monotonic()
+        if started < self._not_before and not at_once:
+            return
+        tables = build_leaderboard(records)
+        write_summary(records, tables, self.folder)
+        finished = sum(record.status == "finished" for record in records)
+        metrics = {"sweep/finished": float(finished), "sweep/failed": float(len(records) - finished)}
+        best = max((row for table in tables for row in table.rows if row.rank == 1), key=_accuracy, default=None)
+        if best is not None:
+            metrics["sweep/best_accuracy"] = _accuracy(best)
+        self._tracker.show_sweep(
+            self._run_id,
+            note=describe_sweep(self._question, tables, done=len(records), num_trials=self._num_trials),
+            table=ranking(tables),
+            files=sorted(path for path in self.folder.iterdir() if path.is_file()),
+            tags={} if best is None else {"best": f"{best.label}: {100 * _accuracy(best):.1f} %"},
+        )
+        self._tracker.log_steps(self._run_id, [(len(records), metrics)])
+        # drawing must not take more than a tenth of the driver's time, however many trials end at once
+        self._not_before = time.monotonic() + max(_LEAST_PAUSE_S, 10 * (time.monotonic() - started))
+
+
+def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path) -> None:
+    """Write the leaderboard as Markdown, CSV and JSON, and the sweep's pictures, into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, form in _FORMS.items():
+        (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
+    draw_ranking(tables, folder / "ranking.png")
+    write_sweep_plots(records, folder)
+
+
+# ------------------------------------------------------------------------------------------------ table and description
+
+
+def ranking(tables: Sequence[LeaderboardTable]) -> list[dict[str, Any]]:
+    """The leaderboard as rows of one flat table, accuracies in percent, with the same columns in every row."""
+    return [_cells(table, row) for table in tables for row in table.rows]
+
+
+def _cells(table: LeaderboardTable, row: LeaderboardRow) -> dict[str, Any]:
+    def percent(share: float | None) -> float | None:
+        return None if share is None else round(100 * share, 2)
+
+    return {
+        "rank": row.rank,
+        "method": row.label,
+        "accuracy %": percent(row.accuracy),
+        "95 %": _limits(row),
+        "status": row.status,
+        "vs full": percent(row.difference_to_full),
+        "p": row.p_adjusted,
+        "Pareto": row.pareto,
+        "peak GiB": row.peak_allocated_gib,
+        "host GiB": row.host_pinned_gib,
+        "tokens/s": row.tokens_per_second,
+        "train s": row.train_s,
+        "seeds": len(row.seeds),
+        "reason": row.failure or "",
+        "model": row.model,
+        "suite": row.suite,
+        "hardware": table.hardware,
+        "commit": row.commit,
+    }
+
+
+def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
+    """The sweep in Markdown, at most ``LONGEST_NOTE`` characters: lower rows are left out where it would be longer."""
+    best = next((row for table in tables for row in table.rows if row.rank == 1), None)
+    found = "" if best is None or len(tables) > 1 else f"Best: **{_words(best.label)}**, {_interval(best)} %. "
+    head = f"{found}{done} of {num_trials} trials have ended.\n\n{_words(question)}"  # MLflow folds what comes after
+    longest = max((len(table.rows) for table in tables), default=0)
+    for shown in range(longest, 0, -1):
+        text = "\n\n".join([head, *(_table(table, shown) for table in tables)])
+        if len(text) <= LONGEST_NOTE:
+            return text
+    return f"{head}\n\nThe ranking is too long for this place: see leaderboard.md among the artifacts."
+
+
+def _table(table: LeaderboardTable, shown: int) -> str:
+    lines = [
+        f"**{_words(table.title)}**\n",
+        "| # | method | accuracy % (95 %) | vs full | peak GiB | tok/s | seeds | status |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in table.rows[:shown]:
+        cells = [
+            "-" if row.rank is None else str(row.rank),
+            _words(row.label) + (" \\*" if row.pareto else ""),
+            _interval(row),
+            "-" if row.difference_to_full is None else f"{100 * row.difference_to_full:+.1f}",
+            "-" if row.peak_allocated_gib is None else f"{row.peak_allocated_gib:.3g}",
+            "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
+            str(len(row.seeds)),
+            _words(row.status),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(table.rows) > shown:
+        lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
+    if any(row.pareto for row in table.rows[:shown]):
+        lines.append("\n\\* no other row has both more accuracy and less peak memory")
+    return "\n".join(lines)
+
+
+def _limits(row: LeaderboardRow) -> str:
+    if row.accuracy_low is None or row.accuracy_high is None:
+        return ""
+    return f"{100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f}"
+
+
+def _interval(row: LeaderboardRow) -> str:
+    if row.accuracy is None:
+        return "-"
+    limits = _limits(row)
+    return f"{100 * row.accuracy:.1f}" + (f" ({limits})" if limits else "")
+
+
+def _words(text: str) -> str:
+    for mark in "\\|*_`#[<":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def _accuracy(row: LeaderboardRow) -> float:
+    return row.accuracy or 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- picture
+
+
+def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
+    """Draw accuracies with their intervals, best at the top, a panel a table. False where nothing is ranked."""
+    from matplotlib.figure import Figure
+
+    panels = [(table, rows) for table in tables if (rows := [row for row in table.rows if row.rank is not None])]
+    if not panels:
+        return False
+    heights = [min(len(rows), MOST_BARS) * 0.32 + 1.1 for _, rows in panels]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    grid: Any = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axes, (table, rows) in zip(grid[:, 0], panels, strict=True):
+        _draw_bars(axes, table, rows[:MOST_BARS])
+        if len(rows) > MOST_BARS:
+            axes.set_xlabel(f"{axes.get_xlabel()}; the best {MOST_BARS} of {len(rows)} rows")
+    figure.savefig(path, dpi=_DPI)
+    return True
+
+
+def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow]) -> None:
+    for place, row in enumerate(rows):
+        accuracy = 100 * _accuracy(row)
+        low, high = (accuracy if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
+        axes.barh(place, accuracy, color=colour_of(row.method), height=0.66, alpha=0.85)
+        spread = [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]]
+        axes.errorbar(accuracy, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
+        axes.annotate(
+            f"{accuracy:.1f}", (max(high, accuracy), place), xytext=(5, 0), textcoords="offset points", va="center",
+            fontsize=8.5,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [f"{row.rank}  {row.label}{' *' if row.pareto else ''}" for row in rows])
+    axes.tick_params(axis="y", labelsize=9, length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.08)
+    head, _, tail = table.title.partition(" (")
+    axes.set_title(f"{head}\n({tail}" if tail else head, fontsize=9.5, loc="left")
+    axes.set_xlabel("accuracy (%), 95 % interval over questions", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)

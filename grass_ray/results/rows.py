@@ -1,0 +1,302 @@
+"""One row of a leaderboard: a method as configured, over its seeds, computed from run records.
+
+::
+
+    rows = build_rows(groups)                 # a group: the records of one configuration, a seed each
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from grass_ray.results.record import RunRecord
+from grass_ray.results.statistics import average_interval
+from grass_ray.tasks.suites import SUITES, TASKS
+
+# Settings that change no number, so that runs which differ in them alone are one row.
+_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardRow:
+    """One method as configured, over its seeds.
+
+    Accuracies are shares from 0 to 1; ``accuracy`` is the unweighted mean over tasks of the means over seeds, its
+    interval that of :func:`grass_ray.results.statistics.average_interval` over the questions (not questions x seeds:
+    the same ones are asked again), ``accuracy_std`` the spread over seeds. Memory is the maximum over seeds, speed,
+    time and tokens the mean. ``variant`` says what tells this row from others of its method; ``seeds`` lists the
+    finished seeds. ``status`` is the seeds' common one, or ``partial`` when they differ.
+
+    ``difference_to_full`` and ``difference_to_best`` are per question (:mod:`grass_ray.results.pairing` says how),
+    with 95 % bootstrap limits and p-values, adjusted (Benjamini-Hochberg) over the table. ``task_intervals`` are
+    Wilson's. ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean``
+    leaves them out. ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them.
+    """
+
+    rank: int | None = None
+    method: str
+    model: str
+    suite: str
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    tasks: dict[str, float]
+    peak_allocated_gib: float | None
+    peak_reserved_gib: float | None
+    host_pinned_gib: float | None
+    tokens_per_second: float | None
+    train_s: float | None
+    trainable_share: float | None
+    seeds: list[int]
+    status: str
+    failure: str | None
+    variant: str
+    hardware: str
+    accuracy_std: float | None
+    accuracy_clean: float | None
+    contaminated: list[str]
+    difference_to_full: float | None = None
+    difference_to_full_low: float | None = None
+    difference_to_full_high: float | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    difference_to_best: float | None = None
+    difference_to_best_low: float | None = None
+    difference_to_best_high: float | None = None
+    p_value_to_best: float | None = None
+    p_adjusted_to_best: float | None = None
+    pareto: bool = False
+    task_intervals: dict[str, tuple[float, float]]
+    training_steps: int
+    batch_size: int
+    train_tokens: float | None
+    learning_rate: float | None
+    learning_rates_tried: int
+    data_sha256: list[str]
+    commit: str | None
+    date: str
+    run_ids: list[str]
+
+    @property
+    def label(self) -> str:
+        """The method, with what sets this row apart."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether every seed finished with an accuracy."""
+        return self.status == "finished" and self.accuracy is not None and math.isfinite(self.accuracy)
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything was to be trained; the untrained model is the floor of a table."""
+        return self.training_steps > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values in a fixed order; a number that is not one becomes None."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
+    """One row a group; groups of one method are told apart by their settings."""
+    rates: defaultdict[str, set[float]] = defaultdict(set)
+    for record in (record for group in groups for record in group):
+        if (rate := _learning_rate(record)) is not None:
+            rates[record.config["method"]["name"]].add(rate)
+    variants = _variants(groups)
+    return [
+        _row(group, variant, len(rates[group[0].config["method"]["name"]]))
+        for group, variant in zip(groups, variants, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- what a row is
+
+
+def settings(record: RunRecord) -> dict[str, str]:
+    """The configuration by dotted key, as text, without what changes no number."""
+    return {key: value for key, value in _flat("", record.config) if key not in _NO_EFFECT}
+
+
+def settings_key(record: RunRecord) -> str:
+    """A text that two records share when they are seeds of one row."""
+    config: dict[str, Any] = dict(record.config)
+    for key in _NO_EFFECT:
+        part, _, inner = key.rpartition(".")
+        if not part:
+            config.pop(inner, None)
+        elif isinstance(config.get(part), Mapping):
+            config[part] = {name: value for name, value in config[part].items() if name != inner}
+    return json.dumps(config, sort_keys=True)
+
+
+def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix, json.dumps(value).strip('"')
+
+
+def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str]]:
+    """For each method the settings in which its groups differ, sorted."""
+    values: defaultdict[str, defaultdict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
+    number: defaultdict[str, int] = defaultdict(int)
+    seen: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for group in groups:
+        own = settings(group[0])
+        method = own["method.name"]
+        number[method] += 1
+        for key, value in own.items():
+            values[method][key].add(value)
+            seen[method, key] += 1
+    return {
+        method: sorted(key for key in keys if len(keys[key]) > 1 or seen[method, key] < number[method])
+        for method, keys in values.items()
+    }
+
+
+def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
+    """For each group what tells it from the other groups of its method, in as few words as are unambiguous."""
+    varied = varied_settings(groups)
+    labels = []
+    for group in groups:
+        own = settings(group[0])
+        differing = [key for key in varied[own["method.name"]] if key in own]
+        last = [key.rsplit(".", 1)[-1] for key in differing]
+        words = [name if last.count(name) == 1 else key for name, key in zip(last, differing, strict=True)]
+        labels.append(", ".join(f"{word}={own[key]}" for word, key in zip(words, differing, strict=True)))
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------ what is in a row
+
+
+def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> LeaderboardRow:
+    finished = [record for record in group if record.status == "finished" and record.tasks]
+    scores = {
+        task: fmean(record.tasks[task].accuracy for record in finished)
+        for task in (finished[0].tasks if finished else {})
+        if all(task in record.tasks and record.tasks[task].num_examples for record in finished)
+    }
+    low = high = None
+    if scores:
+        low, high = average_interval(
+            list(scores.values()), [min(record.tasks[task].num_examples for record in finished) for task in scores]
+        )
+    last, config = group[-1], group[-1].config
+    averages = [fmean(score.accuracy for score in record.tasks.values()) for record in finished]
+    contaminated = sorted({task for record in group for task in contaminated_tasks(record)})
+    clean = [value for task, value in scores.items() if task not in contaminated]
+    shares = [record.layers.trainable_share for record in group if record.layers is not None]
+    status, failure = _status(group)
+    return LeaderboardRow(
+        method=config["method"]["name"],
+        variant=variant,
+        model=config["model"]["name"],
+        suite=config["data"]["suite"],
+        accuracy=fmean(scores.values()) if scores else None,
+        accuracy_low=low,
+        accuracy_high=high,
+        accuracy_std=stdev(averages) if len(averages) > 1 else None,
+        accuracy_clean=fmean(clean) if clean and len(clean) < len(scores) else None,
+        contaminated=[task for task in contaminated if task in scores],
+        tasks=scores,
+        peak_allocated_gib=max(_values(group, "memory/peak_allocated_gib"), default=None),
+        peak_reserved_gib=max(_values(group, "memory/peak_reserved_gib"), default=None),
+        host_pinned_gib=max(_values(group, "memory/host_pinned_gib"), default=None),
+        tokens_per_second=_mean(_values(finished, "throughput/tokens_per_second")),
+        train_s=_mean(_values(finished, "time/train_s")),
+        trainable_share=max(shares, default=None),
+        seeds=[record.config["seed"] for record in finished],
+        status=status,
+        failure=failure,
+        hardware=last.hardware,
+        task_intervals={
+            task: average_interval([value], [min(record.tasks[task].num_examples for record in finished)])
+            for task, value in scores.items()
+        },
+        training_steps=config["training"]["steps"],
+        batch_size=config["training"]["batch_size"],
+        train_tokens=_mean([tokens for record in finished if (tokens := _train_tokens(record)) is not None]),
+        learning_rate=_learning_rate(last),
+        learning_rates_tried=learning_rates,
+        data_sha256=sorted({hashed for record in group if (hashed := _train_data(record).get("rows_sha256"))}),
+        commit=_commit(group),
+        date=max(record.finished_at for record in group)[:10],
+        run_ids=[record.run_id for record in group],
+    )
+
+
+def contaminated_tasks(record: RunRecord) -> tuple[str, ...]:
+    """Tasks whose test questions are in what the run trained on: known for the published mixtures alone.
+
+    ``math_10k`` contains MAWPS, and with it AddSub, MultiArith and SingleEq; a mixture that was built from train sets
+    in its place does not.
+    """
+    suite = SUITES.get(record.config["data"]["suite"])
+    files = {str(file.get("name", "")) for file in _train_data(record).get("files", ())}
+    names = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in files}
+    if suite is None or not names & set(suite.mixtures) or not record.config["training"]["steps"]:
+        return ()
+    return tuple(task for task in suite.tasks if TASKS[task].contaminated)
+
+
+def _train_data(record: RunRecord) -> Mapping[str, Any]:
+    found = record.data.get("train")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _train_tokens(record: RunRecord) -> float | None:
+    """Non-padding tokens of all steps, those of probing included; None without a whole series."""
+    speeds, seconds = (dict(record.series.get(name, ())) for name in ("throughput/tokens_per_second", "time/step_s"))
+    if not speeds or speeds.keys() != seconds.keys():
+        return None
+    tokens = sum(speeds[step] * seconds[step] for step in speeds)
+    return tokens if math.isfinite(tokens) else None
+
+
+def _learning_rate(record: RunRecord) -> float | None:
+    if not record.config["training"]["steps"]:
+        return None
+    rate = record.config["method"].get("optimizer", {}).get("lr")
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
+    statuses = {record.status for record in group}
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for record in group:
+        if record.status != "finished":
+            reasons[record.failure or record.status].append(str(record.config["seed"]))
+        elif not record.tasks:
+            reasons["finished without an evaluation"].append(str(record.config["seed"]))
+    failure = "; ".join(f"seed {', '.join(seeds)}: {reason}" for reason, seeds in reasons.items())
+    return (statuses.pop() if len(statuses) == 1 else "partial"), failure or None
+
+
+def _values(group: Iterable[RunRecord], metric: str) -> list[float]:
+    return [value for record in group if math.isfinite(value := record.metrics.get(metric, math.nan))]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _commit(group: Sequence[RunRecord]) -> str | None:
+    commits = {f"{record.git_commit[:9]}{'+' if record.git_dirty else ''}" for record in group if record.git_commit}
+    return ", ".join(sorted(commits)) or None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,157 @@
+"""Which runs and rows are shown: several stores merged, filters, sorting.
+
+::
+
+    records = merge_records([load_records(first), load_records(second)])
+    chosen = Selection(models=("tiny",), methods=("full", "grass"), sort="peak_allocated_gib")
+    tables = chosen.tables(build_leaderboard(chosen.records(records)))
+
+Model, suite, task and seed choose runs before anything is computed. Method and status choose rows afterwards: ranks,
+differences and p-values stay those of the whole table, so that hiding rows changes no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from grass_ray.config import ConfigError
+from grass_ray.methods import unknown
+from grass_ray.results.leaderboard import LeaderboardTable
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rows import LeaderboardRow
+from grass_ray.tasks.suites import SUITES, TASKS
+
+STATUSES = ("finished", "partial", "failed", "out_of_memory", "stopped")
+# columns whose small values are good; the others begin with their largest
+_SMALL_FIRST = frozenset(
+    {"rank", "peak_allocated_gib", "peak_reserved_gib", "host_pinned_gib", "train_s", "trainable_share", "accuracy_std"}
+    | {"p_value", "p_adjusted", "p_value_to_best", "p_adjusted_to_best", "training_steps", "train_tokens"}
+)
+_UNSORTABLE = frozenset({"tasks", "run_ids", "data_sha256", "contaminated"})
+SORT_KEYS = tuple(key for key in ("label", *LeaderboardRow.__dataclass_fields__) if key not in _UNSORTABLE)
+
+
+def merge_records(stores: Iterable[Sequence[RunRecord]]) -> list[RunRecord]:
+    """The records of several stores, oldest first; a run id that is in more than one counts once, the latest."""
+    merged: dict[str, RunRecord] = {}
+    for record in (record for records in stores for record in records):
+        known = merged.get(record.run_id)
+        if known is None or _finished(record) > _finished(known):
+            merged[record.run_id] = record
+    return sorted(merged.values(), key=lambda record: datetime.fromisoformat(record.started_at))
+
+
+def _finished(record: RunRecord) -> datetime:
+    return datetime.fromisoformat(record.finished_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What to show; an empty choice shows everything.
+
+    Raises :class:`ConfigError` on a task, suite, status or column that does not exist.
+    """
+
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    statuses: tuple[str, ...] = ()
+    sort: str | None = None
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the names that can be checked without records."""
+        mistakes = [unknown("suite", name, SUITES) for name in self.suites if name not in SUITES]
+        mistakes += [unknown("task", name, TASKS) for name in self.tasks if name not in TASKS]
+        mistakes += [unknown("status", name, list(STATUSES)) for name in self.statuses if name not in STATUSES]
+        if self.sort is not None and self.sort not in SORT_KEYS and self.sort not in TASKS:
+            mistakes.append(unknown("column", self.sort, [*SORT_KEYS, *TASKS]))
+        if self.reverse and self.sort is None:
+            mistakes.append("--reverse turns the order of --sort COLUMN around; give --sort, too")
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
+    def records(self, records: Iterable[RunRecord]) -> list[RunRecord]:
+        """The runs of the chosen models, suites and seeds, with the chosen tasks alone.
+
+        Raises :class:`ConfigError` when a model was named that no run has.
+        """
+        records = list(records)
+        models = {record.config["model"]["name"] for record in records}
+        if strangers := [name for name in self.models if name not in models]:
+            raise ConfigError("; ".join(unknown("model", name, sorted(models)) for name in strangers))
+        chosen = []
+        for record in records:
+            config = record.config
+            if self.models and config["model"]["name"] not in self.models:
+                continue
+            if self.suites and config["data"]["suite"] not in self.suites:
+                continue
+            if self.seeds and config["seed"] not in self.seeds and config["training"]["steps"]:
+                continue  # the untrained model has no seed worth choosing
+            if self.tasks and not set(self.tasks) & set(config["data"]["tasks"]):
+                continue
+            chosen.append(self._with_tasks(record))
+        return chosen
+
+    def _with_tasks(self, record: RunRecord) -> RunRecord:
+        """The record as if it had been evaluated on the chosen tasks alone."""
+        if not self.tasks:
+            return record
+        data = record.config["data"]
+        kept = [task for task in data["tasks"] if task in self.tasks]
+        scores = {task: score for task, score in record.tasks.items() if task in self.tasks}
+        config = {**record.config, "data": {**data, "tasks": kept}}
+        return record.model_copy(update={"config": config, "tasks": scores})
+
+    def tables(self, tables: Iterable[LeaderboardTable]) -> list[LeaderboardTable]:
+        """The tables with the chosen methods' and statuses' rows, in the chosen order; empty tables left out.
+
+        Raises :class:`ConfigError` when a method was named that no table has.
+        """
+        tables = list(tables)
+        methods = {row.method for table in tables for row in table.rows}
+        if strangers := [name for name in self.methods if name not in methods]:
+            raise ConfigError("; ".join(unknown("method", name, sorted(methods)) for name in strangers))
+        shown = [self._table(table) for table in tables]
+        return [table for table in shown if table.rows]
+
+    def _table(self, table: LeaderboardTable) -> LeaderboardTable:
+        rows = [
+            row
+            for row in table.rows
+            if (not self.methods or row.method in self.methods) and (not self.statuses or row.status in self.statuses)
+        ]
+        notes = list(table.notes)
+        if hidden := len(table.rows) - len(rows):
+            notes.append(
+                f"{hidden} of {len(table.rows)} rows are hidden by --method or --status; ranks, differences and "
+                "p-values are those of the whole table"
+            )
+        if self.sort is not None:
+            rows = self._sorted(rows, self.sort)
+            notes.append(f"sorted by {self.sort}{', reversed' if self.reverse else ''}")
+        return replace(table, rows=tuple(rows), notes=tuple(notes))
+
+    def _sorted(self, rows: Sequence[LeaderboardRow], key: str) -> list[LeaderboardRow]:
+        """Sorted with what is best first, rows without the value last either way."""
+        values = [(_value(row, key), row) for row in rows]
+        known = [(value, row) for value, row in values if value is not None]
+        words = any(isinstance(value, str) for value, _ in known)
+        descending = not words and key not in _SMALL_FIRST
+        known.sort(key=lambda item: item[0], reverse=descending != self.reverse)  # stable: ties keep the ranking
+        return [row for _, row in known] + [row for value, row in values if value is None]
+
+
+def _value(row: LeaderboardRow, key: str) -> float | str | None:
+    found = row.tasks.get(key) if key in TASKS else getattr(row, key)
+    if isinstance(found, list):
+        return float(len(found))
+    if isinstance(found, bool | int | float):
+        return float(found) if math.isfinite(found) else None
+    return found if isinstance(found, str) else None

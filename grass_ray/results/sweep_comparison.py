@@ -1,0 +1,284 @@
+"""Two sweeps side by side: the same configuration in both, question by question.
+
+::
+
+    comparison = compare_sweeps(records, "quickstart", "20261122-115319-5b93")
+    print(render_comparison(comparison, "markdown"))
+
+A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, and where that finds no
+partner by method, when each side has one such row left. Differences are B minus A.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grass_ray.config import ConfigError
+from grass_ray.results.leaderboard import seed_groups, table_key
+from grass_ray.results.pairing import Answers, compare_answers, mean_answers
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rows import LeaderboardRow, build_rows, settings
+from grass_ray.results.statistics import benjamini_hochberg
+
+_SHOWN_SETTINGS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One question that the two sides answered differently: accuracies over each side's seeds, 0 to 1."""
+
+    task: str
+    example_id: str
+    first: float
+    second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow:
+    """One configuration in both sweeps. Differences are second minus first, accuracies shares from 0 to 1.
+
+    ``only_first`` and ``only_second`` count questions that one side answered right more often. ``settings`` lists what
+    differs where the configurations are not equal. Memory and speed are None where the hardware differs.
+    """
+
+    label: str
+    model: str
+    suite: str
+    first: float | None
+    second: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+    p_adjusted: float | None
+    test: str | None
+    questions: int
+    only_first: int
+    only_second: int
+    memory_ratio: float | None
+    speed_ratio: float | None
+    first_status: str
+    second_status: str
+    settings: list[str]
+    changes: list[Change]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepComparison:
+    """All matched rows, and the labels of those that only one side has."""
+
+    first: str
+    second: str
+    rows: list[ComparisonRow]
+    only_in_first: list[str]
+    only_in_second: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> SweepComparison:
+    """Match the rows of two sweeps and compare them.
+
+    Raises:
+        ConfigError: a side that no record belongs to, or twice the same.
+    """
+    if first == second:
+        raise ConfigError(f"--compare {first} {second}: name two different sweeps")
+    ours, theirs = (_Side(_choose(records, name)) for name in (first, second))
+    pairs = _match(ours, theirs)
+    rows = [_compare(ours, own, theirs, other) for own, other in pairs]
+    found = [index for index, row in enumerate(rows) if row.p_value is not None]
+    adjusted = dict(zip(found, benjamini_hochberg([rows[index].p_value or 0.0 for index in found]), strict=True))
+    rows = [_replace(row, p_adjusted=adjusted.get(index)) for index, row in enumerate(rows)]
+    rows.sort(key=lambda row: (row.difference is None, -(row.difference or 0.0), row.label))
+    return SweepComparison(
+        first=first,
+        second=second,
+        rows=rows,
+        only_in_first=ours.labels_without({own for own, _ in pairs}),
+        only_in_second=theirs.labels_without({other for _, other in pairs}),
+    )
+
+
+def _choose(records: Sequence[RunRecord], name: str) -> list[RunRecord]:
+    chosen = [record for record in records if name in (record.sweep_id, record.sweep)]
+    if not chosen:
+        known = sorted({record.sweep for record in records} | {record.sweep_id for record in records})
+        raise ConfigError(f"no run belongs to the sweep or experiment {name!r}; available: {', '.join(known) or '-'}")
+    return chosen
+
+
+class _Side:
+    """One sweep's rows with the runs behind them."""
+
+    def __init__(self, records: Sequence[RunRecord]) -> None:
+        self.groups = seed_groups(records)
+        self.rows: list[LeaderboardRow] = build_rows(self.groups)
+
+    def key(self, index: int, *, whole: bool) -> str:
+        """What partners share: everything, or the method and how it was measured."""
+        record = self.groups[index][0]
+        model, suite, _, _, tasks, protocol = table_key(record)
+        own = [] if not whole else sorted(settings(record).items())
+        return json.dumps([model, suite, tasks, protocol, record.config["method"]["name"], own])
+
+    def labels_without(self, matched: set[int]) -> list[str]:
+        return [row.label for index, row in enumerate(self.rows) if index not in matched]
+
+
+def _match(first: _Side, second: _Side) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for whole in (True, False):
+        left, right = (
+            _by_key(side, {pair[place] for pair in pairs}, whole) for place, side in ((0, first), (1, second))
+        )
+        pairs += [
+            (left[key][0], right[key][0])
+            for key in left.keys() & right.keys()
+            if len(left[key]) == len(right[key]) == 1
+        ]
+    return sorted(pairs)
+
+
+def _by_key(side: _Side, taken: set[int], whole: bool) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index in range(len(side.groups)):
+        if index not in taken:
+            found.setdefault(side.key(index, whole=whole), []).append(index)
+    return found
+
+
+def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow:
+    left, right = first.rows[own], second.rows[other]
+    answers = mean_answers(first.groups[own]), mean_answers(second.groups[other])
+    found = compare_answers(answers[1], answers[0])
+    changes, questions = _changes(*answers)
+    same_machine = left.hardware == right.hardware
+    before, after = settings(first.groups[own][0]), settings(second.groups[other][0])
+    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return ComparisonRow(
+        label=left.label if not differing else left.method,
+        model=left.model,
+        suite=left.suite,
+        first=left.accuracy,
+        second=right.accuracy,
+        difference=None if found is None else found.value,
+        low=None if found is None else found.low,
+        high=None if found is None else found.high,
+        p_value=None if found is None else found.p_value,
+        p_adjusted=None,
+        test=None if found is None else found.test,
+        questions=questions,
+        only_first=sum(change.first > change.second for change in changes),
+        only_second=sum(change.first < change.second for change in changes),
+        memory_ratio=_ratio(right.peak_allocated_gib, left.peak_allocated_gib) if same_machine else None,
+        speed_ratio=_ratio(right.tokens_per_second, left.tokens_per_second) if same_machine else None,
+        first_status=left.status,
+        second_status=right.status,
+        settings=[f"{key}: {before.get(key, '-')} -> {after.get(key, '-')}" for key in differing],
+        changes=changes,
+    )
+
+
+def _changes(first: Answers, second: Answers) -> tuple[list[Change], int]:
+    """The questions answered differently, and how many questions both were asked."""
+    changes, questions = [], 0
+    for task in first:
+        for key, value in first[task].items():
+            rival = second.get(task, {}).get(key)
+            questions += rival is not None
+            if rival is not None and rival != value:
+                changes.append(Change(task=task, example_id=key[0], first=value, second=rival))
+    return changes, questions
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def _replace(row: ComparisonRow, **fields: Any) -> ComparisonRow:
+    return ComparisonRow(**{name: getattr(row, name) for name in row.__dataclass_fields__} | fields)
+
+
+# ------------------------------------------------------------------------------------------------------------ as text
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"
+
+
+def _limits(row: ComparisonRow) -> str:
+    return "-" if row.low is None or row.high is None else f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"x{value:.2f}"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
+    ("method", lambda row: row.label),
+    ("A %", lambda row: _percent(row.first)),
+    ("B %", lambda row: _percent(row.second)),
+    ("B - A", lambda row: _percent(row.difference, "+")),
+    ("95 %", _limits),
+    (
+        "p",
+        lambda row: "-" if row.p_adjusted is None else "<.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}",
+    ),
+    ("only A", lambda row: str(row.only_first)),
+    ("only B", lambda row: str(row.only_second)),
+    ("asked", lambda row: str(row.questions)),
+    ("memory", lambda row: _times(row.memory_ratio)),
+    ("speed", lambda row: _times(row.speed_ratio)),
+)
+COMPARISON_HEADER = tuple(name for name, _ in _COLUMNS)
+
+
+def comparison_cells(comparison: SweepComparison) -> list[list[str]]:
+    """The table's cells as text, a list a row, in the order of ``COMPARISON_HEADER``."""
+    several = len({(row.model, row.suite) for row in comparison.rows}) > 1
+    return [
+        [
+            f"{cell(row)}, {row.model} on {row.suite}" if several and name == "method" else cell(row)
+            for name, cell in _COLUMNS
+        ]
+        for row in comparison.rows
+    ]
+
+
+def comparison_notes(comparison: SweepComparison) -> list[str]:
+    """What a reader must know, one sentence each."""
+    notes = [f"A: {comparison.first}; B: {comparison.second}; only A, only B: questions that side alone got right"]
+    if tests := sorted({row.test for row in comparison.rows if row.test}):
+        notes.append(f"p: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
+    for row in comparison.rows:
+        if row.settings:
+            more = len(row.settings) - _SHOWN_SETTINGS
+            shown = ", ".join(row.settings[:_SHOWN_SETTINGS]) + (f" and {more} more" if more > 0 else "")
+            notes.append(f"{row.label} is not configured alike: {shown}")
+        if (row.first_status, row.second_status) != ("finished", "finished"):
+            notes.append(f"{row.label}: A {row.first_status}, B {row.second_status}".replace("_", " "))
+    for name, labels in (("A", comparison.only_in_first), ("B", comparison.only_in_second)):
+        if labels:
+            notes.append(f"only in {name}: {', '.join(labels)}")
+    return notes
+
+
+def comparison_csv(comparison: SweepComparison) -> str:
+    """One line a question that the two sides answered differently."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["method", "model", "suite", "task", "example_id", "first", "second"])
+    for row in comparison.rows:
+        writer.writerows(
+            [row.label, row.model, row.suite, change.task, change.example_id, change.first, change.second]
+            for change in row.changes
+        )
+    return out.getvalue().rstrip("\n")

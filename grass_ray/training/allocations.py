@@ -1,0 +1,243 @@
+"""Follow what operations allocate, without allocating it: bookkeeping of storages on torch's meta device.
+
+::
+
+    log = AllocationLog("cuda")
+    with log, kernel_stand_ins("cuda", log):
+        loss(model).backward()              # everything on the meta device
+    print(log.peak().total)
+
+Only what a kernel hides from the dispatcher is modelled by hand: fused attention and dropout, which differ between
+devices. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DeviceKind = Literal["cpu", "cuda"]
+Kind = Literal["gradients", "activations", "logits", "workspace"]
+# CUDA's caching allocator hands out multiples of this
+CUDA_BLOCK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Bytes alive at one moment, by what they are; ``workspace`` is what kernels use for themselves."""
+
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.gradients + self.activations + self.logits + self.workspace
+
+
+@dataclass(eq=False)
+class _Storage:
+    nbytes: int
+    kind: Kind
+
+
+class AllocationLog(TorchDispatchMode):
+    """Notes every storage that operations make inside the mode, from its first use to its end.
+
+    Args:
+        device: whose allocator; CUDA's rounds sizes up.
+        logits: (positions, vocabulary) of a micro-batch's logits, to tell them from the rest; None knows no logits.
+    """
+
+    def __init__(self, device: DeviceKind, *, logits: tuple[int, int] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._granule = CUDA_BLOCK if device == "cuda" else 1
+        self._logits = logits
+        self._alive: dict[int, _Storage] = {}
+        self._known: set[int] = set()
+        self._events: list[tuple[_Storage, int]] = []
+        self._workspace = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of ``tensors``: they were there before."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    @contextmanager
+    def workspace(self) -> Iterator[None]:
+        """Count what is made in the block as kernels' own."""
+        self._workspace = True
+        try:
+            yield
+        finally:
+            self._workspace = False
+
+    def mark_gradient(self, parameter: Tensor) -> None:
+        """What ``parameter.grad`` holds is a gradient."""
+        assert parameter.grad is not None
+        storage = self._alive.get(parameter.grad.untyped_storage()._cdata)
+        if storage is not None:
+            storage.kind = "gradients"
+
+    def size_of(self, tensor: Tensor) -> int:
+        """Bytes of the tensor's storage, rounded as the device does."""
+        return math.ceil(tensor.untyped_storage().nbytes() / self._granule) * self._granule
+
+    def peak(self) -> Parts:
+        """The moment at which most bytes were alive."""
+        alive: dict[_Storage, None] = {}
+        now = highest = at = 0
+        for index, (storage, sign) in enumerate(self._events):
+            now += sign * storage.nbytes
+            if now > highest:
+                highest, at = now, index
+        for storage, sign in self._events[: at + 1]:
+            if sign > 0:
+                alive[storage] = None
+            else:
+                del alive[storage]
+        sums: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "workspace": 0}
+        for storage in alive:
+            sums[storage.kind] += storage.nbytes
+        return Parts(**sums)
+
+    def _note(self, tensor: Tensor) -> None:
+        memory = tensor.untyped_storage()
+        key = memory._cdata
+        if key in self._known or key in self._alive:
+            return
+        storage = _Storage(self.size_of(tensor), self._kind_of(tensor))
+        self._alive[key] = storage
+        self._events.append((storage, 1))
+        weakref.finalize(memory, self._end, key).atexit = False
+
+    def _end(self, key: int) -> None:
+        storage = self._alive.pop(key, None)
+        if storage is not None:
+            self._events.append((storage, -1))
+
+    def _kind_of(self, tensor: Tensor) -> Kind:
+        if self._workspace:
+            return "workspace"
+        if self._logits is None or tensor.ndim not in (2, 3) or tensor.shape[-1] != self._logits[1]:
+            return "activations"
+        # a matrix of the vocabulary's width may also be the gradient of a transposed head
+        return "logits" if tensor.ndim == 3 or tensor.shape[0] == self._logits[0] else "activations"
+
+
+def storages_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors`` on the meta device (or any), each counted once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+# -------------------------------------------------------------------------------------------------- kernels' own ways
+
+
+@contextmanager
+def kernel_stand_ins(device: DeviceKind, log: AllocationLog) -> Iterator[None]:
+    """In the block, give fused kernels on meta tensors the memory they take on ``device``.
+
+    Attention is flash attention where there is no mask and, with one, the kernel that adds a bias (memory-efficient on
+    CUDA, flash on a CPU): no matrix of scores, but one bias of (rows, 1, tokens, tokens) a layer, which autograd keeps.
+    Where no fused kernel serves (dropout on a CPU, values of another width) scores are computed as they are on meta.
+
+    The functions are replaced where modules look them up, since autograd leaves a TorchFunctionMode behind when
+    checkpointing computes a layer again. Tensors that are not on the meta device get the functions that were there.
+    """
+    attention, dropout = functional.scaled_dot_product_attention, functional.dropout
+
+    def planned_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        alike = query.ndim == 4 and query.shape[-1] == value.shape[-1]
+        fused = alike and (device == "cuda" or dropout_p == 0)
+        if query.device.type != "meta" or not fused:
+            return attention(query, key, value, attn_mask, dropout_p, *args, **options)
+        bias = attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            bias = query.new_empty(attn_mask.shape)
+        return _Attention.apply(query, key, value, bias, device, log)  # type: ignore[no-untyped-call]
+
+    def planned_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if input.device.type != "meta" or device == "cpu" or not training or p == 0:
+            return dropout(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    functional.scaled_dot_product_attention = planned_attention
+    functional.dropout = planned_dropout
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
+        functional.dropout = dropout
+
+
+class _Attention(torch.autograd.Function):
+    """Fused attention: keeps its inputs, its output and a float32 number a row and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        device: DeviceKind,
+        log: AllocationLog,
+    ) -> Tensor:
+        rows, heads, tokens, _ = query.shape
+        output = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
+        log_sums = query.new_empty(rows, heads, tokens, dtype=torch.float32)
+        with log.workspace():
+            _scratch(query, key, device, backward=False)
+        ctx.save_for_backward(query, key, value, bias, output, log_sums)
+        ctx.device, ctx.log = device, log
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, _, _, _ = ctx.saved_tensors
+        with ctx.log.workspace():
+            scratch = _scratch(query, key, ctx.device, backward=True)
+        gradients = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+        del scratch
+        return (*gradients, None, None, None)
+
+
+def _scratch(query: Tensor, key: Tensor, device: DeviceKind, *, backward: bool) -> Tensor:
+    """What the attention kernel needs for itself while it runs."""
+    rows, heads, tokens, width = query.shape
+    if device == "cuda":
+        # backward sums the queries' gradients in float32, and takes a float32 number a row and head
+        elements = rows * heads * tokens * (width + 1) if backward else 0
+    else:
+        block = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+        columns = min(512, key.shape[2])
+        a_thread = 2 * block * columns if backward else block * (columns + width + 2)
+        elements = torch.get_num_threads() * a_thread
+    return query.new_empty(elements, dtype=torch.float32)

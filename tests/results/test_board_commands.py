@@ -1,0 +1,136 @@
+"""``grass-ray leaderboard`` and ``grass-ray plot`` over real stores: filters, formats, two stores, two sweeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from result_records import answers, make_history, make_record, make_series
+
+from grass_ray.cli import main
+from grass_ray.results.record import RunRecord
+from grass_ray.results.tracking import Tracker
+
+
+def sweep(sweep_id: str, experiment: str) -> list[RunRecord]:
+    rights = {"full": 10, "grass": 14, "lora": 12}
+    records = [
+        make_record(
+            method,
+            correct={"generated": answers(right + (sweep_id == "second"), 20)},
+            sweep_id=sweep_id,
+            metrics={"memory/peak_allocated_gib": right / 10},
+            series=make_series(0, 1.0, steps=20),
+            layers=make_history(steps=20) if method == "grass" else None,
+        )
+        for method, right in rights.items()
+    ]
+    records.append(make_record("lisa", sweep_id=sweep_id, status="failed", failure="loss became nan"))
+    return [record.model_copy(update={"sweep": experiment}) for record in records]
+
+
+@pytest.fixture(scope="module")
+def stores(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """The name of an experiment with one sweep in one store, and a second store with that sweep and another."""
+    folder = tmp_path_factory.mktemp("second store")
+    experiment = "board-commands"
+
+    def log(uri: str, records: list[RunRecord]) -> None:
+        tracker = Tracker(uri, experiment)
+        tracker.open()
+        parent = tracker.start_sweep(records[0].sweep_id, {}, {})
+        for record in records:
+            key = record.run_id.removeprefix(f"{record.sweep_id}-")
+            run = tracker.start_trial(record.sweep_id, key, record.name, {}, {})
+            tracker.finish(run, record, folder)
+        tracker.finish_sweep(parent)
+        assert tracker.close() == 0
+
+    log(store, sweep("first", experiment))
+    second = f"sqlite:///{folder}/mlflow.db"
+    shutil.copy(store.removeprefix("sqlite:///"), folder / "mlflow.db")
+    log(second, sweep("second", experiment))
+    return experiment, store, second
+
+
+@pytest.fixture
+def grass_ray(stores: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a verb on the first store and returns what it printed; ``code`` is the exit code expected."""
+
+    def run(verb: str, *arguments: object, code: int = 0) -> str:
+        words = [verb, *map(str, arguments)]
+        if "--tracking-uri" not in words:
+            words += ["--experiment", stores[0], "--tracking-uri", stores[1]]
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        said = capsys.readouterr()
+        assert left.value.code == code, said.err
+        return said.out if code == 0 else said.err
+
+    return run
+
+
+def methods_of(text: str) -> list[str]:
+    return [row["method"] for row in json.loads(text)]
+
+
+def test_filters_and_sorting(grass_ray: Callable[..., str]) -> None:
+    board = grass_ray("leaderboard", "--format", "json")
+    assert methods_of(board) == ["grass", "lora", "full", "lisa"]
+    assert list(json.loads(board)[0])[:16] == [
+        *("rank", "method", "model", "suite", "accuracy", "accuracy_low", "accuracy_high", "tasks"),
+        *("peak_allocated_gib", "peak_reserved_gib", "host_pinned_gib", "tokens_per_second", "train_s"),
+        *("trainable_share", "seeds", "status"),
+    ]
+    assert methods_of(grass_ray("leaderboard", "--format", "json", "--method", "lora", "full")) == ["lora", "full"]
+    assert methods_of(grass_ray("leaderboard", "--format", "json", "--status", "failed")) == ["lisa"]
+    by_memory = grass_ray("leaderboard", "--format", "json", "--sort", "peak_allocated_gib")
+    assert methods_of(by_memory) == ["full", "lora", "grass", "lisa"]
+    assert methods_of(grass_ray("leaderboard", "--format", "json", "--seed", "1")) == []
+    assert "no runs yet" in grass_ray("leaderboard", "--task", "boolq")
+
+
+def test_two_stores_are_merged_and_what_is_in_both_counts_once(
+    grass_ray: Callable[..., str], stores: tuple[str, str, str]
+) -> None:
+    experiment, first, second = stores
+    both = ["--tracking-uri", first, "--tracking-uri", second, "--experiment", experiment]
+    rows = json.loads(grass_ray("leaderboard", *both, "--format", "json"))
+    assert [row["method"] for row in rows] == ["grass", "lora", "full", "lisa"]
+    assert all(row["run_ids"][0].startswith("second-") for row in rows), "the later run of a configuration counts"
+    unknown = ["--tracking-uri", first, "--tracking-uri", second, "--experiment", "nowhere"]
+    assert "unknown experiment 'nowhere'" in grass_ray("leaderboard", *unknown, code=2)
+
+
+def test_two_sweeps_side_by_side(grass_ray: Callable[..., str], stores: tuple[str, str, str]) -> None:
+    board = grass_ray("leaderboard", "--compare", "first", "second", "--tracking-uri", stores[2], "--format", "json")
+    compared = {row["label"]: row for row in json.loads(board)["rows"]}
+    assert compared["grass"]["difference"] == pytest.approx(0.05)
+    assert [change["example_id"] for change in compared["grass"]["changes"]] == ["question-14"]
+    assert compared["lisa"]["difference"] is None
+    assert "no run belongs to" in grass_ray("leaderboard", "--compare", "first", "third", code=2)
+    assert "leave --sort" in grass_ray("leaderboard", "--compare", "first", "x", "--sort", "seeds", code=2)
+
+
+def test_the_page_is_written(grass_ray: Callable[..., str], tmp_path: Path) -> None:
+    page = tmp_path / "new" / "page.html"
+    assert "wrote" in grass_ray("leaderboard", "--format", "html", "--output", page)
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["pareto", "loss", "sampling"])
+def test_pictures_with_their_numbers(kind: str, grass_ray: Callable[..., str], tmp_path: Path) -> None:
+    said = grass_ray("plot", kind, "--output", tmp_path / "x.svg")
+    assert "x.svg and " in said
+    assert (tmp_path / "x.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert len((tmp_path / "x.csv").read_text(encoding="utf-8").splitlines()) > 2
+
+
+def test_what_cannot_be_drawn_is_said(grass_ray: Callable[..., str], tmp_path: Path) -> None:
+    assert "there is nothing to draw: no method has rows" in grass_ray("plot", "sensitivity", code=2)
+    assert "must end in .png" in grass_ray("plot", "loss", "--output", tmp_path / "x.jpeg", code=2)
+    assert "unknown method 'gras'" in grass_ray("plot", "loss", "--method", "gras", code=2)
+    assert list(tmp_path.iterdir()) == []
