@@ -34,11 +34,11 @@ from grass_ray.config import LoraConfig, ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
-from grass_ray.training.models import build_shape
+from grass_ray.training.models import SMOLLM2_SHAPE, build_shape
 
 GIB = 1024**3
 GPU_MODELS = ("tinyllama-1.1b", "gemma-2b", "llama2-7b")
-CPU_MODEL = "small"
+CPU_MODELS = ("small", "smollm2-135m")
 LAYERWISE = {
     "none (published LISA)": {"offload": "none", "precision": "weights"},
     "resident": {"offload": "resident", "precision": "weights"},
@@ -97,10 +97,12 @@ class Entry:
 def build_model(name: str, device: torch.device) -> nn.Module:
     """A model with random weights: bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
-    if name != CPU_MODEL:
+    if name not in CPU_MODELS:
         return build_shape(ModelConfig(name=name, dtype="bfloat16"), device=str(device))
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if name == "smollm2-135m":
+        return LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(device)
     shape = LlamaConfig(
         vocab_size=2048,
         hidden_size=384,
@@ -275,7 +277,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def measure_all(options: Options, device: torch.device) -> list[Entry]:
     """Every entry on every model, repeats shuffled; what does not fit into the time says so."""
     names = options.entries or (*OTHERS, *LAYERWISE)
-    models = options.models or (GPU_MODELS if device.type == "cuda" else (CPU_MODEL,))
+    models = options.models or (GPU_MODELS if device.type == "cuda" else CPU_MODELS[:1])
     entries = [Entry(model, name) for model in models for name in names]
     deadline = time.monotonic() + 60 * options.minutes
     shuffler = random.Random(0)

@@ -271,6 +271,10 @@ class MethodConfig(ConfigPart):
             raise ValueError("the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora")
         if isinstance(self.sampler, MatrixNormSamplerConfig) and self.granularity != "matrix":
             raise ValueError("the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix")
+        if self.optimizer.projection is not None and self.offload in ("blocking", "overlap", "lazy"):
+            raise ValueError(
+                f"offload {self.offload}: projected states are small and not streamed; use none or resident"
+            )
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
         if isinstance(self.adapter, PrefixConfig | PromptConfig) and not isinstance(self.sampler, AllLayersConfig):

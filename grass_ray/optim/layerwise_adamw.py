@@ -549,6 +549,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """
         state = self.state_dict()
         del state["layerwise"]
+        options = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
+        fused = {"fused": self._device.type in ("cpu", "cuda"), "decoupled_weight_decay": True}
+        state["param_groups"] = [{**group, **options, **fused} for group in state["param_groups"]]
         names = (STEP, "exp_avg", "exp_avg_sq")
         state["state"] = {
             index: {name: saved[name] for name in names if name in saved} for index, saved in state["state"].items()

@@ -289,7 +289,9 @@ def _check_model(config: RunConfig) -> None:
             "checkpointing drops; set training.gradient_checkpointing=false"
         )
     model = add_adapter(build_skeleton(config.model), config.method.adapter)
+    # nothing is streamed here, so no host memory is taken for it
+    method = config.method.model_copy(update={"offload": "none"})
     try:
-        build_optimizer(model, build_sampler(config.method, config.seed, config.training.steps), config.method)
+        build_optimizer(model, build_sampler(method, config.seed, config.training.steps), method)
     except ValueError as error:
         raise ConfigError(f"{config.model.name}: {error}") from None
