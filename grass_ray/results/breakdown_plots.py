@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ from grass_ray.results.rows import settings
 from grass_ray.tasks.suites import TASKS
 
 _ACROSS = 4  # panels beside each other
-_HATCHES = {"measuring": "////", "steps that end in a switch": "...", "other steps": ""}
+_HATCHES = {"measuring": "////", "moving states": "xxx", "steps that end in a switch": "...", "other steps": ""}
 
 
 # -------------------------------------------------------------------------------------------------------------- tasks
@@ -105,8 +105,9 @@ def _draw_task(
 def draw_step_time(tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]) -> Picture | None:
     """Where training time went, and how long a step takes; a bar a method. None where no step was timed.
 
-    Measuring is what only measured (probing steps, extra passes); a step that ends in a switch also froze, drew and
-    moved optimizer states. The right side shows medians with the middle 90 % of steps.
+    Measuring is what only measured (probing steps, extra passes); moving states is what training waited for, at
+    switches and for streamed states; a step that ends in a switch also drew, froze and thawed. The right side shows
+    medians with the middle 90 % of steps.
     """
     by_id = {record.run_id: record for record in records}
     panels = [(table, _step_times(table, by_id)) for table in tables]
@@ -137,11 +138,11 @@ def draw_step_time(tables: Sequence[LeaderboardTable], records: Sequence[RunReco
         handles = [
             Patch(facecolor="white", edgecolor=SOFT, hatch=hatch, label=kind) for kind, hatch in _HATCHES.items()
         ]
-        part.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        part.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     return Picture(
         name="step-time",
         title="Where the training time goes",
-        description="Training time split into measuring, steps that end in a switch of layers, and other steps: "
+        description="Training time split into measuring, moving states, steps that end in a switch, and other steps: "
         + ", ".join(f"{row.method} {sum(map(sum, spent.values())):.0f} s" for row, spent in panels[0][1])
         + ".",
         figure=figure,
@@ -164,8 +165,9 @@ def _step_times(table: LeaderboardTable, by_id: Mapping[str, RunRecord]) -> list
 
 
 def spent_time(record: RunRecord) -> _Spent:
-    """Seconds of every step of a run, by kind: measuring, steps that end in a switch, other steps.
+    """Seconds of every step of a run, by kind: measuring, moving states, steps that end in a switch, other steps.
 
+    Moving optimizer states is what training waited for (``offload/exposed_s``), taken off the steps it happened in.
     Extra passes before a step are part of ``time/measure_s`` alone: what measuring took beyond the probing steps is
     taken evenly off the training steps.
     """
@@ -179,12 +181,25 @@ def spent_time(record: RunRecord) -> _Spent:
     per_step = extra / len(training) if training else 0.0
     intervals = [] if record.layers is None else record.layers.intervals
     ends = {first - 1 for (_, before), (first, after) in pairwise(intervals) if before != after}
+    moving = _increments(record.series.get("offload/exposed_s", ()))
     spent: _Spent = {kind: [] for kind in _HATCHES}
+    if sum(moving.get(step, 0.0) for step in training) > 1e-3 * sum(steps.values()):
+        spent["moving states"] = [moving.get(step, 0.0) for step in training]
     spent["measuring"] = measuring + ([extra] if extra > 1e-3 * sum(steps.values()) else [])
     for step in training:
         kind = "steps that end in a switch" if step in ends else "other steps"
-        spent[kind].append(max(0.0, steps[step] - per_step))
+        waited = moving.get(step, 0.0) if spent["moving states"] else 0.0
+        spent[kind].append(max(0.0, steps[step] - per_step - waited))
     return {kind: seconds for kind, seconds in spent.items() if seconds}
+
+
+def _increments(points: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """What a running total grew by at each step; it begins anew after a resume."""
+    found, before = {}, 0.0
+    for step, total in points:
+        found[step] = total - before if total >= before else total
+        before = total
+    return found
 
 
 def _first_interval(record: RunRecord) -> float:

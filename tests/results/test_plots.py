@@ -242,6 +242,23 @@ def test_where_step_time_goes() -> None:
     assert draw_step_time(build_leaderboard([record]), [record]) is not None
 
 
+def test_time_for_moving_states_is_taken_off_its_steps() -> None:
+    """The total starts anew after a resume (at step 5)."""
+    record = make_record(
+        layers=None,
+        metrics={},
+        series={
+            "time/step_s": [(step, 2.0) for step in range(1, 7)],
+            "train/lr": [(step, 0.1) for step in range(1, 7)],
+            "offload/exposed_s": [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.5), (5, 0.5), (6, 1.0)],
+        },
+    )
+    spent = spent_time(record)
+    assert spent["moving states"] == pytest.approx([0.5, 0.5, 0.5, 1.0, 0.5, 0.5])
+    assert spent["other steps"] == pytest.approx([1.5, 1.5, 1.5, 1.0, 1.5, 1.5])
+    assert draw_step_time(build_leaderboard([record]), [record]) is not None
+
+
 def test_smoothing_leaves_bad_numbers_out() -> None:
     assert smooth([1.0, 3.0, math.nan, 5.0], 2) == [1.0, 2.0, 3.0, 5.0]
     assert math.isnan(smooth([math.nan], 2)[0])
