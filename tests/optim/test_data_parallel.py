@@ -41,6 +41,8 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     ),
     "cyclic": lambda: (CyclicSampler(1, 1), {"granularity": "block"}),
     "all": lambda: (AllLayersSampler(), {"train_embeddings": True, "train_head": True, "train_norm": True}),
+    "lazy": lambda: (UniformSampler(2, 2, seed=1), {"offload": "lazy", "chunk_bytes": 65536, "max_grad_norm": 0.5}),
+    "overlap": lambda: (UniformSampler(1, 2, seed=1), {"offload": "overlap", "chunk_bytes": 65536}),
     "apollo": lambda: (UniformSampler(2, 2, seed=1), {"projection": Apollo(rank=4, refresh_period=2)}),
 }
 
