@@ -46,7 +46,7 @@ class Train:
     config: Annotated[Path | None, arg(help="start from this config.yaml; the flags given come on top")] = None
     output: Annotated[Path | None, arg(help="new or empty folder for everything the run writes")] = None
     tracking_uri: Annotated[str | None, arg(help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db")] = None
-    memory_check: Annotated[bool, arg(help="refuse a run that cannot fit into memory, before it starts")] = True
+    memory_check: Annotated[bool, arg(help="do not refuse a run that is predicted not to fit into memory")] = True
     resume: Annotated[bool, arg(help="go on from the checkpoint in the output folder")] = False
     dry_run: Annotated[bool, arg(help="check everything, print the configuration and stop")] = False
     quiet: Annotated[bool, arg(help="only the final row, failures and errors")] = False
