@@ -174,14 +174,14 @@ class Chosen:
             reverse=reverse,
         )
 
-    def load(self) -> list[RunRecord]:
-        """The records of all stores named, each run once."""
+    def load(self, *, series: bool = True) -> list[RunRecord]:
+        """The records of all stores named, each run once; without ``series`` a tenth of the memory."""
         from grass_ray.results.selection import merge_records
         from grass_ray.results.store import load_records
 
         if len(self.tracking_uri) < 2:
-            return load_records(_tracking_uri("".join(self.tracking_uri)), self.experiment)
-        records = merge_records(load_records(uri) for uri in self.tracking_uri)
+            return load_records(_tracking_uri("".join(self.tracking_uri)), self.experiment, series=series)
+        records = merge_records(load_records(uri, series=series) for uri in self.tracking_uri)
         chosen = [record for record in records if self.experiment in (None, record.sweep)]
         if records and not chosen:
             known = ", ".join(sorted({record.sweep for record in records}))
@@ -213,7 +213,7 @@ class Leaderboard:
         selection = self.chosen.selection(self.sort, self.reverse)
         if self.compare is not None and (self.sort or self.chosen.method or self.chosen.status):
             raise ConfigError("--compare shows all rows of two sweeps; leave --sort, --method and --status out")
-        records = selection.records(self.chosen.load())
+        records = selection.records(self.chosen.load(series=self.format == "html"))
         width = max(100, shutil.get_terminal_size().columns)
         if self.compare is not None:
             text = render_comparison(compare_sweeps(records, *self.compare), self.format, width=width)
