@@ -199,7 +199,7 @@ def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
             chunk_bytes=CHUNK,
             ring_slots=2,
         )
-        train(model, optimizer, range(24), accumulation=accumulation)
+        train(model, optimizer, range(60 if gamma == 2 else 24), accumulation=accumulation)
         states[mode] = optimizer.state_dict()
     for mode in MODES[1:]:
         assert_same(models["none"], models[mode])
@@ -642,3 +642,79 @@ def test_gpu_memory_stays_flat() -> None:
         if step >= 20:
             reserved.append(torch.cuda.memory_reserved())
     assert len(set(reserved)) == 1
+
+
+def overlapped_share(mode: Any) -> float:
+    """Share of the copies' time during which a kernel runs on another stream, from a profiler trace."""
+    model = make_llama(hidden=1024, layers=8).cuda().bfloat16()
+    optimizer = LayerwiseAdamW(
+        model, UniformSampler(2, 1000), lr=1e-3, offload=mode, chunk_bytes=16 * 1024 * 1024, ring_slots=4
+    )
+    batch = make_batch(0, rows=8, tokens=512).cuda()
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+    copies = [(start, end) for name, start, end in spans if "HtoD" in name or "DtoH" in name]
+    kernels = sorted((start, end) for name, start, end in spans if "Memcpy" not in name and "Memset" not in name)
+    total = sum(end - start for start, end in copies)
+    covered = 0.0
+    for start, end in copies:
+        reached = start
+        for begin, finish in kernels:
+            begin, finish = max(begin, reached), min(finish, end)
+            if finish > begin:
+                covered += finish - begin
+                reached = finish
+    return covered / total
+
+
+@pytest.mark.gpu
+def test_gpu_copies_are_hidden_under_computation_and_blocking_ones_are_not() -> None:
+    assert overlapped_share("lazy") >= 0.9
+    assert overlapped_share("blocking") < 0.9
+
+
+@pytest.mark.gpu
+def test_gpu_peak_is_the_ring_and_one_units_gradients() -> None:
+    """Beyond the same step without any optimizer."""
+    peaks = {}
+    chunk = 4 * 1024 * 1024
+    for mode in ("nothing", "lazy"):
+        model = make_llama(hidden=1024, layers=8).cuda().bfloat16()
+        batch = make_batch(0, rows=4, tokens=256).cuda()
+        optimizer = LayerwiseAdamW(
+            model, UniformSampler(2, 1000), lr=1e-3, offload="lazy", chunk_bytes=chunk, ring_slots=4
+        )
+        gradients = 2 * sum(p.numel() for p in optimizer.stack.layers[0])
+        if mode == "nothing":
+            assert optimizer._streamer is not None
+            optimizer._streamer.ring = optimizer._streamer.ring[:0].clone()
+            for slot in optimizer._streamer._free:
+                slot.memory = slot.memory[:0].clone()
+        for step in range(6):
+            if step == 3:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            model(input_ids=batch, labels=batch).loss.backward()
+            if mode == "lazy":
+                optimizer.step()
+            for parameter in model.parameters():
+                parameter.grad = None
+        torch.cuda.synchronize()
+        peaks[mode] = torch.cuda.max_memory_allocated()
+        del optimizer, model
+        torch.cuda.empty_cache()
+    assert peaks["lazy"] - peaks["nothing"] <= 4 * chunk + gradients + 2 * 1024 * 1024
