@@ -188,7 +188,7 @@ def summarise(options: Options, found: dict[str, Any], records: list[RunRecord])
         mean = statistics.fmean(losses) if losses else math.inf
         rates = list(entry["search"])
         edge = "yes" if entry["lr"] and repr(entry["lr"]) in (rates[0], rates[-1]) else "no"
-        own = [r.metrics["time/train_s"] for r in records if r.config["method"]["name"] == method and r.metrics]
+        own = [r.metrics["time/train_s"] for r in records if r.config["method"]["name"] == method and entry["lr"]]
         step_s = f"{statistics.fmean(own) / options.steps:.2f}" if entry["lr"] else "-"
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "-"
         rate, edge = (f"{entry['lr']:g}", edge) if entry["lr"] else ("-", "-")
@@ -237,6 +237,9 @@ def main() -> None:
         f"{torch.get_num_threads()} threads; torch {torch.__version__}, commit {(commit or '-')[:10]}"
         f"{' (modified)' if dirty else ''}.\n\n"
     )
+    missing = [name for name in METHODS if name not in found or not found[name]["test_losses"]]
+    if missing:
+        heading += f"Not measured yet: {', '.join(missing)}; the same command goes on with them.\n\n"
     text = heading + summarise(options, found, records)
     (options.output / "README.md").write_text(text + "\n")
     print(text)
