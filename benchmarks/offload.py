@@ -204,7 +204,8 @@ def measure(entry: Entry, options: Options, device: torch.device) -> None:
         started = time.perf_counter()
         switched = loop.step()
         if cuda:
-            torch.cuda.synchronize()
+            # the training's stream alone: lazy updates may go on under the next step, which then has their cost
+            torch.cuda.current_stream().synchronize()
         (entry.switch_step_s if switched else entry.step_s).append(time.perf_counter() - started)
     if cuda:
         entry.peak_allocated_gib = max(entry.peak_allocated_gib, torch.cuda.max_memory_allocated() / GIB)

@@ -236,8 +236,3 @@ class Streamer:
             for chunk in self._store.chunks(unit):
                 if chunk.written is not None:
                     self._lanes.wait_on_host(chunk.written, "blocks are written before the host reads them")
-
-    def forget(self) -> None:
-        """Give up every prefetch, for states that are about to be replaced."""
-        while self._fetched:
-            self._forget_a_prefetch()

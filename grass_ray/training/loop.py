@@ -243,6 +243,9 @@ def _check_finite(what: str, value: float, state: TrainState) -> None:
 
 
 def _wait_for(device: torch.device) -> None:
-    """Let queued kernels finish, so that a step's time is its own."""
+    """Let the training's queued kernels finish, so that a step's time is its own.
+
+    Only its own stream: with ``offload="lazy"`` updates go on beside it, under the next forward.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
