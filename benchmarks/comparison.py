@@ -1,6 +1,6 @@
 """Every method on real commonsense questions with SmolLM2-135M, learning rates searched with the same budget.
 
-    python benchmarks/comparison.py --data-dir LLM-Adapters             # over an hour on one core; goes on if stopped
+    python benchmarks/comparison.py --data-dir LLM-Adapters             # two hours on one core; goes on if stopped
     python benchmarks/comparison.py --data-dir LLM-Adapters --methods grass lora --steps 300 --batch-size 16   # GPU
 
 Training rows of ARC-easy, ARC-challenge and OpenBookQA are split once, by seed: a part is held out for the search and
@@ -8,6 +8,9 @@ never trained on. Each method tries the same number of learning rates around its
 sqrt(10) apart) for ``search-steps`` steps with one seed, keeps the one with the lowest loss on the held-out answers,
 and trains with two other seeds for ``steps`` steps. Test questions are seen by those runs alone. Sampling periods are
 scaled with the length of the training, for every method alike. Needs neither ray nor mlflow.
+
+Every search and every run has a file of its own in the output folder, so several processes with other ``--methods``
+may share the work; ``settings.yaml`` (the rates found) is read by every sweep's ``--settings``.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+import yaml
 
 from grass_ray.config import ConfigError, FolderSource, ModelConfig, RunConfig
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.methods import METHODS
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.provenance import build_record, git_state, hardware, now, versions
+from grass_ray.results.overview import write_summary
+from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.tasks.folder import DataFolder
@@ -51,7 +56,7 @@ class Options:
     model: str = "smollm2-135m"
     steps: int = 30
     search_steps: int = 15
-    search_points: Annotated[int, tyro.conf.arg(help="learning rates a method tries; odd")] = 3
+    search_points: Annotated[int, tyro.conf.arg(help="learning rates a method tries; odd")] = 5
     seeds: tuple[int, ...] = (1, 2)
     batch_size: int = 4
     held_out: Annotated[int, tyro.conf.arg(help="training rows a task that only the search sees")] = 16
@@ -148,8 +153,8 @@ def search(options: Options, method: str, split: Path) -> dict[str, float]:
     return losses
 
 
-def final(options: Options, method: str, lr: float, seed: int, split: Path) -> tuple[RunRecord, float]:
-    """The record of a run with the chosen learning rate, and its loss on the test answers."""
+def final(options: Options, method: str, lr: float, seed: int, split: Path) -> RunRecord:
+    """The record of a run with the chosen learning rate, with its loss on the test answers."""
     started_at = now()
     config = configure(options, method, options.steps, lr, seed, split)
     run = Run.prepare(config)
@@ -173,76 +178,86 @@ def final(options: Options, method: str, lr: float, seed: int, split: Path) -> t
         started_at=started_at,
     )
     record.metrics["test/answer_loss"] = loss
-    return record, loss
+    return record
 
 
-def summarise(options: Options, found: dict[str, Any], records: list[RunRecord]) -> str:
+def summarise(options: Options, found: dict[str, dict[str, float]], records: list[RunRecord]) -> str:
     """The result in Markdown: losses and learning rates, then the leaderboard with its intervals."""
     lines = [
-        "| method | loss on test answers, mean of seeds | spread | learning rate | at the grid's edge | s a step |",
+        "| method | loss on test answers, mean of seeds | spread | learning rate | at the edge | held-out loss by rate |",
         "|---|---|---|---|---|---|",
     ]
     rows = []
-    for method, entry in found.items():
-        losses = [loss for loss in entry["test_losses"].values() if math.isfinite(loss)]
-        mean = statistics.fmean(losses) if losses else math.inf
-        rates = list(entry["search"])
-        edge = "yes" if entry["lr"] and repr(entry["lr"]) in (rates[0], rates[-1]) else "no"
-        own = [r.metrics["time/train_s"] for r in records if r.config["method"]["name"] == method and entry["lr"]]
-        step_s = f"{statistics.fmean(own) / options.steps:.2f}" if entry["lr"] else "-"
+    for method in METHODS:
+        losses = [record.metrics["test/answer_loss"] for record in records if record.config["method"]["name"] == method]
+        if not losses:
+            continue
+        mean = statistics.fmean(losses)
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "-"
-        rate, edge = (f"{entry['lr']:g}", edge) if entry["lr"] else ("-", "-")
-        rows.append((mean, f"| {method} | {mean:.4f} | {spread} | {rate} | {edge} | {step_s} |"))
+        rate = edge = searched = "-"
+        if tried := found.get(method):
+            best = min(tried, key=tried.__getitem__)
+            rate, edge = best, "yes" if best in (next(iter(tried)), list(tried)[-1]) else "no"
+            searched = ", ".join(f"{lr}: {loss:.3f}" for lr, loss in tried.items())
+        rows.append((mean, f"| {method} | {mean:.4f} | {spread} | {rate} | {edge} | {searched} |"))
     lines += [text for _, text in sorted(rows)]
     return "\n".join(lines) + "\n\n" + render(build_leaderboard(records), "markdown")
+
+
+def search_once(options: Options, method: str, split: Path) -> float:
+    """The learning rate of a method: from its file, or searched now and written there."""
+    file = options.output / "search" / f"{method}.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(search(options, method, split), indent=1) + "\n")
+    found: dict[str, float] = json.loads(file.read_text())
+    return float(min(found, key=found.__getitem__)) if found else METHODS[method].config.optimizer.lr
+
+
+def write_results(options: Options) -> str:
+    """Rates, table, page and pictures from the files of all searches and runs so far; returns the table."""
+    files = sorted((options.output / "search").glob("*.json"))
+    found = {file.stem: json.loads(file.read_text()) for file in files}
+    settings = {
+        method: [f"method.optimizer.lr={min(tried, key=tried.__getitem__)}"] for method, tried in found.items() if tried
+    }
+    (options.output / "settings.yaml").write_text(yaml.safe_dump({"methods": settings}), encoding="utf-8")
+    records = [RunRecord.load(path) for path in sorted((options.output / "records").glob("*.json"))]
+    first = records[0]
+    heading = (
+        f"# All methods on {', '.join(TASK_KEYS)}\n\n{options.model}, float32, batch {options.batch_size}, "
+        f"{options.steps} steps, seeds {', '.join(map(str, options.seeds))}; learning rate: best of "
+        f"{options.search_points} on {options.held_out * len(TASK_KEYS)} held-out training rows after "
+        f"{options.search_steps} steps; {options.limit} test questions a task. {first.hardware}; "
+        f"torch {first.versions['torch']}, commit {(first.git_commit or '-')[:10]}.\n\n"
+    )
+    done = {record.config["method"]["name"] for record in records}
+    if missing := [name for name in METHODS if name not in done]:
+        heading += f"Not measured yet: {', '.join(missing)}; the same command goes on with them.\n\n"
+    text = heading + summarise(options, found, records)
+    (options.output / "README.md").write_text(text + "\n", encoding="utf-8")
+    tables = build_leaderboard(records)
+    write_summary(records, tables, options.output)
+    (options.output / "leaderboard.html").write_text(render(tables, "html", records=records), encoding="utf-8")
+    return text
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    state = options.output / "comparison.json"
-    found: dict[str, Any] = json.loads(state.read_text())["methods"] if state.exists() else {}
-    commit, dirty = git_state()
+    places = options.output / "records"
+    places.mkdir(parents=True, exist_ok=True)
     split = split_training_rows(options)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key not in ("data_dir", "output")},
-        "hardware": hardware(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
     for method in options.methods:
-        entry = found.setdefault(method, {"search": {}, "lr": None, "test_losses": {}, "commit": commit})
         started = time.perf_counter()
-        if METHODS[method].trains and entry["lr"] is None:
-            entry["search"] = search(options, method, split)
-            entry["lr"] = float(min(entry["search"], key=entry["search"].__getitem__))
+        lr = search_once(options, method, split) if METHODS[method].trains else METHODS[method].config.optimizer.lr
         for seed in options.seeds if METHODS[method].trains else options.seeds[:1]:
-            if str(seed) in entry["test_losses"]:
-                continue
-            lr = entry["lr"] or METHODS[method].config.optimizer.lr
-            record, entry["test_losses"][str(seed)] = final(options, method, lr, seed, split)
-            record.save(options.output / f"{record.run_id}.record.json")
-            state.write_text(json.dumps(facts | {"methods": found}, indent=1))
-        print(f"{method}: {json.dumps(entry)} in {time.perf_counter() - started:.0f} s", flush=True)
-    records = [RunRecord.load(path) for path in sorted(options.output.glob("*.record.json"))]
-    heading = (
-        f"# All methods on {', '.join(TASK_KEYS)}\n\n{options.model}, float32, batch {options.batch_size}, "
-        f"{options.steps} steps, seeds {', '.join(map(str, options.seeds))}; learning rate: best of "
-        f"{options.search_points} on {options.held_out * len(TASK_KEYS)} held-out training rows after "
-        f"{options.search_steps} steps; {options.limit} test questions a task. {hardware()}, "
-        f"{torch.get_num_threads()} threads; torch {torch.__version__}, commit {(commit or '-')[:10]}"
-        f"{' (modified)' if dirty else ''}.\n\n"
-    )
-    missing = [name for name in METHODS if name not in found or not found[name]["test_losses"]]
-    if missing:
-        heading += f"Not measured yet: {', '.join(missing)}; the same command goes on with them.\n\n"
-    text = heading + summarise(options, found, records)
-    (options.output / "README.md").write_text(text + "\n")
-    print(text)
+            place = places / f"{method}-s{seed}.json"
+            if not place.exists():
+                place.write_text(final(options, method, lr, seed, split).model_dump_json() + "\n", encoding="utf-8")
+        print(f"{method}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(write_results(options))
 
 
 if __name__ == "__main__":
