@@ -184,7 +184,7 @@ def final(options: Options, method: str, lr: float, seed: int, split: Path) -> R
 def summarise(options: Options, found: dict[str, dict[str, float]], records: list[RunRecord]) -> str:
     """The result in Markdown: losses and learning rates, then the leaderboard with its intervals."""
     lines = [
-        "| method | loss on test answers, mean of seeds | spread | learning rate | at the edge | held-out loss by rate |",
+        "| method | test answer loss, mean of seeds | spread | learning rate | at the edge | held-out loss by rate |",
         "|---|---|---|---|---|---|",
     ]
     rows = []
