@@ -333,6 +333,9 @@ class DataConfig(ConfigPart):
     train_on_inputs: bool = False
     max_length_tokens: Annotated[int, Field(ge=8)] = 256
     max_train_rows: Annotated[int, Field(ge=1)] | None = None
+    validation_rows: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="training rows held out for choosing settings; their loss is validation/loss"
+    )
 
 
 class TrainingConfig(ConfigPart):

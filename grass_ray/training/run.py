@@ -45,6 +45,7 @@ from grass_ray.layerwise.schedules import Cosine, Linear, Step
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
+from grass_ray.tasks.rows import hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
@@ -55,6 +56,7 @@ from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import build_skeleton, describe_model, load_model
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
+from grass_ray.training.validation import answer_loss, hold_out
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,13 +86,21 @@ class Run:
     """One run in this process. Make it with :meth:`prepare`."""
 
     def __init__(
-        self, config: RunConfig, state: TrainState, tokenizer: Any, data: dict[str, Any], revision: str | None
+        self,
+        config: RunConfig,
+        state: TrainState,
+        tokenizer: Any,
+        data: dict[str, Any],
+        revision: str | None,
+        held_out: Batches | None = None,
     ):
         self.config = config
         self.state = state
         self.tokenizer = tokenizer
         self._data = data
         self._revision = revision
+        self._held_out = held_out
+        self._validation_loss: float | None = None
         self._results: dict[str, EvaluationResult] = {}
 
     @classmethod
@@ -108,8 +118,12 @@ class Run:
         loaded = load_model(config.model)
         rows = load_train_rows(config.data)
         training = config.training
+        train_rows, held_out = rows.rows, None
+        if config.data.validation_rows is not None:
+            train_rows, chosen = hold_out(rows.rows, config.data.validation_rows)
+            held_out = Batches(chosen, loaded.tokenizer, config.data, batch_size=1, accumulation_steps=1, seed=0)
         batches = Batches(
-            rows.rows,
+            train_rows,
             loaded.tokenizer,
             config.data,
             batch_size=training.batch_size,
@@ -134,7 +148,9 @@ class Run:
             memory=MemoryMeter(device),
         )
         data = {"train": rows.provenance, **batches.summary()}
-        return cls(config, state, loaded.tokenizer, data, loaded.revision)
+        if held_out is not None:
+            data["validation"] = {"rows": held_out.summary()["train_rows_used"], "sha256": hash_rows(chosen)}
+        return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out)
 
     def fit(self) -> Iterator[StepReport]:
         """Train to the last step, one report an optimizer step (see :func:`grass_ray.training.loop.fit`)."""
@@ -149,7 +165,9 @@ class Run:
         load_checkpoint(self.state, Path(folder))
 
     def evaluate(self, on_progress: Progress | None = None) -> None:
-        """Measure accuracy on every task; training goes on unchanged afterwards."""
+        """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards."""
+        if self._held_out is not None:
+            self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
         self._results = evaluate(
             self.state.model, self.tokenizer, self.config.data, self.config.evaluation, on_progress=on_progress
         )
@@ -158,6 +176,8 @@ class Run:
         """What the run came to so far."""
         state = self.state
         metrics = accuracy_metrics(self._results)
+        if self._validation_loss is not None:
+            metrics["validation/loss"] = self._validation_loss
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
