@@ -1,5 +1,8 @@
 """How often should GRASS draw its layers, and how often measure them again?
 
+Settings are judged by the loss on training rows held out for it; the best ones are written as summary/best.yaml, which
+every sweep takes as --settings.
+
 python sweeps/schedules.py
 """
 
@@ -14,7 +17,12 @@ SWEEP = Sweep(
         methods=("grass",),
         tasks=("generated",),
         seeds=(0, 1, 2),
-        settings=("training.steps=200", "method.sampler.probing_steps=5", "training.checkpoint_every_steps=50"),
+        settings=(
+            "training.steps=200",
+            "method.sampler.probing_steps=5",
+            "training.checkpoint_every_steps=50",
+            "data.validation_rows=64",
+        ),
         grid={"method.sampler.period": (5, 10, 20), "method.sampler.refresh_period": (20, 50, None)},
     ),
     smoke=SweepDefaults(

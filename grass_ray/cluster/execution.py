@@ -19,6 +19,7 @@ from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
+from grass_ray.results.best_settings import VALIDATION, best_settings, write_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
@@ -27,7 +28,7 @@ from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-SUMMARY_FOLDER = "summary"
+SUMMARY_FOLDER, BEST_FILE = "summary", "best.yaml"
 
 
 class Execution:
@@ -118,6 +119,8 @@ class Execution:
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
         """Plots and leaderboard as files and on the parent run; the leaderboard and the places on the terminal."""
         overview.show(records, at_once=True)
+        if best := best_settings(records):
+            write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
         failed = [record for record in records if record.status != "finished"]
         self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished")
@@ -129,6 +132,8 @@ class Execution:
             self._say(f"{record.status}: {record.name}: {record.failure}", always=True)
         self._say(f"sweep:    {self.progress.summary()}")
         self._say(f"files:    {self.storage.uri}\nplots:    {self.storage.uri}/{SUMMARY_FOLDER}")
+        if best:
+            self._say(f"settings: {self.storage.uri}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
         if not self.plan.tracking_uri.startswith("http"):
             self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
         return EXIT_FAILED if failed else 0

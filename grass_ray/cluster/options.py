@@ -21,6 +21,7 @@ import tyro
 from grass_ray.cluster.plan import PlanChoices
 from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, SourceConfig
 from grass_ray.methods import METHODS, get_method
+from grass_ray.results.best_settings import read_settings
 from grass_ray.tasks.suites import resolve_tasks
 
 
@@ -46,6 +47,10 @@ class SweepOptions:
         tuple[str, ...],
         tyro.conf.arg(help="dotted.key=value, for every method that has the key", metavar="KEY=VALUE ..."),
     ] = ()
+    settings: Annotated[
+        Path | None,
+        tyro.conf.arg(help="each method's settings from a search: its summary/best.yaml", metavar="FILE"),
+    ] = None
     search: Annotated[
         Literal["grid", "random"] | None,
         tyro.conf.arg(help="grid: the sweep's own grid; random: --num-samples points a method"),
@@ -96,6 +101,7 @@ class SweepOptions:
             "seeds",
             "steps",
             "set",
+            "settings",
             "search",
             "num_samples",
             "data_dir",
@@ -158,7 +164,8 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
     for name in methods:
         get_method(name)
     settings = (*defaults.settings, *([] if options.steps is None else [f"training.steps={options.steps}"]))
-    own = {name: defaults.method_settings[name] for name in methods if name in defaults.method_settings}
+    found = read_settings(options.settings) if options.settings is not None else {}
+    own = {name: (*defaults.method_settings.get(name, ()), *found.get(name, ())) for name in methods}
     return PlanChoices(
         methods=methods,
         models=options.models or defaults.models,

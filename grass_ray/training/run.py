@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from grass_ray.layerwise.schedules import Cosine, Linear, Step
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
-from grass_ray.tasks.rows import hash_rows
+from grass_ray.tasks.rows import Row, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
@@ -118,7 +118,8 @@ class Run:
         loaded = load_model(config.model)
         rows = load_train_rows(config.data)
         training = config.training
-        train_rows, held_out = rows.rows, None
+        train_rows: Sequence[Row] = rows.rows
+        held_out: Batches | None = None
         if config.data.validation_rows is not None:
             train_rows, chosen = hold_out(rows.rows, config.data.validation_rows)
             held_out = Batches(chosen, loaded.tokenizer, config.data, batch_size=1, accumulation_steps=1, seed=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mini_sweep import SWEEP
 
-from grass_ray.cluster.options import SweepDefaults
+from grass_ray.cluster.options import SweepDefaults, SweepOptions
 from grass_ray.cluster.sweep import Sweep
 
 SCRIPT = Path(__file__).with_name("mini_sweep.py")
@@ -91,6 +91,21 @@ def test_a_dry_run_prints_every_trial_and_writes_nothing(capsys: pytest.CaptureF
         assert name in out
     assert "mini: 7 trials" in out
     assert not (tmp_path / "results").exists()
+
+
+def test_settings_from_a_search_reach_their_method_and_the_user_has_the_last_word(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "best.yaml"
+    file.write_text("methods: {grass: [method.optimizer.lr=0.00042, method.sampler.temperature=0.7]}")
+    found = SWEEP.plan(SweepOptions(settings=file, seeds=(0,)))
+    by_method = {spec.config.method.name: spec.config for spec in found}
+    assert by_method["grass"].method.optimizer.lr == 0.00042
+    assert by_method["full"].method.optimizer.lr != 0.00042
+    found = SWEEP.plan(SweepOptions(settings=file, set=("method.optimizer.lr=0.1",)))
+    assert {spec.config.method.optimizer.lr for spec in found if spec.config.training.steps} == {0.1}
+    file.write_text("methods: {grass: [method.optimizer.learning_rate=1]}")
+    assert "learning_rate" in fails(capsys, tmp_path, "--settings", str(file))
 
 
 def test_a_preset_goes_on_top_of_the_defaults() -> None:

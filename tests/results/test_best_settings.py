@@ -1,0 +1,62 @@
+"""The best settings of a search: judged by held-out rows over all seeds, written, and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from result_records import make_record
+
+from grass_ray.config import ConfigError
+from grass_ray.results.best_settings import best_settings, read_settings, write_settings
+from grass_ray.results.record import RunRecord
+
+
+def trial(lr: float, loss: float | None, *, seed: int = 0, method: str = "grass", **more: object) -> RunRecord:
+    metrics = {} if loss is None else {"validation/loss": loss}
+    return make_record(method, seed=seed, metrics=metrics, overrides=[f"method.optimizer.lr={lr}"], **more)  # type: ignore[arg-type]
+
+
+def test_the_lowest_mean_loss_over_seeds_wins_whatever_the_accuracy() -> None:
+    records = [trial(1e-4, 0.5), trial(1e-4, 0.5, seed=1), trial(1e-3, 0.1), trial(1e-3, 1.2, seed=1)]
+    assert best_settings(records) == {"grass": ["method.optimizer.lr=0.0001"]}
+
+
+def test_a_point_with_a_failed_trial_is_not_chosen() -> None:
+    records = [trial(1e-4, 0.5), trial(1e-3, 0.1), trial(1e-3, None, seed=1, status="failed", failure="NaN")]
+    assert best_settings(records) == {"grass": ["method.optimizer.lr=0.0001"]}
+
+
+def test_without_held_out_rows_or_without_a_choice_there_is_no_best() -> None:
+    assert best_settings([trial(1e-4, None), trial(1e-3, None)]) == {}
+    assert best_settings([trial(1e-4, 0.3), trial(1e-4, 0.4, seed=1)]) == {}
+
+
+def test_schedules_are_settings_and_survive_the_file(tmp_path: Path) -> None:
+    schedule = "method.sampler.temperature={kind: linear, start: 2.0, end: 0.2}"
+    records = [
+        make_record(metrics={"validation/loss": 0.2}, overrides=[schedule]),
+        make_record(metrics={"validation/loss": 0.4}, overrides=["method.sampler.temperature=0.5"]),
+    ]
+    best = best_settings(records)
+    write_settings(best, tmp_path / "best.yaml")
+    found = read_settings(tmp_path / "best.yaml")
+    again = make_record(overrides=found["grass"])
+    assert again.config["method"]["sampler"]["temperature"]["end"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: {gras: [a=1]}", "unknown method 'gras'.*'grass'"),
+        ("grass: [a=1]", "must have the form"),
+        ("methods: {grass: {lr: 1}}", "must have the form"),
+        ("methods: [", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "best.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(tmp_path / "best.yaml")
+    with pytest.raises(ConfigError, match="cannot read the settings"):
+        read_settings(tmp_path / "absent.yaml")
