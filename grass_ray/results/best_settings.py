@@ -51,7 +51,8 @@ def best_settings(records: Sequence[RunRecord]) -> Settings:
         means = {point: sum(found) / len(found) for point, found in losses.items()}
         means = {point: mean for point, mean in means.items() if math.isfinite(mean)}
         if varied and means:
-            best[method] = list(min(means, key=lambda point: means[point]))
+            winner: tuple[str, ...] = min(means, key=means.__getitem__)
+            best[method] = list(winner)
     return best
 
 
