@@ -336,6 +336,9 @@ class DataConfig(ConfigPart):
     validation_rows: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="training rows held out for choosing settings; their loss is validation/loss"
     )
+    broken_rows: Literal["refuse", "skip"] = Field(
+        default="refuse", description="rows that cannot be used: an error, or left out and counted in the record"
+    )
 
 
 class TrainingConfig(ConfigPart):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -157,6 +158,9 @@ def _evaluate_task(
         "test_file": tests.provenance["files"][0]["name"],
         "test_sha256": tests.provenance["files"][0]["sha256"],
         "test_rows": len(tests.rows),
+        "test_rows_skipped": tests.provenance["rows_skipped"],
+        "broken_rows": data.broken_rows,
+        "chance": chance(task, [prompt.row for prompt in prompts]),
         "lm_eval": version("lm_eval"),
     }
     if choosing:
@@ -199,6 +203,11 @@ def options_of(task: Task, row: Row) -> tuple[str, ...]:
     found = re.search(r"Answer format:\s*(\S+)\s*$", row.instruction)
     named = tuple(found.group(1).split("/")) if found else ()
     return named if row.answer in named and set(named) <= set(task.labels) else task.labels
+
+
+def chance(task: Task, rows: Sequence[Row]) -> float:
+    """The accuracy of guessing: the mean of 1/options over the questions, 0 for numbers."""
+    return 0.0 if task.answer == "number" else fmean(1 / len(options_of(task, row)) for row in rows)
 
 
 def response(task: Task, option: str) -> str:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -17,7 +17,7 @@ from grass_ray.config import ConfigError, DataConfig, FolderSource, GeneratedSou
 from grass_ray.tasks.folder import DataFolder
 from grass_ray.tasks.generated import generate
 from grass_ray.tasks.mappings import MAPPINGS
-from grass_ray.tasks.rows import Row, RowError, RowSet, hash_rows
+from grass_ray.tasks.rows import BrokenRows, Row, RowError, RowSet, hash_rows, take_rows
 from grass_ray.tasks.suites import SUITES, TASKS, Task, check_tasks
 
 SUBSET_SEED = 20_240_531  # which rows max_train_rows keeps and how built mixtures are shuffled; never a run's own seed
@@ -38,7 +38,7 @@ def load_train_rows(data: DataConfig) -> RowSet:
         rows = generate("train", rows=source.train_rows, seed=source.seed)
         loaded = rows, _made(rows, "train", source), f"generated with seed {source.seed}"
     elif isinstance(source, FolderSource):
-        loaded = _folder_train(DataFolder(source.path), data)
+        loaded = _folder_train(DataFolder(source.path, data.broken_rows), data)
     else:
         loaded = _hub_train(data)
     rows, files, description = loaded
@@ -52,6 +52,7 @@ def load_train_rows(data: DataConfig) -> RowSet:
         "rows": len(used),
         "rows_available": len(rows),
         "rows_sha256": hash_rows(used),
+        **_skipping(data, files),
     }
     return RowSet(rows=used, provenance=provenance)
 
@@ -65,16 +66,16 @@ def load_test_rows(task: str, data: DataConfig) -> RowSet:
         rows = generate("test", rows=source.test_rows, seed=source.seed)
         files = _made(rows, "test", source)
     elif isinstance(source, FolderSource):
-        folder = DataFolder(source.path)
+        folder = DataFolder(source.path, data.broken_rows)
         _check_folder_tests(folder, (task,))
         path = folder.find_task_file(TASKS[task], "test")
         assert path is not None
         rows, entry = folder.read(path, TASKS[task])
         files = [entry]
     else:
-        rows, entry = _hub_rows(TASKS[task], TASKS[task].hub_test_split)
+        rows, entry = _hub_rows(TASKS[task], TASKS[task].hub_test_split, data.broken_rows)
         files = [entry]
-    provenance = {"source": source.kind, "files": files, "rows": len(rows)}
+    provenance = {"source": source.kind, "files": files, "rows": len(rows), **_skipping(data, files)}
     return RowSet(rows=rows, provenance=provenance)
 
 
@@ -97,6 +98,11 @@ def check_data(data: DataConfig, *, training: bool = True) -> None:
         load_test_rows(task, data)
     if training:
         load_train_rows(data)
+
+
+def _skipping(data: DataConfig, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What became of broken rows, for the provenance."""
+    return {"broken_rows": data.broken_rows, "rows_skipped": sum(entry.get("rows_skipped", 0) for entry in files)}
 
 
 # ------------------------------------------------------------------------------------------------------- generated
@@ -179,11 +185,11 @@ def _hub_train_tasks(data: DataConfig) -> tuple[str, ...]:
 
 def _hub_train(data: DataConfig) -> tuple[tuple[Row, ...], list[dict[str, Any]], str]:
     tasks = _hub_train_tasks(data)
-    parts = {key: _hub_rows(TASKS[key], "train") for key in tasks}
+    parts = {key: _hub_rows(TASKS[key], "train", data.broken_rows) for key in tasks}
     return _build(parts, SUITES[data.suite].mixtures, [key for key in data.tasks if key not in tasks])
 
 
-def _hub_rows(task: Task, split: str) -> Loaded:
+def _hub_rows(task: Task, split: str, broken_rows: BrokenRows) -> Loaded:
     """Load one split of the original data set and map it. Raises :class:`ConfigError` when it cannot be had."""
     _check_hub((task.key,))
     import datasets
@@ -203,8 +209,6 @@ def _hub_rows(task: Task, split: str) -> Loaded:
             rows.append(MAPPINGS[task.key](record))
         except RowError as mistake:
             mistakes.append(f"row {number}: {mistake}")
-    if mistakes or not rows:
-        shown = "; ".join(mistakes[:5]) or "it has no rows"
-        raise ConfigError(f"{task.hub_id} ({split}): {len(mistakes)} of {len(dataset)} rows cannot be used: {shown}")
+    reading = take_rows(rows, mistakes, f"{task.hub_id} ({split})", broken_rows)
     name = "/".join(part for part in (task.hub_id, task.hub_config, split) if part)
-    return tuple(rows), {"name": name, "sha256": hash_rows(rows), "rows": len(rows)}
+    return reading.rows, {"name": name, "sha256": hash_rows(reading.rows), **reading.provenance}
