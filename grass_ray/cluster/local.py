@@ -17,7 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from grass_ray.cluster.options import data_source
+from grass_ray.cluster.options import choose_data
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
@@ -26,7 +26,6 @@ from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
 from grass_ray.tasks.scores import accuracy_metrics
-from grass_ray.tasks.suites import resolve_tasks
 from grass_ray.training.report import StepReport, TrainingFailure
 
 EXPERIMENT = "train"
@@ -59,8 +58,8 @@ def build_config(
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     if tasks is not None:
-        suite, keys = resolve_tasks(tasks)
-        data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": data_source(suite, data_dir)})
+        suite, keys, source = choose_data(tasks, data_dir)
+        data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
     return config.override(assignments)
 

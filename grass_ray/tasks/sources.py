@@ -1,4 +1,4 @@
-"""Where rows come from: a local folder, the Hugging Face Hub, or the project's own generator; one interface.
+"""Where rows come from: a folder, the hub, a user's own task file, or the project's generator; one interface.
 
 ::
 
@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from grass_ray.config import ConfigError, DataConfig, FolderSource, GeneratedSource, HubSource
+from grass_ray.config import ConfigError, CustomSource, DataConfig, FolderSource, GeneratedSource, HubSource
+from grass_ray.tasks.custom import check_selection, read_custom
 from grass_ray.tasks.folder import DataFolder
 from grass_ray.tasks.generated import generate
 from grass_ray.tasks.mappings import MAPPINGS
 from grass_ray.tasks.rows import BrokenRows, Row, RowError, RowSet, hash_rows, take_rows
-from grass_ray.tasks.suites import SUITES, TASKS, Task, check_tasks
+from grass_ray.tasks.suites import SUITES, TASKS, Task
 
 SUBSET_SEED = 20_240_531  # which rows max_train_rows keeps and how built mixtures are shuffled; never a run's own seed
 
@@ -31,7 +32,7 @@ def load_train_rows(data: DataConfig) -> RowSet:
     ``data.max_train_rows`` keeps a random subset that is the same in every run. Raises :class:`ConfigError` where
     there is nothing to train on or a row is broken.
     """
-    check_tasks(data.suite, data.tasks)
+    check_selection(data)
     source = data.source
     if isinstance(source, GeneratedSource):
         _check_generated(data)
@@ -39,6 +40,9 @@ def load_train_rows(data: DataConfig) -> RowSet:
         loaded = rows, _made(rows, "train", source), f"generated with seed {source.seed}"
     elif isinstance(source, FolderSource):
         loaded = _folder_train(DataFolder(source.path, data.broken_rows), data)
+    elif isinstance(source, CustomSource):
+        rows, entry = read_custom(source, "train", data.broken_rows)
+        loaded = rows, [entry], f"the train file of {source.name}"
     else:
         loaded = _hub_train(data)
     rows, files, description = loaded
@@ -59,7 +63,7 @@ def load_train_rows(data: DataConfig) -> RowSet:
 
 def load_test_rows(task: str, data: DataConfig) -> RowSet:
     """The whole test set of one task. Raises :class:`ConfigError` where it is missing or a row is broken."""
-    check_tasks(data.suite, (task,))
+    check_selection(data.model_copy(update={"tasks": (task,)}))
     source = data.source
     if isinstance(source, GeneratedSource):
         _check_generated(data)
@@ -71,6 +75,9 @@ def load_test_rows(task: str, data: DataConfig) -> RowSet:
         path = folder.find_task_file(TASKS[task], "test")
         assert path is not None
         rows, entry = folder.read(path, TASKS[task])
+        files = [entry]
+    elif isinstance(source, CustomSource):
+        rows, entry = read_custom(source, "test", data.broken_rows)
         files = [entry]
     else:
         rows, entry = _hub_rows(TASKS[task], TASKS[task].hub_test_split, data.broken_rows)
@@ -86,7 +93,7 @@ def check_data(data: DataConfig, *, training: bool = True) -> None:
         data: which data.
         training: whether there must be something to train on; an evaluation needs only the test sets.
     """
-    check_tasks(data.suite, data.tasks)
+    check_selection(data)
     if isinstance(data.source, HubSource):
         _check_hub(data.tasks)
         if training:
