@@ -25,7 +25,10 @@ TOLERANCE = 0.001
 _NUMBER = r"-?\d+\.?\d*"
 _STATED = r"answer[\"'*]*\s*(?:is|:|=)\s*[:=]?\s*[\"'(*$]*\s*"
 _ABOUT = r"(?:(?:approximately|about|exactly|equal to|therefore|thus)\s*)?"
-_STRICT_NUMBER = r"-?\$?-?(?:(?:\d{1,15}\s+)?\d{1,15}\s*/\s*\d{1,15}(?![\d/])|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+_STRICT_NUMBER = (
+    r"-?\$?-?(?:(?:\d{1,15}\s+)?\d{1,15}\s*/\s*\d{1,15}(?![\d/])"  # a fraction, before it a whole number
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
+)
 
 
 def extract_answer(output: str, task: Task, extraction: ExtractionName) -> str | None:
@@ -111,11 +114,11 @@ def _strict_label(text: str, labels: Sequence[str]) -> str | None:
     """The stated label, or that of a text which is one or says it is the right one; case and "solution 2" are free."""
     names = {re.sub(r"\s", "", label).lower(): label for label in labels}
     forms = [re.sub(r"(?<=[a-z])(?=\d)", r"\\s?", re.escape(label)) for label in sorted(labels, key=len, reverse=True)]
-    option = rf"({'|'.join(forms)})\b"
+    option = rf"({'|'.join(forms)})(?!\w)"
     found = (
         re.search(_STATED + option, text, re.IGNORECASE)
         or re.fullmatch(rf"[\s\"'(*]*{option}[\s\"').*]*", text, re.IGNORECASE)
-        or re.search(rf"\b{option} is (?:the )?(?:correct|right|best)\b", text, re.IGNORECASE)
+        or re.search(rf"(?<!\w){option} is (?:the )?(?:correct|right|best)\b", text, re.IGNORECASE)
     )
     return names[re.sub(r"\s", "", found.group(1)).lower()] if found else None
 
