@@ -198,6 +198,8 @@ class _LocalRun:
             self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
+        for line in _skipped_rows(record):
+            self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
         if record.status == "stopped":
@@ -279,6 +281,8 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         model_sha256=base_model_sha256(config.model),
     )
     print(render(build_leaderboard([record])))
+    for line in _skipped_rows(record):
+        print(line)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         record.save(output / "record.json")
@@ -286,6 +290,15 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         if not quiet:
             print(f"wrote {output}/record.json and examples.jsonl")
     return 0
+
+
+def _skipped_rows(record: RunRecord) -> list[str]:
+    """A line for each set of rows of which some could not be used and were left out."""
+    train = record.data.get("train", {})
+    counts = {"training rows": train.get("rows_skipped", 0)} | {
+        f"test rows of {task}": score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()
+    }
+    return [f"skipped   {number} {what}: they could not be used" for what, number in counts.items() if number]
 
 
 def _default_store(output: Path) -> str:

@@ -76,6 +76,19 @@ def test_the_larger_commonsense_mixture_comes_first(tmp_path):
     assert load_train_rows(config(tmp_path, "boolq")).provenance["description"] == "the mixture commonsense_170k"
 
 
+@pytest.mark.parametrize(
+    ("task", "name"), [("boolq", "commonsense_170k"), ("boolq", "commonsense_15k"), ("svamp", "math_10k")]
+)
+@pytest.mark.parametrize("root", ["ft-training_set", ".", "llm-adapters/ft-training_set"])
+def test_every_mixture_is_read_from_its_file(tmp_path, task, name, root):
+    answers = ["true", "option2"] if task == "boolq" else ["12.0", "B"]
+    write(tmp_path / root / f"{name}.json", [record(answer) for answer in answers])
+    provenance = load_train_rows(config(tmp_path, task)).provenance
+    assert provenance["description"] == f"the mixture {name}"
+    assert provenance["files"][0]["name"].endswith(f"{name}.json")
+    assert provenance["rows"] == 2
+
+
 def test_without_a_mixture_the_train_sets_are_put_together_and_shuffled(tmp_path):
     put(tmp_path, "boolq", "train", 30)
     put(tmp_path, "arc_easy", "train", 30)
