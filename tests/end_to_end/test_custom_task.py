@@ -69,6 +69,21 @@ def test_the_page_works_as_it_says(
     assert RunConfig.parse(config.to_dict()) == config
 
 
+def test_skipped_test_rows_are_said_and_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder / "reviews-test.jsonl").open("a") as file:
+        file.write('{"text": "Fine.", "sentiment": "neutral"}\n')
+    monkeypatch.chdir(folder)
+    words = ["eval", "--model", "tiny", "--task", "reviews.yaml", "--scoring", "loglikelihood", "--output", "out"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--set", "data.broken_rows=skip"])
+    assert ended.value.code == 0
+    assert "skipped   1 test rows of reviews" in capsys.readouterr().out
+    protocol = json.loads((folder / "out" / "record.json").read_text())["tasks"]["reviews"]["protocol"]
+    assert (protocol["broken_rows"], protocol["test_rows_skipped"], protocol["test_rows"]) == ("skip", 1, 3)
+
+
 def data_of(path: Path) -> DataConfig:
     suite, tasks, source = choose_data([str(path)], None)
     return DataConfig(suite=suite, tasks=tasks, source=source)
