@@ -35,7 +35,7 @@ class Train:
 
     method: Positional[Annotated[str, arg(help="a name of `grass-ray ls methods`")]]
     model: Annotated[str | None, arg(help="built-in name, hub id or folder; default: smollm2-135m")] = None
-    task: Annotated[tuple[str, ...] | None, arg(help="a suite, or tasks of one suite; default: generated")] = None
+    task: Annotated[tuple[str, ...] | None, arg(help="a suite, tasks of one suite, or your own task's YAML")] = None
     data_dir: Annotated[Path | None, arg(help="folder with dataset/<Name>/{train,test}.json; default: the hub")] = None
     steps: Annotated[int | None, arg(help="optimizer updates; probing steps come on top")] = None
     batch_size: Annotated[int | None, arg(help="rows an update")] = None
@@ -106,7 +106,7 @@ class Eval:
     """Measure a model's accuracy without training it."""
 
     model: Annotated[str, arg(help="built-in name, hub id, folder, or a run's folder")] = "smollm2-135m"
-    task: Annotated[tuple[str, ...] | None, arg(help="a suite, or tasks of one suite; default: generated")] = None
+    task: Annotated[tuple[str, ...] | None, arg(help="a suite, tasks of one suite, or your own task's YAML")] = None
     data_dir: Annotated[Path | None, arg(help="folder with dataset/<Name>/test.json; default: the hub")] = None
     limit: Annotated[int | None, arg(help="examples a task")] = None
     batch_size: Annotated[int, arg(help="examples at a time; does not change accuracy")] = 16

@@ -316,7 +316,57 @@ class HubSource(ConfigPart):
     kind: Literal["hub"] = "hub"
 
 
-SourceConfig = Annotated[GeneratedSource | FolderSource | HubSource, Field(discriminator="kind")]
+class CustomFields(ConfigPart):
+    """Under which keys a user's own rows hold what."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    answer: str = "answer"
+
+
+class CustomSource(ConfigPart):
+    """A user's own task, as its YAML file says it (:mod:`grass_ray.tasks.custom`); paths are absolute."""
+
+    kind: Literal["custom"] = "custom"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+    answer: Literal["number", "letter", "labels"]
+    labels: tuple[str, ...] = ()
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    instruction: str | None = Field(default=None, description="the same for every row; null takes each row's own")
+    train: str | None = None
+    test: str
+    fields: CustomFields = CustomFields()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> CustomSource:
+        """Validate plain values. Raises :class:`ConfigError` that lists every mistake of the file ``where``."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_explain(error)}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _letters_are_a_to_e_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("answer") == "letter" and not values.get("labels"):
+            return {**values, "labels": list("ABCDE")}
+        return values
+
+    @model_validator(mode="after")
+    def _labels_fit_the_answer(self) -> Self:
+        if self.answer == "number" and self.labels:
+            raise ValueError("an answer of kind number has no labels; leave labels out, or use answer: labels")
+        if self.answer != "number" and (len(set(self.labels)) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError(f"an answer of kind {self.answer} needs at least two labels, each once")
+        if self.answer == "letter" and not all(len(label) == 1 and "A" <= label <= "Z" for label in self.labels):
+            raise ValueError("the labels of an answer of kind letter are single capital letters; else use labels")
+        if any(label != label.strip() or not label for label in self.labels):
+            raise ValueError("a label is empty or has white space around it")
+        return self
+
+
+SourceConfig = Annotated[GeneratedSource | FolderSource | HubSource | CustomSource, Field(discriminator="kind")]
 
 
 class DataConfig(ConfigPart):
@@ -335,6 +385,9 @@ class DataConfig(ConfigPart):
     max_train_rows: Annotated[int, Field(ge=1)] | None = None
     validation_rows: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="training rows held out for choosing settings; their loss is validation/loss"
+    )
+    broken_rows: Literal["refuse", "skip"] = Field(
+        default="refuse", description="rows that cannot be used: an error, or left out and counted in the record"
     )
 
 
@@ -471,7 +524,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: object, assignment: 
 # pydantic names the chosen kind of a part in its locations; users never wrote it
 _KINDS = frozenset(
     {"all", "uniform", "grad_norm", "outlier", "cyclic", "reward", "matrix_norm"}
-    | {"lora", "prefix", "prompt", "galore", "apollo", "generated", "folder", "hub"}
+    | {"lora", "prefix", "prompt", "galore", "apollo", "generated", "folder", "hub", "custom"}
     | {"linear", "cosine", "step", "number", "schedule"}
 )
 

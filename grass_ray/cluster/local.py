@@ -17,7 +17,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from grass_ray.cluster.options import data_source
+from grass_ray.cluster.options import choose_data
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
@@ -26,7 +26,6 @@ from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
 from grass_ray.tasks.scores import accuracy_metrics
-from grass_ray.tasks.suites import resolve_tasks
 from grass_ray.training.report import StepReport, TrainingFailure
 
 EXPERIMENT = "train"
@@ -59,8 +58,8 @@ def build_config(
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     if tasks is not None:
-        suite, keys = resolve_tasks(tasks)
-        data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": data_source(suite, data_dir)})
+        suite, keys, source = choose_data(tasks, data_dir)
+        data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
     return config.override(assignments)
 
@@ -199,6 +198,8 @@ class _LocalRun:
             self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
+        for line in _skipped_rows(record):
+            self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
         if record.status == "stopped":
@@ -280,6 +281,8 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         model_sha256=base_model_sha256(config.model),
     )
     print(render(build_leaderboard([record])))
+    for line in _skipped_rows(record):
+        print(line)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         record.save(output / "record.json")
@@ -287,6 +290,15 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         if not quiet:
             print(f"wrote {output}/record.json and examples.jsonl")
     return 0
+
+
+def _skipped_rows(record: RunRecord) -> list[str]:
+    """A line for each set of rows of which some could not be used and were left out."""
+    train = record.data.get("train", {})
+    counts = {"training rows": train.get("rows_skipped", 0)} | {
+        f"test rows of {task}": score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()
+    }
+    return [f"skipped   {number} {what}: they could not be used" for what, number in counts.items() if number]
 
 
 def _default_store(output: Path) -> str:

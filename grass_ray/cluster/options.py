@@ -22,6 +22,7 @@ from grass_ray.cluster.plan import PlanChoices
 from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, SourceConfig
 from grass_ray.methods import METHODS, get_method
 from grass_ray.results.best_settings import read_settings
+from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.suites import resolve_tasks
 
 
@@ -37,7 +38,8 @@ class SweepOptions:
         tuple[str, ...] | None, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")
     ] = None
     tasks: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(help="a suite, or some of its tasks", metavar="NAME ...")
+        tuple[str, ...] | None,
+        tyro.conf.arg(help="a suite, some of its tasks, or the YAML file of a task of your own", metavar="NAME ..."),
     ] = None
     seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(help="one trial a seed", metavar="N ...")] = None
     steps: Annotated[
@@ -159,7 +161,7 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
 def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
     """The plan's choices from a sweep's defaults and the flags. Raises :class:`ConfigError`."""
     _check_numbers(options)
-    suite, tasks = resolve_tasks(list(options.tasks or defaults.tasks))
+    suite, tasks, source = choose_data(options.tasks or defaults.tasks, options.data_dir)
     methods = options.methods or defaults.methods
     for name in methods:
         get_method(name)
@@ -170,8 +172,8 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
         methods=methods,
         models=options.models or defaults.models,
         suite=suite,
-        tasks=tuple(tasks),
-        source=data_source(suite, options.data_dir),
+        tasks=tasks,
+        source=source,
         seeds=options.seeds or defaults.seeds,
         settings=settings,
         method_settings=own,
@@ -204,6 +206,23 @@ def _check_numbers(options: SweepOptions) -> None:
             mistakes.append(f"--{flag}: give at least one value")
     if mistakes:
         raise ConfigError("; ".join(mistakes))
+
+
+def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], SourceConfig]:
+    """Suite, tasks and source that ``--task`` and ``--data-dir`` mean. Raises :class:`ConfigError`.
+
+    A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
+    """
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    if not files:
+        suite, tasks = resolve_tasks(list(names))
+        return suite, tasks, data_source(suite, data_dir)
+    if len(names) > 1:
+        raise ConfigError(f"the task file {files[0]} stands alone; a run takes one task file, got: {' '.join(names)}")
+    if data_dir is not None:
+        raise ConfigError(f"--data-dir {data_dir} has no effect: {files[0]} says where its rows are; leave it out")
+    source = read_task_file(Path(files[0]))
+    return source.name, (source.name,), source
 
 
 def data_source(suite: str, data_dir: Path | None) -> SourceConfig:

@@ -123,6 +123,18 @@ RESULTS: tuple[Column, ...] = (
 )
 DETAILS: tuple[Column, ...] = (
     Column(
+        "clean %",
+        lambda row: percent(row.accuracy_clean),
+        lambda row: row.accuracy_clean,
+        "average over the tasks whose test questions are not in the training data of any row",
+    ),
+    Column(
+        "norm. %",
+        lambda row: percent(row.accuracy_normalised),
+        lambda row: row.accuracy_normalised,
+        "average of (accuracy - chance) / (1 - chance): 0 is guessing, 100 perfect",
+    ),
+    Column(
         "resrv. GiB",
         lambda row: significant(row.peak_reserved_gib),
         lambda row: row.peak_reserved_gib,

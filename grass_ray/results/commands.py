@@ -49,9 +49,10 @@ def reproduce_command(config: Mapping[str, Any], *, data_dir: str = "DATA") -> s
         words += ["--model", wanted["model"]["name"]]
     words += _data_flags(wanted["data"], data_dir)
     start["model"]["name"] = wanted["model"]["name"]
-    for key in ("suite", "tasks"):
-        start["data"][key] = wanted["data"][key]
-    if wanted["data"]["source"]["kind"] != "generated":
+    kind = wanted["data"]["source"]["kind"]
+    if kind != "custom":  # a task of the user's own is said whole, by settings
+        start["data"] |= {key: wanted["data"][key] for key in ("suite", "tasks")}
+    if kind not in ("generated", "custom"):
         start["data"]["source"] = wanted["data"]["source"]
     if not row.trains:
         start["training"]["steps"] = 0
@@ -66,7 +67,7 @@ def reproduce_command(config: Mapping[str, Any], *, data_dir: str = "DATA") -> s
 
 def _data_flags(data: Mapping[str, Any], data_dir: str) -> list[str]:
     words = []
-    if data["suite"] != "generated":
+    if data["suite"] in SUITES and data["suite"] != "generated":
         whole = tuple(data["tasks"]) == SUITES[data["suite"]].tasks
         words += ["--task", *([data["suite"]] if whole else data["tasks"])]
     if data["source"]["kind"] == "folder":

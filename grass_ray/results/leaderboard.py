@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from statistics import fmean
 from typing import Any
 
 from grass_ray.results.budget import budget_line
@@ -95,7 +96,7 @@ def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
     groups = seed_groups(records)
     rows = build_rows(groups)
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
-    rows = [_incomplete(row, evaluated) for row in rows]
+    rows = _clean([_incomplete(row, evaluated) for row in rows])
     rows, tests = _compare(rows, groups)
     return LeaderboardTable(
         model=model,
@@ -108,6 +109,17 @@ def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
         notes=tuple(_notes(rows, tests)),
         budget=budget_line(rows),
     )
+
+
+def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Clean averages over the same tasks in every row: those that are contaminated in none."""
+    contaminated = {task for row in rows for task in row.contaminated}
+    if not contaminated:
+        return list(rows)
+    scores = [[value for task, value in row.tasks.items() if task not in contaminated] for row in rows]
+    return [
+        replace(row, accuracy_clean=fmean(clean) if clean else None) for row, clean in zip(rows, scores, strict=True)
+    ]
 
 
 def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:

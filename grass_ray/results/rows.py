@@ -17,7 +17,7 @@ from typing import Any
 
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval
-from grass_ray.tasks.suites import SUITES, TASKS
+from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 
 # Settings that change no number, so that runs which differ in them alone are one row.
 _NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size")
@@ -36,7 +36,8 @@ class LeaderboardRow:
     ``difference_to_full`` and ``difference_to_best`` are per question (:mod:`grass_ray.results.pairing` says how),
     with 95 % bootstrap limits and p-values, adjusted (Benjamini-Hochberg) over the table. ``task_intervals`` are
     Wilson's. ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean``
-    leaves them out. ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them.
+    leaves them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where
+    tasks have options. ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them.
     """
 
     rank: int | None = None
@@ -60,6 +61,7 @@ class LeaderboardRow:
     hardware: str
     accuracy_std: float | None
     accuracy_clean: float | None
+    accuracy_normalised: float | None = None
     contaminated: list[str]
     difference_to_full: float | None = None
     difference_to_full_low: float | None = None
@@ -192,7 +194,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         )
     last, config = group[-1], group[-1].config
     averages = [fmean(score.accuracy for score in record.tasks.values()) for record in finished]
-    contaminated = sorted({task for record in group for task in contaminated_tasks(record)})
+    contaminated = sorted({task for record in group for task in _contaminated(record)})
     clean = [value for task, value in scores.items() if task not in contaminated]
     shares = [record.layers.trainable_share for record in group if record.layers is not None]
     status, failure = _status(group)
@@ -206,6 +208,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         accuracy_high=high,
         accuracy_std=stdev(averages) if len(averages) > 1 else None,
         accuracy_clean=fmean(clean) if clean and len(clean) < len(scores) else None,
+        accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
         tasks=scores,
         peak_allocated_gib=max(_values(group, "memory/peak_allocated_gib"), default=None),
@@ -234,18 +237,18 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
     )
 
 
-def contaminated_tasks(record: RunRecord) -> tuple[str, ...]:
-    """Tasks whose test questions are in what the run trained on: known for the published mixtures alone.
+def _contaminated(record: RunRecord) -> tuple[str, ...]:
+    steps = record.config["training"]["steps"]
+    return contaminated_tasks(record.config["data"]["suite"], _train_data(record), training_steps=steps)
 
-    ``math_10k`` contains MAWPS, and with it AddSub, MultiArith and SingleEq; a mixture that was built from train sets
-    in its place does not.
-    """
-    suite = SUITES.get(record.config["data"]["suite"])
-    files = {str(file.get("name", "")) for file in _train_data(record).get("files", ())}
-    names = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in files}
-    if suite is None or not names & set(suite.mixtures) or not record.config["training"]["steps"]:
-        return ()
-    return tuple(task for task in suite.tasks if TASKS[task].contaminated)
+
+def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> float | None:
+    """The average above chance; None where no task has options, or a record does not say how many."""
+    chances = {task: [record.tasks[task].protocol.get("chance", math.nan) for record in records] for task in scores}
+    known = {task: fmean(values) for task, values in chances.items() if values and not any(map(math.isnan, values))}
+    if known.keys() != scores.keys() or not any(known.values()):
+        return None
+    return average_above_chance([(value, known[task]) for task, value in scores.items()])
 
 
 def _train_data(record: RunRecord) -> Mapping[str, Any]:

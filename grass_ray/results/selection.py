@@ -52,7 +52,7 @@ def _finished(record: RunRecord) -> datetime:
 class Selection:
     """What to show; an empty choice shows everything.
 
-    Raises :class:`ConfigError` on a task, suite, status or column that does not exist.
+    Raises :class:`ConfigError` on a status that does not exist; :meth:`records` on other names.
     """
 
     methods: tuple[str, ...] = ()
@@ -66,11 +66,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         """Check the names that can be checked without records."""
-        mistakes = [unknown("suite", name, SUITES) for name in self.suites if name not in SUITES]
-        mistakes += [unknown("task", name, TASKS) for name in self.tasks if name not in TASKS]
-        mistakes += [unknown("status", name, list(STATUSES)) for name in self.statuses if name not in STATUSES]
-        if self.sort is not None and self.sort not in SORT_KEYS and self.sort not in TASKS:
-            mistakes.append(unknown("column", self.sort, [*SORT_KEYS, *TASKS]))
+        mistakes = [unknown("status", name, list(STATUSES)) for name in self.statuses if name not in STATUSES]
         if self.reverse and self.sort is None:
             mistakes.append("--reverse turns the order of --sort COLUMN around; give --sort, too")
         if mistakes:
@@ -79,9 +75,11 @@ class Selection:
     def records(self, records: Iterable[RunRecord]) -> list[RunRecord]:
         """The runs of the chosen models, suites and seeds, with the chosen tasks alone.
 
-        Raises :class:`ConfigError` when a model was named that no run has.
+        Raises :class:`ConfigError` on a suite or task that is neither built in nor of a run, a column that does not
+        exist, or a model that no run has.
         """
         records = list(records)
+        self._check_names(records)
         models = {record.config["model"]["name"] for record in records}
         if strangers := [name for name in self.models if name not in models]:
             raise ConfigError("; ".join(unknown("model", name, sorted(models)) for name in strangers))
@@ -98,6 +96,17 @@ class Selection:
                 continue
             chosen.append(self._with_tasks(record))
         return chosen
+
+    def _check_names(self, records: Sequence[RunRecord]) -> None:
+        """Users' own tasks have names that only their runs know."""
+        suites = list(dict.fromkeys([*SUITES, *(record.config["data"]["suite"] for record in records)]))
+        tasks = list(dict.fromkeys([*TASKS, *(task for record in records for task in record.config["data"]["tasks"])]))
+        mistakes = [unknown("suite", name, suites) for name in self.suites if name not in suites]
+        mistakes += [unknown("task", name, tasks) for name in self.tasks if name not in tasks]
+        if self.sort is not None and self.sort not in SORT_KEYS and self.sort not in tasks:
+            mistakes.append(unknown("column", self.sort, [*SORT_KEYS, *tasks]))
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
 
     def _with_tasks(self, record: RunRecord) -> RunRecord:
         """The record as if it had been evaluated on the chosen tasks alone."""
@@ -149,7 +158,7 @@ class Selection:
 
 
 def _value(row: LeaderboardRow, key: str) -> float | str | None:
-    found = row.tasks.get(key) if key in TASKS else getattr(row, key)
+    found = getattr(row, key) if key in SORT_KEYS else row.tasks.get(key)
     if isinstance(found, list):
         return float(len(found))
     if isinstance(found, bool | int | float):

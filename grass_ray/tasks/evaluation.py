@@ -22,17 +22,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
+from grass_ray.tasks.custom import check_selection, find_task
 from grass_ray.tasks.extraction import extract_answer, is_correct
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.scores import EvaluationResult, Example
 from grass_ray.tasks.sources import load_test_rows
-from grass_ray.tasks.suites import TASKS, Task, check_tasks
-from grass_ray.tasks.templates import render_prompt
+from grass_ray.tasks.suites import TASKS, Task
+from grass_ray.tasks.templates import render_answer, render_prompt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,11 +59,11 @@ class _Prompt:
 
 def check_evaluation(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """Raise :class:`ConfigError` where the tasks cannot be scored as asked."""
-    check_tasks(data.suite, data.tasks)
+    check_selection(data)
     if evaluation.scoring != "loglikelihood":
         return
     mistakes = []
-    if numbers := [key for key in data.tasks if TASKS[key].answer == "number"]:
+    if numbers := [key for key in data.tasks if find_task(key, data.source).answer == "number"]:
         mistakes.append(
             f"loglikelihood scoring compares fixed options, but {', '.join(numbers)} "
             f"{'asks' if len(numbers) == 1 else 'ask'} for numbers; use scoring: generation"
@@ -101,7 +103,7 @@ def evaluate(
         progress = _Progress(on_progress)
         lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, on_batch=progress.advance)
         for key in data.tasks:
-            results[key] = _evaluate_task(lm, TASKS[key], data, evaluation, progress)
+            results[key] = _evaluate_task(lm, find_task(key, data.source), data, evaluation, progress)
     return results
 
 
@@ -157,10 +159,18 @@ def _evaluate_task(
         "test_file": tests.provenance["files"][0]["name"],
         "test_sha256": tests.provenance["files"][0]["sha256"],
         "test_rows": len(tests.rows),
+        "test_rows_skipped": tests.provenance["rows_skipped"],
+        "broken_rows": data.broken_rows,
+        "chance": chance(task, [prompt.row for prompt in prompts]),
         "lm_eval": version("lm_eval"),
     }
     if choosing:
-        protocol |= {"options": response(task, "{option}"), "extraction": None, "max_new_tokens": None, "stop": None}
+        protocol |= {
+            "options": render_answer(task, "{option}"),
+            "extraction": None,
+            "max_new_tokens": None,
+            "stop": None,
+        }
     return EvaluationResult(
         task=task.key,
         scoring=evaluation.scoring,
@@ -201,9 +211,9 @@ def options_of(task: Task, row: Row) -> tuple[str, ...]:
     return named if row.answer in named and set(named) <= set(task.labels) else task.labels
 
 
-def response(task: Task, option: str) -> str:
-    """The whole response that gives an option, in the words of the training data."""
-    return f"The answer is ({option})." if task.answer == "letter" else f"the correct answer is {option}"
+def chance(task: Task, rows: Sequence[Row]) -> float:
+    """The accuracy of guessing: the mean of 1/options over the questions, 0 for numbers."""
+    return 0.0 if task.answer == "number" else fmean(1 / len(options_of(task, row)) for row in rows)
 
 
 def _document(task: Task, prompt: _Prompt, evaluation: EvaluationConfig, choosing: bool) -> dict[str, Any]:
@@ -213,9 +223,11 @@ def _document(task: Task, prompt: _Prompt, evaluation: EvaluationConfig, choosin
         "answer": prompt.row.answer,
         "extraction": evaluation.extraction,
     }
+    if task.key not in TASKS:
+        document |= {"kind": task.answer, "labels": list(task.labels)}
     if choosing:
         options = options_of(task, prompt.row)
-        document["choices"] = [response(task, option) for option in options]
+        document["choices"] = [render_answer(task, option) for option in options]
         document["gold"] = options.index(prompt.row.answer)
     return document
 
@@ -234,7 +246,8 @@ def _run(
         folder = Path(name)
         rows = folder / f"{task.key}.jsonl"
         rows.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-        layers = [YAML_FOLDER / f"{task.key}.yaml", *([YAML_FOLDER / "_loglikelihood.yaml"] if choosing else [])]
+        own = f"{task.key}.yaml" if task.key in TASKS else "_generation.yaml"
+        layers = [YAML_FOLDER / own, *([YAML_FOLDER / "_loglikelihood.yaml"] if choosing else [])]
         settings: dict[str, Any] = {
             "include": [str(layer) for layer in layers],
             "task": task.key,

@@ -1,4 +1,4 @@
-"""Where rows come from: a local folder, the Hugging Face Hub, or the project's own generator; one interface.
+"""Where rows come from: a folder, the hub, a user's own task file, or the project's generator; one interface.
 
 ::
 
@@ -9,16 +9,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from grass_ray.config import ConfigError, DataConfig, FolderSource, GeneratedSource, HubSource
+from grass_ray.config import ConfigError, CustomSource, DataConfig, FolderSource, GeneratedSource, HubSource
+from grass_ray.tasks.custom import check_selection, read_custom
 from grass_ray.tasks.folder import DataFolder
 from grass_ray.tasks.generated import generate
 from grass_ray.tasks.mappings import MAPPINGS
-from grass_ray.tasks.rows import Row, RowError, RowSet, hash_rows
-from grass_ray.tasks.suites import SUITES, TASKS, Task, check_tasks
+from grass_ray.tasks.rows import BrokenRows, Row, RowError, RowSet, hash_rows, take_rows
+from grass_ray.tasks.suites import SUITES, TASKS, Task
 
 SUBSET_SEED = 20_240_531  # which rows max_train_rows keeps and how built mixtures are shuffled; never a run's own seed
 
@@ -31,14 +32,17 @@ def load_train_rows(data: DataConfig) -> RowSet:
     ``data.max_train_rows`` keeps a random subset that is the same in every run. Raises :class:`ConfigError` where
     there is nothing to train on or a row is broken.
     """
-    check_tasks(data.suite, data.tasks)
+    check_selection(data)
     source = data.source
     if isinstance(source, GeneratedSource):
         _check_generated(data)
         rows = generate("train", rows=source.train_rows, seed=source.seed)
         loaded = rows, _made(rows, "train", source), f"generated with seed {source.seed}"
     elif isinstance(source, FolderSource):
-        loaded = _folder_train(DataFolder(source.path), data)
+        loaded = _folder_train(DataFolder(source.path, data.broken_rows), data)
+    elif isinstance(source, CustomSource):
+        rows, entry = read_custom(source, "train", data.broken_rows)
+        loaded = rows, [entry], f"the train file of {source.name}"
     else:
         loaded = _hub_train(data)
     rows, files, description = loaded
@@ -52,29 +56,33 @@ def load_train_rows(data: DataConfig) -> RowSet:
         "rows": len(used),
         "rows_available": len(rows),
         "rows_sha256": hash_rows(used),
+        **_skipping(data, files),
     }
     return RowSet(rows=used, provenance=provenance)
 
 
 def load_test_rows(task: str, data: DataConfig) -> RowSet:
     """The whole test set of one task. Raises :class:`ConfigError` where it is missing or a row is broken."""
-    check_tasks(data.suite, (task,))
+    check_selection(data.model_copy(update={"tasks": (task,)}))
     source = data.source
     if isinstance(source, GeneratedSource):
         _check_generated(data)
         rows = generate("test", rows=source.test_rows, seed=source.seed)
         files = _made(rows, "test", source)
     elif isinstance(source, FolderSource):
-        folder = DataFolder(source.path)
+        folder = DataFolder(source.path, data.broken_rows)
         _check_folder_tests(folder, (task,))
         path = folder.find_task_file(TASKS[task], "test")
         assert path is not None
         rows, entry = folder.read(path, TASKS[task])
         files = [entry]
-    else:
-        rows, entry = _hub_rows(TASKS[task], TASKS[task].hub_test_split)
+    elif isinstance(source, CustomSource):
+        rows, entry = read_custom(source, "test", data.broken_rows)
         files = [entry]
-    provenance = {"source": source.kind, "files": files, "rows": len(rows)}
+    else:
+        rows, entry = _hub_rows(TASKS[task], TASKS[task].hub_test_split, data.broken_rows)
+        files = [entry]
+    provenance = {"source": source.kind, "files": files, "rows": len(rows), **_skipping(data, files)}
     return RowSet(rows=rows, provenance=provenance)
 
 
@@ -85,7 +93,7 @@ def check_data(data: DataConfig, *, training: bool = True) -> None:
         data: which data.
         training: whether there must be something to train on; an evaluation needs only the test sets.
     """
-    check_tasks(data.suite, data.tasks)
+    check_selection(data)
     if isinstance(data.source, HubSource):
         _check_hub(data.tasks)
         if training:
@@ -97,6 +105,11 @@ def check_data(data: DataConfig, *, training: bool = True) -> None:
         load_test_rows(task, data)
     if training:
         load_train_rows(data)
+
+
+def _skipping(data: DataConfig, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What became of broken rows, for the provenance."""
+    return {"broken_rows": data.broken_rows, "rows_skipped": sum(entry.get("rows_skipped", 0) for entry in files)}
 
 
 # ------------------------------------------------------------------------------------------------------- generated
@@ -179,11 +192,11 @@ def _hub_train_tasks(data: DataConfig) -> tuple[str, ...]:
 
 def _hub_train(data: DataConfig) -> tuple[tuple[Row, ...], list[dict[str, Any]], str]:
     tasks = _hub_train_tasks(data)
-    parts = {key: _hub_rows(TASKS[key], "train") for key in tasks}
+    parts = {key: _hub_rows(TASKS[key], "train", data.broken_rows) for key in tasks}
     return _build(parts, SUITES[data.suite].mixtures, [key for key in data.tasks if key not in tasks])
 
 
-def _hub_rows(task: Task, split: str) -> Loaded:
+def _hub_rows(task: Task, split: str, broken_rows: BrokenRows) -> Loaded:
     """Load one split of the original data set and map it. Raises :class:`ConfigError` when it cannot be had."""
     _check_hub((task.key,))
     import datasets
@@ -203,8 +216,6 @@ def _hub_rows(task: Task, split: str) -> Loaded:
             rows.append(MAPPINGS[task.key](record))
         except RowError as mistake:
             mistakes.append(f"row {number}: {mistake}")
-    if mistakes or not rows:
-        shown = "; ".join(mistakes[:5]) or "it has no rows"
-        raise ConfigError(f"{task.hub_id} ({split}): {len(mistakes)} of {len(dataset)} rows cannot be used: {shown}")
+    reading = take_rows(rows, mistakes, f"{task.hub_id} ({split})", broken_rows)
     name = "/".join(part for part in (task.hub_id, task.hub_config, split) if part)
-    return tuple(rows), {"name": name, "sha256": hash_rows(rows), "rows": len(rows)}
+    return reading.rows, {"name": name, "sha256": hash_rows(reading.rows), **reading.provenance}

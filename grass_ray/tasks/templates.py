@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 from grass_ray.tasks.rows import Row
+from grass_ray.tasks.suites import Task
 
 TemplateName = Literal["clean", "published"]
 
@@ -45,3 +46,10 @@ def render_prompt(row: Row, template: TemplateName) -> str:
 def render_response(row: Row) -> str:
     """The text to learn, without white space around it; the end-of-text token is the tokenizer's matter."""
     return row.output.strip()
+
+
+def render_answer(task: Task, answer: str) -> str:
+    """The whole response that gives an answer, in the words of the training data."""
+    if task.answer == "labels":
+        return f"the correct answer is {answer}"
+    return f"The answer is ({answer})." if task.answer == "letter" else f"The answer is {answer}."

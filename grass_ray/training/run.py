@@ -46,7 +46,7 @@ from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.rows import Row, hash_rows
-from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics
+from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
@@ -176,7 +176,9 @@ class Run:
     def outcome(self) -> RunOutcome:
         """What the run came to so far."""
         state = self.state
-        metrics = accuracy_metrics(self._results)
+        steps = self.config.training.steps
+        contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
+        metrics = accuracy_metrics(self._results, contaminated=contaminated)
         if self._validation_loss is not None:
             metrics["validation/loss"] = self._validation_loss
         if state.trained:

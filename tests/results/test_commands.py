@@ -41,6 +41,11 @@ CHANGES = [
     ["method.sampler.temperature=0.125", "method.optimizer.betas=[0.8, 0.95]", "evaluation.scoring=loglikelihood"],
     ["model.name=some one/odd 'name'", "model.dtype=bfloat16", "training.checkpoint_every_steps=4"],
     ["data.suite=commonsense", "data.tasks=[piqa, boolq]", "data.source={kind: hub}"],
+    [
+        "data.suite=reviews",
+        "data.tasks=[reviews]",
+        "data.source={kind: custom, name: reviews, answer: labels, labels: [good, bad], train: /a.json, test: /b.json}",
+    ],
     ["data.source.train_rows=40", "data.source.seed=9", "data.max_train_rows=12"],
     ["method.sampler.num_active_layers={kind: linear, start: 4, end: 1}"],
 ]

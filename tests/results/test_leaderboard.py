@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ from result_records import answers, make_history, make_record
 
 from grass_ray.results.leaderboard import LeaderboardRow, build_leaderboard
 from grass_ray.results.record import RunRecord
+from grass_ray.results.rendering import render
+from grass_ray.results.selection import Selection
 from grass_ray.results.statistics import wilson_interval
 
 KEYS = [
@@ -266,6 +269,35 @@ def test_contaminated_tasks_have_an_average_without_them() -> None:
     assert table.rows[0].accuracy_clean == pytest.approx(0.3)
     assert table.rows[0].contaminated == ["addsub"]
     assert any("contains test questions of AddSub; average without them: grass 30.0" in note for note in table.notes)
+
+
+def test_clean_averages_are_over_the_same_tasks_in_every_row_and_can_be_sorted() -> None:
+    better = MATH | {"addsub": answers(1, 10), "svamp": answers(6, 10)}
+    records = [
+        trained_on(make_record("grass", correct=MATH, suite="arithmetic"), "ft-training_set/math_10k.json"),
+        trained_on(make_record("lora", correct=better, suite="arithmetic"), "dataset/gsm8k/train.json"),
+    ]
+    tables = build_leaderboard(records)
+    assert [row.method for row in tables[0].rows] == ["grass", "lora"]
+    assert [row.accuracy_clean for row in tables[0].rows] == pytest.approx([0.3, 0.4])
+    (table,) = Selection(sort="accuracy_clean").tables(tables)
+    assert [row.method for row in table.rows] == ["lora", "grass"]
+    assert "accuracy_clean" in render(tables, "csv").splitlines()[0]
+    assert "clean %" in render(tables, "markdown")
+    assert json.loads(render(tables, "json"))[1]["accuracy_clean"] == pytest.approx(0.4)
+
+
+def test_the_average_above_chance_needs_every_tasks_chance() -> None:
+    def at(**chances: float) -> float | None:
+        correct = {"boolq": answers(6, 10), "piqa": answers(10, 10)}
+        record = make_record(correct=correct, suite="commonsense")
+        for task, chance in chances.items():
+            record.tasks[task].protocol["chance"] = chance
+        return rows_of([record])[0].accuracy_normalised
+
+    assert at(boolq=0.5, piqa=0.5) == pytest.approx((0.2 + 1.0) / 2)
+    assert at(boolq=0.5) is None
+    assert at(boolq=0.0, piqa=0.0) is None, "without options it says nothing new"
 
 
 @pytest.mark.parametrize("files", [("dataset/gsm8k/train.json",), ()])

@@ -103,7 +103,17 @@ def test_rows_without_the_value_come_last_either_way() -> None:
 )
 def test_unknown_names_are_refused(choice: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", "\\(")):
-        Selection(**choice)  # type: ignore[arg-type]
+        Selection(**choice).records(sweep())  # type: ignore[arg-type]
+
+
+def test_a_task_of_ones_own_is_known_by_its_runs() -> None:
+    own = make_record(correct={"reviews": answers(3, 4)}, suite="generated")
+    own.config["data"] |= {"suite": "reviews", "tasks": ["reviews"]}
+    chosen = Selection(suites=("reviews",), tasks=("reviews",), sort="reviews")
+    (row,) = shown(chosen, [*sweep(), own])
+    assert row.tasks == {"reviews": 0.75}
+    with pytest.raises(ConfigError, match="unknown task 'reviews'"):
+        chosen.records(sweep())
 
 
 def test_models_and_methods_that_no_run_has_are_refused() -> None:

@@ -4,7 +4,7 @@ import pytest
 from task_parts import record, write
 
 from grass_ray.config import ConfigError
-from grass_ray.tasks.rows import Row, read_rows
+from grass_ray.tasks.rows import MAX_ROW_CHARACTERS, Row, read_file, read_rows
 from grass_ray.tasks.suites import TASKS
 
 BOOLQ, GSM8K = TASKS["boolq"], TASKS["gsm8k"]
@@ -77,7 +77,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path):
         ("[]", ["holds no rows"]),
         ('{"a": 1}', ["holds an object", "JSON list"]),
         (json.dumps([record(), record()])[:-20], ["broken JSON", "about row 2"]),
-        (json.dumps([record()]).encode()[:-2] + b"\n\xff]", ["not UTF-8", "line 2", "0xff"]),
+        (json.dumps([record()]).encode()[:-2] + b"\n\xff]", ["broken JSON", "line 2"]),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path, content, words):
@@ -95,3 +95,47 @@ def test_a_missing_file(tmp_path):
 
 def test_a_mixture_does_not_check_labels(tmp_path):
     assert len(read_rows(write(tmp_path / "a.json", [record("true"), record("option2"), record("12")]), None)) == 3
+
+
+BROKEN = {
+    "missing key": (json.dumps({"instruction": "q", "answer": "true"}), "no 'output'"),
+    "wrong type": (json.dumps(record(output=5)), "'output' is int, not text"),
+    "unknown label": (json.dumps(record("perhaps")), "unknown label 'perhaps'"),
+    "invalid UTF-8": (json.dumps(record(instruction="caf@?")).encode().replace(b"@", b"\xe9"), "has the byte 0xe9"),
+    "lone surrogate": (json.dumps(record(instruction="\ud800?")), "the lone surrogate U+D800"),
+    "huge": (json.dumps(record(instruction="x" * (MAX_ROW_CHARACTERS + 1))), "a row may have 1,000,000"),
+    "not an object": ("[1, 2]", "it is a list, not an object"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_row_is_refused_or_left_out_and_counted(tmp_path, kind, suffix):
+    bad, words = BROKEN[kind]
+    lines = [
+        json.dumps(record()).encode(),
+        bad if isinstance(bad, bytes) else bad.encode(),
+        json.dumps(record()).encode(),
+    ]
+    content = b"\n".join(lines) if suffix == "jsonl" else b"[" + b",".join(lines) + b"]"
+    path = write(tmp_path / f"a.{suffix}", content)
+    message = refused(path)
+    assert "1 of 3 rows" in message
+    assert "row 2: " in message
+    assert words in message
+    assert "data.broken_rows=skip" in message
+    reading = read_file(path, BOOLQ, broken_rows="skip")
+    assert len(reading.rows) == 2
+    assert reading.provenance["rows_skipped"] == 1
+    assert words in reading.provenance["mistakes"][0]
+
+
+def test_a_line_that_is_not_json_can_be_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps(record()) + "\nnonsense\n")
+    assert read_file(path, BOOLQ, broken_rows="skip").skipped[0].startswith("row 2: broken JSON")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "[{", json.dumps([record("perhaps")])])
+def test_a_file_without_a_good_row_is_refused_even_when_skipping(tmp_path, content):
+    with pytest.raises(ConfigError, match=r"a\.json"):
+        read_file(write(tmp_path / "a.json", content), BOOLQ, broken_rows="skip")

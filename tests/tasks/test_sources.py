@@ -76,6 +76,19 @@ def test_the_larger_commonsense_mixture_comes_first(tmp_path):
     assert load_train_rows(config(tmp_path, "boolq")).provenance["description"] == "the mixture commonsense_170k"
 
 
+@pytest.mark.parametrize(
+    ("task", "name"), [("boolq", "commonsense_170k"), ("boolq", "commonsense_15k"), ("svamp", "math_10k")]
+)
+@pytest.mark.parametrize("root", ["ft-training_set", ".", "llm-adapters/ft-training_set"])
+def test_every_mixture_is_read_from_its_file(tmp_path, task, name, root):
+    answers = ["true", "option2"] if task == "boolq" else ["12.0", "B"]
+    write(tmp_path / root / f"{name}.json", [record(answer) for answer in answers])
+    provenance = load_train_rows(config(tmp_path, task)).provenance
+    assert provenance["description"] == f"the mixture {name}"
+    assert provenance["files"][0]["name"].endswith(f"{name}.json")
+    assert provenance["rows"] == 2
+
+
 def test_without_a_mixture_the_train_sets_are_put_together_and_shuffled(tmp_path):
     put(tmp_path, "boolq", "train", 30)
     put(tmp_path, "arc_easy", "train", 30)
@@ -100,7 +113,7 @@ def test_another_train_set_of_the_suite_stands_in(tmp_path):
     assert "no train set of svamp" in provenance["description"]
 
 
-@pytest.mark.parametrize("place", ["gsm8k", "../gsm8k"])
+@pytest.mark.parametrize("place", ["gsm8k", "../gsm8k", "dataset/gsm8k", "grade_school_math/data", "."])
 def test_gsm8k_in_its_authors_form(tmp_path, place):
     line = json.dumps({"question": "How many?", "answer": "2+3 = <<2+3=5>>5\n#### 5"})
     folder = tmp_path / "data"
@@ -110,7 +123,7 @@ def test_gsm8k_in_its_authors_form(tmp_path, place):
     data = config(folder, "gsm8k")
     check_data(data)
     assert load_train_rows(data).rows[0].output == "2+3 = 5\nThe answer is 5."
-    assert load_test_rows("gsm8k", data).provenance["files"][0]["name"] == f"{place}/test.jsonl"
+    assert load_test_rows("gsm8k", data).provenance["files"][0]["name"] == f"{place}/test.jsonl".removeprefix("./")
 
 
 def test_a_subset_is_random_and_the_same_every_time(tmp_path):
@@ -208,3 +221,37 @@ def test_arithmetic_works_with_only_gsm8k_to_train_on(real_data):
         assert train.provenance["rows_available"] == 7473
         assert "gsm8k (7473)" in train.provenance["description"]
         assert not any("<<" in row.output for row in train.rows)
+
+
+def test_skipped_rows_are_in_the_provenance(tmp_path):
+    rows = [record("true", instruction=f"{n}?") for n in range(9)] + [record("perhaps"), {}]
+    for split in ("train", "test"):
+        write(tmp_path / f"dataset/boolq/{split}.json", rows)
+    refused(config(tmp_path, "boolq"))
+    data = config(tmp_path, "boolq", broken_rows="skip")
+    check_data(data)
+    for loaded in (load_train_rows(data), load_test_rows("boolq", data)):
+        assert len(loaded.rows) == 9
+        assert (loaded.provenance["broken_rows"], loaded.provenance["rows_skipped"]) == ("skip", 2)
+        (entry,) = loaded.provenance["files"]
+        assert (entry["rows"], entry["rows_skipped"]) == (9, 2)
+        assert entry["mistakes"][0].startswith("row 10: unknown label 'perhaps'")
+
+
+def test_every_real_train_row_loads_and_both_forms_of_gsm8k_agree(real_data):
+    from grass_ray.tasks.folder import DataFolder
+
+    sizes = {"boolq": 9427, "arc_easy": 2251, "arc_challenge": 1119, "openbookqa": 4957}
+    train = load_train_rows(config(real_data, *sizes))
+    assert train.provenance["rows"] == sum(sizes.values())
+    assert train.provenance["rows_skipped"] == 0
+    assert all(f"{key} ({rows})" in train.provenance["description"] for key, rows in sizes.items())
+    folder, task = DataFolder(str(real_data)), TASKS["gsm8k"]
+    published, _ = folder.read(real_data / "llm-adapters/dataset/gsm8k/test.json", task)
+    original, _ = folder.read(real_data / "gsm8k/test.jsonl", task)
+    told, wanted = (
+        {" ".join(row.instruction.split()): float(row.answer.replace(",", "")) for row in rows}
+        for rows in (published, original)
+    )
+    assert len(told) == 1319
+    assert told == wanted
