@@ -221,6 +221,8 @@ def drive_trial(values: dict[str, Any]) -> None:
     )
     try:
         trainer.fit()
+    except ray.train.ControllerError:
+        raise  # Train's own processes died, not the worker: Tune starts the trial again, which finds its checkpoint
     except ray.train.TrainingFailedError as error:
         storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
         ray.tune.report({"phase": "crashed", "failure": _reason(error, job.max_failures + 1), "steps": []})
@@ -233,7 +235,7 @@ def _resources(job: Job) -> dict[str, float]:
 
 
 def _reason(error: Exception, times: int) -> str:
-    """The last telling line of a failed Train run's message."""
+    """The telling line of a failed Train run's message: the last one, but Ray's on memory ends in advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    died = f"the worker failed {times} time(s)"
-    return f"{died}: {lines[-1]}" if lines else died
+    telling = next((line for line in lines if "low on memory" in line), lines[-1] if lines else "no reason known")
+    return f"the worker failed {times} time(s): {telling}"
