@@ -154,8 +154,9 @@ def test_a_sweep_submitted_over_ssh_runs_on_the_cluster_and_ends_in_its_mlflow(r
             results = home / "results"
             said = launcher(
                 "submit", "--no-config-cache", str(config), "sweeps/commonsense.py", "--",
-                "--smoke", "--models", "tiny", "--methods", "full", "grass", "--tasks", "arc_easy", "--no-base", "--machines", "1",
-                "--cpus-per-trial", "1", "--data-dir", str(real_data / "llm-adapters"), "--storage-path", str(results),
+                "--smoke", "--models", "tiny", "--methods", "full", "grass", "--tasks", "arc_easy", "--no-base",
+                "--machines", "1", "--cpus-per-trial", "1", "--storage-path", str(results),
+                "--data-dir", str(real_data / "llm-adapters"),
             )  # fmt: skip
             assert "joined Ray at" in said
             records = [RunRecord.load(path) for path in results.glob("commonsense/*/*/record.json")]
