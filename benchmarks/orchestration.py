@@ -1,4 +1,4 @@
-"""What Ray Tune, Ray Train and MLflow cost: a sweep of short trials against the same trials one after another in a loop.
+"""What Ray Tune, Ray Train and MLflow cost: a sweep of short trials against the same trials in a loop.
 
     python benchmarks/orchestration.py                              # eight trials of 40 steps, the tiny model
     python benchmarks/orchestration.py --trials 2 --steps 10 --output /tmp/orchestration
