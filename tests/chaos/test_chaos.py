@@ -36,6 +36,7 @@ from grass_ray.training.run import Run
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("GRASS_RAY_CHAOS_KILLS", "20"))
 FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_S", "480"))
+PROCESSES = ("TrainWorker", "TrainController", "ImplicitFunc")  # of a trial: works, restarts workers, waits for both
 KINDS = ("worker", "node", "worker", "driver")
 STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
 PATIENCE_S = 300
@@ -76,7 +77,7 @@ class Machines:
                 title = " ".join(process.cmdline())
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-            if title.startswith("ray::") and ("TrainWorker" in title or "drive_trial" in title):
+            if title.startswith("ray::") and any(kind in title for kind in PROCESSES):
                 found.append(process)
         return found
 
