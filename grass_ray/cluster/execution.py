@@ -90,7 +90,8 @@ class Execution:
         if not left:
             self._say("every trial has ended already")
             return
-        with ray_cluster() as cluster:
+        with ray_cluster(self.options.machines) as cluster:
+            cluster.check_storage(self.storage)
             share = cluster.share(
                 cpus=self.options.cpus_per_trial,
                 gpus=self.options.gpus_per_trial,
@@ -100,7 +101,13 @@ class Execution:
             self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs a trial, {share.slots} at once")
             jobs = [self._job(spec, share.cpus, share.gpus) for spec in left]
             with self.progress:
-                run_trials(jobs, share, self.storage, callbacks=[SweepCallback(ledger)])
+                run_trials(
+                    jobs,
+                    share,
+                    self.storage,
+                    callbacks=[SweepCallback(ledger)],
+                    max_failures=self.options.max_failures,
+                )
 
     def _job(self, spec: TrialSpec, cpus: int, gpus: int) -> Job:
         return Job(
@@ -114,6 +121,7 @@ class Execution:
             gpus=gpus,
             keep_checkpoints=self.options.keep_checkpoints,
             memory_check=self.options.memory_check,
+            max_failures=self.options.max_failures,
         )
 
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:

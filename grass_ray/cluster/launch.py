@@ -3,14 +3,21 @@
 ::
 
     with ray_cluster() as cluster:
+        cluster.check_storage(storage)
         share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
-        run_trials(jobs, share, storage, callbacks=[SweepCallback(ledger)])
+        run_trials(jobs, share, storage, callbacks=[SweepCallback(ledger)], max_failures=2)
+
+Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
+On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
+the cluster's is down.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +27,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job, drive_trial
@@ -39,6 +47,8 @@ CPU_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(2**28),
 }
+MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
+PROBE_FILE = ".seen-by-every-machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +66,35 @@ class ClusterView:
 
     address: str
     machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
+    joined: bool = False  # a Ray that was there; otherwise one that was started and ends with this process
+    node_ids: tuple[str, ...] = ()  # Ray's names of the machines
 
     def describe(self) -> str:
         """One line for the head of a sweep."""
         cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
-        return f"Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs"
+        how = "joined" if self.joined else "started"
+        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs"
+
+    def check_storage(self, storage: Storage) -> None:
+        """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
+
+        Raises:
+            ConfigError: When a machine does not see the file.
+        """
+        if len(self.machines) < 2:
+            return
+        storage.write_text("", PROBE_FILE)
+        looks = [
+            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(storage.uri)
+            for node in self.node_ids
+        ]
+        blind = [place for sees, place in ray.get(looks) if not sees]
+        storage.remove(PROBE_FILE)
+        if blind:
+            raise ConfigError(
+                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
+                f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
+            )
 
     def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None) -> Share:
         """What each trial gets; by default a GPU where there is one, and the CPUs that come with it.
@@ -84,29 +118,82 @@ class ClusterView:
 
 
 @contextmanager
-def ray_cluster() -> Iterator[ClusterView]:
-    """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end."""
+def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S) -> Iterator[ClusterView]:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end.
+
+    Args:
+        machines: wait until so many have joined; None takes those that are there.
+        within_s: how long to wait for them, in seconds.
+
+    Raises:
+        ConfigError: When the cluster does not answer, or too few machines join.
+    """
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    context = ray.init(
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={
-            "env_vars": WORKER_ENVIRONMENT if torch.cuda.is_available() else WORKER_ENVIRONMENT | CPU_ENVIRONMENT
-        },
-    )
+    try:
+        context = ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={
+                "env_vars": WORKER_ENVIRONMENT if torch.cuda.is_available() else WORKER_ENVIRONMENT | CPU_ENVIRONMENT
+            },
+        )
+    except ConnectionError as error:
+        wanted = os.environ.get("RAY_ADDRESS")
+        raise ConfigError(
+            f"cannot join the Ray cluster {'of this machine' if wanted is None else f'of RAY_ADDRESS={wanted}'}: "
+            f"{str(error).strip().splitlines()[0]} Is it running (`ray status`)? "
+            "RAY_ADDRESS=local starts a Ray of its own on this machine instead"
+        ) from None
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        machines = tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
-        yield ClusterView(address=context.address_info["gcs_address"], machines=machines)
+        alive = _await_machines(machines, within_s)
+        held = [node["Resources"] for node in alive]
+        yield ClusterView(
+            address=context.address_info["gcs_address"],
+            machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
+            # a session is named after the process that started it
+            joined=not context.address_info["session_dir"].endswith(f"_{os.getpid()}"),
+            node_ids=tuple(str(node["NodeID"]) for node in alive),
+        )
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
 
 
-def run_trials(jobs: Sequence[Job], share: Share, storage: Storage, callbacks: list[tune.Callback]) -> None:
-    """Run every job as a trial; a failed one does not stop the others. ``storage`` is the sweep's folder."""
+def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
+    """The machines that are alive, once there are enough of them. Raises :class:`ConfigError`."""
+    deadline = time.monotonic() + within_s
+    while True:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if len(alive) >= (number or 1):
+            return alive
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--machines {number}, but after {within_s:.0f} seconds the Ray cluster has {len(alive)}; "
+                "see `ray status` and /tmp/ray/session_latest/logs/monitor.log on the head, or give a smaller number"
+            )
+        time.sleep(1)
+
+
+@ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
+def _sees(uri: str) -> tuple[bool, str]:
+    """Whether this machine sees the storage's file, and this machine's address."""
+    return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
+
+
+def run_trials(
+    jobs: Sequence[Job], share: Share, storage: Storage, callbacks: list[tune.Callback], max_failures: int
+) -> None:
+    """Run every job as a trial; a failed one does not stop the others.
+
+    Args:
+        jobs: the trials.
+        share: what each gets, and how many run at once.
+        storage: the sweep's folder.
+        callbacks: what Tune calls in this process.
+        max_failures: how often a trial's driver may die, beside the deaths of its workers that Train counts.
+    """
     tuner = tune.Tuner(
         # A memory of one byte: the driver of a trial must hold no CPU that its own worker waits for.
         tune.with_resources(drive_trial, {"memory": 1}),
@@ -119,7 +206,7 @@ def run_trials(jobs: Sequence[Job], share: Share, storage: Storage, callbacks: l
         run_config=tune.RunConfig(
             name="tune",
             storage_path=storage.join("ray").uri,
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=callbacks,
             verbose=0,
         ),

@@ -83,6 +83,18 @@ class SweepOptions:
         int | None, tyro.conf.arg(help="default: 1 where the cluster has GPUs, else 0", metavar="N")
     ] = None
     max_concurrent_trials: Annotated[int | None, tyro.conf.arg(help="default: as many as fit", metavar="N")] = None
+    machines: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="wait until the cluster has so many machines; default: take those that are there", metavar="N"
+        ),
+    ] = None
+    max_failures: Annotated[
+        int,
+        tyro.conf.arg(
+            help="how often a trial's process may die; each time it goes on from its checkpoint", metavar="N"
+        ),
+    ] = 2
     keep_checkpoints: Annotated[
         bool, tyro.conf.arg(help="keep what each trial trained, for `grass-ray export`; otherwise only its numbers")
     ] = False
@@ -191,12 +203,14 @@ def default_tracking(options: SweepOptions) -> str | None:
 
 def _check_numbers(options: SweepOptions) -> None:
     mistakes = []
-    for flag in ("num_samples", "cpus_per_trial", "max_concurrent_trials"):
+    for flag in ("num_samples", "cpus_per_trial", "max_concurrent_trials", "machines"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 1 or more")
-    if options.gpus_per_trial is not None and options.gpus_per_trial < 0:
-        mistakes.append(f"--gpus-per-trial {options.gpus_per_trial}: give 0 or more")
+    for flag in ("gpus_per_trial", "max_failures"):
+        value = getattr(options, flag)
+        if value is not None and value < 0:
+            mistakes.append(f"--{flag.replace('_', '-')} {value}: give 0 or more")
     if options.search == "random" and options.num_samples is None:
         mistakes.append("--search random needs --num-samples N, the points drawn for each method")
     if options.search == "grid" and options.num_samples is not None:

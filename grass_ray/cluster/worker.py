@@ -54,6 +54,7 @@ class Job:
     gpus: int
     keep_checkpoints: bool = False
     memory_check: bool = True
+    max_failures: int = 2  # how often a process may die before the trial counts as failed
 
     @property
     def run_id(self) -> str:
@@ -115,6 +116,7 @@ def train_worker(values: dict[str, Any]) -> None:
         started_at=started_at,
         model_sha256=None if run is None else base_model_sha256(config.model),
         threads=torch.get_num_threads(),
+        weights_sha256=run.weights_sha256() if run is not None and status == "finished" else None,
     )
     with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
         written = Path(name)
@@ -210,16 +212,20 @@ def drive_trial(values: dict[str, Any]) -> None:
         run_config=ray.train.RunConfig(
             name=job.train_name,
             storage_path=storage.join("ray").uri,
-            failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=job.max_failures, controller_failure_limit=job.max_failures + 1
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             callbacks=[TuneReportCallback()],
         ),
     )
     try:
         trainer.fit()
+    except ray.train.ControllerError:
+        raise  # Train's own processes died, not the worker: Tune starts the trial again, which finds its checkpoint
     except ray.train.TrainingFailedError as error:
         storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
-        ray.tune.report({"phase": "crashed", "failure": _reason(error), "steps": []})
+        ray.tune.report({"phase": "crashed", "failure": _reason(error, job.max_failures + 1), "steps": []})
     else:
         storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
 
@@ -228,7 +234,8 @@ def _resources(job: Job) -> dict[str, float]:
     return {"CPU": job.cpus, "GPU": job.gpus} if job.gpus else {"CPU": job.cpus}
 
 
-def _reason(error: Exception) -> str:
-    """The last telling line of a failed Train run's message."""
+def _reason(error: Exception, times: int) -> str:
+    """The telling line of a failed Train run's message: the last one, but Ray's on memory ends in advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"the worker failed three times: {lines[-1]}" if lines else "the worker failed three times"
+    telling = next((line for line in lines if "low on memory" in line), lines[-1] if lines else "no reason known")
+    return f"the worker failed {times} time(s): {telling}"

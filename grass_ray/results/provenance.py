@@ -132,6 +132,7 @@ def build_record(
     world_size: int = 1,
     model_sha256: str | None = None,
     threads: int | None = None,
+    weights_sha256: str | None = None,
 ) -> RunRecord:
     """Make the record of one trial, whether it finished or not.
 
@@ -149,6 +150,7 @@ def build_record(
         world_size: number of workers.
         model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
         threads: CPU threads that torch computed with; another number may change the last bits of a sum.
+        weights_sha256: hash of the trained weights (:func:`grass_ray.training.weights.parameters_sha256`).
     """
     git = git_state()
     return RunRecord(
@@ -174,6 +176,7 @@ def build_record(
         finished_at=finished_at or now(),
         model_sha256=model_sha256,
         threads=threads,
+        weights_sha256=weights_sha256,
     )
 
 

@@ -75,6 +75,7 @@ class RunRecord(RecordPart):
     finished_at: str
     model_sha256: str | None = Field(default=None, description="of the base model's weight files, as sha256sum says")
     threads: int | None = Field(default=None, description="CPU threads that torch computed with")
+    weights_sha256: str | None = Field(default=None, description="of what was trained, in its last state")
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""

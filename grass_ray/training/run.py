@@ -57,6 +57,7 @@ from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import build_skeleton, describe_model, load_model
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
 from grass_ray.training.validation import answer_loss, hold_out
+from grass_ray.training.weights import parameters_sha256
 
 Progress = Callable[[str, int, int], None]
 
@@ -172,6 +173,11 @@ class Run:
         self._results = evaluate(
             self.state.model, self.tokenizer, self.config.data, self.config.evaluation, on_progress=on_progress
         )
+
+    def weights_sha256(self) -> str:
+        """The hash of all weights as they are now, trained or not (a second for two gigabytes)."""
+        self.state.optimizer.synchronize()
+        return parameters_sha256(self.state.model)
 
     def outcome(self) -> RunOutcome:
         """What the run came to so far."""

@@ -36,6 +36,8 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep
         (["--set", "method.sampler.perod=5"], "no method of this sweep has the key"),
         (["--set", "training.steps"], "write it as dotted.key=value"),
         (["--num-samples", "0"], "--num-samples 0: give 1 or more"),
+        (["--machines", "0"], "--machines 0: give 1 or more"),
+        (["--max-failures", "-1"], "--max-failures -1: give 0 or more"),
         (["--search", "random"], "--search random needs --num-samples"),
         (["--data-dir", "/nowhere"], "has no effect"),
         (["--tasks", "boolq", "--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),

@@ -6,10 +6,12 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from small import make_llama
+import torch
+from small import make_llama, short_run
 
 from grass_ray.config import ModelConfig
-from grass_ray.training.weights import base_model_sha256
+from grass_ray.training.run import Run
+from grass_ray.training.weights import base_model_sha256, parameters_sha256
 
 
 def test_one_file_has_its_own_hash_and_another_bit_another(tmp_path: Path) -> None:
@@ -34,3 +36,35 @@ def test_several_files_are_hashed_as_the_shell_would(tmp_path: Path) -> None:
 def test_the_built_in_model_has_one_whatever_the_dtype_and_an_absent_one_has_none() -> None:
     assert base_model_sha256(ModelConfig(name="tiny")) == base_model_sha256(ModelConfig(name="tiny", dtype="bfloat16"))
     assert base_model_sha256(ModelConfig(name="no/such-model")) is None
+
+
+def test_one_changed_bit_of_any_parameter_changes_the_hash_of_a_model_in_every_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_llama(tied=True).to(dtype)
+        before = parameters_sha256(model)
+        assert parameters_sha256(make_llama(tied=True).to(dtype)) == before
+        for parameter in model.parameters():
+            bits = parameter.data.flatten().view(torch.int16)
+            bits[0] ^= 1
+            assert parameters_sha256(model) != before
+            bits[0] ^= 1
+        assert parameters_sha256(model) == before
+
+
+def test_a_run_that_was_interrupted_ends_with_the_hash_of_one_that_was_not(tmp_path: Path) -> None:
+    config = short_run("grass")
+    whole = Run.prepare(config)
+    untrained = whole.weights_sha256()
+    for _ in whole.fit():
+        pass
+    first = Run.prepare(config)
+    for report in first.fit():
+        if report.step == 5:
+            first.save(tmp_path / "checkpoint")
+            break
+    second = Run.prepare(config)
+    second.restore(tmp_path / "checkpoint")
+    for _ in second.fit():
+        pass
+    assert second.weights_sha256() == whole.weights_sha256()
+    assert second.weights_sha256() != untrained

@@ -1,0 +1,161 @@
+"""What Ray Tune, Ray Train and MLflow cost: a sweep of short trials against the same trials in a loop.
+
+    python benchmarks/orchestration.py                              # eight trials of 40 steps, the tiny model
+    python benchmarks/orchestration.py --trials 2 --steps 10 --output /tmp/orchestration
+
+The loop prepares, trains and evaluates each trial in this process, with the threads that a trial of the sweep has, and
+writes nothing. The sweep does all that a sweep does. A trial's start-up is what the sweep's places held beyond the time
+that its workers worked: ``(wall time x trials at once - sum of workers' times) / trials``; Ray's own start is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from grass_ray.cluster.options import SweepDefaults, SweepOptions
+from grass_ray.cluster.sweep import Sweep
+from grass_ray.results.provenance import git_state, hardware, versions
+from grass_ray.results.record import RunRecord
+from grass_ray.results.tracking import Tracker
+from grass_ray.training.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    trials: int = 8
+    steps: int = 40
+    cpus_per_trial: int = 1
+    saves: Annotated[int, tyro.conf.arg(help="checkpoints to time")] = 10
+    output: Annotated[Path, tyro.conf.arg(help="written with .json and .md")] = Path("benchmarks/results/orchestration")
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.cpus_per_trial)
+    sweep = Sweep(
+        name="orchestration",
+        question="What does orchestration cost?",
+        defaults=SweepDefaults(
+            models=("tiny",),
+            methods=("grass",),
+            tasks=("generated",),
+            seeds=tuple(range(options.trials)),
+            settings=(f"training.steps={options.steps}", "training.batch_size=4", "evaluation.limit=8"),
+            method_settings={"grass": ("method.sampler.period=10", "method.sampler.probing_steps=4")},
+        ),
+    )
+    values = loop(sweep) | orchestrated(sweep, options)
+    values["start_up_s_a_trial"] = (
+        values["sweep_s"] * values["trials_at_once"] - values["workers_s"]
+    ) / options.trials  # fmt: skip
+    values |= checkpointing(sweep, options.saves) | tracking()
+    write(options, values)
+
+
+def loop(sweep: Sweep) -> dict[str, float]:
+    """The trials one after another; the first one's imports and downloads are warmed up before."""
+    specs = sweep.plan(SweepOptions(base=False))
+    Run.prepare(specs[0].config)
+    started = time.perf_counter()
+    for spec in specs:
+        run = Run.prepare(spec.config)
+        for _ in run.fit():
+            pass
+        run.evaluate()
+    return {"loop_s": time.perf_counter() - started}
+
+
+def orchestrated(sweep: Sweep, options: Options) -> dict[str, float]:
+    """The same trials as a sweep, on a Ray of this process."""
+    os.environ["RAY_ADDRESS"] = "local"
+    with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
+        started = time.perf_counter()
+        code = sweep.run(
+            SweepOptions(base=False, quiet=True, storage_path=folder, cpus_per_trial=options.cpus_per_trial,
+                         tracking_uri=f"sqlite:///{folder}/mlflow.db")
+        )  # fmt: skip
+        wall = time.perf_counter() - started
+        assert code == 0, "a trial failed"
+        records = [RunRecord.load(path) for path in Path(folder).glob("*/*/*/record.json")]
+    assert len(records) == options.trials
+    cores = len(os.sched_getaffinity(0))
+    worked = sum(
+        (datetime.fromisoformat(r.finished_at) - datetime.fromisoformat(r.started_at)).total_seconds() for r in records
+    )
+    at_once = min(options.trials, max(1, (os.cpu_count() or 1) // options.cpus_per_trial))
+    return {"sweep_s": wall, "workers_s": worked, "trials_at_once": at_once, "cores_allowed": cores}
+
+
+def checkpointing(sweep: Sweep, saves: int) -> dict[str, float]:
+    """Seconds a checkpoint takes to write, beside those of a step."""
+    run = Run.prepare(sweep.plan(SweepOptions(base=False))[0].config)
+    steps = [report.step_s for report in run.fit()]
+    times = []
+    with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
+        for _ in range(saves):
+            started = time.perf_counter()
+            run.save(Path(folder) / "checkpoint")
+            times.append(time.perf_counter() - started)
+    return {"step_s": statistics.median(steps), "checkpoint_s": statistics.median(times)}
+
+
+def tracking(steps: int = 100, metrics: int = 12) -> dict[str, float]:
+    """Seconds a step's metrics take to reach a SQLite store in the driver: one call a step, and ten steps a call."""
+    costs = {}
+    with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
+        tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "orchestration")
+        tracker.open()
+        for at_once in (1, 10):
+            run = tracker.start_trial("s", f"by {at_once}", f"by-{at_once}", {}, {})
+            started = time.perf_counter()
+            for first in range(1, steps + 1, at_once):
+                rows = [(n, {f"train/m{i}": float(n) for i in range(metrics)}) for n in range(first, first + at_once)]
+                tracker.log_steps(run, rows)
+            costs[f"tracking_s_a_step_by_{at_once}"] = (time.perf_counter() - started) / steps
+        assert tracker.close() == 0
+    return costs
+
+
+def write(options: Options, values: dict[str, float]) -> None:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    git = git_state()
+    about = {"trials": options.trials, "steps": options.steps, "hardware": hardware(), "versions": versions()}
+    about |= {"cpus_per_trial": options.cpus_per_trial, "git_commit": git.commit, "git_dirty": git.dirty}
+    options.output.with_suffix(".json").write_text(json.dumps({"about": about, "values": values}, indent=1) + "\n")
+    rows = {
+        "trials one after another in a loop": f"{values['loop_s']:.1f} s",
+        "the same trials as a sweep": f"{values['sweep_s']:.1f} s, {values['trials_at_once']:.0f} at once",
+        "start-up of a trial in the sweep": f"{values['start_up_s_a_trial']:.1f} s",
+        "a training step": f"{1000 * values['step_s']:.1f} ms",
+        "a checkpoint": f"{1000 * values['checkpoint_s']:.1f} ms",
+        "tracking a step, one call a step": f"{1000 * values['tracking_s_a_step_by_1']:.1f} ms in the driver",
+        "tracking a step, ten steps a call": f"{1000 * values['tracking_s_a_step_by_10']:.1f} ms in the driver",
+    }
+    lines = [
+        "# What orchestration costs",
+        "",
+        f"{options.trials} trials of {options.steps} steps of the tiny model, {options.cpus_per_trial} CPU(s) a trial; "
+        f"{about['hardware']}; commit {git.commit}. Made by `python benchmarks/orchestration.py`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
