@@ -26,7 +26,7 @@ from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
 from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
-from grass_ray.optim.data_parallel import Workers
+from grass_ray.optim.data_parallel import Reduction, Workers
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
@@ -74,6 +74,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             matrices.
         layers: the name of the list of decoder layers, for models where it cannot be found.
         process_group: the data-parallel workers; None takes torch.distributed's default group where there is one.
+        gradient_reduction: the active gradients become their ``"mean"`` over the workers, or their ``"sum"`` where the
+            loop has divided each loss by the labels of all workers.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: slots of the ring.
         lanes: where streamed work runs; None takes CUDA streams, or one thing after another on a CPU.
@@ -85,6 +87,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         probed: whether the last step only measured.
         offload: the mode in force (``"auto"`` resolved).
         stats: what moving states cost so far.
+        workers: the data-parallel workers.
 
     Raises:
         ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, or a
@@ -111,6 +114,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         granularity: Granularity = "layer",
         layers: str | None = None,
         process_group: Any | None = None,
+        gradient_reduction: Reduction = "mean",
         chunk_bytes: int = CHUNK_BYTES,
         ring_slots: int = 4,
         lanes: Lanes | None = None,
@@ -160,7 +164,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self.active_units: tuple[int, ...] = ()
         self.switches = 0
         self.probed = False
-        self._workers = Workers(process_group)
+        self.workers = Workers(process_group, gradient_reduction)
         self._projection = projection
         self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
         self._precision = precision
@@ -199,7 +203,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self._activate(tuple(range(len(units))))
         else:
             self._activate(sampler.sample() if sampler.due else ())
-        self._workers.check_agreement(self.active_units)
+        self.workers.check_agreement(self.active_units)
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -230,7 +234,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms = self._never_seen if self._meter is None else self._workers.average(self._meter.collect())
+        norms = self._never_seen if self._meter is None else self.workers.average(self._meter.collect())
         self.probed = self.sampler.probing
         if self.probed:
             self.zero_grad(set_to_none=True)
@@ -242,7 +246,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                     f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
                     "step, or give the sampler its scores"
                 )
-            self._workers.average_gradients(active)
+            self.workers.average_gradients(active)
             gradients = [p.grad for p in active if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
             if self.max_grad_norm is not None:
@@ -364,7 +368,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
         started = time.perf_counter()
         self.switches += 1
-        self._workers.check_agreement(units)
+        self.workers.check_agreement(units)
         for index in sorted(set(self.active_units) - set(units)):
             self._release(self.units[index])
         self._host.synchronize(self._device)

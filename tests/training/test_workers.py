@@ -1,0 +1,178 @@
+"""Runs shared by two and by four workers against one worker that accumulates: the number of workers changes nothing.
+
+All methods of all group sizes run in one set of processes (gloo, which meets in a file): one process imports torch and
+its forks are the workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from small import short_run
+
+from grass_ray.config import ConfigError, RunConfig
+from grass_ray.methods import METHODS
+from grass_ray.training.run import Run, check_run
+
+METHODS_THAT_TRAIN = [name for name, row in METHODS.items() if row.trains]
+SIZES = (2, 4)
+STEPS = 5
+# Float32 sums in another order; Adam divides small gradients by their own size, and so lets a few last bits of a
+# gradient grow to this much of a weight's step.
+LOSS_TOLERANCE = 2e-5
+WEIGHT_TOLERANCE = 2e-3
+SAVED_AFTER = 3
+
+
+def make_config(method: str) -> RunConfig:
+    return short_run(method, f"training.steps={STEPS}", "training.batch_size=4", "training.accumulation_steps=4")
+
+
+def follow(method: str, folder: Path | None = None) -> dict[str, Any]:
+    """Train, saving on the way where there is a folder; what the run came to."""
+    run = Run.prepare(make_config(method))
+    start = {name: p.detach().clone() for name, p in run.state.model.named_parameters()}
+    reports = []
+    for report in run.fit():
+        reports.append(report)
+        if folder is not None and report.step == SAVED_AFTER and dist.get_rank() == 0:
+            run.save(folder)
+    return {"start": start, **outcome_of(run), "reports": reports}
+
+
+def outcome_of(run: Run) -> dict[str, Any]:
+    engagement = run.state.engagement.engagement
+    weights = {name: p.detach().clone() for name, p in run.state.model.named_parameters()}
+    return {
+        "weights": weights,
+        "intervals": engagement.intervals,
+        "engaged": engagement.only_active_layers_changed,
+        "series": run.state.series,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- in the processes
+
+
+def work(rank: int, size: int, folder: str) -> None:
+    """Everything one worker does; its results go to a file."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{size}", rank=rank, world_size=size)
+    results: dict[str, Any] = {}
+    for method in METHODS_THAT_TRAIN:
+        saved = Path(folder) / f"{method}-{size}"
+        results[method] = follow(method, saved if size == 2 else None)
+        if size == 2:
+            dist.barrier()
+            run = Run.prepare(make_config(method))
+            run.restore(saved)
+            list(run.fit())
+            results[method]["resumed"] = outcome_of(run)["weights"]
+    torch.save(results, f"{folder}/worker-{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def fork_all(folder: str) -> None:
+    """One group of workers after another."""
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    for size in SIZES:
+        workers = [context.Process(target=work, args=(rank, size, folder)) for rank in range(size)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            sys.exit(f"workers of {size} ended with {[worker.exitcode for worker in workers]}")
+
+
+# ------------------------------------------------------------------------------------------------------ in the tests
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """The results of every worker of every group size."""
+    folder = tmp_path_factory.mktemp("workers")
+    here = Path(__file__).parent
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_workers as t; t.fork_all(sys.argv[3])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(here), str(here.parent), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {
+        size: [torch.load(folder / f"worker-{size}-{rank}.pt", weights_only=False) for rank in range(size)]
+        for size in SIZES
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """Every method in one process that accumulates all micro-batches."""
+    return {method: follow(method) for method in METHODS_THAT_TRAIN}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+def test_the_number_of_workers_changes_nothing(
+    method: str, size: int, groups: dict[int, list[dict[str, Any]]], alone: dict[str, dict[str, Any]]
+) -> None:
+    """Losses, gradient norms, importance, active sets and weights; dropout included."""
+    expected = alone[method]
+    moved = False
+    for worker in groups[size]:
+        found = worker[method]
+        assert found["intervals"] == expected["intervals"]
+        assert found["engaged"]
+        for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, rel=LOSS_TOLERANCE)
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+            assert mine.active_layers == theirs.active_layers
+            assert mine.tokens == theirs.tokens
+            if theirs.importance is not None:
+                assert mine.importance == pytest.approx(theirs.importance, rel=1e-3, nan_ok=True)
+        for name, weight in expected["weights"].items():
+            travelled = (weight - expected["start"][name]).abs().max()
+            difference = (found["weights"][name] - weight).abs().mean()
+            assert difference <= WEIGHT_TOLERANCE * travelled, name
+            moved = moved or bool(travelled > 0)
+    assert moved
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+def test_all_workers_end_with_the_same_weights(method: str, size: int, groups: dict[int, list[dict[str, Any]]]) -> None:
+    first, *others = (worker[method]["weights"] for worker in groups[size])
+    for other in others:
+        for name, weight in first.items():
+            assert torch.equal(weight, other[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+def test_a_checkpoint_of_the_first_worker_restores_all(method: str, groups: dict[int, list[dict[str, Any]]]) -> None:
+    """Bitwise: also what draws random numbers of its own on every worker."""
+    for worker in groups[2]:
+        for name, weight in worker[method]["weights"].items():
+            assert torch.equal(weight, worker[method]["resumed"][name]), name
+
+
+def test_peak_memory_is_the_largest_of_all_workers(groups: dict[int, list[dict[str, Any]]]) -> None:
+    for workers in groups.values():
+        peaks = [worker["full"]["reports"][-1].peak_allocated_gib for worker in workers]
+        assert len(set(peaks)) == 1
+        assert peaks[0] > 0
+
+
+def test_micro_batches_that_cannot_be_shared_out_are_refused() -> None:
+    config = short_run("grass", "training.batch_size=4", "training.accumulation_steps=2")
+    check_run(config, workers=2)
+    with pytest.raises(ConfigError, match=r"must be a multiple of 4, not 2; set training.accumulation_steps=4"):
+        check_run(config, workers=4)
