@@ -1,6 +1,6 @@
 """Runs shared by two and by four workers against one worker that accumulates: the number of workers changes nothing.
 
-All methods of all group sizes run in one set of processes (gloo, which meets in a file): one process imports torch and
+All methods of a group size run in one set of processes (gloo, which meets in a file): one process imports torch and
 its forks are the workers.
 """
 
@@ -22,8 +22,9 @@ from grass_ray.methods import METHODS
 from grass_ray.training.run import Run, check_run
 
 METHODS_THAT_TRAIN = [name for name, row in METHODS.items() if row.trains]
-SIZES = (2, 4)
+SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
 STEPS = 5
+RESUMED = ("full", "lora", "ist", "grass")
 # Float32 sums in another order; Adam divides small gradients by their own size, and so lets a few last bits of a
 # gradient grow to this much of a weight's step.
 LOSS_TOLERANCE = 2e-5
@@ -67,8 +68,8 @@ def work(rank: int, size: int, folder: str) -> None:
     results: dict[str, Any] = {}
     for method in METHODS_THAT_TRAIN:
         saved = Path(folder) / f"{method}-{size}"
-        results[method] = follow(method, saved if size == 2 else None)
-        if size == 2:
+        results[method] = follow(method, saved if method in RESUMED else None)
+        if method in RESUMED:
             dist.barrier()
             run = Run.prepare(make_config(method))
             run.restore(saved)
@@ -78,40 +79,51 @@ def work(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def fork_all(folder: str) -> None:
-    """One group of workers after another."""
+def fork_all(size: int, folder: str) -> None:
+    """A group of workers."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    for size in SIZES:
-        workers = [context.Process(target=work, args=(rank, size, folder)) for rank in range(size)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            sys.exit(f"workers of {size} ended with {[worker.exitcode for worker in workers]}")
+    workers = [context.Process(target=work, args=(rank, size, folder)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit(f"workers ended with {[worker.exitcode for worker in workers]}")
 
 
 # ------------------------------------------------------------------------------------------------------ in the tests
 
 
+class Groups:
+    """The results of every worker of a group, made when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._results: dict[int, list[dict[str, Any]]] = {}
+
+    def __getitem__(self, size: int) -> list[dict[str, Any]]:
+        if size not in self._results:
+            here = Path(__file__).parent
+            code = (
+                "import sys; sys.path[:0] = sys.argv[1:3]; import test_workers as t\n"
+                "t.fork_all(int(sys.argv[3]), sys.argv[4])"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(here), str(here.parent), str(size), str(self._folder)],
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            files = [self._folder / f"worker-{size}-{rank}.pt" for rank in range(size)]
+            self._results[size] = [torch.load(file, weights_only=False) for file in files]
+        return self._results[size]
+
+
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """The results of every worker of every group size."""
-    folder = tmp_path_factory.mktemp("workers")
-    here = Path(__file__).parent
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_workers as t; t.fork_all(sys.argv[3])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(here), str(here.parent), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {
-        size: [torch.load(folder / f"worker-{size}-{rank}.pt", weights_only=False) for rank in range(size)]
-        for size in SIZES
-    }
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return Groups(tmp_path_factory.mktemp("workers"))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +135,7 @@ def alone() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
 def test_the_number_of_workers_changes_nothing(
-    method: str, size: int, groups: dict[int, list[dict[str, Any]]], alone: dict[str, dict[str, Any]]
+    method: str, size: int, groups: Groups, alone: dict[str, dict[str, Any]]
 ) -> None:
     """Losses, gradient norms, importance, active sets and weights; dropout included."""
     expected = alone[method]
@@ -149,26 +161,25 @@ def test_the_number_of_workers_changes_nothing(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
-def test_all_workers_end_with_the_same_weights(method: str, size: int, groups: dict[int, list[dict[str, Any]]]) -> None:
+def test_all_workers_end_with_the_same_weights(method: str, size: int, groups: Groups) -> None:
     first, *others = (worker[method]["weights"] for worker in groups[size])
     for other in others:
         for name, weight in first.items():
             assert torch.equal(weight, other[name]), name
 
 
-@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
-def test_a_checkpoint_of_the_first_worker_restores_all(method: str, groups: dict[int, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_checkpoint_of_the_first_worker_restores_all(method: str, groups: Groups) -> None:
     """Bitwise: also what draws random numbers of its own on every worker."""
     for worker in groups[2]:
         for name, weight in worker[method]["weights"].items():
             assert torch.equal(weight, worker[method]["resumed"][name]), name
 
 
-def test_peak_memory_is_the_largest_of_all_workers(groups: dict[int, list[dict[str, Any]]]) -> None:
-    for workers in groups.values():
-        peaks = [worker["full"]["reports"][-1].peak_allocated_gib for worker in workers]
-        assert len(set(peaks)) == 1
-        assert peaks[0] > 0
+def test_peak_memory_is_the_largest_of_all_workers(groups: Groups) -> None:
+    peaks = [worker["full"]["reports"][-1].peak_allocated_gib for worker in groups[2]]
+    assert len(set(peaks)) == 1
+    assert peaks[0] > 0
 
 
 def test_micro_batches_that_cannot_be_shared_out_are_refused() -> None:
