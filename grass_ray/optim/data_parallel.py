@@ -7,15 +7,45 @@ synchronise. Here the active gradients are averaged after backward, so frozen la
 from __future__ import annotations
 
 import hashlib
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grass_ray.optim.units import Unit
+
+# what backward reaches before the layers, and so what is reduced first; all else outside the layers comes last
+BEFORE_LAYERS = ("head", "norm")
 Reduction = Literal["mean", "sum"]
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """Gradients under way: ``flat`` is their concatenation, to be divided by ``divisor`` when ``work`` is done."""
+
+    parameters: list[nn.Parameter]
+    flat: Tensor
+    work: Any
+    divisor: int
+
+    def land(self) -> None:
+        """Wait, and give every parameter its reduced gradient.
+
+        In memory of its own, whose alignment is that of one worker's gradients: sums over it round alike.
+        """
+        self.work.wait()
+        if self.divisor > 1:
+            self.flat.div_(self.divisor)
+        offset = 0
+        for parameter in self.parameters:
+            reduced = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.grad = torch.empty_like(parameter).copy_(reduced)
+            offset += parameter.numel()
 
 
 class Workers:
@@ -67,19 +97,24 @@ class Workers:
         """
         if self.count == 1:
             return
+        for flight in self.start(parameters):
+            flight.land()
+
+    def start(self, parameters: Iterable[nn.Parameter]) -> list[Flight]:
+        """Begin to reduce gradients, one call a dtype; the parameters have none until their flight lands."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        flights = []
         for same in by_dtype.values():
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in same]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            self._all_reduce(flat)
-            if self._reduction == "mean":
-                flat.div_(self.count)
-            offset = 0
-            for parameter, gradient in zip(same, gradients, strict=True):
-                parameter.grad = gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-                offset += gradient.numel()
+            for parameter in same:
+                parameter.grad = None
+            work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+            self.sent_bytes += flat.nbytes
+            flights.append(Flight(same, flat, work, self.count if self._reduction == "mean" else 1))
+        return flights
 
     def average(self, values: Tensor) -> Tensor:
         """The mean of ``values`` over the workers; NaN where one of them has NaN."""
@@ -120,3 +155,48 @@ class Workers:
     def _device(self) -> torch.device:
         cuda = dist.get_backend(self._group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+class Exchange:
+    """Reduces the gradients of the active units over the workers, each unit's as soon as backward has completed it.
+
+    All workers reduce in one order, that of backward; a unit that is complete waits for those before it.
+
+    Args:
+        workers: who takes part.
+        units: what the sampler picks from, from the first layer up.
+        constant_units: what trains at every step.
+    """
+
+    def __init__(self, workers: Workers, units: Sequence[Unit], constant_units: Sequence[Unit]) -> None:
+        self._workers = workers
+        early = [unit for unit in constant_units if unit.name in BEFORE_LAYERS]
+        late = [unit for unit in constant_units if unit.name not in BEFORE_LAYERS]
+        order = [*early, *reversed(units), *late]
+        self._place = {unit.name: place for place, unit in enumerate(order)}
+        self._waiting: deque[Unit] | None = None
+        self._arrived: Counter[str] = Counter()
+        self._flights: deque[Flight] = deque()
+
+    def arrived(self, unit: Unit, active: Sequence[Unit]) -> None:
+        """One more of the unit's gradients is complete: the last micro-batch's backward has reached it."""
+        self._arrived[unit.name] += 1
+        waiting = self._open(active)
+        while waiting and self._arrived[waiting[0].name] >= len(waiting[0].parameters):
+            self._flights += self._workers.start(waiting.popleft().parameters)
+
+    def finish(self, active: Sequence[Unit]) -> None:
+        """Reduce what is left, and wait for all."""
+        if self._workers.count == 1:
+            return
+        for unit in self._open(active):
+            self._flights += self._workers.start(unit.parameters)
+        while self._flights:
+            self._flights.popleft().land()
+        self._waiting = None
+        self._arrived.clear()
+
+    def _open(self, active: Sequence[Unit]) -> deque[Unit]:
+        if self._waiting is None:
+            self._waiting = deque(sorted(active, key=lambda unit: self._place[unit.name]))
+        return self._waiting

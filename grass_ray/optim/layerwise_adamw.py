@@ -26,7 +26,7 @@ from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
 from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
-from grass_ray.optim.data_parallel import Reduction, Workers
+from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
@@ -88,6 +88,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         offload: the mode in force (``"auto"`` resolved).
         stats: what moving states cost so far.
         workers: the data-parallel workers.
+        last_micro_batch: set it before a step's last backward, and gradients travel to the other workers while
+            backward goes on; ``step`` sets it back. Left alone, they travel when ``step`` begins.
 
     Raises:
         ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, or a
@@ -164,6 +166,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self.active_units: tuple[int, ...] = ()
         self.switches = 0
         self.probed = False
+        self.last_micro_batch = False
         self.workers = Workers(process_group, gradient_reduction)
         self._projection = projection
         self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
@@ -190,6 +193,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if sampler.probing:
             for parameter in managed:
                 parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+        self._exchange = Exchange(self.workers, units, constant)
+        if self.workers.count > 1:
+            for unit in (*units, *constant):
+                for parameter in unit.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._exchanging(unit))  # type: ignore[no-untyped-call]
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
@@ -236,17 +244,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 loss = closure()
         norms = self._never_seen if self._meter is None else self.workers.average(self._meter.collect())
         self.probed = self.sampler.probing
+        self.last_micro_batch = False
         if self.probed:
             self.zero_grad(set_to_none=True)
             self.grad_norm = self._total_norm(norms)
         else:
-            active = self.active_parameters()
             if not self.active_units and self.units:
                 raise RuntimeError(
                     f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
                     "step, or give the sampler its scores"
                 )
-            self.workers.average_gradients(active)
+            active = self.active_parameters()
+            self._exchange.finish(self._active())
             gradients = [p.grad for p in active if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
             if self.max_grad_norm is not None:
@@ -343,6 +352,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             for name, dtype in state_layout(parameter.dtype, self._precision).dtypes:
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
+
+    def _exchanging(self, unit: Unit) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            if self.last_micro_batch and not self.sampler.probing:
+                self._exchange.arrived(unit, self._active())
+
+        return arrived
 
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,)."""

@@ -21,7 +21,6 @@ from torch import Tensor
 from grass_ray.config import TrainingConfig
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.layerwise.outliers import outlier_scores
-from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
 from grass_ray.training.batches import IGNORED, Batch, Batches
@@ -89,6 +88,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         number = state.probed if probing else state.trained
         micro_batches = state.batches[number]
         lr = optimizer.param_groups[0]["lr"]
+        sent_bytes = optimizer.workers.sent_bytes
         refreshes, switches = optimizer.sampler.refreshes, optimizer.switches
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
         _wait_for(state.device)
@@ -106,7 +106,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
                     state.model,
                     micro_batches,
                     state.device,
-                    workers=optimizer.workers,
+                    optimizer=optimizer,
                     key=(state.batches.seed, "probe" if probing else "train", number),
                 )
                 _check_finite("loss", loss, state)
@@ -151,6 +151,9 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             measure_s=elapsed if probing else measured_s,
             peak_allocated_gib=state.memory.peak_allocated_gib,
             host_pinned_gib=optimizer.state_bytes()[1] / GIB,
+            workers=optimizer.workers.count,
+            sent_bytes=optimizer.workers.sent_bytes - sent_bytes,
+            full_bytes=state.engagement.full_bytes,
             offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
         )
         state.engagement.note(report, optimizer, active_units)
@@ -164,7 +167,7 @@ def accumulate_gradients(
     micro_batches: list[Batch],
     device: torch.device,
     *,
-    workers: Workers | None = None,
+    optimizer: LayerwiseAdamW | None = None,
     key: tuple[int | str, ...] | None = None,
 ) -> float:
     """Backward over a step's micro-batches, or over this worker's share of them.
@@ -173,7 +176,7 @@ def accumulate_gradients(
         model: what trains, on ``device``.
         micro_batches: of all workers; their number is a multiple of the number of workers.
         device: where they go.
-        workers: who shares them; None takes all of them here.
+        optimizer: whose workers share them, and who is told of the last one; None takes all of them here.
         key: what names the step. Random numbers (dropout) are keyed by it and by the micro-batch's place in the step,
             so that neither a resume nor the number of workers changes them; None lets the generators go on.
 
@@ -182,15 +185,18 @@ def accumulate_gradients(
     """
     num_labels = sum(batch.num_labels for batch in micro_batches)
     places = list(enumerate(micro_batches))
+    own = places if optimizer is None else optimizer.workers.share(places)
     losses: list[Tensor] = []
-    for place, batch in places if workers is None else workers.share(places):
+    for place, batch in own:
         if key is not None:
             torch.manual_seed(keyed_generator("dropout", *key, place).initial_seed())
         loss = summed_loss(model, batch.to(device)) / num_labels
+        if optimizer is not None:
+            optimizer.last_micro_batch = place == own[-1][0]
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    own = float(torch.stack(losses).sum())
-    return own if workers is None else workers.sum([own])[0]
+    total = float(torch.stack(losses).sum())
+    return total if optimizer is None else optimizer.workers.sum([total])[0]
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:

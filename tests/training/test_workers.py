@@ -7,6 +7,7 @@ its forks are the workers.
 from __future__ import annotations
 
 import multiprocessing
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,13 @@ from small import short_run
 
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.training.loop import accumulate_gradients
 from grass_ray.training.run import Run, check_run
 
-METHODS_THAT_TRAIN = [name for name, row in METHODS.items() if row.trains]
+# one of each kind of sampler, adapter and state; the others only with --slow
+QUICK = ("full", "lora", "ist", "misa", "apollo", "grass")
+SLOW = [name for name, row in METHODS.items() if row.trains and name not in QUICK]
+METHODS_THAT_TRAIN = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
 STEPS = 5
 RESUMED = ("full", "lora", "ist", "grass")
@@ -45,7 +50,17 @@ def follow(method: str, folder: Path | None = None) -> dict[str, Any]:
         reports.append(report)
         if folder is not None and report.step == SAVED_AFTER and dist.get_rank() == 0:
             run.save(folder)
-    return {"start": start, **outcome_of(run), "reports": reports}
+    optimizer = run.state.optimizer
+    active = {unit for _, units in run.state.engagement.engagement.intervals for unit in units}
+    return {
+        "start": start,
+        **outcome_of(run),
+        "reports": reports,
+        "unit_bytes": {unit: 4 * optimizer.units[unit].size for unit in active},
+        "constant_bytes": sum(4 * unit.size for unit in optimizer.constant_units),
+        "full_bytes": sum(4 * p.numel() for p in run.state.model.parameters()),
+        "described": run.state.engagement.engagement.describe(),
+    }
 
 
 def outcome_of(run: Run) -> dict[str, Any]:
@@ -62,11 +77,11 @@ def outcome_of(run: Run) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- in the processes
 
 
-def work(rank: int, size: int, folder: str) -> None:
+def work(rank: int, size: int, folder: str, methods: list[str]) -> None:
     """Everything one worker does; its results go to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{size}", rank=rank, world_size=size)
     results: dict[str, Any] = {}
-    for method in METHODS_THAT_TRAIN:
+    for method in methods:
         saved = Path(folder) / f"{method}-{size}"
         results[method] = follow(method, saved if method in RESUMED else None)
         if method in RESUMED:
@@ -75,15 +90,33 @@ def work(rank: int, size: int, folder: str) -> None:
             run.restore(saved)
             list(run.fit())
             results[method]["resumed"] = outcome_of(run)["weights"]
+    if size == 2:
+        results["early"] = {method: sent_before_the_step(method) for method in ("full", "lora", "grass", "misa")}
     torch.save(results, f"{folder}/worker-{size}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def fork_all(size: int, folder: str) -> None:
+def sent_before_the_step(method: str) -> dict[str, int]:
+    """Bytes on their way when the backward passes of a training step are over."""
+    sent = {}
+    for name in ("told", "untold"):
+        run = Run.prepare(make_config(method))
+        optimizer = run.state.optimizer
+        next(report for report in run.fit() if report.phase == "train")
+        optimizer.last_micro_batch = name == "told"
+        before = optimizer.workers.sent_bytes
+        accumulate_gradients(run.state.model, run.state.batches[1][:1], run.state.device)
+        sent[name] = optimizer.workers.sent_bytes - before
+        sent["needed"] = sum(4 * p.numel() for p in optimizer.active_parameters())
+        optimizer.step()
+    return sent
+
+
+def fork_all(size: int, folder: str, methods: list[str]) -> None:
     """A group of workers."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(rank, size, folder)) for rank in range(size)]
+    workers = [context.Process(target=work, args=(rank, size, folder, methods)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -98,8 +131,9 @@ def fork_all(size: int, folder: str) -> None:
 class Groups:
     """The results of every worker of a group, made when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, methods: list[str]) -> None:
         self._folder = folder
+        self._methods = methods
         self._results: dict[int, list[dict[str, Any]]] = {}
 
     def __getitem__(self, size: int) -> list[dict[str, Any]]:
@@ -107,10 +141,10 @@ class Groups:
             here = Path(__file__).parent
             code = (
                 "import sys; sys.path[:0] = sys.argv[1:3]; import test_workers as t\n"
-                "t.fork_all(int(sys.argv[3]), sys.argv[4])"
+                "t.fork_all(int(sys.argv[3]), sys.argv[4], sys.argv[5:])"
             )
             done = subprocess.run(
-                [sys.executable, "-c", code, str(here), str(here.parent), str(size), str(self._folder)],
+                [sys.executable, "-c", code, *map(str, (here, here.parent, size, self._folder)), *self._methods],
                 capture_output=True,
                 text=True,
                 timeout=900,
@@ -122,14 +156,19 @@ class Groups:
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Groups:
-    return Groups(tmp_path_factory.mktemp("workers"))
+def methods(request: pytest.FixtureRequest) -> list[str]:
+    return [*QUICK, *(SLOW if request.config.getoption("--slow") else [])]
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
+def groups(tmp_path_factory: pytest.TempPathFactory, methods: list[str]) -> Groups:
+    return Groups(tmp_path_factory.mktemp("workers"), methods)
+
+
+@pytest.fixture(scope="module")
+def alone(methods: list[str]) -> dict[str, dict[str, Any]]:
     """Every method in one process that accumulates all micro-batches."""
-    return {method: follow(method) for method in METHODS_THAT_TRAIN}
+    return {method: follow(method) for method in methods}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -174,6 +213,35 @@ def test_a_checkpoint_of_the_first_worker_restores_all(method: str, groups: Grou
     for worker in groups[2]:
         for name, weight in worker[method]["weights"].items():
             assert torch.equal(weight, worker[method]["resumed"][name]), name
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+def test_only_what_trains_is_sent(method: str, groups: Groups, alone: dict[str, dict[str, Any]]) -> None:
+    """Beside a few numbers: a norm a unit, the loss, the peaks, extra losses, and the check at a switch."""
+    assert "comm/bytes_per_step" not in alone[method]["series"]
+    for worker in groups[2]:
+        found = worker[method]
+        sent = dict(found["series"]["comm/bytes_per_step"])
+        shares = dict(found["series"]["comm/share_of_full"])
+        intervals = dict(found["intervals"])
+        active: tuple[int, ...] = ()
+        for report in found["reports"]:
+            active = intervals.get(report.step, active)
+            trained = 0
+            if report.phase == "train":
+                trained = found["constant_bytes"] + sum(found["unit_bytes"][unit] for unit in active)
+            assert 0 < sent[report.step] - trained < 1024
+            assert shares[report.step] == sent[report.step] / found["full_bytes"]
+        assert re.search(r"2 workers; each gives \d+\.\d+ MiB a step", found["described"])
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "grass", "misa"])
+def test_gradients_travel_while_backward_goes_on(method: str, groups: Groups) -> None:
+    """Told of the last micro-batch, every reduction has begun when ``step`` begins; untold, none."""
+    for worker in groups[2]:
+        early = worker["early"][method]
+        assert early["told"] == early["needed"] > 0
+        assert early["untold"] == 0
 
 
 def test_peak_memory_is_the_largest_of_all_workers(groups: Groups) -> None:
