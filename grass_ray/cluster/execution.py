@@ -96,9 +96,11 @@ class Execution:
                 cpus=self.options.cpus_per_trial,
                 gpus=self.options.gpus_per_trial,
                 max_concurrent=self.options.max_concurrent_trials,
+                workers=self.options.workers_per_trial,
             )
             self.progress.slots = share.slots
-            self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs a trial, {share.slots} at once")
+            each = "a trial" if share.workers == 1 else f"for each of {share.workers} workers a trial"
+            self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs {each}, {share.slots} at once")
             jobs = [self._job(spec, share.cpus, share.gpus) for spec in left]
             with self.progress:
                 run_trials(
@@ -122,6 +124,7 @@ class Execution:
             keep_checkpoints=self.options.keep_checkpoints,
             memory_check=self.options.memory_check,
             max_failures=self.options.max_failures,
+            workers=self.options.workers_per_trial,
         )
 
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:

@@ -53,11 +53,12 @@ PROBE_FILE = ".seen-by-every-machine"
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one trial gets, and how many run at once."""
+    """What each worker of a trial gets, and how many trials run at once."""
 
     cpus: int
     gpus: int
     slots: int
+    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +97,34 @@ class ClusterView:
                 f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
             )
 
-    def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None) -> Share:
-        """What each trial gets; by default a GPU where there is one, and the CPUs that come with it.
+    def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None, workers: int = 1) -> Share:
+        """What each worker of a trial gets; by default a GPU where there is one, and the CPUs that come with it.
 
         Raises:
-            ConfigError: When no machine can hold a trial; Ray would wait for ever.
+            ConfigError: When the machines cannot hold a trial's workers; Ray would wait for ever.
         """
         if gpus is None:
             gpus = 1 if any(machine[1] for machine in self.machines) else 0
         able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
-        if not able:
+        if able and cpus is None:
+            on_one = -(-workers // len(able))  # workers that must share a machine
+            cpus = min(
+                max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
+            )
+        room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
+        if room < workers:
             held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
+            if workers > 1:
+                raise ConfigError(
+                    f"the cluster cannot hold {workers} workers of {cpus or 1} CPUs and {gpus} GPUs each; "
+                    f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
+                )
             raise ConfigError(
                 f"no machine can hold a trial of {cpus or 1} CPUs and {gpus} GPUs; the cluster has {held}; "
                 "lower --cpus-per-trial or --gpus-per-trial"
             )
-        if cpus is None:
-            cpus = min(machine[0] if gpus == 0 else max(1, machine[0] * gpus // machine[1]) for machine in able)
-        slots = sum(min(machine[0] // cpus, machine[1] // gpus if gpus else machine[0]) for machine in able)
-        return Share(cpus=cpus, gpus=gpus, slots=min(slots, max_concurrent or slots))
+        slots = room // workers
+        return Share(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
 
 
 @contextmanager

@@ -76,11 +76,18 @@ class SweepOptions:
             help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db under the storage path", metavar="URI"
         ),
     ] = None
+    workers_per_trial: Annotated[
+        int,
+        tyro.conf.arg(
+            help="data-parallel workers that share each step's micro-batches; the numbers stay the same", metavar="N"
+        ),
+    ] = 1
     cpus_per_trial: Annotated[
-        int | None, tyro.conf.arg(help="default: all of a machine, so trials run alone", metavar="N")
+        int | None,
+        tyro.conf.arg(help="of each worker; default: all of a machine, so trials run alone", metavar="N"),
     ] = None
     gpus_per_trial: Annotated[
-        int | None, tyro.conf.arg(help="default: 1 where the cluster has GPUs, else 0", metavar="N")
+        int | None, tyro.conf.arg(help="of each worker; default: 1 where the cluster has GPUs, else 0", metavar="N")
     ] = None
     max_concurrent_trials: Annotated[int | None, tyro.conf.arg(help="default: as many as fit", metavar="N")] = None
     machines: Annotated[
@@ -203,7 +210,7 @@ def default_tracking(options: SweepOptions) -> str | None:
 
 def _check_numbers(options: SweepOptions) -> None:
     mistakes = []
-    for flag in ("num_samples", "cpus_per_trial", "max_concurrent_trials", "machines"):
+    for flag in ("num_samples", "workers_per_trial", "cpus_per_trial", "max_concurrent_trials", "machines"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 1 or more")

@@ -11,6 +11,7 @@ the reason goes into ``traceback.txt`` and ``--resume`` tries the trial again.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import traceback
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 REPORT_EVERY_S = 8.0  # each report wakes half a dozen processes, which take turns with training on small machines
 TRACEBACK_FILE = "traceback.txt"
+FAILURE_FILE = "failure.json"  # why a worker of several ended its trial
 RECORD_FILE = "record.json"
 
 
@@ -55,6 +57,7 @@ class Job:
     keep_checkpoints: bool = False
     memory_check: bool = True
     max_failures: int = 2  # how often a process may die before the trial counts as failed
+    workers: int = 1
 
     @property
     def run_id(self) -> str:
@@ -85,66 +88,107 @@ def train_worker(values: dict[str, Any]) -> None:
     started_at = now()
     config = RunConfig.parse(job.config)
     storage = Storage(job.storage)
-    storage.write_text(config.to_yaml(), job.folder, "config.yaml")
-    for name in (RECORD_FILE, TRACEBACK_FILE):  # of an attempt that crashed; in this order, so that neither misleads
-        storage.remove(job.folder, name)
+    first = ray.train.get_context().get_world_rank() == 0
+    if first:
+        storage.write_text(config.to_yaml(), job.folder, "config.yaml")
+        for name in (RECORD_FILE, TRACEBACK_FILE):  # of a crashed attempt; in this order, so that neither misleads
+            storage.remove(job.folder, name)
 
     run: Run | None = None
     status: Status = "finished"
     failure: str | None = None
     try:
-        run = Run.prepare(fit_to_memory(config) if job.memory_check else config)
-        with _last_checkpoint() as folder:
-            if folder is not None:
-                run.restore(folder)
-                ray.train.report(_restored_message(run))
-        _fit(run, config.training.checkpoint_every_steps)
-        run.evaluate(on_progress=_EvaluationReporter())
+        with ending_together(job, storage):
+            run = Run.prepare(fit_to_memory(config) if job.memory_check else config)
+            with _last_checkpoint() as folder:
+                if folder is not None:
+                    run.restore(folder)
+                    ray.train.report(_restored_message(run))
+            _fit(run, config.training.checkpoint_every_steps, first=first)
+            if first:
+                # reports are barriers, and the other workers have nothing to report now
+                run.evaluate(on_progress=_EvaluationReporter() if job.workers == 1 else None)
     except TrainingFailure as problem:
         status, failure = problem.status, problem.reason
     except ConfigError as problem:
         status, failure = "failed", str(problem)
-    outcome = None if run is None else run.outcome()
-    record = build_record(
-        run_id=job.run_id,
-        sweep=job.sweep,
-        sweep_id=job.sweep_id,
-        config=config,
-        status=status,
-        failure=failure,
-        outcome=outcome,
-        started_at=started_at,
-        model_sha256=None if run is None else base_model_sha256(config.model),
-        threads=torch.get_num_threads(),
-        weights_sha256=run.weights_sha256() if run is not None and status == "finished" else None,
-    )
-    with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
-        written = Path(name)
-        write_run_plots(record, written)
-        if outcome is not None:
-            write_examples(written / "examples.jsonl", outcome.tasks)
-            write_engagement(written, outcome.engagement)
-        if run is not None and status == "finished" and job.keep_checkpoints and config.training.steps:
-            run.save(written / CHECKPOINT_FOLDER)
-        storage.upload(written, job.folder)
-    # the record comes last: where it is, everything is
-    storage.write_text(record.model_dump_json(indent=1), job.folder, RECORD_FILE)
+    if first:
+        outcome = None if run is None else run.outcome()
+        record = build_record(
+            run_id=job.run_id,
+            sweep=job.sweep,
+            sweep_id=job.sweep_id,
+            config=config,
+            status=status,
+            failure=failure,
+            outcome=outcome,
+            started_at=started_at,
+            world_size=job.workers,
+            model_sha256=None if run is None else base_model_sha256(config.model),
+            threads=torch.get_num_threads(),
+            weights_sha256=run.weights_sha256() if run is not None and status == "finished" else None,
+        )
+        with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
+            written = Path(name)
+            write_run_plots(record, written)
+            if outcome is not None:
+                write_examples(written / "examples.jsonl", outcome.tasks)
+                write_engagement(written, outcome.engagement)
+            if run is not None and status == "finished" and job.keep_checkpoints and config.training.steps:
+                run.save(written / CHECKPOINT_FOLDER)
+            storage.upload(written, job.folder)
+        # the record comes last: where it is, everything is
+        storage.write_text(record.model_dump_json(indent=1), job.folder, RECORD_FILE)
     ray.train.report({"phase": "ended", "status": status, "failure": failure, "steps": []})
+    if first:
+        storage.remove(job.folder, FAILURE_FILE)  # after the barrier: every worker has read it
 
 
-def _fit(run: Run, every_steps: int | None) -> None:
-    """Take every step; report the steps since the last report every few seconds, and at each checkpoint."""
+@contextmanager
+def ending_together(job: Job, storage: Storage) -> Iterator[None]:
+    """End all workers of a trial where one has failed: the others may wait for it in a reduction, for ever.
+
+    The worker leaves its reason in the trial's folder and dies. Train then stops the others and starts all again; each
+    finds the reason before it loads anything, and ends normally. A number gone bad needs none of this: losses and
+    gradients are reduced before they are checked, so that every worker finds it in the same step.
+
+    Raises:
+        TrainingFailure: the reason that a worker of an earlier attempt left, or that all workers have now.
+        RuntimeError: this worker has failed; its reason is left for the next attempt.
+    """
+    if job.workers > 1 and storage.exists(job.folder, FAILURE_FILE):
+        left = json.loads(storage.read_text(job.folder, FAILURE_FILE))
+        raise TrainingFailure(left["status"], left["reason"])
+    try:
+        yield
+    except (TrainingFailure, ConfigError) as problem:
+        status = problem.status if isinstance(problem, TrainingFailure) else "failed"
+        if job.workers == 1 or (isinstance(problem, TrainingFailure) and status == "failed"):
+            raise
+        storage.write_text(json.dumps({"status": status, "reason": str(problem)}), job.folder, FAILURE_FILE)
+        raise RuntimeError(f"this worker ends the trial: {problem}") from problem
+
+
+def _fit(run: Run, every_steps: int | None, *, first: bool) -> None:
+    """Take every step; report the steps since the last report every few seconds, and at each checkpoint.
+
+    A report is a barrier: the ``first`` worker's clock decides for all. It alone saves: states are the same on every
+    worker, and random numbers are keyed, so that no worker has anything of its own to save.
+    """
+    workers = run.state.optimizer.workers
     pending: list[StepReport] = []
     last_report = time.monotonic()
     for report in run.fit():
         pending.append(report)
         last = report.step == report.total_steps
-        if every_steps is not None and (last or report.step % every_steps == 0):
+        due = first and time.monotonic() - last_report >= REPORT_EVERY_S
+        due = bool(workers.maximum([due])[0]) or last
+        if every_steps is not None and (last or report.step % every_steps == 0) and first:
             with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
                 run.save(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 ray.train.report(_steps_message(pending), checkpoint=checkpoint)  # uploads before it returns
-        elif last or time.monotonic() - last_report >= REPORT_EVERY_S:
+        elif due or (every_steps is not None and report.step % every_steps == 0):
             ray.train.report(_steps_message(pending))
         else:
             continue
@@ -207,7 +251,7 @@ def drive_trial(values: dict[str, Any]) -> None:
         train_loop_config=asdict(job),
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=1, use_gpu=job.gpus > 0, resources_per_worker=_resources(job)
+            num_workers=job.workers, use_gpu=job.gpus > 0, resources_per_worker=_resources(job)
         ),
         run_config=ray.train.RunConfig(
             name=job.train_name,

@@ -26,7 +26,7 @@ from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
 from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
-from grass_ray.optim.data_parallel import Workers
+from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
@@ -74,6 +74,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             matrices.
         layers: the name of the list of decoder layers, for models where it cannot be found.
         process_group: the data-parallel workers; None takes torch.distributed's default group where there is one.
+        gradient_reduction: the active gradients become their ``"mean"`` over the workers, or their ``"sum"`` where the
+            loop has divided each loss by the labels of all workers.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: slots of the ring.
         lanes: where streamed work runs; None takes CUDA streams, or one thing after another on a CPU.
@@ -85,6 +87,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         probed: whether the last step only measured.
         offload: the mode in force (``"auto"`` resolved).
         stats: what moving states cost so far.
+        workers: the data-parallel workers.
+        last_micro_batch: set it before a step's last backward, and gradients travel to the other workers while
+            backward goes on; ``step`` sets it back. Left alone, they travel when ``step`` begins.
 
     Raises:
         ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, or a
@@ -111,6 +116,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         granularity: Granularity = "layer",
         layers: str | None = None,
         process_group: Any | None = None,
+        gradient_reduction: Reduction = "mean",
         chunk_bytes: int = CHUNK_BYTES,
         ring_slots: int = 4,
         lanes: Lanes | None = None,
@@ -160,7 +166,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self.active_units: tuple[int, ...] = ()
         self.switches = 0
         self.probed = False
-        self._workers = Workers(process_group)
+        self.last_micro_batch = False
+        self.workers = Workers(process_group, gradient_reduction)
         self._projection = projection
         self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
         self._precision = precision
@@ -186,6 +193,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if sampler.probing:
             for parameter in managed:
                 parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+        self._exchange = Exchange(self.workers, units, constant)
+        if self.workers.count > 1:
+            for unit in (*units, *constant):
+                for parameter in unit.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._exchanging(unit))  # type: ignore[no-untyped-call]
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
@@ -199,7 +211,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self._activate(tuple(range(len(units))))
         else:
             self._activate(sampler.sample() if sampler.due else ())
-        self._workers.check_agreement(self.active_units)
+        self.workers.check_agreement(self.active_units)
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -230,19 +242,20 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms = self._never_seen if self._meter is None else self._workers.average(self._meter.collect())
+        norms = self._never_seen if self._meter is None else self.workers.average(self._meter.collect())
         self.probed = self.sampler.probing
+        self.last_micro_batch = False
         if self.probed:
             self.zero_grad(set_to_none=True)
             self.grad_norm = self._total_norm(norms)
         else:
-            active = self.active_parameters()
             if not self.active_units and self.units:
                 raise RuntimeError(
                     f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
                     "step, or give the sampler its scores"
                 )
-            self._workers.average_gradients(active)
+            active = self.active_parameters()
+            self._exchange.finish(self._active())
             gradients = [p.grad for p in active if p.grad is not None]
             self.grad_norm = torch.nn.utils.get_total_norm(gradients)
             if self.max_grad_norm is not None:
@@ -340,6 +353,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
+    def _exchanging(self, unit: Unit) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:
+            if self.last_micro_batch and not self.sampler.probing:
+                self._exchange.arrived(unit, self._active())
+
+        return arrived
+
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,)."""
         return (norms.square() * norms.new_tensor([unit.size for unit in self.units])).nansum().sqrt()
@@ -364,7 +384,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
         started = time.perf_counter()
         self.switches += 1
-        self._workers.check_agreement(units)
+        self.workers.check_agreement(units)
         for index in sorted(set(self.active_units) - set(units)):
             self._release(self.units[index])
         self._host.synchronize(self._device)

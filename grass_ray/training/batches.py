@@ -73,7 +73,7 @@ class Batches:
         self._pad = tokenizer.pad_token_id
         self._batch_size = batch_size
         self._micro_size = batch_size // accumulation_steps
-        self._seed = seed
+        self.seed = seed
         self._epoch: tuple[int, list[int]] = (-1, [])
         encoded = [_encode(row, tokenizer, data) for row in rows]
         self.truncated_rows = sum(len(ids) > data.max_length_tokens for ids, _ in encoded)
@@ -106,7 +106,7 @@ class Batches:
     def _row(self, position: int) -> tuple[list[int], list[int]]:
         epoch, offset = divmod(position, len(self._rows))
         if self._epoch[0] != epoch:
-            order = torch.randperm(len(self._rows), generator=keyed_generator("epoch", self._seed, epoch))
+            order = torch.randperm(len(self._rows), generator=keyed_generator("epoch", self.seed, epoch))
             self._epoch = (epoch, order.tolist())
         return self._rows[self._epoch[1][offset]]
 

@@ -38,12 +38,17 @@ class EngagementLog:
         self._expected: set[int] = set()
         self._steps_since_check = 0
         self._switches = -1
+        self._sent_bytes = 0
+        self._trained_steps = 0
+        # what a step of full data-parallel training would reduce
+        self.full_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.engagement = Engagement(
             num_layers=optimizer.stack.num_layers,
             units=[unit.name for unit in self._units],
             total_parameters=sum(p.numel() for p in model.parameters()),
             trainable_parameters=0,
             visits=[0] * len(self._units),
+            workers=optimizer.workers.count,
         )
 
     def begin_step(self, step: int, optimizer: LayerwiseAdamW) -> None:
@@ -69,6 +74,11 @@ class EngagementLog:
         if report.refreshed and report.importance is not None and report.probabilities is not None:
             log.refreshes.append((report.step, report.importance, report.probabilities))
         log.resident_state_bytes, log.host_state_bytes = optimizer.state_bytes()
+        if report.phase == "train" and report.workers > 1:
+            self._sent_bytes += report.sent_bytes
+            self._trained_steps += 1
+            log.sent_bytes_per_step = self._sent_bytes / self._trained_steps
+            log.sent_share_of_full = log.sent_bytes_per_step / self.full_bytes
         if report.step == report.total_steps:
             optimizer.synchronize()
             self._check()
@@ -91,6 +101,8 @@ class EngagementLog:
             "expected": sorted(self._expected),
             "steps_since_check": self._steps_since_check,
             "switches": self._switches,
+            "sent_bytes": self._sent_bytes,
+            "trained_steps": self._trained_steps,
             "fingerprints": self._fingerprints,
             "frozen_fingerprint": self._frozen_fingerprint,
         }
@@ -104,6 +116,7 @@ class EngagementLog:
         self._expected = set(state["expected"])
         self._steps_since_check = state["steps_since_check"]
         self._switches = state["switches"]
+        self._sent_bytes, self._trained_steps = state.get("sent_bytes", 0), state.get("trained_steps", 0)
         self._fingerprints = state["fingerprints"]
         self._frozen_fingerprint = state["frozen_fingerprint"]
 

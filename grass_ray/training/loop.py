@@ -19,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from grass_ray.config import TrainingConfig
+from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.layerwise.outliers import outlier_scores
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
@@ -84,8 +85,10 @@ def fit(state: TrainState) -> Iterator[StepReport]:
     while state.trained < state.config.steps:
         probing = optimizer.probing
         # 1. the batch of this step
-        micro_batches = state.batches[state.probed if probing else state.trained]
+        number = state.probed if probing else state.trained
+        micro_batches = state.batches[number]
         lr = optimizer.param_groups[0]["lr"]
+        sent_bytes = optimizer.workers.sent_bytes
         refreshes, switches = optimizer.sampler.refreshes, optimizer.switches
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
         _wait_for(state.device)
@@ -99,7 +102,13 @@ def fit(state: TrainState) -> Iterator[StepReport]:
                 state.engagement.begin_step(state.steps_done + 1, optimizer)
                 active_layers, active_units = optimizer.active_layers, optimizer.active_units
                 # 3. forward and backward over the micro-batches; measure, or clip, update and switch
-                loss = accumulate_gradients(state.model, micro_batches, state.device)
+                loss = accumulate_gradients(
+                    state.model,
+                    micro_batches,
+                    state.device,
+                    optimizer=optimizer,
+                    key=(state.batches.seed, "probe" if probing else "train", number),
+                )
                 _check_finite("loss", loss, state)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -116,6 +125,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             state.schedule.step()
         _wait_for(state.device)
         elapsed = time.perf_counter() - started
+        state.memory.raise_to(*optimizer.workers.maximum(state.memory.peaks))
         tokens = sum(batch.tokens for batch in micro_batches)
         state.train_s += elapsed
         state.measure_s += elapsed if probing else measured_s
@@ -141,6 +151,9 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             measure_s=elapsed if probing else measured_s,
             peak_allocated_gib=state.memory.peak_allocated_gib,
             host_pinned_gib=optimizer.state_bytes()[1] / GIB,
+            workers=optimizer.workers.count,
+            sent_bytes=optimizer.workers.sent_bytes - sent_bytes,
+            full_bytes=state.engagement.full_bytes,
             offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
         )
         state.engagement.note(report, optimizer, active_units)
@@ -149,15 +162,41 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         yield report
 
 
-def accumulate_gradients(model: Any, micro_batches: list[Batch], device: torch.device) -> float:
-    """Backward over all micro-batches; the loss is the mean over the step's labels, wherever they are."""
+def accumulate_gradients(
+    model: Any,
+    micro_batches: list[Batch],
+    device: torch.device,
+    *,
+    optimizer: LayerwiseAdamW | None = None,
+    key: tuple[int | str, ...] | None = None,
+) -> float:
+    """Backward over a step's micro-batches, or over this worker's share of them.
+
+    Args:
+        model: what trains, on ``device``.
+        micro_batches: of all workers; their number is a multiple of the number of workers.
+        device: where they go.
+        optimizer: whose workers share them, and who is told of the last one; None takes all of them here.
+        key: what names the step. Random numbers (dropout) are keyed by it and by the micro-batch's place in the step,
+            so that neither a resume nor the number of workers changes them; None lets the generators go on.
+
+    Returns:
+        The mean loss over the step's labels, wherever they are and whichever worker has them.
+    """
     num_labels = sum(batch.num_labels for batch in micro_batches)
+    places = list(enumerate(micro_batches))
+    own = places if optimizer is None else optimizer.workers.share(places)
     losses: list[Tensor] = []
-    for batch in micro_batches:
+    for place, batch in own:
+        if key is not None:
+            torch.manual_seed(keyed_generator("dropout", *key, place).initial_seed())
         loss = summed_loss(model, batch.to(device)) / num_labels
+        if optimizer is not None:
+            optimizer.last_micro_batch = place == own[-1][0]
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    return float(torch.stack(losses).sum())
+    total = float(torch.stack(losses).sum())
+    return total if optimizer is None else optimizer.workers.sum([total])[0]
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
@@ -192,13 +231,13 @@ class StepMeasure:
     def loss(self, scales: Mapping[int, float]) -> float:
         """Mean loss on the coming batch with the adapters of the given units scaled, without dropout."""
         state = self._state
-        units = state.optimizer.units
+        units, workers, batches = state.optimizer.units, state.optimizer.workers, self._micro_batches
         by_layer = {layer: scale for unit, scale in scales.items() if (layer := units[unit].layer) is not None}
         state.model.eval()
         with scaled_adapters([state.optimizer.stack.modules[layer] for layer in by_layer], list(by_layer.values())):
-            sums = [float(summed_loss(state.model, batch.to(state.device))) for batch in self._micro_batches]
+            sums = [float(summed_loss(state.model, batch.to(state.device))) for batch in workers.share(batches)]
         state.model.train()
-        return sum(sums) / sum(batch.num_labels for batch in self._micro_batches)
+        return workers.sum([sum(sums)])[0] / sum(batch.num_labels for batch in batches)
 
     def outlier_scores(self, threshold: float, steps: int) -> tuple[float, ...]:
         """Outlier score of every layer, from the batches of the first ``steps`` training steps."""

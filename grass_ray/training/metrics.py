@@ -49,8 +49,9 @@ class MemoryMeter:
         """
         if self._cuda:
             yield
-            self.peak_allocated_gib = torch.cuda.max_memory_allocated(self._device) / GIB
-            self.peak_reserved_gib = torch.cuda.max_memory_reserved(self._device) / GIB
+            self.raise_to(
+                torch.cuda.max_memory_allocated(self._device) / GIB, torch.cuda.max_memory_reserved(self._device) / GIB
+            )
         elif closely:
             base = storage_bytes(alive)
             with torch.profiler.profile(
@@ -62,7 +63,17 @@ class MemoryMeter:
         else:
             yield
         if not self._cuda:
-            self.peak_reserved_gib = _peak_resident_set_gib()
+            self.raise_to(self.peak_allocated_gib, _peak_resident_set_gib())
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Peaks so far (allocated, reserved), in GiB."""
+        return self.peak_allocated_gib, self.peak_reserved_gib
+
+    def raise_to(self, allocated_gib: float, reserved_gib: float) -> None:
+        """Take other measurements into account: another worker's, or those before a resume; peaks never shrink."""
+        self.peak_allocated_gib = max(self.peak_allocated_gib, allocated_gib)
+        self.peak_reserved_gib = max(self.peak_reserved_gib, reserved_gib)
 
     def state_dict(self) -> dict[str, float]:
         """Peaks so far, for a resume."""
@@ -70,8 +81,7 @@ class MemoryMeter:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from :meth:`state_dict`; peaks never shrink."""
-        self.peak_allocated_gib = max(self.peak_allocated_gib, state["peak_allocated_gib"])
-        self.peak_reserved_gib = max(self.peak_reserved_gib, state["peak_reserved_gib"])
+        self.raise_to(state["peak_allocated_gib"], state["peak_reserved_gib"])
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

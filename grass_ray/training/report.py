@@ -26,7 +26,9 @@ class StepReport:
     have one entry a unit and are None for methods without them. ``refreshed`` and ``switched`` (an active set was
     drawn, perhaps the same again) say what happened in this step. ``measure_s`` is the part of ``step_s`` that only
     measured: a probing step, or extra passes before a step. ``offload`` says what moving states has cost since the
-    start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move.
+    start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move. ``sent_bytes`` are what this
+    worker gave to reductions over the ``workers`` in this step, ``full_bytes`` the gradients of all parameters, what
+    full data-parallel training would give.
     """
 
     step: int
@@ -47,6 +49,9 @@ class StepReport:
     peak_allocated_gib: float
     host_pinned_gib: float
     offload: Mapping[str, float] = field(default_factory=dict)
+    workers: int = 1
+    sent_bytes: int = 0
+    full_bytes: int = 0
 
     def metrics(self) -> dict[str, float]:
         """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
@@ -60,6 +65,11 @@ class StepReport:
             "memory/host_pinned_gib": self.host_pinned_gib,
         }
         values |= {f"offload/{name}": value for name, value in self.offload.items()}
+        if self.workers > 1:
+            values |= {
+                "comm/bytes_per_step": float(self.sent_bytes),
+                "comm/share_of_full": self.sent_bytes / self.full_bytes,
+            }
         if self.refreshed and self.probabilities is not None:
             h = entropy(self.probabilities)
             values |= {"layers/entropy": h, "layers/effective": exp(h)}
@@ -83,7 +93,8 @@ class Engagement:
     ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
     ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
     probabilities) with one entry a unit; ``only_active_layers_changed`` is False as soon as another set of weights
-    changed than was active.
+    changed than was active. ``sent_bytes_per_step`` is what a worker gives to reductions, the mean over training steps;
+    ``sent_share_of_full`` is that over the gradients of all parameters; both 0 with one worker.
     """
 
     num_layers: int
@@ -96,6 +107,9 @@ class Engagement:
     only_active_layers_changed: bool = True
     resident_state_bytes: int = 0
     host_state_bytes: int = 0
+    workers: int = 1
+    sent_bytes_per_step: float = 0.0
+    sent_share_of_full: float = 0.0
 
     @property
     def trainable_share(self) -> float:
@@ -112,6 +126,12 @@ class Engagement:
             f"{self.host_state_bytes / GIB:.3f} GiB on the host",
             "exactly the active units changed: " + ("yes" if self.only_active_layers_changed else "NO"),
         ]
+        if self.workers > 1:
+            sent = f"{self.sent_bytes_per_step / 1024**2:.3f} MiB"
+            lines.append(
+                f"{self.workers} workers; each gives {sent} a step to reductions, "
+                f"{100 * self.sent_share_of_full:.2f} % of full data-parallel training"
+            )
         if len(self.intervals) > 1 or any(len(active) < len(self.units) for _, active in self.intervals):
             lines += ["", "first step  active units"]
             lines += [f"{step:>10}  {' '.join(self.units[u] for u in active)}" for step, active in self.intervals]

@@ -42,6 +42,7 @@ from grass_ray.layerwise.samplers import (
     UniformSampler,
 )
 from grass_ray.layerwise.schedules import Cosine, Linear, Step
+from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
@@ -62,8 +63,12 @@ from grass_ray.training.weights import parameters_sha256
 Progress = Callable[[str, int, int], None]
 
 
-def check_run(config: RunConfig) -> None:
-    """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation.
+def check_run(config: RunConfig, workers: int = 1) -> None:
+    """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
+
+    Args:
+        config: the run.
+        workers: how many share the micro-batches of every step.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -76,6 +81,7 @@ def check_run(config: RunConfig) -> None:
         except ConfigError as error:
             mistakes.append(str(error))
 
+    attempt(lambda: _check_workers(config, workers))
     attempt(lambda: _check_model(config))
     attempt(lambda: check_data(config.data))
     attempt(lambda: check_evaluation(config.data, config.evaluation))
@@ -113,7 +119,7 @@ class Run:
         Raises:
             ConfigError: as :func:`check_run`.
         """
-        check_run(config)
+        check_run(config, Workers().count)
         torch.manual_seed(config.seed)
         device = device or default_device()
         loaded = load_model(config.model)
@@ -265,6 +271,8 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         train_head=method.train_head,
         train_norm=method.train_norm,
         granularity=method.granularity,
+        # the loop divides by the labels of all workers
+        gradient_reduction="sum",
     )
 
 
@@ -307,6 +315,17 @@ def _hold_within_cycles(schedule: Any, cycle_steps: int, warmup_steps: int) -> N
         return lambda step: of_step(step if step < warmup_steps else max(step - step % cycle_steps, warmup_steps))
 
     schedule.lr_lambdas = [held(of_step) for of_step in schedule.lr_lambdas]
+
+
+def _check_workers(config: RunConfig, workers: int) -> None:
+    """Workers take whole micro-batches, so that importance is measured on the same gradients whatever their number."""
+    training = config.training
+    if training.steps and training.accumulation_steps % workers:
+        raise ConfigError(
+            f"{workers} workers share the micro-batches of every step, so training.accumulation_steps must be a "
+            f"multiple of {workers}, not {training.accumulation_steps}; set training.accumulation_steps={workers} "
+            f"(training.batch_size stays the rows of a step over all workers)"
+        )
 
 
 def _check_model(config: RunConfig) -> None:
