@@ -30,8 +30,10 @@ import yaml
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import check_selection, find_task
 from grass_ray.tasks.extraction import extract_answer, is_correct
-from grass_ray.tasks.rows import Row
+from grass_ray.tasks.rows import Row, RowSet
 from grass_ray.tasks.scores import EvaluationResult, Example
+from grass_ray.tasks.shards import SHARD, split_by_cost
+from grass_ray.tasks.shards import merge_shards as merge_shards
 from grass_ray.tasks.sources import load_test_rows
 from grass_ray.tasks.suites import TASKS, Task
 from grass_ray.tasks.templates import render_answer, render_prompt
@@ -80,6 +82,7 @@ def evaluate(
     data: DataConfig,
     evaluation: EvaluationConfig,
     *,
+    shard: tuple[int, int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, EvaluationResult]:
     """Score ``model`` on the tasks of ``data``; the model and tokenizer are left as they were.
@@ -89,6 +92,8 @@ def evaluate(
         tokenizer: its tokenizer; the padding side and token do not matter.
         data: tasks, source and template.
         evaluation: scoring, extraction, limit, batch size and beams.
+        shard: (index, count): evaluate only the examples of one of ``count`` shards, which take about equally long;
+            :func:`merge_shards` puts the parts of all shards together.
         on_progress: called with (task, finished requests, all requests) after each batch; a request is an example
             in generation and an option of an example in loglikelihood.
 
@@ -103,7 +108,7 @@ def evaluate(
         progress = _Progress(on_progress)
         lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, on_batch=progress.advance)
         for key in data.tasks:
-            results[key] = _evaluate_task(lm, find_task(key, data.source), data, evaluation, progress)
+            results[key] = _evaluate_task(lm, find_task(key, data.source), data, evaluation, progress, shard)
     return results
 
 
@@ -129,7 +134,12 @@ class _Progress:
 
 
 def _evaluate_task(
-    lm: ObservedLM, task: Task, data: DataConfig, evaluation: EvaluationConfig, progress: _Progress
+    lm: ObservedLM,
+    task: Task,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    progress: _Progress,
+    shard: tuple[int, int] | None,
 ) -> EvaluationResult:
     tests = load_test_rows(task.key, data)
     prompts = select_examples(ask(task, tests.rows, data.template), evaluation.limit)
@@ -141,11 +151,35 @@ def _evaluate_task(
         "until": list(task.stop),
     }
     choosing = evaluation.scoring == "loglikelihood"
+    # over all examples: the protocol of every shard is the same
+    protocol = _protocol(task, tests, prompts, data, evaluation, max_new_tokens)
     documents = [_document(task, prompt, evaluation, choosing) for prompt in prompts]
+    if shard is not None:
+        positions = split_by_cost([_cost(document, max_new_tokens) for document in documents], shard[1])[shard[0]]
+        prompts, documents = [prompts[at] for at in positions], [documents[at] for at in positions]
+        protocol[SHARD] = {"index": shard[0], "count": shard[1], "positions": positions}
     progress.start(task.key, sum(len(document.get("choices", (1,))) for document in documents))
-    samples = _run(lm, task, documents, generation, choosing)
+    samples = _run(lm, task, documents, generation, choosing) if documents else []
     progress.finish()
     read = _read_choice if choosing else _read_text
+    return EvaluationResult(
+        task=task.key,
+        scoring=evaluation.scoring,
+        extraction=evaluation.extraction,
+        examples=tuple(read(task, prompt, sample, evaluation) for prompt, sample in zip(prompts, samples, strict=True)),
+        protocol=protocol,
+    )
+
+
+def _protocol(
+    task: Task,
+    tests: RowSet,
+    prompts: Sequence[_Prompt],
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """How the task is asked and scored; ``prompts`` are all of its examples."""
     protocol: dict[str, Any] = {
         "template": data.template,
         "scoring": evaluation.scoring,
@@ -164,20 +198,14 @@ def _evaluate_task(
         "chance": chance(task, [prompt.row for prompt in prompts]),
         "lm_eval": version("lm_eval"),
     }
-    if choosing:
+    if evaluation.scoring == "loglikelihood":
         protocol |= {
             "options": render_answer(task, "{option}"),
             "extraction": None,
             "max_new_tokens": None,
             "stop": None,
         }
-    return EvaluationResult(
-        task=task.key,
-        scoring=evaluation.scoring,
-        extraction=evaluation.extraction,
-        examples=tuple(read(task, prompt, sample, evaluation) for prompt, sample in zip(prompts, samples, strict=True)),
-        protocol=protocol,
-    )
+    return protocol
 
 
 # ---------------------------------------------------------------------------------------------- rows become questions
@@ -230,6 +258,13 @@ def _document(task: Task, prompt: _Prompt, evaluation: EvaluationConfig, choosin
         document["choices"] = [render_answer(task, option) for option in options]
         document["gold"] = options.index(prompt.row.answer)
     return document
+
+
+def _cost(document: dict[str, Any], max_new_tokens: int) -> int:
+    """About how long a question takes, in characters that go through the model."""
+    if "choices" in document:
+        return sum(len(document["prompt"]) + len(choice) for choice in document["choices"])
+    return len(document["prompt"]) + 4 * max_new_tokens  # a token is about four characters of English
 
 
 # ------------------------------------------------------------------------------------------------------ through lm-eval
