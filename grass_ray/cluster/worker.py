@@ -105,9 +105,8 @@ def train_worker(values: dict[str, Any]) -> None:
                     run.restore(folder)
                     ray.train.report(_restored_message(run))
             _fit(run, config.training.checkpoint_every_steps, first=first)
-            if first:
-                # reports are barriers, and the other workers have nothing to report now
-                run.evaluate(on_progress=_EvaluationReporter() if job.workers == 1 else None)
+            # a report is a barrier, and workers finish their batches at other times
+            run.evaluate(on_progress=_EvaluationReporter() if job.workers == 1 else None)
     except TrainingFailure as problem:
         status, failure = problem.status, problem.reason
     except ConfigError as problem:

@@ -90,6 +90,14 @@ class Workers:
         """The largest of each value over the workers."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def gather(self, value: Item) -> list[Item]:
+        """What every worker has, in the order of their ranks; plain data, which travels pickled."""
+        if self.count == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean (or sum) over the workers; a missing one counts as zeros.
 

@@ -48,6 +48,7 @@ from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.rows import Row, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks
+from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
@@ -173,12 +174,23 @@ class Run:
         load_checkpoint(self.state, Path(folder))
 
     def evaluate(self, on_progress: Progress | None = None) -> None:
-        """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards."""
+        """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards.
+
+        Several workers share the questions, and each has the whole result: all of them must call this.
+        """
+        workers = self.state.optimizer.workers
+        self.state.optimizer.synchronize()
         if self._held_out is not None:
             self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
-        self._results = evaluate(
-            self.state.model, self.tokenizer, self.config.data, self.config.evaluation, on_progress=on_progress
+        results = evaluate(
+            self.state.model,
+            self.tokenizer,
+            self.config.data,
+            self.config.evaluation,
+            on_progress=on_progress,
+            shard=(workers.rank, workers.count) if workers.count > 1 else None,
         )
+        self._results = merge_shards(workers.gather(results)) if workers.count > 1 else results
 
     def weights_sha256(self) -> str:
         """The hash of all weights as they are now, trained or not (a second for two gigabytes)."""

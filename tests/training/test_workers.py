@@ -30,6 +30,7 @@ METHODS_THAT_TRAIN = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for n
 SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
 STEPS = 5
 RESUMED = ("full", "lora", "ist", "grass")
+EVALUATED = ("full", "lora")
 # Float32 sums in another order; Adam divides small gradients by their own size, and so lets a few last bits of a
 # gradient grow to this much of a weight's step.
 LOSS_TOLERANCE = 2e-5
@@ -50,12 +51,15 @@ def follow(method: str, folder: Path | None = None) -> dict[str, Any]:
         reports.append(report)
         if folder is not None and report.step == SAVED_AFTER and dist.get_rank() == 0:
             run.save(folder)
+    if method in EVALUATED:
+        run.evaluate()
     optimizer = run.state.optimizer
     active = {unit for _, units in run.state.engagement.engagement.intervals for unit in units}
     return {
         "start": start,
         **outcome_of(run),
         "reports": reports,
+        "tasks": run.outcome().tasks,
         "unit_bytes": {unit: 4 * optimizer.units[unit].size for unit in active},
         "constant_bytes": sum(4 * unit.size for unit in optimizer.constant_units),
         "full_bytes": sum(4 * p.numel() for p in run.state.model.parameters()),
@@ -255,3 +259,15 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused() -> None:
     check_run(config, workers=2)
     with pytest.raises(ConfigError, match=r"must be a multiple of 4, not 2; set training.accumulation_steps=4"):
         check_run(config, workers=4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", EVALUATED)
+def test_workers_share_the_questions_and_each_has_all_answers(
+    method: str, size: int, groups: Groups, alone: dict[str, dict[str, Any]]
+) -> None:
+    (expected,) = alone[method]["tasks"].values()
+    for worker in groups[size]:
+        (found,) = worker[method]["tasks"].values()
+        assert found == expected
+    assert len(expected.examples) == 4
