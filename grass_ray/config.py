@@ -494,6 +494,12 @@ class RunConfig(ConfigPart):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def assignment(key: str, value: object) -> str:
+    """``key=value`` as :meth:`RunConfig.override` reads it; the value as one line of YAML that reads back equal."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
+    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
 def slug(name: str) -> str:
     """A model's or suite's name as one word: the last path component, ``-`` and odd characters as ``_``."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("_")

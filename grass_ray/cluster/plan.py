@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig
+from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig, assignment
 from grass_ray.methods import get_method
 
 BASE_METHOD = "base"
@@ -94,7 +94,7 @@ def expand(choices: PlanChoices) -> list[TrialSpec]:
         trains = get_method(method).trains
         points = _points(choices, templates[method]) if trains else [()]
         for point, seed in itertools.product(points, choices.seeds if trains else (0,)):
-            assignments = (*point, f"model.name={_as_yaml(model)}", f"seed={seed}")
+            assignments = (*point, assignment("model.name", model), f"seed={seed}")
             spec = TrialSpec(config=templates[method].override(assignments))
             specs.setdefault(spec.key, spec)
     return list(specs.values())
@@ -123,13 +123,13 @@ def _points(choices: PlanChoices, config: RunConfig) -> list[tuple[str, ...]]:
     """The hyperparameter points of one method, as assignments."""
     grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
     if choices.num_samples is None:
-        axes = [[_assignment(key, value) for value in values] for key, values in grid.items()]
+        axes = [[assignment(key, value) for value in values] for key, values in grid.items()]
         return [tuple(point) for point in itertools.product(*axes)]
     space = {**default_space(config), **grid}
     rng = random.Random(f"{config.method.name}:{sorted(space)}")
     return [
         tuple(
-            _assignment(key, values.draw(rng) if isinstance(values, LogUniform) else rng.choice(values))
+            assignment(key, values.draw(rng) if isinstance(values, LogUniform) else rng.choice(values))
             for key, values in space.items()
         )
         for _ in range(choices.num_samples)
@@ -201,16 +201,6 @@ def _key(assignment: str) -> str:
     if not separator or not key:
         raise ConfigError(f"cannot read the setting {assignment!r}; write it as dotted.key=value")
     return key
-
-
-def _assignment(key: str, value: object) -> str:
-    return f"{key}={_as_yaml(value)}"
-
-
-def _as_yaml(value: object) -> str:
-    """A value as one line of YAML that reads back equal."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return text.removesuffix("\n").removesuffix("\n...").strip()
 
 
 def _has_key(config: RunConfig, key: str) -> bool:

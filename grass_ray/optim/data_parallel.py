@@ -36,7 +36,7 @@ class Flight:
     def land(self) -> None:
         """Wait, and give every parameter its reduced gradient.
 
-        In memory of its own, whose alignment is that of one worker's gradients: sums over it round alike.
+        In memory of its own, so that no gradient keeps the whole buffer alive.
         """
         self.work.wait()
         if self.divisor > 1:

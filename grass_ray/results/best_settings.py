@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, assignment
 from grass_ray.methods import METHODS, unknown
 from grass_ray.results.record import RunRecord
 
@@ -45,7 +45,7 @@ def best_settings(records: Sequence[RunRecord]) -> Settings:
         losses: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
         for record, values in zip(own, flat, strict=True):
             # a key that a trial lacks belongs to another kind of part, which no assignment can express
-            point = tuple(_assignment(key, values[key]) for key in varied if key in values)
+            point = tuple(assignment(key, values[key]) for key in varied if key in values)
             finished = record.status == "finished"
             losses[point].append(record.metrics.get(VALIDATION, math.nan) if finished else math.nan)
         means = {point: sum(found) / len(found) for point, found in losses.items()}
@@ -97,8 +97,3 @@ def _leaves(prefix: str, value: Any) -> dict[str, Any]:
 
 def _is_schedule(value: dict[str, Any]) -> bool:
     return value.get("kind") in ("linear", "cosine", "step")
-
-
-def _assignment(key: str, value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
