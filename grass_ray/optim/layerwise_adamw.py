@@ -277,7 +277,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._torn = True
         counters = [states[p][STEP] for p in trained if p not in self._projected]
         if counters:
-            torch._foreach_add_(counters, 1.0 - skip)
+            # a list: a scalar tensor would be read by the host
+            torch._foreach_add_(counters, [1.0 - skip] * len(counters))
         # units further up first: backward reached them first, and their states may be on their way
         units = sorted(self._active(), key=lambda unit: -1 if unit.layer is None else unit.layer, reverse=True)
         for unit in units:
