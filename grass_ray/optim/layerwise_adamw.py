@@ -15,6 +15,7 @@ schedule should stand still. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args, overload
 
@@ -192,16 +193,15 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._never_seen = torch.full((len(units),), torch.nan)
         if sampler.probing:
             for parameter in managed:
-                parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+                self._after_gradient(parameter, LayerwiseAdamW._drop_while_probing)
         self._exchange = Exchange(self.workers, units, constant)
         if self.workers.count > 1:
-            for unit in (*units, *constant):
-                for parameter in unit.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._exchanging(unit))  # type: ignore[no-untyped-call]
+            for parameter in managed:
+                self._after_gradient(parameter, LayerwiseAdamW._exchange_unit)
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._prefetching(unit))  # type: ignore[no-untyped-call]
+                    self._after_gradient(parameter, LayerwiseAdamW._prefetch_unit)
         everything = set(managed)
         for parameter in model.parameters():
             if parameter not in everything:
@@ -354,12 +354,24 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
-    def _exchanging(self, unit: Unit) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            if self.last_micro_batch and not self.sampler.probing:
-                self._exchange.arrived(unit, self._active())
+    def _after_gradient(self, parameter: nn.Parameter, react: Callable[[LayerwiseAdamW, Tensor], None]) -> None:
+        """Call ``react`` whenever the parameter's gradient was accumulated, as long as this optimizer lives.
 
-        return arrived
+        Python's garbage collector does not see what such hooks hold: with a reference to the optimizer, and through it
+        to the model, neither would ever be freed.
+        """
+        me = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                react(optimizer, parameter)
+
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _exchange_unit(self, parameter: Tensor) -> None:
+        if self.last_micro_batch and not self.sampler.probing:
+            self._exchange.arrived(self._unit_of[parameter], self._active())
 
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,)."""
@@ -512,12 +524,10 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         return wait
 
-    def _prefetching(self, unit: Unit) -> Callable[[Tensor], None]:
-        def fetch(parameter: Tensor) -> None:
-            if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
-                self._streamer.prefetch(unit)
-
-        return fetch
+    def _prefetch_unit(self, parameter: Tensor) -> None:
+        unit = self._unit_of[parameter]
+        if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
+            self._streamer.prefetch(unit)
 
     def _refuse_torn(self) -> None:
         if self._torn:
