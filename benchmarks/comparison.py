@@ -1,7 +1,7 @@
-"""Every method on real word problems with SmolLM2-135M, learning rates searched with the same budget.
+"""Every method on real questions with SmolLM2-135M, learning rates searched with the same budget.
 
     python benchmarks/comparison.py --data-dir LLM-Adapters --threads 1              # goes on where it stopped
-    python benchmarks/comparison.py --data-dir LLM-Adapters --tasks arc_easy openbookqa --methods grass lora
+    python benchmarks/comparison.py --data-dir LLM-Adapters --tasks gsm8k addsub --methods grass lora
 
 Each method tries the same number of learning rates around its row's default (a factor of sqrt(10) apart) for
 ``search-steps`` steps with one seed, keeps the one with the lowest loss on held-out training rows, and trains with two
@@ -51,9 +51,9 @@ class Options:
 
     data_dir: Annotated[Path, tyro.conf.arg(help="folder in the published layout")]
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(help="of one suite; those with a train set are trained on")] = (
-        "gsm8k",
-        "multiarith",
-        "addsub",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
     )
     methods: tuple[str, ...] = tuple(METHODS)
     model: str = "smollm2-135m"
