@@ -58,6 +58,7 @@ class Workers:
             its own batch, or their ``"sum"``, where the losses are already divided by what all workers hold.
 
     Attributes:
+        reduction: what the workers' gradients become.
         count: number of workers.
         rank: this worker's place among them, from 0.
         sent_bytes: bytes that this worker has given to reductions so far.
@@ -72,7 +73,7 @@ class Workers:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self._group = group
-        self._reduction = reduction
+        self.reduction = reduction
         self.count = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
@@ -121,7 +122,7 @@ class Workers:
                 parameter.grad = None
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
             self.sent_bytes += flat.nbytes
-            flights.append(Flight(same, flat, work, self.count if self._reduction == "mean" else 1))
+            flights.append(Flight(same, flat, work, self.count if self.reduction == "mean" else 1))
         return flights
 
     def average(self, values: Tensor) -> Tensor:
