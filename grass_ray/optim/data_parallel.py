@@ -87,6 +87,14 @@ class Workers:
         """Each value added up over the workers, in float64; what every worker gets is the same to the last bit."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Each value added up over the workers, as int64, which wraps around."""
+        if self.count == 1 or not values:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.int64, device=self._device())
+        dist.all_reduce(summed, group=self._group)
+        return [int(value) for value in summed.tolist()]
+
     def maximum(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the workers."""
         return self._reduce(values, dist.ReduceOp.MAX)

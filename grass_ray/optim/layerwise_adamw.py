@@ -206,6 +206,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._never_seen = torch.full((len(units),), torch.nan)
         if shards is not None:
             shards.watch(managed, self._watch_gathered)
+            for parameter in managed:
+                parameter.register_post_accumulate_grad_hook(self._count_reduced)  # type: ignore[no-untyped-call]
         elif sampler.probing:
             for parameter in managed:
                 parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
@@ -307,6 +309,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._torn = False
 
     @property
+    def sharded(self) -> bool:
+        """Whether every worker has some rows of each parameter (FSDP2), and not all."""
+        return self._shards is not None
+
+    @property
     def probing(self) -> bool:
         """Whether the next step only measures; a learning-rate schedule should stand still meanwhile."""
         return self.sampler.probing
@@ -384,6 +391,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 self._exchange.arrived(unit, self._active())
 
         return arrived
+
+    def _count_reduced(self, parameter: Tensor) -> None:
+        """FSDP2 has reduced the gradient of a sharded parameter."""
+        if self.workers.count > 1:
+            self.workers.sent_bytes += parameter.numel() * parameter.element_size()
 
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,)."""

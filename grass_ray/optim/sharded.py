@@ -29,6 +29,31 @@ def local(tensor: Tensor) -> Tensor:
     return rows
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, on its device; any other tensor as it is. Every worker must call it."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    with torch.no_grad():
+        rows: Tensor = tensor.full_tensor()
+    return rows
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Put a whole tensor into a parameter, or this worker's rows of it into a sharded one."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
+        value = _rows(value, mesh.get_local_rank(), mesh.size())
+    local(parameter).copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Bring the weights that a forward without a backward has left gathered back to their shards."""
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
 @dataclass(frozen=True)
 class Saved:
     """Whose rows a saved state has."""
@@ -108,9 +133,7 @@ class Shards:
 
     def own_rows(self, whole: Tensor) -> Tensor:
         """This worker's rows of a whole tensor."""
-        each = -(-whole.shape[0] // self.saved.count)
-        start = min(self.saved.rank * each, whole.shape[0])
-        return whole[start : min(start + each, whole.shape[0])]
+        return _rows(whole, self.saved.rank, self.saved.count)
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -163,8 +186,7 @@ def find_shards(model: nn.Module) -> Shards | None:
     modules = {name: module for name, module in model.named_modules() if _is_fsdp(module)}
     if not modules:
         return None
-    for module in modules.values():
-        module.reshard()
+    reshard(model)
     sharded = {name: p for name, p in model.named_parameters() if hasattr(p, "placements")}
     layouts = {(parameter.device_mesh, tuple(parameter.placements)): name for name, parameter in sharded.items()}  # type: ignore[attr-defined]
     for (mesh, placements), name in layouts.items():
@@ -206,6 +228,13 @@ def check_sharded(names: dict[nn.Parameter, str], managed: Sequence[nn.Parameter
             f"{len(whole)} parameters that train are not sharded ({', '.join(whole[:3])}), while others are; give the "
             f"whole model to fully_shard: {WRAP}"
         )
+
+
+def _rows(whole: Tensor, rank: int, count: int) -> Tensor:
+    """A worker's block of rows: all blocks have as many, but the last ones that have any."""
+    each = -(-whole.shape[0] // count)
+    start = min(rank * each, whole.shape[0])
+    return whole[start : min(start + each, whole.shape[0])]
 
 
 def _is_fsdp(module: nn.Module) -> bool:
