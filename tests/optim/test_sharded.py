@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "full": lambda: (AllLayersSampler(), ENDS),
     "lisa": lambda: (UniformSampler(1, 3, seed=1), {**ENDS, "inactive_states": "reset"}),
     "lisa-keep": lambda: (UniformSampler(2, 2, seed=1), {**ENDS, "max_grad_norm": 0.5}),
+    "tied": lambda: (UniformSampler(1, 3, seed=1), {"train_embeddings": True}),
     "grass-static": lambda: (GradNormSampler(2, 2, probing_steps=2, refresh_period=None, temperature=0.1), {}),
     "badam": lambda: (CyclicSampler(1, 2, order="random"), {"inactive_states": "reset"}),
     "hift": lambda: (CyclicSampler(1, 1), {"granularity": "block"}),
@@ -139,7 +140,7 @@ def train(model: Any, optimizer: LayerwiseAdamW, share: Callable[[Any, int], flo
 
 def make(case: str, *, sharded: bool, **options: Any) -> tuple[Any, LayerwiseAdamW]:
     sampler, settings = CASES[case]()
-    model = make_llama(layers=LAYERS)
+    model = make_llama(layers=LAYERS, tied=case == "tied")
     if sharded:
         shard(model, model.model.layers)
     return model, LayerwiseAdamW(model, sampler, lr=1e-3, weight_decay=0.1, **settings, **options)
@@ -503,7 +504,7 @@ def test_sharded_weights_train_as_whole_ones(
     assert distance(expected["weights"], expected["start"]) > 100 * WEIGHT_TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["full", "lisa", "grass-static", "badam", "hift", "misa"])
+@pytest.mark.parametrize("case", ["full", "lisa", "tied", "grass-static", "badam", "hift", "misa"])
 def test_states_are_the_rows_of_whole_states(
     case: str, workers: list[dict[str, Any]], alone: dict[str, dict[str, Any]]
 ) -> None:
@@ -701,3 +702,50 @@ def test_what_cannot_work_is_refused(what: str, workers: list[dict[str, Any]]) -
     for rank, worker in enumerate(workers):
         expected = REFUSED.get(what, f"the rows of worker {1 - rank} of 2, and this is worker {rank} of 2")
         assert expected in worker["refused"][what]
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def _one_gpu(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("mode", ["resident", "blocking", "overlap", "lazy"])
+def test_gpu_shards_train_as_the_whole_model_whatever_the_streams_do(mode: Any, precision: Any) -> None:
+    """FSDP2 gathers weights on streams of its own, which must wait for updates; random delays hold these back."""
+    models = []
+    for sharded in (False, True):
+        model = make_llama(layers=LAYERS).bfloat16().cuda()
+        if sharded:
+            shard(model, model.model.layers)
+        optimizer = LayerwiseAdamW(
+            model,
+            GradNormSampler(2, 3, probing_steps=2, refresh_period=4),
+            lr=1e-3,
+            precision=precision,
+            offload=mode if sharded else "none",
+            chunk_bytes=65536,
+            ring_slots=2,
+        )
+        chance = torch.Generator().manual_seed(0)
+        for step in range(30):
+            backward_on(model, make_batch(step).cuda())
+            if sharded and mode in ("overlap", "lazy"):
+                for lane in ("fetch", "update", "write"):
+                    with optimizer._lanes.on(lane):
+                        torch.cuda._sleep(int(torch.randint(0, 2_000_000, (), generator=chance)))
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.synchronize()
+        torch.cuda.synchronize()
+        models.append(weights_of(model))
+    assert all_equal(*models)

@@ -24,7 +24,7 @@ from grass_ray.training.run import Run, check_run
 from grass_ray.training.weights import parameters_sha256
 
 QUICK = ("full", "lisa", "grass", "misa", "lora")
-REFUSED = ("galore", "apollo", "prompt", "prefix")
+REFUSED = ("galore", "ows-galore", "apollo", "prompt", "prefix")
 SLOW = [name for name, row in METHODS.items() if row.trains and name not in (*QUICK, *REFUSED)]
 TRAINED = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 RESUMED = ("grass", "lora")
@@ -221,7 +221,7 @@ def test_every_worker_answers_every_question(
     assert len(expected.examples) == 4
 
 
-@pytest.mark.parametrize("method", [name for name in REFUSED if name in METHODS])
+@pytest.mark.parametrize("method", REFUSED)
 def test_methods_that_cannot_be_sharded_are_refused(method: str) -> None:
     config = make_config(method)
     check_run(config, workers=2)
