@@ -29,7 +29,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from grass_ray.cluster.progress import step_summary
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, Parallel, RunConfig
-from grass_ray.results.provenance import build_record, now, write_engagement, write_examples
+from grass_ray.results.provenance import build_record, hardware, now, write_engagement, write_examples
 from grass_ray.results.record import Status
 from grass_ray.training.report import StepReport, TrainingFailure
 
@@ -131,6 +131,8 @@ def train_worker(values: dict[str, Any]) -> None:
             failure=failure,
             outcome=outcome,
             started_at=started_at,
+            # in tables of its own: its memory is not that of workers with the whole model
+            hardware_name=f"{hardware()}, model sharded" if job.parallel == "shard" else None,
             world_size=job.workers,
             model_sha256=None if run is None else base_model_sha256(config.model),
             threads=torch.get_num_threads(),
