@@ -21,6 +21,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+# what a worker of several holds: the whole model, or shards of it (FSDP2); decides where a run fits, not its numbers
+Parallel = Literal["replicate", "shard"]
+
 
 class ConfigError(ValueError):
     """A user's mistake: what was given, the rule, what is available. Command lines exit with 2 on it."""

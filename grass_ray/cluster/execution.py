@@ -125,6 +125,7 @@ class Execution:
             memory_check=self.options.memory_check,
             max_failures=self.options.max_failures,
             workers=self.options.workers_per_trial,
+            parallel=self.options.parallel,
         )
 
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:

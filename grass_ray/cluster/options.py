@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from grass_ray.cluster.plan import PlanChoices
-from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, SourceConfig
+from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
 from grass_ray.methods import METHODS, get_method
 from grass_ray.results.best_settings import read_settings
 from grass_ray.tasks.custom import read_task_file
@@ -82,6 +82,10 @@ class SweepOptions:
             help="data-parallel workers that share each step's micro-batches; the numbers stay the same", metavar="N"
         ),
     ] = 1
+    parallel: Annotated[
+        Parallel,
+        tyro.conf.arg(help="each worker holds the whole model, or shards of it (FSDP2) where it outgrows one GPU"),
+    ] = "replicate"
     cpus_per_trial: Annotated[
         int | None,
         tyro.conf.arg(help="of each worker; default: all of a machine, so trials run alone", metavar="N"),
@@ -218,6 +222,8 @@ def _check_numbers(options: SweepOptions) -> None:
         value = getattr(options, flag)
         if value is not None and value < 0:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 0 or more")
+    if options.parallel == "shard" and options.workers_per_trial < 2:
+        mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
     if options.search == "random" and options.num_samples is None:
         mistakes.append("--search random needs --num-samples N, the points drawn for each method")
     if options.search == "grid" and options.num_samples is not None:

@@ -32,7 +32,7 @@ from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, defau
 from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand
 from grass_ray.cluster.progress import quiet_libraries
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, Parallel
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
@@ -78,7 +78,7 @@ class Sweep:
         console = Console()
         root = Storage.at(options.storage_path)
         plan = self._resumed_plan(root, options) if options.resume else self._new_plan(root, options)
-        self._check(plan, options.workers_per_trial)
+        self._check(plan, options.workers_per_trial, options.parallel)
         storage = root.join(self.name, plan.sweep_id)
         if options.dry_run:
             _print_trials(console, plan)
@@ -129,14 +129,14 @@ class Sweep:
         uri = options.tracking_uri
         return replace(plan, tracking_uri=uri) if uri else plan
 
-    def _check(self, plan: SweepPlan, workers: int) -> None:
+    def _check(self, plan: SweepPlan, workers: int, parallel: Parallel) -> None:
         """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
         from grass_ray.training.run import check_run
 
         mistakes: dict[str, None] = {}
         for spec in plan.specs:
             try:
-                check_run(spec.config, workers)
+                check_run(spec.config, workers, parallel)
             except ConfigError as mistake:
                 mistakes[str(mistake)] = None
         if mistakes:

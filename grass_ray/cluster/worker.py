@@ -28,8 +28,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from grass_ray.cluster.progress import step_summary
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import ConfigError, RunConfig
-from grass_ray.results.provenance import build_record, now, write_engagement, write_examples
+from grass_ray.config import ConfigError, Parallel, RunConfig
+from grass_ray.results.provenance import build_record, hardware, now, write_engagement, write_examples
 from grass_ray.results.record import Status
 from grass_ray.training.report import StepReport, TrainingFailure
 
@@ -58,6 +58,7 @@ class Job:
     memory_check: bool = True
     max_failures: int = 2  # how often a process may die before the trial counts as failed
     workers: int = 1
+    parallel: Parallel = "replicate"
 
     @property
     def run_id(self) -> str:
@@ -99,7 +100,9 @@ def train_worker(values: dict[str, Any]) -> None:
     failure: str | None = None
     try:
         with ending_together(job, storage):
-            run = Run.prepare(fit_to_memory(config) if job.memory_check else config)
+            # what fits is predicted for a worker that holds the whole model
+            fits = job.memory_check and job.parallel == "replicate"
+            run = Run.prepare(fit_to_memory(config) if fits else config, parallel=job.parallel)
             with _last_checkpoint() as folder:
                 if folder is not None:
                     run.restore(folder)
@@ -111,6 +114,12 @@ def train_worker(values: dict[str, Any]) -> None:
         status, failure = problem.status, problem.reason
     except ConfigError as problem:
         status, failure = "failed", str(problem)
+    weights_sha256 = None
+    if run is not None and status == "finished" and (first or job.parallel == "shard"):
+        weights_sha256 = run.weights_sha256()  # of shards all workers together
+    keep = run is not None and status == "finished" and job.keep_checkpoints and config.training.steps > 0
+    if run is not None and keep and not first:
+        run.save(None)
     if first:
         outcome = None if run is None else run.outcome()
         record = build_record(
@@ -122,10 +131,12 @@ def train_worker(values: dict[str, Any]) -> None:
             failure=failure,
             outcome=outcome,
             started_at=started_at,
+            # in tables of its own: its memory is not that of workers with the whole model
+            hardware_name=f"{hardware()}, model sharded" if job.parallel == "shard" else None,
             world_size=job.workers,
             model_sha256=None if run is None else base_model_sha256(config.model),
             threads=torch.get_num_threads(),
-            weights_sha256=run.weights_sha256() if run is not None and status == "finished" else None,
+            weights_sha256=weights_sha256,
         )
         with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
             written = Path(name)
@@ -133,7 +144,7 @@ def train_worker(values: dict[str, Any]) -> None:
             if outcome is not None:
                 write_examples(written / "examples.jsonl", outcome.tasks)
                 write_engagement(written, outcome.engagement)
-            if run is not None and status == "finished" and job.keep_checkpoints and config.training.steps:
+            if run is not None and keep:
                 run.save(written / CHECKPOINT_FOLDER)
             storage.upload(written, job.folder)
         # the record comes last: where it is, everything is
@@ -172,7 +183,8 @@ def _fit(run: Run, every_steps: int | None, *, first: bool) -> None:
     """Take every step; report the steps since the last report every few seconds, and at each checkpoint.
 
     A report is a barrier: the ``first`` worker's clock decides for all. It alone saves: states are the same on every
-    worker, and random numbers are keyed, so that no worker has anything of its own to save.
+    worker (of a sharded model they are gathered), and random numbers are keyed, so that no worker has anything of its
+    own to save.
     """
     workers = run.state.optimizer.workers
     pending: list[StepReport] = []
@@ -187,7 +199,10 @@ def _fit(run: Run, every_steps: int | None, *, first: bool) -> None:
                 run.save(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
                 ray.train.report(_steps_message(pending), checkpoint=checkpoint)  # uploads before it returns
-        elif due or (every_steps is not None and report.step % every_steps == 0):
+        elif every_steps is not None and (last or report.step % every_steps == 0):
+            run.save(None)
+            ray.train.report(_steps_message(pending))
+        elif due:
             ray.train.report(_steps_message(pending))
         else:
             continue

@@ -23,15 +23,22 @@ class GradNormMeter:
 
     Args:
         layers: parameters of each layer.
+        sharded: the gradients do not pass through these parameters; :meth:`watch` names those that stand for them.
     """
 
-    def __init__(self, layers: Sequence[Sequence[nn.Parameter]]) -> None:
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], *, sharded: bool = False) -> None:
         self._layers = layers
         self._sizes = [sum(p.numel() for p in layer) for layer in layers]
         self._norms: list[list[list[Tensor]]] = [[[] for _ in layer] for layer in layers]
-        for index, layer in enumerate(layers):
-            for slot, parameter in enumerate(layer):
-                parameter.register_hook(self._noting(index, slot))  # type: ignore[no-untyped-call]
+        self._places = {p: (index, slot) for index, layer in enumerate(layers) for slot, p in enumerate(layer)}
+        if not sharded:
+            for parameter in self._places:
+                self.watch(parameter, parameter)
+
+    def watch(self, parameter: nn.Parameter, seen: nn.Parameter) -> None:
+        """Take the gradients of ``seen`` as those of ``parameter``, if that belongs to a layer."""
+        if parameter in self._places:
+            seen.register_hook(self._noting(*self._places[parameter]))  # type: ignore[no-untyped-call]
 
     def _noting(self, index: int, slot: int) -> Callable[[Tensor], None]:
         me = weakref.ref(self)  # hooks outlive the meter: nobody would empty their notes then

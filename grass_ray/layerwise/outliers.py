@@ -172,4 +172,6 @@ def _input_weight(module: nn.Module) -> Tensor | None:
 def _saliency(module: nn.Module, squares: Tensor) -> Tensor:
     weight = _input_weight(module)
     assert weight is not None
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP2: every worker measures the same layers at the same time
+        weight = weight.full_tensor()
     return weight.detach().float().abs() * squares.sqrt()

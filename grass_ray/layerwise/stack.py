@@ -16,8 +16,8 @@ from torch import nn
 WRAPPERS = {
     "DataParallel": "pass the bare model and start one process a GPU with process_group=",
     "DistributedDataParallel": "pass the bare model and process_group=: the optimizer averages the active gradients",
-    "FullyShardedDataParallel": "pass the bare model and process_group=; sharded training is not supported",
-    "DeepSpeedEngine": "pass the bare model and process_group=; sharded training is not supported",
+    "FullyShardedDataParallel": "shard with FSDP2 (fully_shard) instead, or pass the bare model and process_group=",
+    "DeepSpeedEngine": "pass the bare model and process_group=, or shard it with FSDP2 (fully_shard)",
 }
 
 
@@ -55,7 +55,7 @@ def find_decoder_stack(model: nn.Module, path: str | None = None) -> DecoderStac
     Raises:
         ValueError: there is no decoder stack, or more than one candidate (the message lists what was found); the model
             is an encoder; or it is wrapped in something that fixes which parameters train (DDP, FSDP1, DeepSpeed, a
-            compiled whole model).
+            compiled whole model) or split by tensor parallelism.
     """
     _refuse_wrappers(model)
     _refuse_encoders(model)
@@ -91,15 +91,32 @@ def _refuse_wrappers(model: nn.Module) -> None:
                     f"{name or 'the model'} is wrapped in {kind.__name__}, which fixes when it is built which "
                     f"parameters train, while layer-wise training changes them; {WRAPPERS[kind.__name__]}"
                 )
+    _refuse_foreign_shards(model)
+
+
+def _refuse_foreign_shards(model: nn.Module) -> None:
+    """Parameters that something else than FSDP2 has split over workers."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
             "the model's parameters are partitioned by DeepSpeed ZeRO-3, which fixes at its start which of them train, "
-            "while layer-wise training changes them; load the model without ZeRO-3"
+            "while layer-wise training changes them; load the model without ZeRO-3 (FSDP2 works)"
         )
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor") for p in model.parameters()):
+    if any(type(p).__name__ == "FlatParameter" or hasattr(p, "_fsdp_flattened") for p in model.parameters()):
         raise ValueError(
-            "the model's parameters are sharded over workers (FSDP2 or tensor parallelism), which layer-wise training "
-            "does not support yet; pass the bare model and process_group="
+            "the model is the inside of a FullyShardedDataParallel, which fixes when it is built which parameters "
+            "train, while layer-wise training changes them; shard it with FSDP2 (fully_shard) instead"
+        )
+    empty = [name for name, p in model.named_parameters() if not p.numel()]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} parameters have no elements ({', '.join(empty[:3])}), as where ZeRO or FSDP1 has them; "
+            "pass the whole model, or shard it with FSDP2 (fully_shard)"
+        )
+    sharded = any(type(p).__name__ == "DTensor" or hasattr(p, "_local_tensor") for p in model.parameters())
+    if sharded and not any(kind.__name__ == "FSDPModule" for m in model.modules() for kind in type(m).__mro__):
+        raise ValueError(
+            "the model's parameters are split over workers by tensor parallelism, which layer-wise training does not "
+            "support; pass the bare model and process_group=, or shard it with FSDP2 (fully_shard)"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.kernels import StateLayout
+from grass_ray.optim.sharded import local
 
 CHUNK_BYTES = 64 * 1024 * 1024
 SMALLEST_CHUNK_BYTES = 64 * 1024
@@ -23,7 +24,10 @@ BOUNDARY = 1024
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements ``start`` to ``stop`` of a flattened parameter, at ``offset`` elements in their chunk."""
+    """Elements ``start`` to ``stop`` of a flattened parameter, at ``offset`` elements in their chunk.
+
+    Of a sharded parameter, this worker's elements.
+    """
 
     parameter: nn.Parameter
     start: int
@@ -88,15 +92,16 @@ def cut(
             f"chunk_bytes is {chunk_bytes}; it must be a power of two that holds the state of {BOUNDARY} parameters "
             f"({BOUNDARY * per_element} bytes)"
         )
-    if not all(p.is_contiguous() for p in parameters):
+    sizes = [local(p).numel() for p in parameters]
+    if not all(local(p).is_contiguous() for p in parameters):
         raise ValueError(f"a parameter of {name} is not contiguous in memory; its state cannot be streamed in pieces")
-    left = sum(p.numel() for p in parameters)
+    left = sum(sizes)
     chunks: list[Chunk] = []
     room = 0
-    for parameter in parameters:
+    for parameter, size in zip(parameters, sizes, strict=True):
         start = 0
-        while start < parameter.numel():
-            wanted = parameter.numel() - start
+        while start < size:
+            wanted = size - start
             fitting = wanted if wanted <= room else room // BOUNDARY * BOUNDARY
             if not fitting:
                 nbytes = _next_size(left * per_element, chunk_bytes, per_element)

@@ -58,6 +58,7 @@ class Workers:
             its own batch, or their ``"sum"``, where the losses are already divided by what all workers hold.
 
     Attributes:
+        reduction: what the workers' gradients become.
         count: number of workers.
         rank: this worker's place among them, from 0.
         sent_bytes: bytes that this worker has given to reductions so far.
@@ -72,7 +73,7 @@ class Workers:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self._group = group
-        self._reduction = reduction
+        self.reduction = reduction
         self.count = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
@@ -85,6 +86,14 @@ class Workers:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the workers, in float64; what every worker gets is the same to the last bit."""
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Each value added up over the workers, as int64, which wraps around."""
+        if self.count == 1 or not values:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.int64, device=self._device())
+        dist.all_reduce(summed, group=self._group)
+        return [int(value) for value in summed.tolist()]
 
     def maximum(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the workers."""
@@ -121,7 +130,7 @@ class Workers:
                 parameter.grad = None
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
             self.sent_bytes += flat.nbytes
-            flights.append(Flight(same, flat, work, self.count if self._reduction == "mean" else 1))
+            flights.append(Flight(same, flat, work, self.count if self.reduction == "mean" else 1))
         return flights
 
     def average(self, values: Tensor) -> Tensor:

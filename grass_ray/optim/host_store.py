@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
 from grass_ray.optim.kernels import StateLayout
+from grass_ray.optim.sharded import local
 
 # what must stay free for everybody else when blocks are allocated
 RESERVE_BYTES = 256 * 1024 * 1024
@@ -102,12 +103,12 @@ class HostStore:
                 view.copy_(segment.of(states[name]), non_blocking=True)
 
     def read(self, unit: str, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
-        """A copy on ``device`` of a parameter's state tensors, in the parameter's shape."""
+        """A copy on ``device`` of a parameter's state tensors, in the shape of the parameter (of its rows here)."""
         found: dict[str, Tensor] = {}
         for segment, views in self._pieces(unit, parameter):
             for name, view in views.items():
                 if name not in found:
-                    found[name] = torch.empty(parameter.shape, dtype=view.dtype, device=device)
+                    found[name] = torch.empty(local(parameter).shape, dtype=view.dtype, device=device)
                 segment.of(found[name]).copy_(view, non_blocking=True)
         return found
 

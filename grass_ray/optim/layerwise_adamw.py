@@ -9,14 +9,15 @@ A drop-in ``torch.optim.Optimizer``; probing, sampling, freezing, switching and 
         optimizer.zero_grad()
 
 While ``optimizer.probing`` is True the gradients are measured and dropped, nothing is updated, and a learning-rate
-schedule should stand still. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
+schedule should stand still. A model sharded by FSDP2 (``fully_shard``) trains the same way, each worker holding the
+states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -32,6 +33,7 @@ from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
 from grass_ray.optim.projection import Projection
+from grass_ray.optim.sharded import check_sharded, clip, find_shards, local
 from grass_ray.optim.streaming import OffloadStats, Streamer
 from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
 
@@ -48,7 +50,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     Parameters that do not require a gradient when the optimizer is built stay frozen for ever (a peft model's base
     weights); all others belong to it, and those outside the active set are frozen by it. Where torch.distributed is
     initialised the gradients of the active set are averaged over the workers inside ``step``: pass the bare model,
-    not one wrapped in DistributedDataParallel.
+    not one wrapped in DistributedDataParallel. Or give its layers and then itself to FSDP2's ``fully_shard`` first.
 
     Args:
         model: a decoder language model, on its device.
@@ -93,8 +95,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             backward goes on; ``step`` sets it back. Left alone, they travel when ``step`` begins.
 
     Raises:
-        ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, or a
-            setting out of range.
+        ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, a setting
+            out of range, or a model sharded in another way than by rows over ``process_group``.
     """
 
     def __init__(
@@ -135,6 +137,12 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             raise ValueError(f"inactive_states is {inactive_states!r}; available: keep, reset")
         if granularity == "block" and (train_embeddings or train_head or train_norm):
             raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
+        shards = find_shards(model)
+        if shards is not None and projection is not None:
+            raise ValueError(
+                f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of each; "
+                "pass the bare model, or a method without a projection"
+            )
         stack = find_decoder_stack(model, layers)
         decayed = decay_parameters(model)
         units = sampled_units(stack, granularity, decayed)
@@ -151,6 +159,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         }
         constant = constant_units(always, decayed)
         managed = [p for unit in (*units, *constant) for p in unit.parameters]
+        if shards is not None:
+            check_sharded({p: name for name, p in model.named_parameters()}, managed)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in managed if p in decayed]},
@@ -168,7 +178,10 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self.switches = 0
         self.probed = False
         self.last_micro_batch = False
+        if shards is not None:
+            process_group = shards.of_all(process_group)
         self.workers = Workers(process_group, gradient_reduction)
+        self._shards = shards
         self._projection = projection
         self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
         self._precision = precision
@@ -189,13 +202,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self._start_streaming()
             self._install_gates(model)
         measures = sampler.grad_norms == "arriving" or sampler.probing
-        self._meter = GradNormMeter([unit.parameters for unit in units]) if measures else None
+        layerwise = [unit.parameters for unit in units]
+        self._meter = GradNormMeter(layerwise, sharded=shards is not None) if measures else None
         self._never_seen = torch.full((len(units),), torch.nan)
-        if sampler.probing:
+        if shards is not None:
+            shards.watch(managed, self._watch_gathered)
+            for parameter in managed:
+                self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
+        elif sampler.probing:
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._drop_while_probing)
         self._exchange = Exchange(self.workers, units, constant)
-        if self.workers.count > 1:
+        if self.workers.count > 1 and shards is None:
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._exchange_unit)
         if self.offload == "lazy":
@@ -255,11 +273,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                     "step, or give the sampler its scores"
                 )
             active = self.active_parameters()
-            self._exchange.finish(self._active())
-            gradients = [p.grad for p in active if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            if self._shards is None:
+                self._exchange.finish(self._active())
+            else:
+                self._shards.finish(active, summed=self.workers.reduction == "sum")
+            (self.grad_norm,) = self._norms([active])
             if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(active, self.max_grad_norm, self.grad_norm)
+                clip(active, self.max_grad_norm, self.grad_norm)
             if self.sampler.grad_norms == "clipped":
                 norms = self._rms_gradients()
             self._update(active)
@@ -288,6 +308,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             streamed = [unit for unit in units if unit.name in self._away]
             self._streamer.update(streamed, {p: states[p][STEP] for p in trained}, self.param_groups, skip)
         self._torn = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every worker has some rows of each parameter (FSDP2), and not all."""
+        return self._shards is not None
 
     @property
     def probing(self) -> bool:
@@ -337,8 +362,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                     self._projection.update(parameter, self._state_of(parameter), group, key=self._index[parameter])
             plain: list[Tensor] = [p for p in trained if p not in self._projected]
             states = [self._state_of(p) for p in plain]
-            gradients = [p.grad for p in plain if p.grad is not None]
-            adamw(plain, gradients, states, [state[STEP] for state in states], group, skip)
+            gradients = [local(p.grad) for p in plain if p.grad is not None]
+            adamw([local(p) for p in plain], gradients, states, [state[STEP] for state in states], group, skip)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter that trains now, zero before its first update; only a counter when streamed."""
@@ -350,9 +375,16 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             return state
         state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         if self._unit_of[parameter].name not in self._away:
-            for name, dtype in state_layout(parameter.dtype, self._precision).dtypes:
-                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            state.update(self._zeros(parameter, parameter.device))
         return state
+
+    def _zeros(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The state tensors of a parameter (of its rows here) before its first update."""
+        layout = state_layout(parameter.dtype, self._precision)
+        return {
+            name: torch.zeros_like(local(parameter), dtype=dtype, device=device, memory_format=torch.preserve_format)
+            for name, dtype in layout.dtypes
+        }
 
     def _after_gradient(self, parameter: nn.Parameter, react: Callable[[LayerwiseAdamW, Tensor], None]) -> None:
         """Call ``react`` whenever the parameter's gradient was accumulated, as long as this optimizer lives.
@@ -373,18 +405,36 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self.last_micro_batch and not self.sampler.probing:
             self._exchange.arrived(self._unit_of[parameter], self._active())
 
+    def _count_reduced(self, parameter: Tensor) -> None:
+        """FSDP2 has reduced the gradient of a sharded parameter."""
+        if self.workers.count > 1:
+            self.workers.sent_bytes += parameter.numel() * parameter.element_size()
+
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,)."""
         return (norms.square() * norms.new_tensor([unit.size for unit in self.units])).nansum().sqrt()
 
     def _rms_gradients(self) -> Tensor:
         """RMS of each active unit's accumulated and clipped gradient, shape (units,), NaN elsewhere."""
-        norms = torch.full((len(self.units),), torch.nan, device=self.units[0].parameters[0].device)
-        for index in self.active_units:
-            unit = self.units[index]
-            gradients = [p.grad for p in unit.parameters if p.grad is not None]
-            norms[index] = torch.nn.utils.get_total_norm(gradients).float() / unit.size**0.5
+        norms = torch.full((len(self.units),), torch.nan, device=self._device)
+        active = [self.units[index] for index in self.active_units]
+        for index, norm in zip(self.active_units, self._norms([unit.parameters for unit in active]), strict=True):
+            norms[index] = norm.float() / self.units[index].size ** 0.5
         return norms
+
+    def _norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+        """The norm of each group's gradients."""
+        gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+        if self._shards is not None:
+            return list(self._shards.norms(gradients, self._device))
+        return [torch.nn.utils.get_total_norm(own) for own in gradients]
+
+    def _watch_gathered(self, parameter: nn.Parameter, gathered: nn.Parameter) -> None:
+        """Measure, and drop while probing, the gradients of a sharded parameter before they are reduced."""
+        if self._meter is not None:
+            self._meter.watch(parameter, gathered)
+        if self.sampler.probing:
+            self._after_gradient(gathered, LayerwiseAdamW._drop_while_probing)
 
     def _drop_while_probing(self, parameter: Tensor) -> None:
         """Free a gradient the moment it was measured, so that probing never holds more than a few of them."""
@@ -465,9 +515,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self.stats.bytes_out += sum(t.nbytes for t in tensors.values())
 
     def _from_host(self, unit: Unit, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
-        if self._projected.isdisjoint(unit.parameters):
-            return self._host.read(unit.name, parameter, device)
-        return self._host.take(unit.name, parameter, device)
+        if not self._projected.isdisjoint(unit.parameters):
+            return self._host.take(unit.name, parameter, device)
+        if not local(parameter).numel():
+            return self._zeros(parameter, device)
+        return self._host.read(unit.name, parameter, device)
 
     def _allocate(self, unit: Unit) -> None:
         """Host blocks for the unit's states, its parameters in the order of backward and by dtype."""
@@ -489,7 +541,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             return "resident"
         layouts = (state_layout(p.dtype, self._precision) for p in self._parameters_in_order())
         per_parameter = max(layout.bytes_per_parameter for layout in layouts)
-        sizes = sorted((unit.size for unit in self.units), reverse=True)
+        sizes = sorted((sum(local(p).numel() for p in unit.parameters) for unit in self.units), reverse=True)
         largest = sum(sizes[: int(bounds_of(getattr(self.sampler, "num_active_layers", len(sizes)))[1])])
         free, _ = torch.cuda.mem_get_info(self._device)
         return "resident" if largest * per_parameter <= RESIDENT_SHARE * free else "lazy"
@@ -514,6 +566,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         for layer, names in by_layer.items():
             module = model if layer is None else self.stack.modules[layer]
             module.register_forward_pre_hook(self._gate_of(names))
+        if self._shards is not None:
+            self._shards.before_forward(self.synchronize)
         model.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
 
     def _gate_of(self, names: list[str]) -> Callable[[nn.Module, Any], None]:
@@ -546,7 +600,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         Every mode writes the same: a parameter's ``step``, moments and remainder, each in its own dtype, those on the
         host straight from their blocks. Holds tensors and plain values only: ``torch.load(..., weights_only=True)``
-        reads it.
+        reads it. Of a sharded model: this worker's rows, and whose they are; see :meth:`full_state_dict`.
 
         Raises:
             RuntimeError: an earlier step was interrupted in the middle of its update.
@@ -571,14 +625,42 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             "switches": self.switches,
             "on_host": self._host.units,
         }
+        if self._shards is not None:
+            state["layerwise"]["shard"] = self._shards.saved.to_dict()
         return state
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` as of a model that is not sharded; every worker must call it.
+
+        :meth:`load_state_dict` takes it with any number of workers, sharded or not.
+
+        Returns:
+            On the first worker the state, on the CPU; an empty dictionary on all others, which only send theirs.
+        """
+        state = self.state_dict()
+        if self._shards is None:
+            return state if self.workers.rank == 0 else {}
+        del state["layerwise"]["shard"]
+        ordered = self._parameters_in_order()
+        first = self.workers.rank == 0
+        for index, saved in state["state"].items():
+            whole = {STEP: saved[STEP]}
+            for name, rows in sorted(_tensors(saved).items()):
+                gathered = self._shards.gather(rows.to(self._device), ordered[index].shape)
+                if first:
+                    whole[name] = gathered.cpu()
+            state["state"][index] = whole
+        return state if first else {}
 
     def adamw_state_dict(self) -> dict[str, Any]:
         """The states in the layout of ``torch.optim.AdamW`` over the same two parameter groups, for other trainers.
 
         Moments and counters only: what a remainder adds to a bfloat16 weight, and the sampler's place, have none there.
+        Of a sharded model the whole states on the first worker, and nothing elsewhere; every worker must call it.
         """
-        state = self.state_dict()
+        state = self.state_dict() if self._shards is None else self.full_state_dict()
+        if not state:
+            return state
         del state["layerwise"]
         options = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
         fused = {"fused": self._device.type in ("cpu", "cuda"), "decoupled_weight_decay": True}
@@ -593,8 +675,10 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of any offload mode, bit for bit: each state goes where its unit's belongs.
 
+        Of a sharded model every worker takes its own state, or all the same :meth:`full_state_dict`.
+
         Raises:
-            ValueError: the state belongs to another model or to another optimizer.
+            ValueError: the state belongs to another model, to another optimizer, or to another worker.
         """
         if "layerwise" not in state_dict:
             raise ValueError("this state was not saved by LayerwiseAdamW: it has no 'layerwise' entry")
@@ -605,6 +689,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         own = state_dict["layerwise"]
+        self._check_shard(own.get("shard"))
         self.synchronize()
         self.sampler.load_state_dict(own["sampler"])
         self.switches = own["switches"]
@@ -615,7 +700,23 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._host = HostStore(self._device, self._chunk_bytes)
         self._start_streaming()
         self._activate(tuple(own["active_units"]))
-        self._load_states(state_dict["state"], set(own["on_host"]))
+        states = state_dict["state"]
+        if self._shards is not None and "shard" not in own:
+            states = {index: self._rows_of(saved) for index, saved in states.items()}
+        self._load_states(states, set(own["on_host"]))
+
+    def _check_shard(self, saved: Mapping[str, int] | None) -> None:
+        here = None if self._shards is None else self._shards.saved.to_dict()
+        if saved is not None and saved != here:
+            place = "this model is not sharded" if here is None else "this is worker {rank} of {count}".format(**here)
+            raise ValueError(
+                "the state has the rows of worker {rank} of {count}, and ".format(**saved)
+                + f"{place}; full_state_dict() makes a state for any number of workers"
+            )
+
+    def _rows_of(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert self._shards is not None
+        return {name: t if name == STEP else self._shards.own_rows(t) for name, t in saved.items()}
 
     def _load_states(self, states: Mapping[int, Mapping[str, Tensor]], on_host: set[str]) -> None:
         for index, unit in enumerate(self.units):

@@ -24,6 +24,7 @@ from grass_ray.optim.chunks import CHUNK_BYTES, Chunk
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import adamw
 from grass_ray.optim.lanes import Lanes
+from grass_ray.optim.sharded import local
 from grass_ray.optim.units import Unit
 
 StreamMode = Literal["blocking", "overlap", "lazy"]
@@ -193,8 +194,8 @@ class Streamer:
             for group in {id(group): group for group in group_of.values()}.values():
                 own = [(segment, state) for segment, state in pieces if group_of[segment.parameter] is group]
                 adamw(
-                    [segment.of(segment.parameter.data) for segment, _ in own],
-                    [segment.of(gradients[segment.parameter].contiguous()) for segment, _ in own],
+                    [segment.of(local(segment.parameter).data) for segment, _ in own],
+                    [segment.of(local(gradients[segment.parameter]).contiguous()) for segment, _ in own],
                     [state for _, state in own],
                     [steps[segment.parameter] for segment, _ in own],
                     group,

@@ -15,20 +15,38 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from grass_ray.config import ConfigError
+from grass_ray.optim.sharded import assign, reshard, whole
 from grass_ray.training.loop import TrainState
 
 FORMAT = 2
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> None:
-    """Write ``state`` to ``folder``, replacing what is there only when everything is on disk."""
-    state.optimizer.synchronize()
+def save_checkpoint(state: TrainState, folder: Path | None) -> None:
+    """Write ``state`` to ``folder``, replacing what is there only when everything is on disk.
+
+    A checkpoint is the same however many workers wrote it, sharded or not. Of a sharded model all workers must call
+    this, the first with a folder, the others with None. Where the weights are whole, None does nothing.
+    """
+    optimizer = state.optimizer
+    if folder is None and not optimizer.sharded:
+        return
+    optimizer.synchronize()
+    reshard(state.model)
+    weights = {}
+    for name, parameter in _trained_parameters(state).items():
+        weight = whole(parameter.data)  # one at a time, and on one worker only
+        if folder is not None:
+            weights[name] = weight.cpu() if optimizer.sharded else weight
+    states = optimizer.full_state_dict() if optimizer.sharded else optimizer.state_dict()
+    if folder is None:
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
-    save_file(_trained_weights(state), temporary / "weights.safetensors")
-    torch.save({"optimizer": state.optimizer.state_dict(), "random": _random_states()}, temporary / "optimizer.pt")
+    save_file(weights, temporary / "weights.safetensors")
+    torch.save({"optimizer": states, "random": _random_states()}, temporary / "optimizer.pt")
     values = {
         "format": FORMAT,
         "probed": state.probed,
@@ -63,7 +81,8 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
         raise ConfigError(f"{folder} is not a readable checkpoint: {error}") from error
     if values.get("format") != FORMAT:
         raise ConfigError(f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}")
-    expected = _trained_weights(state)
+    reshard(state.model)
+    expected = _trained_parameters(state)
     if names != expected.keys():
         raise ConfigError(f"{folder} belongs to another model or method: {len(names)} tensors, not {len(expected)}")
     load_weights(state.model, folder)
@@ -91,15 +110,14 @@ def load_weights(model: Any, folder: Path) -> None:
     foreign = [name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape]
     if foreign:
         raise ConfigError(f"{folder} belongs to another model or method: {foreign[0]} has no place in this one")
-    with torch.no_grad():
-        for name, weight in weights.items():
-            own[name].copy_(weight)
+    for name, weight in weights.items():
+        assign(own[name], weight)
 
 
-def _trained_weights(state: TrainState) -> dict[str, torch.Tensor]:
+def _trained_parameters(state: TrainState) -> dict[str, nn.Parameter]:
     """Every parameter the optimizer may ever change, by name."""
     managed = {p for group in state.optimizer.param_groups for p in group["params"]}
-    return {name: p.data for name, p in state.model.named_parameters() if p in managed}
+    return {name: p for name, p in state.model.named_parameters() if p in managed}
 
 
 def _random_states() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.optim.sharded import local
 from grass_ray.training.report import Engagement, StepReport
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -31,10 +32,11 @@ class EngagementLog:
 
     def __init__(self, optimizer: LayerwiseAdamW, model: nn.Module) -> None:
         self._units = optimizer.units
+        self._workers = optimizer.workers if optimizer.sharded else None
         managed = {p for group in optimizer.param_groups for p in group["params"]}
         self._frozen = [p for p in model.parameters() if p not in managed]
-        self._frozen_fingerprint = fingerprint(self._frozen)
-        self._fingerprints = [fingerprint(unit.parameters) for unit in self._units]
+        self._frozen_fingerprint = self._fingerprint(self._frozen)
+        self._fingerprints = [self._fingerprint(unit.parameters) for unit in self._units]
         self._expected: set[int] = set()
         self._steps_since_check = 0
         self._switches = -1
@@ -82,11 +84,16 @@ class EngagementLog:
         if report.step == report.total_steps:
             optimizer.synchronize()
             self._check()
-            if fingerprint(self._frozen) != self._frozen_fingerprint:
+            if self._fingerprint(self._frozen) != self._frozen_fingerprint:
                 log.only_active_layers_changed = False
 
+    def _fingerprint(self, parameters: Iterable[nn.Parameter]) -> int:
+        """That of whole parameters; workers with some rows of each add theirs up."""
+        sums = bit_sums(parameters)
+        return fingerprint(sums if self._workers is None else self._workers.sum_integers(sums))
+
     def _check(self) -> None:
-        now = [fingerprint(unit.parameters) for unit in self._units]
+        now = [self._fingerprint(unit.parameters) for unit in self._units]
         changed = {unit for unit, (old, new) in enumerate(zip(self._fingerprints, now, strict=True)) if old != new}
         if changed != self._expected:
             self.engagement.only_active_layers_changed = False
@@ -121,10 +128,15 @@ class EngagementLog:
         self._frozen_fingerprint = state["frozen_fingerprint"]
 
 
-def fingerprint(parameters: Iterable[nn.Parameter]) -> int:
-    """A number that changes when any weight's bits do: the position-weighted sum of the bits, modulo 2**64."""
+def fingerprint(sums: Iterable[int]) -> int:
+    """A number that changes when any of :func:`bit_sums` does: their position-weighted sum, modulo 2**64."""
     total = 0
-    for parameter in parameters:
-        bits = parameter.detach().flatten().view(INTEGERS[parameter.element_size()])
-        total = total * 31 + int(bits.sum(dtype=torch.int64))
+    for value in sums:
+        total = total * 31 + value
     return total % 2**64
+
+
+def bit_sums(parameters: Iterable[nn.Parameter]) -> list[int]:
+    """For each parameter (of its rows here) the sum of its elements' bits, as int64."""
+    bits = (local(p).detach().flatten().view(INTEGERS[p.element_size()]) for p in parameters)
+    return [int(integers.sum(dtype=torch.int64)) for integers in bits]

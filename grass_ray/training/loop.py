@@ -22,6 +22,7 @@ from grass_ray.config import TrainingConfig
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.layerwise.outliers import outlier_scores
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.optim.sharded import local
 from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
 from grass_ray.training.batches import IGNORED, Batch, Batches
 from grass_ray.training.engagement import EngagementLog
@@ -264,8 +265,8 @@ def keeps_logits(model: Any) -> bool:
 
 def _alive_tensors(state: TrainState) -> Iterator[Tensor]:
     """Everything that stays on the device between steps: weights, buffers, gradients, resident states."""
-    yield from itertools.chain(state.model.parameters(), state.model.buffers())
-    yield from (p.grad for p in state.model.parameters() if p.grad is not None)
+    yield from map(local, itertools.chain(state.model.parameters(), state.model.buffers()))
+    yield from (local(p.grad) for p in state.model.parameters() if p.grad is not None)
     yield from state.optimizer.resident_states()
 
 

@@ -26,6 +26,7 @@ from grass_ray.config import (
     GaLoreConfig,
     LinearScheduleConfig,
     MethodConfig,
+    Parallel,
     PrefixConfig,
     ProjectionConfig,
     RunConfig,
@@ -45,6 +46,7 @@ from grass_ray.layerwise.schedules import Cosine, Linear, Step
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
+from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.rows import Row, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks
@@ -58,18 +60,20 @@ from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import build_skeleton, describe_model, load_model
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
+from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
 
 Progress = Callable[[str, int, int], None]
 
 
-def check_run(config: RunConfig, workers: int = 1) -> None:
+def check_run(config: RunConfig, workers: int = 1, parallel: Parallel = "replicate") -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
 
     Args:
         config: the run.
         workers: how many share the micro-batches of every step.
+        parallel: what each of them holds of the model.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -83,6 +87,8 @@ def check_run(config: RunConfig, workers: int = 1) -> None:
             mistakes.append(str(error))
 
     attempt(lambda: _check_workers(config, workers))
+    if parallel == "shard":
+        attempt(lambda: check_shardable(config, workers))
     attempt(lambda: _check_model(config))
     attempt(lambda: check_data(config.data))
     attempt(lambda: check_evaluation(config.data, config.evaluation))
@@ -112,15 +118,20 @@ class Run:
         self._results: dict[str, EvaluationResult] = {}
 
     @classmethod
-    def prepare(cls, config: RunConfig, device: torch.device | None = None) -> Run:
+    def prepare(cls, config: RunConfig, device: torch.device | None = None, *, parallel: Parallel = "replicate") -> Run:
         """Load the model and the data, and build the optimizer.
 
         Seeds torch's global generator with the run's seed: adapters' first weights and dropout draw from it.
 
+        Args:
+            config: the run.
+            device: where it trains; None takes this worker's.
+            parallel: whether each worker holds the whole model, or shards of it.
+
         Raises:
             ConfigError: as :func:`check_run`.
         """
-        check_run(config, Workers().count)
+        check_run(config, Workers().count, parallel)
         torch.manual_seed(config.seed)
         device = device or default_device()
         loaded = load_model(config.model)
@@ -139,11 +150,14 @@ class Run:
             accumulation_steps=training.accumulation_steps,
             seed=config.seed,
         )
-        model = add_adapter(loaded.model, config.method.adapter).to(device)
+        model = add_adapter(loaded.model, config.method.adapter)
+        model = model.to(device) if parallel == "replicate" else model
         if training.gradient_checkpointing:
             # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.disable_input_require_grads()
+        if parallel == "shard":
+            shard_model(model, device)
         sampler = build_sampler(config.method, config.seed, training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
@@ -165,9 +179,9 @@ class Run:
         """Train to the last step, one report an optimizer step (see :func:`grass_ray.training.loop.fit`)."""
         return fit(self.state)
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint."""
-        save_checkpoint(self.state, Path(folder))
+    def save(self, folder: Path | None) -> None:
+        """Write a checkpoint; with None, help another worker to write it (:func:`save_checkpoint`)."""
+        save_checkpoint(self.state, None if folder is None else Path(folder))
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint, as if the run had never stopped."""
@@ -188,9 +202,11 @@ class Run:
     def evaluate(self, on_progress: Progress | None = None) -> None:
         """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards.
 
-        Several workers share the questions, and each has the whole result: all of them must call this.
+        Several workers share the questions, and each has the whole result: all of them must call this. On a sharded
+        model every forward takes all workers, so that each answers every question.
         """
         workers = self.state.optimizer.workers
+        shares = workers.count > 1 and not self.state.optimizer.sharded
         self.state.optimizer.synchronize()
         if self._held_out is not None:
             self.validate()
@@ -200,13 +216,18 @@ class Run:
             self.config.data,
             self.config.evaluation,
             on_progress=on_progress,
-            shard=(workers.rank, workers.count) if workers.count > 1 else None,
+            shard=(workers.rank, workers.count) if shares else None,
         )
-        self._results = merge_shards(workers.gather(results)) if workers.count > 1 else results
+        reshard(self.state.model)
+        self._results = merge_shards(workers.gather(results)) if shares else results
 
     def weights_sha256(self) -> str:
-        """The hash of all weights as they are now, trained or not (a second for two gigabytes)."""
+        """The hash of all weights as they are now, trained or not (a second for two gigabytes).
+
+        Of a sharded model every worker must ask for it.
+        """
         self.state.optimizer.synchronize()
+        reshard(self.state.model)
         return parameters_sha256(self.state.model)
 
     def outcome(self) -> RunOutcome:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from grass_ray.config import ModelConfig
+from grass_ray.optim.sharded import whole
 from grass_ray.training.models import cache_folder, load_model
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -76,7 +77,7 @@ def _tiny_sha256() -> str:
 
 
 def parameters_sha256(model: nn.Module) -> str:
-    """Hash the bits of all parameters, in the order of their names; the same on every device.
+    """Hash the bits of all parameters, in the order of their names; the same on every device, sharded or not.
 
     Two runs that trained alike, however often one of them was interrupted, have the same hash.
     """
@@ -86,5 +87,5 @@ def parameters_sha256(model: nn.Module) -> str:
 def _sha256_of_tensors(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

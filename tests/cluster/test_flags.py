@@ -37,6 +37,8 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep
         (["--set", "training.steps"], "write it as dotted.key=value"),
         (["--num-samples", "0"], "--num-samples 0: give 1 or more"),
         (["--machines", "0"], "--machines 0: give 1 or more"),
+        (["--parallel", "shard"], "--parallel shard needs --workers-per-trial 2 or more"),
+        (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore projects whole matrices"),
         (["--max-failures", "-1"], "--max-failures -1: give 0 or more"),
         (["--search", "random"], "--search random needs --num-samples"),
         (["--data-dir", "/nowhere"], "has no effect"),

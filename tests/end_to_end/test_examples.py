@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import REPOSITORY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grass_ray.config import ModelConfig
+from grass_ray.training.models import load_model
 
 EXAMPLES = REPOSITORY / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "word_problems.py")
@@ -25,13 +29,16 @@ WITHOUT_RAY = (
 )
 
 
-def run(script: str, folder: Path, *options: str, processes: int = 1) -> str:
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+
+def run(script: str, folder: Path, *options: str, launcher: list[str] | None = None) -> str:
     arguments = [str(EXAMPLES / script), "--steps", str(STEPS), *options]
     command = [sys.executable, "-c", WITHOUT_RAY.format(folder=str(EXAMPLES), arguments=arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-        command = [sys.executable, *launcher, "--main_process_port=0", *arguments]
+    if launcher is not None:
+        command = [sys.executable, *launcher, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,7 +69,7 @@ def assert_trained_layer_by_layer(output: str) -> None:
 def test_the_readme_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `(\w+\.py)` \|", text, flags=re.MULTILINE)) == SCRIPTS
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,18 @@ def test_example(script: str, options: list[str], tmp_path: Path) -> None:
 
 def test_accelerate_with_two_processes(tmp_path: Path) -> None:
     """The main one prints; the optimizer fails by itself where workers disagree about the active layers."""
-    assert_trained_layer_by_layer(run("accelerate_loop.py", tmp_path, processes=2))
+    assert_trained_layer_by_layer(run("accelerate_loop.py", tmp_path, launcher=ACCELERATE))
+
+
+def test_shards_over_two_processes(tmp_path: Path) -> None:
+    """The model that is written is whole, and the last loss is its own."""
+    output = run("fsdp2.py", tmp_path, "--output", "trained", launcher=TORCHRUN)
+    assert_trained_layer_by_layer(output)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    shapes = {name: p.shape for name, p in load_model(ModelConfig(name="tiny")).model.named_parameters()}
+    assert {name: p.shape for name, p in trained.named_parameters()} == shapes
+    text = AutoTokenizer.from_pretrained(tmp_path / "trained")("Sara has 3 apples.", return_tensors="pt")
+    assert trained(**text, labels=text["input_ids"]).loss.isfinite()
 
 
 def test_trainers_resume_is_as_if_it_had_never_stopped(tmp_path: Path) -> None:

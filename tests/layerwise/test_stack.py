@@ -11,6 +11,7 @@ import torch.distributed as dist
 from small import backward, make_llama
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
@@ -112,25 +113,49 @@ def test_refuses_encoders_and_encoder_decoders_and_classifiers() -> None:
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_refuses_ddp_and_both_kinds_of_fsdp() -> None:
+def test_refuses_ddp_and_fsdp1_and_tensor_parallelism() -> None:
     with pytest.raises(ValueError, match=r"the model is wrapped in DistributedDataParallel.*bare model and process_gr"):
         find_decoder_stack(DistributedDataParallel(make_llama()))
     with pytest.raises(ValueError, match="the model is wrapped in DataParallel"):
         find_decoder_stack(nn.DataParallel(make_llama()))
-    with pytest.raises(ValueError, match=r"the model is wrapped in FullyShardedDataParallel.*bare model"):
-        find_decoder_stack(FullyShardedDataParallel(make_llama(), device_id=torch.device("cpu")))
+    flat = FullyShardedDataParallel(make_llama(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the model is wrapped in FullyShardedDataParallel.*FSDP2 \(fully_shard\)"):
+        find_decoder_stack(flat)
+    with pytest.raises(ValueError, match=r"the inside of a FullyShardedDataParallel.*FSDP2 \(fully_shard\) instead"):
+        find_decoder_stack(flat.module)
     inside = make_llama()
     inside.model.layers[1] = FullyShardedDataParallel(inside.model.layers[1], device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"model.layers.1 is wrapped in FullyShardedDataParallel"):
         find_decoder_stack(inside)
 
-    sharded = make_llama()
-    mesh = dist.init_device_mesh("cpu", (1,))
+    parallel = make_llama()
+    for layer in parallel.model.layers:
+        parallelize_module(layer, dist.init_device_mesh("cpu", (1,)), {"mlp.up_proj": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"split over workers by tensor parallelism.*bare model"):
+        find_decoder_stack(parallel)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_takes_a_model_apart_that_fsdp2_has_sharded() -> None:
+    """Sizes are those of whole parameters."""
+    sharded, plain = make_llama(), find_decoder_stack(make_llama())
     for layer in sharded.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    with pytest.raises(ValueError, match=r"parameters are sharded over workers \(FSDP2.*bare model"):
-        find_decoder_stack(sharded)
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
+    fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)))
+    stack = find_decoder_stack(sharded)
+    assert stack.num_layers == plain.num_layers
+    for part in ("embeddings", "head", "norm"):
+        assert [p.shape for p in getattr(stack, part)] == [p.shape for p in getattr(plain, part)]
+    for mine, theirs in zip(stack.layers, plain.layers, strict=True):
+        assert [p.shape for p in mine] == [p.shape for p in theirs]
+
+
+def test_refuses_parameters_without_elements() -> None:
+    """As ZeRO and FSDP1 leave them between forwards."""
+    model = make_llama()
+    model.model.layers[0].mlp.up_proj.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"1 parameters have no elements \(model.layers.0.mlp.up_proj.weight\).*ZeRO"):
+        find_decoder_stack(model)
 
 
 def test_refuses_deepspeed() -> None:
