@@ -1,16 +1,16 @@
-"""Every method on real commonsense questions with SmolLM2-135M, learning rates searched with the same budget.
+"""Every method on real questions with SmolLM2-135M, learning rates searched with the same budget.
 
-    python benchmarks/comparison.py --data-dir LLM-Adapters             # two hours on one core; goes on if stopped
-    python benchmarks/comparison.py --data-dir LLM-Adapters --methods grass lora --steps 300 --batch-size 16   # GPU
+    python benchmarks/comparison.py --data-dir LLM-Adapters --threads 1              # goes on where it stopped
+    python benchmarks/comparison.py --data-dir LLM-Adapters --tasks gsm8k addsub --methods grass lora
 
-Training rows of ARC-easy, ARC-challenge and OpenBookQA are split once, by seed: a part is held out for the search and
-never trained on. Each method tries the same number of learning rates around its row's default (a factor of
-sqrt(10) apart) for ``search-steps`` steps with one seed, keeps the one with the lowest loss on the held-out answers,
-and trains with two other seeds for ``steps`` steps. Test questions are seen by those runs alone. Sampling periods are
-scaled with the length of the training, for every method alike. Needs neither ray nor mlflow.
+Each method tries the same number of learning rates around its row's default (a factor of sqrt(10) apart) for
+``search-steps`` steps with one seed, keeps the one with the lowest loss on held-out training rows, and trains with two
+other seeds for ``steps`` steps. Test questions are seen by those runs alone. Sampling periods are scaled with the
+length of the training, for every method alike. Needs neither ray nor mlflow.
 
 Every search and every run has a file of its own in the output folder, so several processes with other ``--methods``
-may share the work; ``settings.yaml`` (the rates found) is read by every sweep's ``--settings``.
+may share the work; ``--no-speed`` then leaves their speed out of the records, ``--no-results`` the tables to the last
+call. ``settings.yaml`` (the rates found) is read by every sweep's ``--settings``.
 """
 
 from __future__ import annotations
@@ -21,28 +21,26 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import torch
 import tyro
 import yaml
 
-from grass_ray.config import ConfigError, FolderSource, ModelConfig, RunConfig
-from grass_ray.layerwise.generators import keyed_generator
+from grass_ray.config import FolderSource, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import write_summary
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
-from grass_ray.tasks.folder import DataFolder
-from grass_ray.tasks.suites import TASKS
+from grass_ray.tasks.sources import load_test_rows
+from grass_ray.tasks.suites import resolve_tasks
 from grass_ray.training.batches import Batches
-from grass_ray.training.loop import summed_loss
 from grass_ray.training.report import TrainingFailure
 from grass_ray.training.run import Run
+from grass_ray.training.validation import answer_loss
 
-TASK_KEYS = ("arc_easy", "arc_challenge", "openbookqa")
 STEP_FACTOR = math.sqrt(10)
 SEARCH_SEED = 0
 
@@ -52,6 +50,11 @@ class Options:
     """What to compare."""
 
     data_dir: Annotated[Path, tyro.conf.arg(help="folder in the published layout")]
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(help="of one suite; those with a train set are trained on")] = (
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    )
     methods: tuple[str, ...] = tuple(METHODS)
     model: str = "smollm2-135m"
     steps: int = 30
@@ -59,29 +62,19 @@ class Options:
     search_points: Annotated[int, tyro.conf.arg(help="learning rates a method tries; odd")] = 5
     seeds: tuple[int, ...] = (1, 2)
     batch_size: int = 4
-    held_out: Annotated[int, tyro.conf.arg(help="training rows a task that only the search sees")] = 16
+    held_out: Annotated[int, tyro.conf.arg(help="training rows that judge the search and are never trained on")] = 48
     limit: Annotated[int, tyro.conf.arg(help="test questions a task")] = 32
+    evaluation_batch_size: int = 16
+    max_length_tokens: int = 256
+    max_train_rows: int | None = None
     threads: int | None = None
+    matmul_precision: Annotated[Literal["highest", "high"], tyro.conf.arg(help="high: TF32 on a GPU")] = "highest"
+    speed: Annotated[bool, tyro.conf.arg(help="keep speed in the records")] = True
+    results: Annotated[bool, tyro.conf.arg(help="write tables and pictures of all files at the end")] = True
     output: Path = Path("benchmarks/results/comparison")
 
 
-def split_training_rows(options: Options) -> Path:
-    """Write the published files with the training rows split: held-out rows play the test set of the search."""
-    source, folder = DataFolder(str(options.data_dir)), options.output / "split"
-    for key in TASK_KEYS:
-        file = source.find_task_file(TASKS[key], "train")
-        if file is None:
-            raise ConfigError(f"{options.data_dir} has no training rows of {key}; it holds {source.describe()}")
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        order = torch.randperm(len(rows), generator=keyed_generator("held-out", key)).tolist()
-        target = folder / "dataset" / TASKS[key].folder
-        target.mkdir(parents=True, exist_ok=True)
-        for name, chosen in (("test", order[: options.held_out]), ("train", order[options.held_out :])):
-            (target / f"{name}.json").write_text(json.dumps([rows[index] for index in sorted(chosen)]))
-    return folder
-
-
-def configure(options: Options, method: str, steps: int, lr: float, seed: int, source: Path) -> RunConfig:
+def configure(options: Options, method: str, steps: int, lr: float, seed: int) -> RunConfig:
     """The run of one method, with sampling periods a sixth of the training and refreshes a third."""
     row = METHODS[method].config
     sampler = row.sampler.model_dump()
@@ -90,7 +83,11 @@ def configure(options: Options, method: str, steps: int, lr: float, seed: int, s
         f"training.batch_size={options.batch_size}",
         f"training.warmup_steps={max(1, steps // 10)}",
         f"method.optimizer.lr={lr!r}",
+        f"data.validation_rows={options.held_out}",
+        f"data.max_length_tokens={options.max_length_tokens}",
+        f"data.max_train_rows={options.max_train_rows or 'null'}",
         f"evaluation.limit={options.limit}",
+        f"evaluation.batch_size={options.evaluation_batch_size}",
     ]
     if (sampler.get("period") or 0) > 1:
         settings.append(f"method.sampler.period={max(1, steps // 6)}")
@@ -99,33 +96,17 @@ def configure(options: Options, method: str, steps: int, lr: float, seed: int, s
     if sampler["kind"] == "grad_norm" and sampler["refresh_period"]:
         settings.append(f"method.sampler.refresh_period={max(1, steps // 3)}")
     config = RunConfig(method=row, model=ModelConfig(name=options.model), seed=seed)
-    data = config.data.model_copy(
-        update={"suite": "commonsense", "tasks": TASK_KEYS, "source": FolderSource(path=str(source))}
-    )
+    suite, tasks = resolve_tasks(options.tasks)
+    source = FolderSource(path=str(options.data_dir))
+    data = config.data.model_copy(update={"suite": suite, "tasks": tasks, "source": source})
     return config.model_copy(update={"data": data}).override(settings)
 
 
-@torch.no_grad()
-def answer_loss(run: Run, rows: Any) -> float:
-    """Mean cross-entropy of the answers' tokens over ``rows``, in nats."""
-    batches = Batches(
-        rows, run.tokenizer, run.config.data, batch_size=len(rows), accumulation_steps=len(rows) // 8, seed=0
-    )
-    run.state.model.eval()
-    micro_batches = batches[0]
-    total = sum(float(summed_loss(run.state.model, batch.to(run.state.device))) for batch in micro_batches)
-    return total / sum(batch.num_labels for batch in micro_batches)
-
-
-def read_rows(folder: Path, split: str, limit: int) -> list[Any]:
-    """The first rows of every task's file of ``split``, as many as make whole groups of eight."""
-    source = DataFolder(str(folder))
-    rows: list[Any] = []
-    for key in TASK_KEYS:
-        file = source.find_task_file(TASKS[key], split)  # type: ignore[arg-type]
-        assert file is not None
-        rows += source.read(file, TASKS[key])[0][:limit]
-    return rows[: len(rows) // 8 * 8]
+def test_loss(run: Run, options: Options) -> float:
+    """Mean cross-entropy in nats over the answers of the first task's test questions."""
+    rows = load_test_rows(run.config.data.tasks[0], run.config.data).rows[: options.limit]
+    batches = Batches(rows, run.tokenizer, run.config.data, batch_size=1, accumulation_steps=1, seed=0)
+    return answer_loss(run.state.model, batches, run.state.device)
 
 
 def train(run: Run) -> str | None:
@@ -138,46 +119,44 @@ def train(run: Run) -> str | None:
     return None
 
 
-def search(options: Options, method: str, split: Path) -> dict[str, float]:
-    """Loss on the held-out answers by learning rate; infinite where training failed."""
+def search(options: Options, method: str) -> dict[str, float]:
+    """Loss on the held-out rows by learning rate; infinite where training failed."""
     if not METHODS[method].trains:
         return {}
     default = METHODS[method].config.optimizer.lr
     half = options.search_points // 2
-    rows = read_rows(split, "test", options.held_out)
     losses = {}
     for exponent in range(-half, half + 1):
         lr = float(f"{default * STEP_FACTOR**exponent:.3g}")
-        run = Run.prepare(configure(options, method, options.search_steps, lr, SEARCH_SEED, split))
-        losses[repr(lr)] = math.inf if train(run) else answer_loss(run, rows)
+        run = Run.prepare(configure(options, method, options.search_steps, lr, SEARCH_SEED))
+        losses[repr(lr)] = math.inf if train(run) else run.validate()
     return losses
 
 
-def final(options: Options, method: str, lr: float, seed: int, split: Path) -> RunRecord:
-    """The record of a run with the chosen learning rate, with its loss on the test answers."""
+def final(options: Options, method: str, lr: float, seed: int) -> RunRecord:
+    """The record of a run with the chosen learning rate, with its loss on test answers."""
     started_at = now()
-    config = configure(options, method, options.steps, lr, seed, split)
-    run = Run.prepare(config)
+    run = Run.prepare(configure(options, method, options.steps, lr, seed))
     failure = train(run)
     loss = math.nan
     if failure is None:
-        loss = answer_loss(run, read_rows(options.data_dir, "test", options.limit))
-        # the split holds the training rows; questions of the published test sets are asked now
-        asked = config.data.model_copy(update={"source": FolderSource(path=str(options.data_dir))})
-        run.config = config.model_copy(update={"data": asked})
         run.evaluate()
-        run.config = config
+        loss = test_loss(run, options)
     record = build_record(
         run_id=f"{method}-s{seed}",
         sweep="comparison",
         sweep_id="comparison",
-        config=config,
+        config=run.config,
         status="finished" if failure is None else "failed",
         failure=failure,
         outcome=run.outcome(),
         started_at=started_at,
     )
     record.metrics["test/answer_loss"] = loss
+    if not options.speed:
+        record.metrics = {
+            name: value for name, value in record.metrics.items() if not name.startswith(("throughput/", "time/"))
+        }
     return record
 
 
@@ -204,12 +183,12 @@ def summarise(options: Options, found: dict[str, dict[str, float]], records: lis
     return "\n".join(lines) + "\n\n" + render(build_leaderboard(records), "markdown")
 
 
-def search_once(options: Options, method: str, split: Path) -> float:
+def search_once(options: Options, method: str) -> float:
     """The learning rate of a method: from its file, or searched now and written there."""
     file = options.output / "search" / f"{method}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(search(options, method, split), indent=1) + "\n")
+        file.write_text(json.dumps(search(options, method), indent=1) + "\n")
     found: dict[str, float] = json.loads(file.read_text())
     return float(min(found, key=found.__getitem__)) if found else METHODS[method].config.optimizer.lr
 
@@ -224,11 +203,13 @@ def write_results(options: Options) -> str:
     (options.output / "settings.yaml").write_text(yaml.safe_dump({"methods": settings}), encoding="utf-8")
     records = [RunRecord.load(path) for path in sorted((options.output / "records").glob("*.json"))]
     first = records[0]
+    precision = "float32" if options.matmul_precision == "highest" else "float32 with TF32 products"
     heading = (
-        f"# All methods on {', '.join(TASK_KEYS)}\n\n{options.model}, float32, batch {options.batch_size}, "
-        f"{options.steps} steps, seeds {', '.join(map(str, options.seeds))}; learning rate: best of "
-        f"{options.search_points} on {options.held_out * len(TASK_KEYS)} held-out training rows after "
-        f"{options.search_steps} steps; {options.limit} test questions a task. {first.hardware}; "
+        f"# All methods on {', '.join(options.tasks)}\n\n{options.model}, {precision}, batch {options.batch_size}, "
+        f"{options.steps} steps on {(first.data or {})['train']['description']}, "
+        f"seeds {', '.join(map(str, options.seeds))}; learning rate: best of "
+        f"{options.search_points} on {options.held_out} held-out training rows after {options.search_steps} steps; "
+        f"at most {options.limit} test questions a task. {first.hardware}; "
         f"torch {first.versions['torch']}, commit {(first.git_commit or '-')[:10]}.\n\n"
     )
     done = {record.config["method"]["name"] for record in records}
@@ -246,18 +227,19 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
     places = options.output / "records"
     places.mkdir(parents=True, exist_ok=True)
-    split = split_training_rows(options)
     for method in options.methods:
         started = time.perf_counter()
-        lr = search_once(options, method, split) if METHODS[method].trains else METHODS[method].config.optimizer.lr
+        lr = search_once(options, method) if METHODS[method].trains else METHODS[method].config.optimizer.lr
         for seed in options.seeds if METHODS[method].trains else options.seeds[:1]:
             place = places / f"{method}-s{seed}.json"
             if not place.exists():
-                place.write_text(final(options, method, lr, seed, split).model_dump_json() + "\n", encoding="utf-8")
+                place.write_text(final(options, method, lr, seed).model_dump_json() + "\n", encoding="utf-8")
         print(f"{method}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(write_results(options))
+    if options.results:
+        print(write_results(options))
 
 
 if __name__ == "__main__":

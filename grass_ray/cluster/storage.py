@@ -43,8 +43,9 @@ class Storage:
         return Path(path) if isinstance(filesystem, fs.LocalFileSystem) else None
 
     def join(self, *parts: str) -> Storage:
-        """The storage below this one."""
-        return Storage("/".join([self.uri, *parts]))
+        """The storage below this one; what follows a ``?`` (an endpoint, a region) stays at the end."""
+        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Storage("/".join([place, *parts]) + mark + options)
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""

@@ -8,6 +8,7 @@ gradient as autograd delivers it (before it is accumulated, before clipping) and
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,10 +41,13 @@ class GradNormMeter:
             seen.register_hook(self._noting(*self._places[parameter]))  # type: ignore[no-untyped-call]
 
     def _noting(self, index: int, slot: int) -> Callable[[Tensor], None]:
-        norms = self._norms[index][slot]
+        me = weakref.ref(self)  # hooks outlive the meter: nobody would empty their notes then
 
         def note(gradient: Tensor) -> None:
-            norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
+            meter = me()
+            if meter is not None:
+                norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+                meter._norms[index][slot].append(norm)
 
         return note
 

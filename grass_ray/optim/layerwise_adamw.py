@@ -16,6 +16,7 @@ states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
@@ -207,19 +208,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if shards is not None:
             shards.watch(managed, self._watch_gathered)
             for parameter in managed:
-                parameter.register_post_accumulate_grad_hook(self._count_reduced)  # type: ignore[no-untyped-call]
+                self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
         elif sampler.probing:
             for parameter in managed:
-                parameter.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+                self._after_gradient(parameter, LayerwiseAdamW._drop_while_probing)
         self._exchange = Exchange(self.workers, units, constant)
         if self.workers.count > 1 and shards is None:
-            for unit in (*units, *constant):
-                for parameter in unit.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._exchanging(unit))  # type: ignore[no-untyped-call]
+            for parameter in managed:
+                self._after_gradient(parameter, LayerwiseAdamW._exchange_unit)
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._prefetching(unit))  # type: ignore[no-untyped-call]
+                    self._after_gradient(parameter, LayerwiseAdamW._prefetch_unit)
         everything = set(managed)
         for parameter in model.parameters():
             if parameter not in everything:
@@ -299,7 +299,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._torn = True
         counters = [states[p][STEP] for p in trained if p not in self._projected]
         if counters:
-            torch._foreach_add_(counters, 1.0 - skip)
+            # a list: a scalar tensor would be read by the host
+            torch._foreach_add_(counters, [1.0 - skip] * len(counters))
         # units further up first: backward reached them first, and their states may be on their way
         units = sorted(self._active(), key=lambda unit: -1 if unit.layer is None else unit.layer, reverse=True)
         for unit in units:
@@ -387,12 +388,24 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             for name, dtype in layout.dtypes
         }
 
-    def _exchanging(self, unit: Unit) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:
-            if self.last_micro_batch and not self.sampler.probing:
-                self._exchange.arrived(unit, self._active())
+    def _after_gradient(self, parameter: nn.Parameter, react: Callable[[LayerwiseAdamW, Tensor], None]) -> None:
+        """Call ``react`` whenever the parameter's gradient was accumulated, as long as this optimizer lives.
 
-        return arrived
+        Python's garbage collector does not see what such hooks hold: with a reference to the optimizer, and through it
+        to the model, neither would ever be freed.
+        """
+        me = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None:
+                react(optimizer, parameter)
+
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _exchange_unit(self, parameter: Tensor) -> None:
+        if self.last_micro_batch and not self.sampler.probing:
+            self._exchange.arrived(self._unit_of[parameter], self._active())
 
     def _count_reduced(self, parameter: Tensor) -> None:
         """FSDP2 has reduced the gradient of a sharded parameter."""
@@ -423,7 +436,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self._meter is not None:
             self._meter.watch(parameter, gathered)
         if self.sampler.probing:
-            gathered.register_post_accumulate_grad_hook(self._drop_while_probing)  # type: ignore[no-untyped-call]
+            self._after_gradient(gathered, LayerwiseAdamW._drop_while_probing)
 
     def _drop_while_probing(self, parameter: Tensor) -> None:
         """Free a gradient the moment it was measured, so that probing never holds more than a few of them."""
@@ -567,12 +580,10 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         return wait
 
-    def _prefetching(self, unit: Unit) -> Callable[[Tensor], None]:
-        def fetch(parameter: Tensor) -> None:
-            if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
-                self._streamer.prefetch(unit)
-
-        return fetch
+    def _prefetch_unit(self, parameter: Tensor) -> None:
+        unit = self._unit_of[parameter]
+        if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
+            self._streamer.prefetch(unit)
 
     def _refuse_torn(self) -> None:
         if self._torn:

@@ -95,13 +95,15 @@ def _cpu_model() -> str:
 def git_state(folder: Path | None = None) -> GitState:
     """Commit and dirtiness of the checkout the package runs from; a package installed elsewhere has none.
 
+    A copy of a checkout without its history may say which commit it is: ``GRASS_RAY_GIT_COMMIT``.
+
     Args:
         folder: the package's folder, by default grass_ray's own.
     """
     package = folder or Path(__file__).resolve().parents[1]
     # An installed copy inside somebody else's repository is not tracked there, and that commit would say nothing.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return GitState(None, None)
+        return GitState(os.environ.get("GRASS_RAY_GIT_COMMIT") or None, None)
     commit = _git(package, "rev-parse", "HEAD")
     changes = _git(package, "status", "--porcelain")
     return GitState(commit, None if commit is None or changes is None else bool(changes))

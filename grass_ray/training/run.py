@@ -187,6 +187,21 @@ class Run:
         """Go on from a checkpoint, as if the run had never stopped."""
         load_checkpoint(self.state, Path(folder))
 
+    def validate(self) -> float:
+        """Mean loss in nats on the answers of the held-out rows; it becomes ``validation/loss`` of the outcome.
+
+        Of a sharded model every worker must call it.
+
+        Raises:
+            ConfigError: no rows are held out (``data.validation_rows``).
+        """
+        if self._held_out is None:
+            raise ConfigError("no training rows are held out; set data.validation_rows to a number of rows")
+        self.state.optimizer.synchronize()
+        self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
+        reshard(self.state.model)
+        return self._validation_loss
+
     def evaluate(self, on_progress: Progress | None = None) -> None:
         """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards.
 
@@ -197,7 +212,7 @@ class Run:
         shares = workers.count > 1 and not self.state.optimizer.sharded
         self.state.optimizer.synchronize()
         if self._held_out is not None:
-            self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
+            self.validate()
         results = evaluate(
             self.state.model,
             self.tokenizer,

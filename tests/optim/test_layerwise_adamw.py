@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +337,20 @@ def test_learns() -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("offload", ["none", "resident", "overlap", "lazy"])
+def test_model_and_optimizer_are_freed_together(offload: Any) -> None:
+    """Many runs in one process: what a hook holds must not keep the last run's model alive."""
+    model = make_llama()
+    optimizer = LayerwiseAdamW(
+        model, GradNormSampler(2, 2, probing_steps=1, refresh_period=4), lr=1e-3, offload=offload, chunk_bytes=65536
+    )
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    watched = [weakref.ref(optimizer), *(weakref.ref(parameter) for parameter in model.parameters())]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in watched] == [None] * len(watched)

@@ -137,11 +137,14 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_git_state_of_a_checkout(tmp_path: Path) -> None:
+def test_git_state_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     assert git_state(package) == (None, None)
+    monkeypatch.setenv("GRASS_RAY_GIT_COMMIT", "abc123")
+    assert git_state(package) == ("abc123", None), "a copy without history, told which commit it is"
+    monkeypatch.delenv("GRASS_RAY_GIT_COMMIT")
     git(tmp_path, "init")
     assert git_state(package) == (None, None), "a package that the surrounding repository does not hold"
     git(tmp_path, "add", ".")
