@@ -253,9 +253,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nothing is active (a sampler that must measure first got no ``probe``), the workers
-                disagree about what is, or an earlier step was interrupted in the middle of its update.
+                disagree about what is, an earlier step was interrupted in the middle of its update, or the model was
+                sharded after the optimizer was built.
         """
         self._refuse_torn()
+        self._refuse_late_shards()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -588,6 +590,15 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             raise RuntimeError(
                 "an earlier step was interrupted in the middle of its update, so weights and states do not belong to "
                 "one step any more; go back to the last checkpoint (load_state_dict)"
+            )
+
+    def _refuse_late_shards(self) -> None:
+        """Sharding puts new parameters into a model; the old ones never get a gradient again."""
+        parameter = next(self.stack.modules[0].parameters())
+        if self._shards is None and hasattr(parameter, "placements"):
+            raise RuntimeError(
+                "the model was sharded (fully_shard) after the optimizer was built, which still has the old weights; "
+                "shard the model first, then build the optimizer"
             )
 
     # --------------------------------------------------------------------------------------------- the state

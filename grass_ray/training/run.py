@@ -190,6 +190,8 @@ class Run:
     def validate(self) -> float:
         """Mean loss in nats on the answers of the held-out rows; it becomes ``validation/loss`` of the outcome.
 
+        Of a sharded model every worker must call it.
+
         Raises:
             ConfigError: no rows are held out (``data.validation_rows``).
         """
@@ -197,6 +199,7 @@ class Run:
             raise ConfigError("no training rows are held out; set data.validation_rows to a number of rows")
         self.state.optimizer.synchronize()
         self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
+        reshard(self.state.model)
         return self._validation_loss
 
     def evaluate(self, on_progress: Progress | None = None) -> None:

@@ -427,6 +427,11 @@ def refusals(rank: int) -> dict[str, str]:
     refuse("count", lambda: optimizer.load_state_dict(state))
     _, unsharded = make("lisa", sharded=False, process_group=alone[rank])
     refuse("unsharded", lambda: unsharded.load_state_dict(optimizer.state_dict()))
+    late = make_llama(layers=LAYERS)
+    optimizer = LayerwiseAdamW(late, UniformSampler(1, 3, seed=1))
+    shard(late, late.model.layers)
+    backward_on(late, make_batch(0))
+    refuse("late", optimizer.step)
     return messages
 
 
@@ -692,6 +697,7 @@ REFUSED = {
     "partly": "1 parameters that train are not sharded (lm_head.weight), while others are; give the whole model to",
     "group": "but the model is sharded over [0, 1]; leave process_group out",
     "seeds": "the 2 workers disagree about the active layers",
+    "late": "sharded (fully_shard) after the optimizer was built, which still has the old weights; shard the model",
     "count": "of 4, and this is worker",
     "unsharded": "of 2, and this model is not sharded; full_state_dict() makes a state for any number of workers",
 }
