@@ -36,7 +36,9 @@ def best_settings(records: Sequence[RunRecord]) -> Settings:
     """
     by_method: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        by_method[record.config["method"]["name"]].append(record)
+        # winners are trained again to be tested, with seeds that the others never had
+        if record.search is None or record.search.stage == "search":
+            by_method[record.config["method"]["name"]].append(record)
     best: Settings = {}
     for method, own in by_method.items():
         flat = [_leaves("", record.config) for record in own]

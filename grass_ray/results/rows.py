@@ -20,7 +20,7 @@ from grass_ray.results.statistics import average_interval
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 
 # Settings that change no number, so that runs which differ in them alone are one row.
-_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size")
+_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +279,16 @@ def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
         if record.status != "finished":
             reasons[record.failure or record.status].append(str(record.config["seed"]))
         elif not record.tasks:
-            reasons["finished without an evaluation"].append(str(record.config["seed"]))
+            reasons[_why_untested(record)].append(str(record.config["seed"]))
     failure = "; ".join(f"seed {', '.join(seeds)}: {reason}" for reason, seeds in reasons.items())
     return (statuses.pop() if len(statuses) == 1 else "partial"), failure or None
+
+
+def _why_untested(record: RunRecord) -> str:
+    if record.config["evaluation"].get("test", True):
+        return "finished without an evaluation"
+    loss = record.metrics.get("validation/loss", math.nan)
+    return f"searched, not tested; validation loss {loss:.4f}"
 
 
 def _values(group: Iterable[RunRecord], metric: str) -> list[float]:
