@@ -78,6 +78,8 @@ class Ledger:
             self._hardware[key] = values.get("hardware", self._hardware.get(key))
         if values.get("phase") == "restored":
             self.progress.note(key, f"goes on from its checkpoint after step {values['after_step']}")
+        elif values.get("phase") == "generation":  # a population's member sleeps until the others are as far
+            self.progress.update(key, "waiting", {})
         elif values.get("phase") in ("training", "evaluating"):
             self.progress.update(key, values["phase"], values["view"])
 

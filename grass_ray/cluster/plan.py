@@ -25,7 +25,7 @@ from grass_ray.cluster.space import Picks, RandomPicker, Space, assignments, cho
 from grass_ray.cluster.trial_spec import TrialSpec as TrialSpec
 from grass_ray.cluster.tuning import MUTABLE, Group, Scheduler, Search, Tuning
 from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig, assignment
-from grass_ray.methods import get_method
+from grass_ray.methods import METHODS, get_method
 
 BASE_METHOD = "base"
 
@@ -66,6 +66,7 @@ def make_tuning(choices: PlanChoices) -> Tuning | None:
     Raises:
         ConfigError: the choices do not go together.
     """
+    _check_space(choices.space)
     search: Search = choices.search or ("grid" if choices.num_samples is None else "random")
     if choices.scheduler == "pbt" and choices.search is None:
         search = "random"
@@ -89,6 +90,14 @@ def make_tuning(choices: PlanChoices) -> Tuning | None:
     )
     tuning.check()
     return tuning
+
+
+def _check_space(space: Space) -> None:
+    """A key that no method at all has is a mistake of the sweep's file; one that others have is left out."""
+    rows = [RunConfig.parse({"method": row.config.model_dump(mode="json")}) for row in METHODS.values()]
+    for key in space:
+        if not any(_has_key(config, key) for config in rows):
+            raise ConfigError(f"no method has the key {key!r} of the sweep's search space")
 
 
 def _group(choices: PlanChoices, search: Search, template: RunConfig, model: str) -> Group:
@@ -146,7 +155,7 @@ def _template(choices: PlanChoices, method: str) -> RunConfig:
 
 def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str, RunConfig]) -> None:
     """A setting or grid key that no method of the plan has would silently do nothing."""
-    for key in [*(_key(text) for text in (*choices.settings, *choices.overrides)), *choices.grid, *choices.space]:
+    for key in [*(_key(text) for text in (*choices.settings, *choices.overrides)), *choices.grid]:
         if not any(_has_key(config, key) for config in templates.values()):
             known = sorted({known for config in templates.values() for known in config.flatten()})
             raise ConfigError(f"no method of this sweep has the key {key!r}; available: {', '.join(known)}")

@@ -218,7 +218,7 @@ def to_plain(space: Space) -> dict[str, Any]:
 
 def from_plain(plain: Mapping[str, Any]) -> dict[str, Dimension]:
     """The space again."""
-    return {key: _from_plain(dimension) for key, dimension in plain.items()}
+    return {key: tuple(own) if isinstance(own, list) else _from_plain(own) for key, own in plain.items()}
 
 
 def _to_plain(dimension: Any) -> Any:
@@ -243,8 +243,6 @@ def _from_plain(plain: Any) -> Any:
             return OneOf(options=_each(options, _from_plain))
         case dict():
             return _each(plain, _from_plain)
-        case list():
-            return tuple(plain)
         case _:
             return plain
 

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from grass_ray.cluster.space import LogUniform, Pick, Picks, Space, choose, ranges
+from grass_ray.cluster.space import LogUniform, Pick, Picks, RandomPicker, Space, choose, ranges
 
 if TYPE_CHECKING:
     import optuna
 
-MOST_ATTEMPTS = 50
+MOST_ATTEMPTS = 60
+_ATTEMPTS_OF_TPE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +50,35 @@ def suggest(
         seed: of the search.
         num_samples: trials of the search in all; the first quarter (3 to 10) is drawn at random.
     """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = [dict(trial.picks) for trial in tried]
-    startup = min(10, max(3, num_samples // 4))
     for attempt in range(MOST_ATTEMPTS):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(
-                seed=random.Random(f"{seed}:{number}:{attempt}").randrange(2**32),
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                n_startup_trials=startup,
-            )
-        study = optuna.create_study(direction="minimize", sampler=sampler)
-        study.add_trials([_frozen(space, trial) for trial in tried])
-        picks = choose(space, _Asking(study.ask()))
+        chance = random.Random(f"{seed}:{number}:{attempt}")
+        if attempt < _ATTEMPTS_OF_TPE:
+            picks = choose(space, _ask(space, tried, chance.randrange(2**32), num_samples))
+        else:  # in a small space TPE may insist on what was tried
+            picks = choose(space, RandomPicker(chance))
         if picks not in known:
             return picks
     return None
+
+
+def _ask(space: Space, tried: Sequence[Tried], seed: int, num_samples: int) -> _Asking:
+    """A new trial of a study that holds what is known."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=min(10, max(3, num_samples // 4)),
+        )
+    study = optuna.create_study(direction="minimize", sampler=sampler)
+    study.add_trials([_frozen(space, trial) for trial in tried])
+    return _Asking(study.ask())
 
 
 class _Asking:
