@@ -256,7 +256,7 @@ def draw_population(records: Sequence[RunRecord]) -> Picture | None:
                 numbers += [(method, _number(record), "validation/loss", *point) for point in points]
             for axes, name in zip(row[1:], watched[method], strict=False):
                 values = _own_values(record, name)
-                axes.plot(*zip(*values, strict=True), drawstyle="steps-post", **look)
+                axes.plot(*zip(*values, strict=True), drawstyle="steps-pre", **look)
                 numbers += [(method, _number(record), name, *value) for value in values]
                 for taken in _takeovers(record):
                     height = next((value for at, value in values if at > taken.step), values[-1][1])

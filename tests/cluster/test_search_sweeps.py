@@ -127,7 +127,7 @@ def test_a_population_changes_settings_in_mid_training_and_says_from_whom_it_too
         assert [step for step, _ in record.series["train/loss"]] == list(range(1, 39))
         assert list(rung_losses(record)) == [9, 18, 27]
         assert record.config["method"]["optimizer"]["lr"] == lineage[-1].settings["method.optimizer.lr"]
-    assert taken >= 3, "a member a generation takes over"
+    assert taken >= 1, "the worst took over at least at the end"
 
     # the winner is tested from its checkpoint, not trained again
     best = winner(own)
