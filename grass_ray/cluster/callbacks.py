@@ -50,7 +50,7 @@ class Ledger:
         self.records: dict[str, RunRecord] = {}
         self._specs = {spec.key: spec for spec in plan.specs}
         self._searches: dict[str, dict[str, Any]] = {}
-        self._hardware: dict[str, str] = {}
+        self._machines: dict[str, dict[str, Any]] = {}
         self._stopped: dict[str, RunRecord] = {}
         self._seen: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self._run_ids: dict[str, str] = {}
@@ -75,7 +75,7 @@ class Ledger:
         self._log_new_steps(key, steps)
         if key in self._searches:  # a trial that is stopped early leaves no record of its own
             self._seen.setdefault(key, []).extend(steps)
-            self._hardware[key] = values.get("hardware", self._hardware.get(key))
+            self._machines[key] = values.get("machine", self._machines.get(key, {}))
         if values.get("phase") == "restored":
             self.progress.note(key, f"goes on from its checkpoint after step {values['after_step']}")
         elif values.get("phase") == "generation":  # a population's member sleeps until the others are as far
@@ -204,7 +204,7 @@ class Ledger:
             failure=failure,
             outcome=None,
             started_at=self._started_at[spec.key],
-            hardware_name=self._hardware.get(spec.key),
+            **self._machines.get(spec.key, {}),
             search=None if spec.key not in self._searches else SearchPart.model_validate(self._searches[spec.key]),
         )
 

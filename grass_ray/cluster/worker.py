@@ -266,13 +266,16 @@ def _steps_message(
     job: Job, pending: list[tuple[StepReport, dict[str, float]]], updates: int, loss: float | None
 ) -> dict[str, Any]:
     """Several steps in one report: what the display shows, and every step's metrics for the tracker."""
+    import torch
+
     from grass_ray.results.provenance import hardware
 
     steps = [[report.step, metrics] for report, metrics in pending]
     message = {"phase": "training", "steps": steps, "view": step_summary(pending[-1][0])}
     if loss is not None:
         steps[-1][1] = {**pending[-1][1], VALIDATION: loss}
-        message |= {**_for_schedulers(job, updates, loss), "hardware": hardware()}
+        machine = {"hardware_name": hardware(), "threads": torch.get_num_threads()}
+        message |= {**_for_schedulers(job, updates, loss), "machine": machine}
     return message
 
 

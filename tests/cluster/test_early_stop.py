@@ -44,7 +44,8 @@ def steps(first: int, last: int, loss: float | None = None) -> dict[str, Any]:
     found: list[Any] = [[step, {"train/loss": 2.0 + step}] for step in range(first, last + 1)]
     if loss is not None:
         found[-1][1]["validation/loss"] = loss
-    return {"phase": "training", "steps": found, "view": {}, "hardware": "A worker's CPU"}
+    machine = {"hardware_name": "A worker's CPU", "threads": 1}
+    return {"phase": "training", "steps": found, "view": {}, "machine": machine}
 
 
 def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
@@ -64,7 +65,7 @@ def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
     assert (record.search.scheduler, record.search.stopped_after, record.search.number) == ("asha", 4, 0)
     assert [step for step, _ in record.series["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert rung_losses(record) == {4: 1.5}
-    assert record.hardware == "A worker's CPU"
+    assert (record.hardware, record.threads) == ("A worker's CPU", 1)
     assert ledger.has_ended(spec), "a resumed search does not run it again"
     assert ledger.progress.summary().startswith("1 of 3 done, 0 running, 0 failed, 1 stopped early")
 
