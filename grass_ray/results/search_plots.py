@@ -23,7 +23,7 @@ from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.colours import style_of
 from grass_ray.results.pictures import EDGE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import LineageStep, RunRecord
-from grass_ray.results.rows import settings
+from grass_ray.results.rows import leaf_settings
 from grass_ray.results.searches import probing_steps, rung_losses, searched, trial_loss, winner
 
 HPARAM = "hparam/"
@@ -50,7 +50,7 @@ def draw_search(records: Sequence[RunRecord]) -> Picture | None:
     panels = 1 + len(varied)
     down = math.ceil(panels / _ACROSS)
     figure = Figure(figsize=(4.0 * min(_ACROSS, panels) + 0.4, 3.0 * down + 0.5), layout="constrained")
-    grid = list(figure.subplots(down, min(_ACROSS, panels), squeeze=False).flat)
+    grid = list(figure.subplots(down, min(_ACROSS, panels), squeeze=False, sharey=True).flat)
     for axes in grid[panels:]:
         axes.set_visible(False)
     numbers: list[tuple[Any, ...]] = []
@@ -58,7 +58,7 @@ def draw_search(records: Sequence[RunRecord]) -> Picture | None:
         _draw_order(grid[0], method, own)
         for record in own:
             start = (method, _number(record), record.status, _last_loss(record))
-            numbers += [(*start, key, settings(record).get(key)) for key in varied] or [(*start, None, None)]
+            numbers += [(*start, key, leaf_settings(record).get(key)) for key in varied] or [(*start, None, None)]
     grid[0].set(xlabel="trial", ylabel=_LOSS, title="in the order of the search")
     grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes, key in zip(grid[1:], varied, strict=False):
@@ -93,7 +93,7 @@ def _varied(trials: Mapping[str, Sequence[RunRecord]]) -> list[str]:
     """The settings in which trials of a method differ and that have numbers or texts, the most common first."""
     count: dict[str, int] = {}
     for own in trials.values():
-        flat = [settings(record) for record in own]
+        flat = [leaf_settings(record) for record in own]
         for key in dict.fromkeys(key for values in flat for key in values):
             known = [values[key] for values in flat if values.get(key, "null") != "null"]
             if len(set(known)) > 1 and not key.endswith(".kind"):
@@ -122,7 +122,9 @@ def _dot(axes: Any, across: float, record: RunRecord, colour: str) -> None:
 
 
 def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) -> None:
-    found = {method: [(settings(r)[key], r) for r in own if key in settings(r)] for method, own in trials.items()}
+    found = {
+        method: [(leaf_settings(r)[key], r) for r in own if key in leaf_settings(r)] for method, own in trials.items()
+    }
     texts = {text for points in found.values() for text, _ in points}
     numeric = {text: float(text) for text in texts if _is_number(text)}
     others = sorted(texts - numeric.keys())
@@ -139,11 +141,11 @@ def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) ->
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     ticks = sorted(set(numeric.values()))
-    if others or len(ticks) <= _FEW:
+    if others or (len(ticks) <= _FEW and all(tick.is_integer() for tick in ticks)):
         labels = [*(f"{value:g}" for value in ticks), *others]
         axes.set_xticks([*ticks, *beside.values()], labels, fontsize=8, rotation=30 if len(labels) > _FEW else 0)
         axes.minorticks_off()
-    axes.set(title=plain(key.removeprefix("method.")), ylabel="validation loss")
+    axes.set_title(plain(key.removeprefix("method.")))
 
 
 def _is_number(text: str) -> bool:

@@ -27,7 +27,7 @@ def command(storage: Path, *flags: str) -> list[str]:
 
 def run(storage: Path, *flags: str) -> str:
     done = subprocess.run(
-        command(storage, *flags), capture_output=True, text=True, timeout=1500, env=ENVIRONMENT, check=False
+        command(storage, *flags), capture_output=True, text=True, timeout=2400, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -47,24 +47,25 @@ def tested(storage: Path) -> list[RunRecord]:
 
 @pytest.mark.slow
 def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_not(tmp_path: Path) -> None:
-    flags = ("--search", "optuna", "--scheduler", "asha", "--num-samples", "6", "--max-concurrent-trials", "1")
+    flags = ("--search", "optuna", "--scheduler", "asha", "--num-samples", "5", "--max-concurrent-trials", "1")
+    flags += ("--seeds", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     out = run(whole, *flags)
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(
             command(killed, *flags), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
         )
-        deadline = time.monotonic() + 600
-        while len(records(killed)) < 3 and driver.poll() is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 900
+        while len(records(killed)) < 2 and driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     before = {record.run_id: record for record in records(killed)}
-    assert len(before) >= 3
+    assert len(before) >= 2
     time.sleep(5)
     run(killed, *flags, "--resume")
 
-    assert len(chosen(killed)) == 6
+    assert len(chosen(killed)) == 5
     assert chosen(killed) == chosen(whole)
     after = {record.run_id: record for record in records(killed)}
     assert all(after[run_id] == record for run_id, record in before.items()), "what had ended is not run again"
@@ -94,12 +95,12 @@ def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_
     client = MlflowClient(f"sqlite:///{killed}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("mini-search").experiment_id], "tags.stage = 'search'")
     stopped = sum(record.status == "stopped" for record in own)
-    assert sorted(run.info.status for run in runs) == ["FINISHED"] * (6 - stopped) + ["KILLED"] * stopped
+    assert sorted(run.info.status for run in runs) == ["FINISHED"] * (5 - stopped) + ["KILLED"] * stopped
     assert all("stopped early at step" in (r.failure or "") for r in own if r.status == "stopped")
     assert {"search.png", "search.csv", "rungs.png", "rungs.csv"} <= {p.name for p in (folder / "summary").iterdir()}
     assert f"{stopped} stopped early" in out
-    assert "a search of 6 trials of at most 36 steps" in out
-    assert len(load_records(f"sqlite:///{killed}/mlflow.db", "mini-search")) == 7
+    assert "a search of 5 trials of at most 36 steps" in out
+    assert len(load_records(f"sqlite:///{killed}/mlflow.db", "mini-search")) == 6
 
 
 @pytest.mark.slow
