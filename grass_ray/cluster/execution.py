@@ -112,6 +112,9 @@ class Execution:
                 for search in searches:
                     if search.is_left():
                         self._run(search.batch(share, cluster.memories), share, ledger)
+                for search in searches:
+                    if not search.finals():
+                        self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
                 finals = self._finals(ledger, searches)
                 jobs = [self._job(spec, **fields) for spec, fields in finals if not ledger.has_ended(spec)]
                 if jobs:

@@ -146,6 +146,7 @@ class SweepOptions:
 class SweepDefaults:
     """What a sweep's file decides; the same fields as a preset that ``--smoke`` puts on top.
 
+    ``grid`` combines all its values, ``one_at_a_time`` changes one setting and leaves the others as they are.
     ``space`` are ranges beyond a method's own (:mod:`grass_ray.cluster.space`) for ``--search random`` and ``optuna``;
     ``search`` makes the sweep a search without the flag.
     """
@@ -157,6 +158,7 @@ class SweepDefaults:
     settings: tuple[str, ...] = ()
     method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     space: Space = field(default_factory=dict)
     search: Search | None = None
 
@@ -173,6 +175,7 @@ class SweepDefaults:
                 name: (*self.method_settings.get(name, ()), *preset.method_settings.get(name, ())) for name in methods
             },
             grid=preset.grid or self.grid,
+            one_at_a_time=preset.one_at_a_time or self.one_at_a_time,
             space=preset.space or self.space,
             search=preset.search or self.search,
         )
@@ -217,6 +220,7 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
         method_settings=own,
         overrides=options.set,
         grid=defaults.grid,
+        one_at_a_time=defaults.one_at_a_time,
         num_samples=options.num_samples,
         base_row=options.base,
         space=defaults.space,

@@ -35,7 +35,8 @@ class PlanChoices:
     """Everything a plan is expanded from.
 
     ``settings`` are ``dotted.key=value`` assignments for every method that has the key, ``method_settings`` those of
-    one method, and ``overrides`` what the user said last. ``grid`` maps dotted keys to values, all combined. With
+    one method, and ``overrides`` what the user said last. ``grid`` maps dotted keys to values, all combined;
+    ``one_at_a_time`` maps keys to values that are changed alone, everything else staying as it is. With
     ``num_samples`` that many points a method are drawn from its own space, ``grid`` and ``space`` instead; every model
     and seed gets the same points. ``search`` is what was asked for by name, None where nothing was.
     """
@@ -50,6 +51,7 @@ class PlanChoices:
     method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     num_samples: int | None = None
     base_row: bool = True
     space: Space = field(default_factory=dict)
@@ -155,7 +157,11 @@ def _template(choices: PlanChoices, method: str) -> RunConfig:
 
 def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str, RunConfig]) -> None:
     """A setting or grid key that no method of the plan has would silently do nothing."""
-    for key in [*(_key(text) for text in (*choices.settings, *choices.overrides)), *choices.grid]:
+    for key in [
+        *(_key(text) for text in (*choices.settings, *choices.overrides)),
+        *choices.grid,
+        *choices.one_at_a_time,
+    ]:
         if not any(_has_key(config, key) for config in templates.values()):
             known = sorted({known for config in templates.values() for known in config.flatten()})
             raise ConfigError(f"no method of this sweep has the key {key!r}; available: {', '.join(known)}")
@@ -165,7 +171,13 @@ def _points(choices: PlanChoices, config: RunConfig) -> list[tuple[str, ...]]:
     """The hyperparameter points of one method, as assignments."""
     if choices.num_samples is None:
         grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
-        return [assignments(grid, picks) for picks in _grid_points(grid)]
+        alone = [
+            (assignment(key, value),)
+            for key, values in choices.one_at_a_time.items()
+            if _has_key(config, key)
+            for value in values
+        ]
+        return [*(assignments(grid, picks) for picks in _grid_points(grid)), *alone]
     space = _space(choices, config)
     return [assignments(space, picks) for picks in _drawn(space, config.method.name, choices.num_samples)]
 

@@ -56,7 +56,7 @@ class GroupSearch:
         self.points: list[Picks] = []
         self.specs: list[TrialSpec] = []
         self._waiting: list[int] = []
-        self.exhausted = False
+        self.exhausted = storage.exists(*self._exhausted_file)
         for picks in [*group.points, *self._saved()]:
             self._add(picks)
 
@@ -84,7 +84,8 @@ class GroupSearch:
             share: what a trial gets.
             memories: bytes that each machine offers.
         """
-        self._waiting = [place for place, spec in enumerate(self.specs) if spec not in self.ended()]
+        ended = {spec.key for spec in self.ended()}
+        self._waiting = [place for place, spec in enumerate(self.specs) if spec.key not in ended]
         name = f"tune-{self.group.method}"
         if self.tuning.search == "optuna":
             left = (self.tuning.num_samples or 0) - len(self.specs) + len(self._waiting)
@@ -142,6 +143,7 @@ class GroupSearch:
         picks = suggest(self.group.space, tried, number=number, seed=self.group.config.seed, num_samples=wanted)
         if picks is None:
             self.exhausted = True
+            self._storage.write_text("", *self._exhausted_file)
             return None
         self._storage.write_text(json.dumps(picks), *self._file(number))
         self._add(picks)
@@ -165,6 +167,10 @@ class GroupSearch:
         while self.tuning.search == "optuna" and self._storage.exists(*self._file(len(found))):
             found.append(json.loads(self._storage.read_text(*self._file(len(found)))))
         return found
+
+    @property
+    def _exhausted_file(self) -> tuple[str, str, str]:
+        return SEARCH_FOLDER, self.group.method, "exhausted"
 
     def _file(self, number: int) -> tuple[str, str, str]:
         return SEARCH_FOLDER, self.group.method, f"{number:04d}.json"
