@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
+_PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 PROBE_FILE = ".seen-by-every-machine"
 
 
@@ -153,13 +155,7 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        context = ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={
-                "env_vars": WORKER_ENVIRONMENT if torch.cuda.is_available() else WORKER_ENVIRONMENT | CPU_ENVIRONMENT
-            },
-        )
+        context = _connect()
     except ConnectionError as error:
         wanted = os.environ.get("RAY_ADDRESS")
         raise ConfigError(
@@ -174,8 +170,7 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         yield ClusterView(
             address=context.address_info["gcs_address"],
             machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
-            # a session is named after the process that started it
-            joined=not context.address_info["session_dir"].endswith(f"_{os.getpid()}"),
+            joined=not _is_own(context),
             node_ids=tuple(str(node["NodeID"]) for node in alive),
             memories=tuple(int(node.get("memory", 0)) for node in held),
             dashboard=bool(context.dashboard_url),
@@ -183,6 +178,44 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _connect() -> Any:
+    """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
+
+    Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
+    several run on one machine: the resources would never be free again. So the address of a Ray that is started here is
+    chosen beforehand; one that was joined is joined again with its address known.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    chosen = f"{ray.util.get_node_ip_address()}:{port}"
+    os.environ[_PORT] = str(port)
+    try:
+        context = _init(None, chosen)
+    finally:
+        del os.environ[_PORT]
+    address = context.address_info["gcs_address"]
+    if address != chosen and not _is_own(context):
+        ray.shutdown()  # leaves it
+        context = _init(address, address)
+    return context
+
+
+def _init(address: str | None, known_as: str) -> Any:
+    environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as}
+    return ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment if torch.cuda.is_available() else environment | CPU_ENVIRONMENT},
+    )
+
+
+def _is_own(context: Any) -> bool:
+    """Whether this process started the Ray: a session is named after the process that did."""
+    return str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
 
 
 def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
