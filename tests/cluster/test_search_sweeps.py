@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,23 @@ def tested(storage: Path) -> list[RunRecord]:
     return [record for record in records(storage) if record.tasks]
 
 
+@pytest.fixture
+def neighbour() -> Iterator[None]:
+    """Another Ray on this machine: what a stopped trial held must be freed all the same."""
+    script = (
+        "import ray, sys; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); print('up', flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{script}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    yield
+    process.communicate(timeout=60)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("neighbour")
 def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_not(tmp_path: Path) -> None:
     flags = ("--search", "optuna", "--scheduler", "asha", "--num-samples", "5", "--max-concurrent-trials", "1")
     flags += ("--seeds", "1")
