@@ -131,7 +131,8 @@ def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) ->
     logarithmic = bool(numeric) and min(numeric.values()) > 0 and max(numeric.values()) >= 8 * min(numeric.values())
     top = max(numeric.values(), default=0.0)
     # what is no number (null: never) stands at the right of the numbers
-    beside = {text: (top * 2.0 ** (n + 1) if logarithmic else top + n + 1) for n, text in enumerate(others)}
+    apart = 0.2 * (top - min(numeric.values(), default=0.0)) or 1.0
+    beside = {text: (top * 2.0 ** (n + 1) if logarithmic else top + (n + 1) * apart) for n, text in enumerate(others)}
     for method, points in found.items():
         for text, record in points:
             _dot(axes, numeric[text] if text in numeric else beside[text], record, style_of(method).colour)
