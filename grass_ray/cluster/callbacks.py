@@ -20,7 +20,7 @@ from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.worker import RECORD_FILE, TRACEBACK_FILE, steps_of
+from grass_ray.cluster.worker import RECORD_FILE, TIME, TRACEBACK_FILE, passed_file, steps_of
 from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
@@ -106,6 +106,10 @@ class Ledger:
         )
         if not earlier:  # a resumed sweep begins with many at once
             self.overview.show(list(self.records.values()))
+
+    def let_pass(self, key: str, updates: int) -> None:
+        """Tell a trial that waits at a rung to go on."""
+        self.storage.write_text("", self._specs[key].folder, passed_file(updates))
 
     def stop_early(self, key: str, updates: int, reason: str) -> None:
         """A scheduler stopped a trial after so many updates: write the record that its process can write no more."""
@@ -241,6 +245,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         if result.get("phase") == "crashed":
             self._crashes[_key(trial)] = result["failure"]
         self.ledger.result(_key(trial), result)
+        # the scheduler has decided before this is called
+        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._verdicts:
+            self.ledger.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's function returned, or the scheduler stopped it."""

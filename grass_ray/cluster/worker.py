@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from grass_ray.training.run import Run
 
 REPORT_EVERY_S = 8.0  # each report wakes half a dozen processes, which take turns with training on small machines
+VERDICT_WITHIN_S = 600.0
 TRACEBACK_FILE = "traceback.txt"
 FAILURE_FILE = "failure.json"  # why a worker of several ended its trial
 RECORD_FILE = "record.json"
@@ -205,6 +206,7 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
     """
     every_steps = run.config.training.checkpoint_every_steps
     workers = run.state.optimizer.workers
+    storage = Storage(job.storage)
     pending: list[tuple[StepReport, dict[str, float]]] = []
     last_report = time.monotonic()
     if job.until is not None and run.state.trained >= job.until:
@@ -217,6 +219,9 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
         updates = run.state.trained if report.phase == "train" else 0
         ends = updates == job.until
         loss = run.validate() if updates in job.validate_at else None
+        passed = None if loss is None or job.until is not None else passed_file(updates)
+        if passed is not None and first:
+            storage.remove(job.folder, passed)  # of an earlier attempt
         due = first and time.monotonic() - last_report >= REPORT_EVERY_S
         due = bool(workers.maximum([due])[0]) or last or loss is not None
         saves = ends or (every_steps is not None and (last or report.step % every_steps == 0))
@@ -233,7 +238,25 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
             continue
         if ends:
             return
+        if passed is not None and first:
+            _wait_for_verdict(storage, job.folder, passed)
         pending, last_report = [], time.monotonic()
+
+
+def passed_file(updates: int) -> str:
+    """The file by which the driver says that a trial may go on after a rung."""
+    return f"rung-{updates}.passed"
+
+
+def _wait_for_verdict(storage: Storage, folder: str, name: str) -> None:
+    """Stand still at a rung until the scheduler has decided; a trial that is to be stopped must not come to its end.
+
+    Where nobody answers for long the trial goes on: a result that nobody asked for is better than none.
+    """
+    deadline = time.monotonic() + VERDICT_WITHIN_S
+    while not storage.exists(folder, name) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    storage.remove(folder, name)
 
 
 def _end_again(run: Run, job: Job, *, first: bool) -> None:
