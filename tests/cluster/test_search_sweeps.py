@@ -46,7 +46,7 @@ def chosen(storage: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted(storage.glob("mini-search/*/search/grass/*.json"))]
 
 
-def tested(storage: Path) -> list[RunRecord]:
+def finals(storage: Path) -> list[RunRecord]:
     return [record for record in records(storage) if record.tasks]
 
 
@@ -100,7 +100,7 @@ def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_
 
     # the winner was trained again, with the test, and came out the same
     best = winner(own)
-    (final,) = tested(killed)
+    (final,) = finals(killed)
     assert best is not None
     assert final.search is not None
     assert best.search is not None
@@ -153,7 +153,7 @@ def test_a_population_changes_settings_in_mid_training_and_says_from_whom_it_too
     # the winner is tested from its checkpoint, not trained again
     best = winner(own)
     assert best is not None
-    (final,) = tested(storage)
+    (final,) = finals(storage)
     assert final.search is not None
     assert best.search is not None
     assert final.search.lineage == best.search.lineage
