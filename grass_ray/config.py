@@ -418,6 +418,7 @@ class TrainingConfig(ConfigPart):
 class EvaluationConfig(ConfigPart):
     """How accuracy is measured after training."""
 
+    test: bool = Field(default=True, description="false leaves the test alone: a trial of a search")
     limit: Annotated[int, Field(ge=1, description="examples a task; null takes all")] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 16
     scoring: Literal["generation", "loglikelihood"] = "generation"

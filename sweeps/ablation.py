@@ -1,4 +1,8 @@
-"""What does each part of GRASS give: the number of active layers, the temperature of the draw, fresh measurements?
+"""What does each part of GRASS give? One part is changed at a time, everything else stays as it is.
+
+Adaptive or static importance is ``grass`` against ``grass-static``, importance at all against ``lisa``; then the number
+of active layers, the temperature of the draw, the normalisation of the norms, where inactive states live and whether
+they live on, and whether embeddings train.
 
 python sweeps/ablation.py
 """
@@ -15,12 +19,24 @@ SWEEP = Sweep(
         tasks=("generated",),
         seeds=(0, 1, 2),
         settings=("training.steps=200", "training.checkpoint_every_steps=50"),
-        grid={"method.sampler.num_active_layers": (1, 2, 4), "method.sampler.temperature": (0.2, 0.5, 2.0)},
+        one_at_a_time={
+            "method.sampler.num_active_layers": (1, 2, 4),
+            "method.sampler.temperature": (0.2, 0.5, 2.0),
+            "method.sampler.normalise": ("mean", "none"),
+            "method.offload": ("none", "resident", "blocking", "overlap", "lazy"),
+            "method.inactive_states": ("keep", "reset"),
+            "method.train_embeddings": (False, True),
+        },
     ),
     smoke=SweepDefaults(
+        methods=("grass-static", "grass"),
         seeds=(0,),
         settings=("training.steps=20", "training.checkpoint_every_steps=null", "evaluation.limit=20"),
-        grid={"method.sampler.num_active_layers": (2,), "method.sampler.temperature": (0.2, 2.0)},
+        one_at_a_time={
+            "method.sampler.normalise": ("none",),
+            "method.offload": ("none", "overlap"),
+            "method.train_embeddings": (False, True),
+        },
     ),
 )
 

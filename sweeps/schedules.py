@@ -1,17 +1,46 @@
-"""How often should GRASS draw its layers, and how often measure them again?
+"""How should GRASS choose its layers: how many, how often, from how fresh a measurement, how sharply?
 
-Settings are judged by the loss on training rows held out for it; the best ones are written as summary/best.yaml, which
-every sweep takes as --settings.
+Settings are judged by the loss on training rows held out for it; only the winner meets the test. The best settings are
+written as summary/best.yaml, which every sweep takes as --settings.
 
-python sweeps/schedules.py
+python sweeps/schedules.py                                             # a grid of periods
+python sweeps/schedules.py --search optuna --num-samples 24 --scheduler asha
+python sweeps/schedules.py --scheduler pbt --num-samples 8             # schedules that change in mid-training
 """
 
 from grass_ray.cluster.options import SweepDefaults
+from grass_ray.cluster.space import LogUniform, OneOf
 from grass_ray.cluster.sweep import Sweep
+
+SHARP = LogUniform(low=0.1, high=1.0)
+SPACE = {
+    "method.sampler.num_active_layers": OneOf(
+        options={
+            "constant": LogUniform(low=1, high=4, whole=True),
+            "more": {"kind": "linear", "start": 1, "end": LogUniform(low=2, high=4, whole=True)},
+        }
+    ),
+    "method.sampler.probing_steps": (2, 5, 10),
+    "method.sampler.period": OneOf(
+        options={
+            "constant": LogUniform(low=3, high=40, whole=True),
+            "slower": {"kind": "linear", "start": 3, "end": LogUniform(low=10, high=40, whole=True)},
+        }
+    ),
+    "method.sampler.refresh_period": (10, 20, 50, 100, None),
+    "method.sampler.temperature": OneOf(
+        options={
+            "constant": LogUniform(low=0.1, high=4.0),
+            "linear": {"kind": "linear", "start": LogUniform(low=1.0, high=4.0), "end": SHARP},
+            "cosine": {"kind": "cosine", "start": LogUniform(low=1.0, high=4.0), "end": SHARP},
+        }
+    ),
+    "method.sampler.ema": LogUniform(low=0.1, high=1.0),
+}
 
 SWEEP = Sweep(
     name="schedules",
-    question="How often should GRASS draw its layers, and how often measure them again?",
+    question="How should GRASS choose its layers?",
     defaults=SweepDefaults(
         models=("smollm2-135m",),
         methods=("grass",),
@@ -24,6 +53,8 @@ SWEEP = Sweep(
             "data.validation_rows=64",
         ),
         grid={"method.sampler.period": (5, 10, 20), "method.sampler.refresh_period": (20, 50, None)},
+        space=SPACE,
+        search="grid",
     ),
     smoke=SweepDefaults(
         seeds=(0,),

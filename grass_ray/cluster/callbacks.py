@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
 from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.progress import SweepProgress
+from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.worker import RECORD_FILE, TRACEBACK_FILE, steps_of
+from grass_ray.cluster.worker import RECORD_FILE, TIME, TRACEBACK_FILE, passed_file, steps_of
+from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
-from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.record import RunRecord, SearchPart, Status
 from grass_ray.results.tracking import Tracker
 
 
@@ -46,21 +49,37 @@ class Ledger:
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
         self._specs = {spec.key: spec for spec in plan.specs}
+        self._searches: dict[str, dict[str, Any]] = {}
+        self._machines: dict[str, dict[str, Any]] = {}
+        self._stopped: dict[str, RunRecord] = {}
+        self._seen: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self._run_ids: dict[str, str] = {}
         self._started_at: dict[str, str] = {}
         self._steps_logged: dict[str, int] = {}
 
+    def add(self, spec: TrialSpec, search: dict[str, Any]) -> None:
+        """A trial of a search, or of its winner: known now, perhaps not when the sweep began."""
+        self._specs[spec.key] = spec
+        self._searches[spec.key] = search
+        self.progress.add(spec.key, spec.config.name)
+
     def start(self, key: str) -> None:
-        """A trial starts: find or create its run."""
-        self._started_at[key] = now()
+        """A trial starts, or a population's member goes on: find or create its run."""
+        self._started_at.setdefault(key, now())
         self._open_run(self._specs[key])
         self.progress.start(key)
 
     def result(self, key: str, values: Mapping[str, Any]) -> None:
         """A trial reported: log the steps that are new, and show where it is."""
-        self._log_new_steps(key, values.get("steps", ()))
+        steps = values.get("steps", ())
+        self._log_new_steps(key, steps)
+        if key in self._searches:  # a trial that is stopped early leaves no record of its own
+            self._seen.setdefault(key, []).extend(steps)
+            self._machines[key] = values.get("machine", self._machines.get(key, {}))
         if values.get("phase") == "restored":
             self.progress.note(key, f"goes on from its checkpoint after step {values['after_step']}")
+        elif values.get("phase") == "generation":  # a population's member sleeps until the others are as far
+            self.progress.update(key, "waiting", {})
         elif values.get("phase") in ("training", "evaluating"):
             self.progress.update(key, values["phase"], values["view"])
 
@@ -81,11 +100,51 @@ class Ledger:
             key,
             record.status,
             accuracy=record.metrics.get("eval/average"),
+            loss=record.metrics.get(VALIDATION),
             failure=record.failure,
             earlier=earlier,
         )
         if not earlier:  # a resumed sweep begins with many at once
             self.overview.show(list(self.records.values()))
+
+    def let_pass(self, key: str, updates: int) -> None:
+        """Tell a trial that waits at a rung to go on."""
+        self.storage.write_text("", self._specs[key].folder, passed_file(updates))
+
+    def stop_early(self, key: str, updates: int, reason: str) -> None:
+        """A scheduler stopped a trial after so many updates: write the record that its process can write no more."""
+        spec = self._specs[key]
+        last = self._last_step(key, updates)
+        steps: dict[int, dict[str, float]] = {}
+        for step, metrics in self._seen.get(key, ()):
+            if step <= last:
+                steps.setdefault(step, {}).update(metrics)
+        series: dict[str, list[tuple[int, float]]] = {}
+        for step, metrics in sorted(steps.items()):
+            for name, value in metrics.items():
+                series.setdefault(name, []).append((step, value))
+        record = self._record_without_outcome(spec, "stopped", reason)
+        record.series = series
+        record.metrics = {name: points[-1][1] for name, points in series.items()}
+        if record.search is not None:
+            record.search.stopped_after = updates
+        self._stopped[key] = record
+        self._write(record, spec)
+        self.end(key, None)
+
+    def _last_step(self, key: str, updates: int) -> int:
+        """The step of the loss that the scheduler judged by; steps count the probing too."""
+        measured = [step for step, metrics in self._seen.get(key, ()) if VALIDATION in metrics]
+        return max(measured, default=updates)
+
+    def settle(self) -> None:
+        """Once no process of a trial is left: what a stopped one wrote in its last moments does not count."""
+        for key, record in self._stopped.items():
+            self._write(record, self._specs[key])
+            self.storage.remove("ray", f"train-{key}")
+
+    def _write(self, record: RunRecord, spec: TrialSpec) -> None:
+        self.storage.write_text(record.model_dump_json(indent=1), spec.folder, RECORD_FILE)
 
     def stop_running(self) -> None:
         """The sweep is interrupted: close the runs of the trials that have not ended, without a record in storage."""
@@ -115,6 +174,7 @@ class Ledger:
                 "suite": config.data.suite,
                 "seed": str(config.seed),
                 "sweep": self.plan.name,
+                "stage": self._searches.get(spec.key, {}).get("stage", "trial"),
                 "folder": f"{self.storage.uri}/{spec.folder}",
             }
             self._run_ids[spec.key] = self.tracker.start_trial(
@@ -136,7 +196,7 @@ class Ledger:
         record = self._record_without_outcome(spec, "failed", failure)
         if not self.storage.exists(spec.folder, TRACEBACK_FILE):
             self.storage.write_text(failure, spec.folder, TRACEBACK_FILE)
-        self.storage.write_text(record.model_dump_json(indent=1), spec.folder, RECORD_FILE)
+        self._write(record, spec)
 
     def _record_without_outcome(self, spec: TrialSpec, status: Status, failure: str) -> RunRecord:
         return build_record(
@@ -148,18 +208,21 @@ class Ledger:
             failure=failure,
             outcome=None,
             started_at=self._started_at[spec.key],
+            **self._machines.get(spec.key, {}),
+            search=None if spec.key not in self._searches else SearchPart.model_validate(self._searches[spec.key]),
         )
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
     """Passes what Tune sees to the ledger. Tune pickles its callbacks; the ledger stays in the driver."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, scheduler: TrialScheduler | None = None) -> None:
         self._ledger: Ledger | None = ledger
+        self._verdicts = scheduler.verdicts if isinstance(scheduler, Asha) else {}
         self._crashes: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_ledger": None, "_crashes": {}}
+        return {"_ledger": None, "_verdicts": {}, "_crashes": {}}
 
     @property
     def ledger(self) -> Ledger:
@@ -182,11 +245,19 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         if result.get("phase") == "crashed":
             self._crashes[_key(trial)] = result["failure"]
         self.ledger.result(_key(trial), result)
+        # the scheduler has decided before this is called
+        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._verdicts:
+            self.ledger.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial's function returned."""
+        """A trial's function returned, or the scheduler stopped it."""
         key = _key(trial)
-        self.ledger.end(key, self._crashes.get(key))
+        if key in self._verdicts:
+            verdict = self._verdicts[key]
+            reason = verdict.describe(trial.config["job"]["config"]["training"]["steps"])
+            self.ledger.stop_early(key, verdict.updates, reason)
+        else:
+            self.ledger.end(key, self._crashes.get(key))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's own actor died."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from grass_ray.cluster.callbacks import Ledger, SweepCallback
-from grass_ray.cluster.launch import ray_cluster, run_trials
+from grass_ray.cluster.launch import Batch, Share, ray_cluster, run_trials
 from grass_ray.cluster.options import SweepOptions
 from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.progress import SweepProgress
+from grass_ray.cluster.searching import GroupSearch
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
 from grass_ray.results.best_settings import VALIDATION, best_settings, write_settings
@@ -45,7 +47,8 @@ class Execution:
         local = root.local_folder
         self.tracker = Tracker(plan.tracking_uri, plan.name, None if local is None else local / "artifacts")
         names = [(spec.key, spec.config.name) for spec in plan.specs]
-        self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet)
+        self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet, expected=plan.num_trials)
+        self._cpus, self._gpus = 1, 0  # of each worker; the cluster decides
 
     def open(self) -> None:
         """Reach the tracking store. Raises :class:`grass_ray.config.ConfigError` when it does not answer."""
@@ -56,14 +59,14 @@ class Execution:
         sweep_run = self.tracker.start_sweep(
             self.plan.sweep_id,
             {"sweep": self.plan.name, "question": self.plan.question},
-            {"trials": str(len(self.plan.specs)), "storage": self.storage.uri},
+            {"trials": str(self.plan.num_trials), "storage": self.storage.uri},
         )
         with tempfile.TemporaryDirectory(prefix="grass_ray-sweep-") as scratch:
             overview = Overview(
                 self.tracker,
                 sweep_run,
                 self.plan.question,
-                num_trials=len(self.plan.specs),
+                num_trials=self.plan.num_trials,
                 folder=Path(scratch) / SUMMARY_FOLDER,
             )
             ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
@@ -81,17 +84,20 @@ class Execution:
         return code
 
     def _run_trials(self, ledger: Ledger) -> None:
-        left = []
-        for spec in self.plan.specs:
+        tuning = self.plan.tuning
+        searches: list[GroupSearch] = []
+        if tuning is not None:
+            searches = [GroupSearch(tuning, group, ledger, self.storage, self._job) for group in tuning.groups]
+        for spec in [*self.plan.specs, *(spec for search in searches for spec in search.ended())]:
             if ledger.has_ended(spec):
                 ledger.end(spec.key, None, earlier=True)
-            else:
-                left.append(spec)
-        if not left:
+        if not self._is_left(ledger, searches):
             self._say("every trial has ended already")
             return
         with ray_cluster(self.options.machines) as cluster:
             cluster.check_storage(self.storage)
+            if tuning is not None and tuning.scheduler != "none":
+                cluster.check_dashboard()
             share = cluster.share(
                 cpus=self.options.cpus_per_trial,
                 gpus=self.options.gpus_per_trial,
@@ -101,26 +107,58 @@ class Execution:
             self.progress.slots = share.slots
             each = "a trial" if share.workers == 1 else f"for each of {share.workers} workers a trial"
             self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs {each}, {share.slots} at once")
-            jobs = [self._job(spec, share.cpus, share.gpus) for spec in left]
+            self._cpus, self._gpus = share.cpus, share.gpus
             with self.progress:
-                run_trials(
-                    jobs,
-                    share,
-                    self.storage,
-                    callbacks=[SweepCallback(ledger)],
-                    max_failures=self.options.max_failures,
-                )
+                for search in searches:
+                    if search.is_left():
+                        self._run(search.batch(share, cluster.memories), share, ledger)
+                for search in searches:
+                    if not search.finals():
+                        self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
+                finals = self._finals(ledger, searches)
+                jobs = [self._job(spec, **fields) for spec, fields in finals if not ledger.has_ended(spec)]
+                if jobs:
+                    self._run(Batch(name="tune", jobs=jobs), share, ledger)
 
-    def _job(self, spec: TrialSpec, cpus: int, gpus: int) -> Job:
+    def _is_left(self, ledger: Ledger, searches: list[GroupSearch]) -> bool:
+        if any(search.is_left() for search in searches):
+            return True
+        finals = self._finals(ledger, searches)
+        for spec, _ in finals[len(self.plan.specs) :]:
+            if ledger.has_ended(spec):
+                ledger.end(spec.key, None, earlier=True)
+        return any(not ledger.has_ended(spec) for spec, _ in finals)
+
+    def _finals(self, ledger: Ledger, searches: list[GroupSearch]) -> list[tuple[TrialSpec, dict[str, Any]]]:
+        """The trials that meet the test, with further fields of their jobs: those of the plan, then the winners'."""
+        finals: list[tuple[TrialSpec, dict[str, Any]]] = [(spec, {}) for spec in self.plan.specs]
+        for search in searches:
+            for spec, part, fields in search.finals():
+                ledger.add(spec, part)
+                finals.append((spec, {"search": part, **fields}))
+        return finals
+
+    def _run(self, batch: Batch, share: Share, ledger: Ledger) -> None:
+        run_trials(
+            batch,
+            share,
+            self.storage,
+            callbacks=[SweepCallback(ledger, batch.scheduler)],
+            max_failures=self.options.max_failures,
+        )
+        ledger.settle()
+
+    def _job(self, spec: TrialSpec, **fields: Any) -> Job:
         return Job(
+            **fields,
             config=spec.config.to_dict(),
             key=spec.key,
             folder=spec.folder,
             sweep=self.plan.name,
             sweep_id=self.plan.sweep_id,
             storage=self.storage.uri,
-            cpus=cpus,
-            gpus=gpus,
+            cpus=self._cpus,
+            gpus=self._gpus,
             keep_checkpoints=self.options.keep_checkpoints,
             memory_check=self.options.memory_check,
             max_failures=self.options.max_failures,
@@ -134,7 +172,7 @@ class Execution:
         if best := best_settings(records):
             write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
-        failed = [record for record in records if record.status != "finished"]
+        failed = [record for record in records if record.status not in ("finished", "stopped")]
         self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished")
         if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue

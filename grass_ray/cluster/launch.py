@@ -5,7 +5,7 @@
     with ray_cluster() as cluster:
         cluster.check_storage(storage)
         share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
-        run_trials(jobs, share, storage, callbacks=[SweepCallback(ledger)], max_failures=2)
+        run_trials(Batch(name="tune", jobs=jobs), share, storage, callbacks=[SweepCallback(ledger)], max_failures=2)
 
 Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
 On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
@@ -17,8 +17,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -27,6 +28,8 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grass_ray.cluster.storage import Storage
@@ -48,6 +51,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
+_PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 PROBE_FILE = ".seen-by-every-machine"
 
 
@@ -69,6 +73,8 @@ class ClusterView:
     machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
     joined: bool = False  # a Ray that was there; otherwise one that was started and ends with this process
     node_ids: tuple[str, ...] = ()  # Ray's names of the machines
+    memories: tuple[int, ...] = ()  # bytes that each offers to tasks
+    dashboard: bool = True
 
     def describe(self) -> str:
         """One line for the head of a sweep."""
@@ -95,6 +101,14 @@ class ClusterView:
             raise ConfigError(
                 f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
                 f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
+            )
+
+    def check_dashboard(self) -> None:
+        """Raise :class:`ConfigError` where what a stopped trial held would never be free again."""
+        if not self.dashboard:
+            raise ConfigError(
+                f"the Ray at {self.address} runs without its dashboard, through which Ray Train frees the resources of "
+                "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
             )
 
     def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None, workers: int = 1) -> Share:
@@ -141,13 +155,7 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        context = ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={
-                "env_vars": WORKER_ENVIRONMENT if torch.cuda.is_available() else WORKER_ENVIRONMENT | CPU_ENVIRONMENT
-            },
-        )
+        context = _connect()
     except ConnectionError as error:
         wanted = os.environ.get("RAY_ADDRESS")
         raise ConfigError(
@@ -162,13 +170,52 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         yield ClusterView(
             address=context.address_info["gcs_address"],
             machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
-            # a session is named after the process that started it
-            joined=not context.address_info["session_dir"].endswith(f"_{os.getpid()}"),
+            joined=not _is_own(context),
             node_ids=tuple(str(node["NodeID"]) for node in alive),
+            memories=tuple(int(node.get("memory", 0)) for node in held),
+            dashboard=bool(context.dashboard_url),
         )
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _connect() -> Any:
+    """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
+
+    Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
+    several run on one machine: the resources would never be free again. So the address of a Ray that is started here is
+    chosen beforehand; one that was joined is joined again with its address known.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    chosen = f"{ray.util.get_node_ip_address()}:{port}"
+    os.environ[_PORT] = str(port)
+    try:
+        context = _init(None, chosen)
+    finally:
+        del os.environ[_PORT]
+    address = context.address_info["gcs_address"]
+    if address != chosen and not _is_own(context):
+        ray.shutdown()  # leaves it
+        context = _init(address, address)
+    return context
+
+
+def _init(address: str | None, known_as: str) -> Any:
+    environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as}
+    return ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment if torch.cuda.is_available() else environment | CPU_ENVIRONMENT},
+    )
+
+
+def _is_own(context: Any) -> bool:
+    """Whether this process started the Ray: a session is named after the process that did."""
+    return str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
 
 
 def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
@@ -192,29 +239,46 @@ def _sees(uri: str) -> tuple[bool, str]:
     return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
 
 
-def run_trials(
-    jobs: Sequence[Job], share: Share, storage: Storage, callbacks: list[tune.Callback], max_failures: int
-) -> None:
-    """Run every job as a trial; a failed one does not stop the others.
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Trials that one Tuner runs: known jobs, or ``num_samples`` of a searcher's, under a scheduler or none."""
+
+    name: str
+    jobs: Sequence[Job] = ()
+    searcher: Searcher | None = None
+    num_samples: int = 1
+    scheduler: TrialScheduler | None = None
+    trainable: Callable[[dict[str, Any]], None] = drive_trial
+    driver_memory: int = 1  # bytes
+
+
+def run_trials(batch: Batch, share: Share, storage: Storage, callbacks: list[tune.Callback], max_failures: int) -> None:
+    """Run every trial of a batch; a failed one does not stop the others.
 
     Args:
-        jobs: the trials.
+        batch: the trials.
         share: what each gets, and how many run at once.
         storage: the sweep's folder.
         callbacks: what Tune calls in this process.
         max_failures: how often a trial's driver may die, beside the deaths of its workers that Train counts.
     """
+    population = batch.trainable is not drive_trial
     tuner = tune.Tuner(
-        # A memory of one byte: the driver of a trial must hold no CPU that its own worker waits for.
-        tune.with_resources(drive_trial, {"memory": 1}),
-        param_space={"job": tune.grid_search([asdict(job) for job in jobs])},
+        # Memory alone, and mostly one byte: the driver of a trial must hold no CPU that its own worker waits for.
+        tune.with_resources(batch.trainable, {"memory": batch.driver_memory}),
+        param_space={"job": tune.grid_search([asdict(job) for job in batch.jobs])} if batch.jobs else None,
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=share.slots,
+            search_alg=batch.searcher,
+            num_samples=batch.num_samples,
+            scheduler=batch.scheduler,
+            # a population's sleeping members count, too: the memory of the drivers limits it instead
+            max_concurrent_trials=None if population else share.slots,
+            reuse_actors=False if population else None,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=batch.name,
             storage_path=storage.join("ray").uri,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             callbacks=callbacks,
@@ -222,6 +286,17 @@ def run_trials(
         ),
     )
     tuner.fit()
+
+
+def driver_memory(machines: Sequence[int], slots: int) -> int:
+    """How much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
+
+    Args:
+        machines: bytes that each offers.
+        slots: how many trials may run at once.
+    """
+    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
+    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
 
 
 def _trial_name(trial: Any) -> str:

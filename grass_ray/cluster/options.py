@@ -14,11 +14,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from grass_ray.cluster.plan import PlanChoices
+from grass_ray.cluster.space import Space
+from grass_ray.cluster.tuning import Scheduler, Search
 from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
 from grass_ray.methods import METHODS, get_method
 from grass_ray.results.best_settings import read_settings
@@ -54,14 +56,22 @@ class SweepOptions:
         tyro.conf.arg(help="each method's settings from a search: its summary/best.yaml", metavar="FILE"),
     ] = None
     search: Annotated[
-        Literal["grid", "random"] | None,
-        tyro.conf.arg(help="grid: the sweep's own grid; random: --num-samples points a method"),
+        Search | None,
+        tyro.conf.arg(
+            help="grid: the sweep's own grid; random: --num-samples points a method; optuna: --num-samples trials a "
+            "method, each chosen by the losses before it"
+        ),
     ] = None
     num_samples: Annotated[
-        int | None, tyro.conf.arg(help="hyperparameter points a method, drawn at random", metavar="N")
+        int | None,
+        tyro.conf.arg(help="points a method; with --scheduler pbt its population", metavar="N"),
     ] = None
     scheduler: Annotated[
-        Literal["none"], tyro.conf.arg(help="every trial runs to its end, so that accuracies can be compared")
+        Scheduler,
+        tyro.conf.arg(
+            help="none: every trial runs to its end; asha: the worse two thirds of a search stop early; pbt: a "
+            "population takes over weights from its best and changes settings in mid-training"
+        ),
     ] = "none"
     base: Annotated[bool, tyro.conf.arg(help="add the untrained model as a row")] = True
     data_dir: Annotated[
@@ -132,12 +142,18 @@ class SweepOptions:
             "data_dir",
         )
         given = [flag for flag in plan_flags if getattr(self, flag)]
+        given += [] if self.scheduler == "none" else ["scheduler"]
         return [f"--{flag.replace('_', '-')}" for flag in given] + ([] if self.base else ["--no-base"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepDefaults:
-    """What a sweep's file decides; the same fields as a preset that ``--smoke`` puts on top."""
+    """What a sweep's file decides; the same fields as a preset that ``--smoke`` puts on top.
+
+    ``grid`` combines all its values, ``one_at_a_time`` changes one setting and leaves the others as they are.
+    ``space`` are ranges beyond a method's own (:mod:`grass_ray.cluster.space`) for ``--search random`` and ``optuna``;
+    ``search`` makes the sweep a search without the flag.
+    """
 
     models: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -146,6 +162,9 @@ class SweepDefaults:
     settings: tuple[str, ...] = ()
     method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    space: Space = field(default_factory=dict)
+    search: Search | None = None
 
     def with_preset(self, preset: SweepDefaults) -> SweepDefaults:
         """This with a preset's choices in the place of its own, and the preset's settings after its own."""
@@ -160,6 +179,9 @@ class SweepDefaults:
                 name: (*self.method_settings.get(name, ()), *preset.method_settings.get(name, ())) for name in methods
             },
             grid=preset.grid or self.grid,
+            one_at_a_time=preset.one_at_a_time or self.one_at_a_time,
+            space=preset.space or self.space,
+            search=preset.search or self.search,
         )
 
 
@@ -202,9 +224,20 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
         method_settings=own,
         overrides=options.set,
         grid=defaults.grid,
+        one_at_a_time=defaults.one_at_a_time,
         num_samples=options.num_samples,
         base_row=options.base,
+        space=defaults.space,
+        search=options.search or _implied_search(defaults, options),
+        scheduler=options.scheduler,
     )
+
+
+def _implied_search(defaults: SweepDefaults, options: SweepOptions) -> Search | None:
+    """The search that was not named: the sweep's own; with ``--num-samples`` at random."""
+    if options.scheduler == "pbt" or defaults.search is None:
+        return None
+    return defaults.search if options.num_samples is None else "random"
 
 
 def default_tracking(options: SweepOptions) -> str | None:

@@ -20,42 +20,14 @@ from typing import Any
 
 import yaml
 
+from grass_ray.cluster.space import LogUniform as LogUniform
+from grass_ray.cluster.space import Picks, RandomPicker, Space, assignments, choose, labelled
+from grass_ray.cluster.trial_spec import TrialSpec as TrialSpec
+from grass_ray.cluster.tuning import MUTABLE, Group, Scheduler, Search, Tuning
 from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig, assignment
-from grass_ray.methods import get_method
+from grass_ray.methods import METHODS, get_method
 
 BASE_METHOD = "base"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogUniform:
-    """A positive hyperparameter drawn evenly on a logarithmic scale, rounded to three digits."""
-
-    low: float
-    high: float
-
-    def draw(self, rng: random.Random) -> float:
-        """One value."""
-        return float(f"{self.low * (self.high / self.low) ** rng.random():.3g}")
-
-
-Space = Mapping[str, LogUniform | Sequence[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSpec:
-    """One trial: its configuration, and the key that equal configurations share."""
-
-    config: RunConfig
-
-    @property
-    def key(self) -> str:
-        """The configuration's fingerprint."""
-        return self.config.fingerprint
-
-    @property
-    def folder(self) -> str:
-        """The trial's folder name inside the sweep's folder."""
-        return f"{self.config.name}-{self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +35,10 @@ class PlanChoices:
     """Everything a plan is expanded from.
 
     ``settings`` are ``dotted.key=value`` assignments for every method that has the key, ``method_settings`` those of
-    one method, and ``overrides`` what the user said last. ``grid`` maps dotted keys to values, all combined. With
-    ``num_samples`` that many points a method are drawn from ``grid`` and the method's own space instead; every model
-    and seed gets the same points.
+    one method, and ``overrides`` what the user said last. ``grid`` maps dotted keys to values, all combined;
+    ``one_at_a_time`` maps keys to values that are changed alone, everything else staying as it is. With
+    ``num_samples`` that many points a method are drawn from its own space, ``grid`` and ``space`` instead; every model
+    and seed gets the same points. ``search`` is what was asked for by name, None where nothing was.
     """
 
     methods: tuple[str, ...]
@@ -78,8 +51,79 @@ class PlanChoices:
     method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     num_samples: int | None = None
     base_row: bool = True
+    space: Space = field(default_factory=dict)
+    search: Search | None = None
+    scheduler: Scheduler = "none"
+
+
+def make_tuning(choices: PlanChoices) -> Tuning | None:
+    """The search in two stages that the choices ask for; None where every trial is to be trained and tested.
+
+    ``--search optuna`` and every ``--scheduler`` are such searches; a grid or random search is one where training rows
+    are held out to judge it by.
+
+    Raises:
+        ConfigError: the choices do not go together.
+    """
+    _check_space(choices.space)
+    search: Search = choices.search or ("grid" if choices.num_samples is None else "random")
+    if choices.scheduler == "pbt" and choices.search is None:
+        search = "random"
+    needed = search == "optuna" or choices.scheduler != "none"
+    if choices.search is None and not needed:
+        return None
+    methods = [name for name in dict.fromkeys(choices.methods) if get_method(name).trains]
+    templates = {name: _template(choices, name) for name in methods}
+    _check_settings_reach_a_method(choices, templates | {BASE_METHOD: _template(choices, BASE_METHOD)})
+    if not needed and any(config.data.validation_rows is None for config in templates.values()):
+        return None
+    groups = tuple(
+        _group(choices, search, template, model) for model in choices.models for template in templates.values()
+    )
+    tuning = Tuning(
+        search=search,
+        scheduler=choices.scheduler,
+        num_samples=choices.num_samples,
+        seeds=tuple(dict.fromkeys(choices.seeds)),
+        groups=groups,
+    )
+    tuning.check()
+    return tuning
+
+
+def _check_space(space: Space) -> None:
+    """A key that no method at all has is a mistake of the sweep's file; one that others have is left out."""
+    rows = [RunConfig.parse({"method": row.config.model_dump(mode="json")}) for row in METHODS.values()]
+    for key in space:
+        if not any(_has_key(config, key) for config in rows):
+            raise ConfigError(f"no method has the key {key!r} of the sweep's search space")
+
+
+def _group(choices: PlanChoices, search: Search, template: RunConfig, model: str) -> Group:
+    """One method's search; a population's space keeps what may change in mid-training."""
+    fixed = (assignment("model.name", model), f"seed={choices.seeds[0]}", "evaluation.test=false")
+    config = template.override(fixed)
+    space = _space(choices, config) if search != "grid" else {}
+    if choices.scheduler == "pbt":
+        space = {key: dimension for key, dimension in space.items() if key in MUTABLE}
+        config = config.override(["training.checkpoint_every_steps=null"])  # at the end of each generation instead
+    if search == "grid":
+        grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
+        return Group(config=config, space=grid, points=tuple(_grid_points(grid)))
+    drawn = () if search == "optuna" else _drawn(space, config.method.name, choices.num_samples or 0)
+    return Group(config=config, space=space, points=tuple(drawn))
+
+
+def untrained(choices: PlanChoices) -> list[TrialSpec]:
+    """The trials beside a search: the untrained models, where they are asked for."""
+    if not choices.base_row and BASE_METHOD not in choices.methods:
+        return []
+    template = _template(choices, BASE_METHOD)
+    models = dict.fromkeys(choices.models)
+    return [TrialSpec(config=template.override([assignment("model.name", model), "seed=0"])) for model in models]
 
 
 def expand(choices: PlanChoices) -> list[TrialSpec]:
@@ -113,7 +157,11 @@ def _template(choices: PlanChoices, method: str) -> RunConfig:
 
 def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str, RunConfig]) -> None:
     """A setting or grid key that no method of the plan has would silently do nothing."""
-    for key in [*(_key(text) for text in (*choices.settings, *choices.overrides)), *choices.grid]:
+    for key in [
+        *(_key(text) for text in (*choices.settings, *choices.overrides)),
+        *choices.grid,
+        *choices.one_at_a_time,
+    ]:
         if not any(_has_key(config, key) for config in templates.values()):
             known = sorted({known for config in templates.values() for known in config.flatten()})
             raise ConfigError(f"no method of this sweep has the key {key!r}; available: {', '.join(known)}")
@@ -121,25 +169,46 @@ def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str,
 
 def _points(choices: PlanChoices, config: RunConfig) -> list[tuple[str, ...]]:
     """The hyperparameter points of one method, as assignments."""
-    grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
     if choices.num_samples is None:
-        axes = [[assignment(key, value) for value in values] for key, values in grid.items()]
-        return [tuple(point) for point in itertools.product(*axes)]
-    space = {**default_space(config), **grid}
-    rng = random.Random(f"{config.method.name}:{sorted(space)}")
-    return [
-        tuple(
-            assignment(key, values.draw(rng) if isinstance(values, LogUniform) else rng.choice(values))
-            for key, values in space.items()
-        )
-        for _ in range(choices.num_samples)
-    ]
+        grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
+        alone = [
+            (assignment(key, value),)
+            for key, values in choices.one_at_a_time.items()
+            if _has_key(config, key)
+            for value in values
+        ]
+        return [*(assignments(grid, picks) for picks in _grid_points(grid)), *alone]
+    space = _space(choices, config)
+    return [assignments(space, picks) for picks in _drawn(space, config.method.name, choices.num_samples)]
+
+
+def _grid_points(grid: Mapping[str, Sequence[Any]]) -> list[Picks]:
+    """Every combination of a grid's values."""
+    axes = [list(labelled(values)) for values in grid.values()]
+    return [dict(zip(grid, point, strict=True)) for point in itertools.product(*axes)]
+
+
+def _space(choices: PlanChoices, config: RunConfig) -> Space:
+    """What is searched for a method: its own space, the sweep's grid and the sweep's space, the last word counting."""
+    found: dict[str, Any] = {**default_space(config), **choices.grid, **choices.space}
+    return {key: dimension for key, dimension in found.items() if _has_key(config, key)}
+
+
+def _drawn(space: Space, method: str, number: int) -> list[Picks]:
+    """Points drawn at random, each once, the same in any process; fewer where the space has no more."""
+    rng = random.Random(f"{method}:{sorted(space)}")
+    points: list[Picks] = []
+    for _ in range(50 * number):
+        point = choose(space, RandomPicker(rng))
+        if len(points) < number and point not in points:
+            points.append(point)
+    return points
 
 
 def default_space(config: RunConfig) -> Space:
     """A small search space around a method's own defaults; the learning rate's is equally wide for every method."""
     lr = config.method.optimizer.lr
-    space: dict[str, LogUniform | Sequence[Any]] = {"method.optimizer.lr": LogUniform(low=lr / 5, high=lr * 5)}
+    space: dict[str, Any] = {"method.optimizer.lr": LogUniform(low=lr / 5, high=lr * 5)}
     if _has_key(config, "method.adapter.rank"):
         space["method.adapter.rank"] = (8, 16, 32)
     if _has_key(config, "method.sampler.num_active_layers"):
@@ -172,16 +241,29 @@ class SweepPlan:
     question: str
     specs: tuple[TrialSpec, ...]
     tracking_uri: str
+    tuning: Tuning | None = None
+
+    @property
+    def known_trials(self) -> list[TrialSpec]:
+        """All trials that are known before any has run: those of a search by Optuna, and its winners, are not."""
+        return [*self.specs, *(self.tuning.trials if self.tuning else ())]
+
+    @property
+    def num_trials(self) -> int:
+        """How many trials there will be, those of a search and its winners included."""
+        return len(self.specs) + (self.tuning.num_trials if self.tuning else 0)
 
     def to_yaml(self) -> str:
         """The plan as YAML."""
-        values = {
+        values: dict[str, Any] = {
             "name": self.name,
             "sweep_id": self.sweep_id,
             "question": self.question,
             "tracking_uri": self.tracking_uri,
             "trials": [spec.config.to_dict() for spec in self.specs],
         }
+        if self.tuning is not None:
+            values["tuning"] = self.tuning.to_plain()
         return yaml.safe_dump(values, sort_keys=False)
 
     @classmethod
@@ -190,10 +272,11 @@ class SweepPlan:
         try:
             values = yaml.safe_load(text)
             specs = tuple(TrialSpec(config=RunConfig.parse(trial)) for trial in values["trials"])
+            tuning = Tuning.from_plain(values["tuning"]) if "tuning" in values else None
             names = {key: str(values[key]) for key in ("name", "sweep_id", "question", "tracking_uri")}
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
-        return cls(specs=specs, **names)
+        return cls(specs=specs, tuning=tuning, **names)
 
 
 def _key(assignment: str) -> str:

@@ -150,6 +150,7 @@ class TrialView:
     state: State = "waiting"
     values: dict[str, Any] = field(default_factory=dict)
     accuracy: float | None = None
+    loss: float | None = None
     failure: str | None = None
     started: float | None = None
     seconds: float | None = None
@@ -158,9 +159,11 @@ class TrialView:
     def describe(self) -> str:
         """One line on where the trial is."""
         if self.state == "finished":
-            result = "-" if self.accuracy is None else f"{100 * self.accuracy:.1f} %"
+            result = "accuracy -" if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %"
+            if self.accuracy is None and self.loss is not None:
+                result = f"validation loss {self.loss:.4f}"
             took = "" if self.seconds is None else f" in {describe_seconds(self.seconds)}"
-            return f"finished{took}  accuracy {result}" + ("  (before this resume)" if self.earlier else "")
+            return f"finished{took}  {result}" + ("  (before this resume)" if self.earlier else "")
         if self.state in ENDED:
             return f"{self.state}: {self.failure or 'no reason known'}"
         if self.state == "evaluating" and self.values.get("task"):
@@ -180,8 +183,13 @@ class SweepProgress:
         console: Console | None = None,
         every_s: float = PLAIN_LINE_EVERY_S,
         quiet: bool = False,
+        expected: int = 0,
     ) -> None:
-        """``trials`` are (key, name) pairs; ``slots`` trials run at once; ``quiet`` shows nothing."""
+        """``trials`` are (key, name) pairs; ``slots`` trials run at once; ``quiet`` shows nothing.
+
+        ``expected`` is how many trials there will be, where a search adds more.
+        """
+        self.expected = expected
         self.title = title
         self.console = Console(quiet=True) if quiet else console or Console()
         self.every_s = every_s
@@ -205,10 +213,15 @@ class SweepProgress:
 
     # -- what happened
 
+    def add(self, key: str, name: str) -> None:
+        """A trial that was not known at the start; nothing where it was."""
+        self.trials.setdefault(key, TrialView(name=name, key=key))
+
     def start(self, key: str) -> None:
         """A trial's processes are starting."""
         trial = self.trials[key]
-        trial.state, trial.started = "starting", time.monotonic()
+        trial.state = "starting"
+        trial.started = trial.started or time.monotonic()
         self._say(trial)
 
     def update(self, key: str, state: State, values: Mapping[str, Any]) -> None:
@@ -223,10 +236,18 @@ class SweepProgress:
         self._print(f"{self.trials[key].name} {key}  {text}")
 
     def end(
-        self, key: str, state: State, *, accuracy: float | None, failure: str | None, earlier: bool = False
+        self,
+        key: str,
+        state: State,
+        *,
+        accuracy: float | None,
+        failure: str | None,
+        loss: float | None = None,
+        earlier: bool = False,
     ) -> None:
         """A trial ended; ``earlier`` means before a resume, so it took no time now."""
         trial = self.trials[key]
+        trial.loss = loss
         trial.state, trial.accuracy, trial.failure, trial.earlier = state, accuracy, failure, earlier
         if trial.started is not None:
             trial.seconds = time.monotonic() - trial.started
@@ -243,8 +264,12 @@ class SweepProgress:
     def summary(self) -> str:
         """``3 of 8 done, 1 running, 1 failed, best full-... 28.0 %, ETA 4 min 10 s``."""
         ended = [trial for trial in self.trials.values() if trial.state in ENDED]
-        failed = sum(trial.state != "finished" for trial in ended)
-        parts = [f"{len(ended)} of {len(self.trials)} done", f"{len(self._running())} running", f"{failed} failed"]
+        stopped = sum(trial.state == "stopped" for trial in ended)
+        failed = sum(trial.state != "finished" for trial in ended) - stopped
+        number = max(len(self.trials), self.expected)
+        parts = [f"{len(ended)} of {number} done", f"{len(self._running())} running", f"{failed} failed"]
+        if stopped:
+            parts.append(f"{stopped} stopped early")
         scored = [trial for trial in ended if trial.accuracy is not None]
         if scored:
             best = max(scored, key=lambda trial: trial.accuracy or 0.0)
@@ -257,7 +282,7 @@ class SweepProgress:
     def render(self) -> RenderableType:
         """The live display."""
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        colours = {"finished": "green", "failed": "red", "out_of_memory": "red", "waiting": "dim"}
+        colours = {"finished": "green", "failed": "red", "out_of_memory": "red", "stopped": "yellow", "waiting": "dim"}
         for trial in self._shown():
             table.add_row(Text(trial.name), Text(trial.describe(), style=colours.get(trial.state, "cyan")))
         return Group(Text(f"{self.title}: {self.summary()}", style="bold"), table)
@@ -275,10 +300,13 @@ class SweepProgress:
 
     def _eta_s(self) -> float | None:
         took = [trial.seconds for trial in self.trials.values() if trial.seconds is not None]
-        if not took or all(trial.state in ENDED for trial in self.trials.values()):
+        if not took or (
+            len(self.trials) >= self.expected and all(trial.state in ENDED for trial in self.trials.values())
+        ):
             return None
         mean = sum(took) / len(took)
         waiting = sum(trial.state == "waiting" for trial in self.trials.values())
+        waiting += max(0, self.expected - len(self.trials))
         now = time.monotonic()
         running = sum(max(0.0, mean - (now - (trial.started or now))) for trial in self._running())
         return (waiting * mean + running) / self.slots

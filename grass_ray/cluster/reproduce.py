@@ -18,6 +18,7 @@ from rich.console import Console
 from grass_ray.cluster.local import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
+from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
@@ -105,6 +106,11 @@ def reproduce(
     record = original.record
     if record.world_size != 1:
         raise ConfigError(f"{record.name} ran on {record.world_size} workers; reproduce runs in one process")
+    if record.search is not None and record.search.lineage:
+        raise ConfigError(
+            f"{record.name} is a member of a population: it went on from others' weights and changed its settings on "
+            "the way, as its record's lineage says; run the search again instead (--scheduler pbt with the same flags)"
+        )
     config = _config_here(record, model, data_dir)
     check_run(config)
     if output is not None:
@@ -192,6 +198,7 @@ def _run_again(
     stop_after = None
     if record.status == "stopped":
         stop_after = max((points[-1][0] for points in record.series.values() if points), default=0)
+    measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, while it was searched
     run: Run | None = None
     status: Status = "finished"
     failure: str | None = None
@@ -200,6 +207,8 @@ def _run_again(
         with RunProgress(config.name, console=console, quiet=quiet) as progress:
             for report in run.fit():
                 progress.step(report)
+                if report.step in measured:
+                    run.validate()
                 if report.step == stop_after:
                     break
             if stop_after is None:

@@ -16,6 +16,7 @@ Imports ray and torch only when trials are about to run, so that ``--help`` and 
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import shlex
 import sys
@@ -29,10 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, default_tracking, parse_options
-from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand
+from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand, make_tuning, untrained
 from grass_ray.cluster.progress import quiet_libraries
+from grass_ray.cluster.space import RandomPicker
+from grass_ray.cluster.space import choose as choose_point
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import ConfigError, Parallel
+from grass_ray.cluster.tuning import Tuning
+from grass_ray.config import ConfigError, Parallel, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
@@ -44,6 +48,7 @@ EXIT_BAD_INPUT = 2
 DRIVER_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # schedulers look at a few reports, not at all
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -97,16 +102,26 @@ class Sweep:
         return execution.run(resume_command())
 
     def plan(self, options: SweepOptions) -> list[TrialSpec]:
-        """The trials that the flags choose. Raises :class:`ConfigError`."""
+        """The trials that the flags choose, without those of a search. Raises :class:`ConfigError`."""
+        return self._chosen(options)[0]
+
+    def _chosen(self, options: SweepOptions) -> tuple[list[TrialSpec], Tuning | None]:
         defaults = self.defaults.with_preset(self.smoke) if options.smoke else self.defaults
-        return expand(choose(defaults, options))
+        choices = choose(defaults, options)
+        tuning = make_tuning(choices)
+        return (expand(choices), None) if tuning is None else (untrained(choices), tuning)
 
     def _new_plan(self, root: Storage, options: SweepOptions) -> SweepPlan:
-        specs = self.plan(options)
+        specs, tuning = self._chosen(options)
         sweep_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         tracking_uri = default_tracking(options) or _embedded_store(root)
         return SweepPlan(
-            name=self.name, sweep_id=sweep_id, question=self.question, specs=tuple(specs), tracking_uri=tracking_uri
+            name=self.name,
+            sweep_id=sweep_id,
+            question=self.question,
+            specs=tuple(specs),
+            tracking_uri=tracking_uri,
+            tuning=tuning,
         )
 
     def _resumed_plan(self, root: Storage, options: SweepOptions) -> SweepPlan:
@@ -121,7 +136,7 @@ class Sweep:
         where = folder.join(saved[-1])
         plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
         chosen = options.chosen()
-        if chosen and {spec.key for spec in self.plan(options)} != {spec.key for spec in plan.specs}:
+        if chosen and not _same_trials(self._chosen(options), plan):
             raise ConfigError(
                 f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
                 "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
@@ -134,13 +149,30 @@ class Sweep:
         from grass_ray.training.run import check_run
 
         mistakes: dict[str, None] = {}
-        for spec in plan.specs:
+        for spec in _to_check(plan):
             try:
                 check_run(spec.config, workers, parallel)
             except ConfigError as mistake:
                 mistakes[str(mistake)] = None
         if mistakes:
             raise ConfigError("\n  ".join(mistakes))
+
+
+def _same_trials(chosen: tuple[list[TrialSpec], Tuning | None], plan: SweepPlan) -> bool:
+    specs, tuning = chosen
+    same_search = (tuning and tuning.to_plain()) == (plan.tuning and plan.tuning.to_plain())
+    return {spec.key for spec in specs} == {spec.key for spec in plan.specs} and same_search
+
+
+def _to_check(plan: SweepPlan) -> list[TrialSpec]:
+    """The trials that are known, and where Optuna will choose them a few from all over its space."""
+    if plan.tuning is None or plan.tuning.search != "optuna":
+        return plan.known_trials
+    rng = random.Random(0)
+    drawn = [
+        group.trial(choose_point(group.space, RandomPicker(rng))) for group in plan.tuning.groups for _ in range(8)
+    ]
+    return [*plan.known_trials, *drawn]
 
 
 def _embedded_store(root: Storage) -> str:
@@ -166,18 +198,39 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
     def distinct(values: Iterable[str]) -> str:
         return " ".join(dict.fromkeys(values))
 
-    configs = [spec.config for spec in plan.specs]
+    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
     rows = {
         "sweep": f"{plan.name} {plan.sweep_id}: {plan.question}",
         "models": distinct(config.model.name for config in configs),
         "methods": distinct(config.method.name for config in configs),
         "suite": distinct(config.data.suite for config in configs),
         "tasks": distinct(task for config in configs for task in config.data.tasks),
-        "trials": f"{len(configs)}, plan in {storage.uri}/{PLAN_FILE}",
+        "trials": f"{plan.num_trials}, plan in {storage.uri}/{PLAN_FILE}",
         "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
     }
     for name, text in rows.items():
         console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+    if plan.tuning is not None:
+        for line in _describe_search(plan.tuning):
+            console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _templates(plan: SweepPlan) -> list[RunConfig]:
+    return [group.config for group in plan.tuning.groups] if plan.tuning else []
+
+
+def _describe_search(tuning: Tuning) -> list[str]:
+    """What is searched for each method, and what becomes of the winners."""
+    lines = []
+    for group in tuning.groups:
+        number = tuning.num_samples if tuning.search == "optuna" else len(group.points)
+        keys = ", ".join(key.removeprefix("method.") for key in group.space)
+        lines.append(
+            f"{group.method}: {number} trials of {group.steps} steps by {tuning.how} over {keys}; judged by "
+            f"{group.config.data.validation_rows} held-out rows"
+        )
+    seeds = " ".join(map(str, tuning.seeds[:1] if tuning.scheduler == "pbt" else tuning.seeds))
+    return [*lines, f"the winner of each method is then tested once with each seed: {seeds}"]
 
 
 def _print_trials(console: Console, plan: SweepPlan) -> None:
@@ -185,10 +238,13 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("name", "key", "method", "lr", "steps", "differs in"):
         table.add_column(column, justify="right" if column in ("lr", "steps") else "left", no_wrap=True)
-    for spec, text in zip(plan.specs, differences(plan.specs), strict=True):
+    for spec, text in zip(plan.known_trials, differences(plan.known_trials), strict=True):
         config = spec.config
         lr = f"{config.method.optimizer.lr:g}" if get_method(config.method.name).trains else "-"
         table.add_row(config.name, spec.key, config.method.name, lr, str(config.training.steps), text)
-    console.print(f"{plan.name}: {len(plan.specs)} trials; none is run", highlight=False)
+    console.print(f"{plan.name}: {plan.num_trials} trials; none is run", highlight=False)
+    if plan.tuning is not None:
+        for line in _describe_search(plan.tuning):
+            console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
     wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)

@@ -11,6 +11,7 @@ the reason goes into ``traceback.txt`` and ``--resume`` tries the trial again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -29,17 +30,20 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from grass_ray.cluster.progress import step_summary
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, Parallel, RunConfig
+from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.provenance import build_record, hardware, now, write_engagement, write_examples
-from grass_ray.results.record import Status
+from grass_ray.results.record import SearchPart, Status
 from grass_ray.training.report import StepReport, TrainingFailure
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
 
 REPORT_EVERY_S = 8.0  # each report wakes half a dozen processes, which take turns with training on small machines
+VERDICT_WITHIN_S = 600.0
 TRACEBACK_FILE = "traceback.txt"
 FAILURE_FILE = "failure.json"  # why a worker of several ended its trial
 RECORD_FILE = "record.json"
+TIME = "step"  # updates, in the reports that schedulers look at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,13 @@ class Job:
     max_failures: int = 2  # how often a process may die before the trial counts as failed
     workers: int = 1
     parallel: Parallel = "replicate"
+    search: dict[str, Any] | None = None  # of the record: which search this trial belongs to
+    validate_at: tuple[int, ...] = ()  # updates after which held-out rows are measured on the way
+    until: int | None = None  # updates after which this generation of a population ends
+    start_from: str | None = None  # URI of the checkpoint that it goes on from
+    watched: tuple[str, ...] = ()  # settings that may change in mid-training, logged as metrics
+    space: dict[str, Any] | None = None  # of a population
+    picks: dict[str, Any] | None = None  # a member's place in it, which PBT changes
 
     @property
     def run_id(self) -> str:
@@ -67,8 +78,14 @@ class Job:
 
     @property
     def train_name(self) -> str:
-        """The Train run's name: the same in every attempt, so that Train finds the last checkpoint."""
-        return f"train-{self.key}"
+        """The Train run's name: the same in every attempt, so that Train finds the last checkpoint.
+
+        Each generation of a population has its own, or a member would go on from its own checkpoint for ever.
+        """
+        if self.until is None:
+            return f"train-{self.key}"
+        origin = json.dumps([self.start_from, self.config], sort_keys=True)
+        return f"train-{self.key}-to-{self.until}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
 
 
 # --------------------------------------------------------------------------------------------------- the Train worker
@@ -103,11 +120,10 @@ def train_worker(values: dict[str, Any]) -> None:
             # what fits is predicted for a worker that holds the whole model
             fits = job.memory_check and job.parallel == "replicate"
             run = Run.prepare(fit_to_memory(config) if fits else config, parallel=job.parallel)
-            with _last_checkpoint() as folder:
-                if folder is not None:
-                    run.restore(folder)
-                    ray.train.report(_restored_message(run))
-            _fit(run, config.training.checkpoint_every_steps, first=first)
+            _go_on(run, job)
+            _fit(run, job, first=first)
+            if run.state.trained < config.training.steps:
+                return  # a generation of a population: its checkpoint says everything
             # a report is a barrier, and workers finish their batches at other times
             run.evaluate(on_progress=_EvaluationReporter() if job.workers == 1 else None)
     except TrainingFailure as problem:
@@ -132,11 +148,12 @@ def train_worker(values: dict[str, Any]) -> None:
             outcome=outcome,
             started_at=started_at,
             # in tables of its own: its memory is not that of workers with the whole model
-            hardware_name=f"{hardware()}, model sharded" if job.parallel == "shard" else None,
+            hardware_name=_hardware(job),
             world_size=job.workers,
             model_sha256=None if run is None else base_model_sha256(config.model),
             threads=torch.get_num_threads(),
             weights_sha256=weights_sha256,
+            search=None if job.search is None else SearchPart.model_validate(job.search),
         )
         with tempfile.TemporaryDirectory(prefix="grass_ray-") as name:
             written = Path(name)
@@ -179,45 +196,145 @@ def ending_together(job: Job, storage: Storage) -> Iterator[None]:
         raise RuntimeError(f"this worker ends the trial: {problem}") from problem
 
 
-def _fit(run: Run, every_steps: int | None, *, first: bool) -> None:
+def _go_on(run: Run, job: Job) -> None:
+    """Restore the last checkpoint: this trial's, or the one that a population's member begins with."""
+    with _last_checkpoint() as folder:
+        if folder is not None:
+            run.restore(folder)
+            ray.train.report(_restored_message(run, job))
+        elif job.start_from is not None:
+            with tempfile.TemporaryDirectory(prefix="grass_ray-start-") as name:
+                Storage(job.start_from).download(Path(name))
+                run.restore(Path(name))
+            run.apply_learning_rate()
+
+
+def _fit(run: Run, job: Job, *, first: bool) -> None:
     """Take every step; report the steps since the last report every few seconds, and at each checkpoint.
 
     A report is a barrier: the ``first`` worker's clock decides for all. It alone saves: states are the same on every
     worker (of a sharded model they are gathered), and random numbers are keyed, so that no worker has anything of its
     own to save.
     """
+    every_steps = run.config.training.checkpoint_every_steps
     workers = run.state.optimizer.workers
-    pending: list[StepReport] = []
+    storage = Storage(job.storage)
+    pending: list[tuple[StepReport, dict[str, float]]] = []
     last_report = time.monotonic()
+    if job.until is not None and run.state.trained >= job.until:
+        _end_again(run, job, first=first)
+        return
     for report in run.fit():
-        pending.append(report)
+        metrics = report.metrics() | _watch(run, job.watched)
+        pending.append((report, metrics))
         last = report.step == report.total_steps
+        updates = run.state.trained if report.phase == "train" else 0
+        ends = updates == job.until
+        loss = run.validate() if updates in job.validate_at else None
+        passed = None if loss is None or job.until is not None else passed_file(updates)
+        if passed is not None and first:
+            storage.remove(job.folder, passed)  # of an earlier attempt
         due = first and time.monotonic() - last_report >= REPORT_EVERY_S
-        due = bool(workers.maximum([due])[0]) or last
-        if every_steps is not None and (last or report.step % every_steps == 0) and first:
+        due = bool(workers.maximum([due])[0]) or last or loss is not None
+        saves = ends or (every_steps is not None and (last or report.step % every_steps == 0))
+        if saves and first:
             with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
                 run.save(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-                ray.train.report(_steps_message(pending), checkpoint=checkpoint)  # uploads before it returns
-        elif every_steps is not None and (last or report.step % every_steps == 0):
+                # returns when uploaded
+                ray.train.report(_steps_message(job, pending, updates, loss), checkpoint=checkpoint)
+        elif saves:
             run.save(None)
-            ray.train.report(_steps_message(pending))
+            ray.train.report(_steps_message(job, pending, updates, loss))
         elif due:
-            ray.train.report(_steps_message(pending))
+            ray.train.report(_steps_message(job, pending, updates, loss))
         else:
             continue
+        if ends:
+            return
+        if passed is not None and first:
+            _wait_for_verdict(storage, job.folder, passed)
         pending, last_report = [], time.monotonic()
 
 
-def _steps_message(reports: list[StepReport]) -> dict[str, Any]:
+def passed_file(updates: int) -> str:
+    """The file by which the driver says that a trial may go on after a rung."""
+    return f"rung-{updates}.passed"
+
+
+def _wait_for_verdict(storage: Storage, folder: str, name: str) -> None:
+    """Stand still at a rung until the scheduler has decided; a trial that is to be stopped must not come to its end.
+
+    Where nobody answers for long the trial goes on: a result that nobody asked for is better than none.
+    """
+    deadline = time.monotonic() + VERDICT_WITHIN_S
+    while not storage.exists(folder, name) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    storage.remove(folder, name)
+
+
+def _end_again(run: Run, job: Job, *, first: bool) -> None:
+    """End a generation that had ended before its process died: the same report, with its checkpoint."""
+    message = _restored_message(run, job)
+    if not first:
+        run.save(None)
+        ray.train.report(message)
+        return
+    with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
+        run.save(Path(folder))
+        ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _watch(run: Run, keys: Sequence[str]) -> dict[str, float]:
+    """What settings that may change in mid-training are at this step, in the run's series and as metrics."""
+    from grass_ray.layerwise.schedules import value_at
+
+    found: dict[str, float] = {}
+    for key in keys:
+        name = key.rpartition(".")[2]
+        setting = run.config.method.optimizer.lr if name == "lr" else getattr(run.state.optimizer.sampler, name)
+        if setting is not None:
+            found[f"hparam/{name}"] = float(value_at(setting, run.state.trained))
+    for metric, value in found.items():
+        run.state.series.setdefault(metric, []).append((run.state.steps_done, value))
+    return found
+
+
+def _hardware(job: Job) -> str:
+    """The device in words; speed and memory of shards are compared with those of shards."""
+    return f"{hardware()}, model sharded" if job.parallel == "shard" else hardware()
+
+
+def _steps_message(
+    job: Job, pending: list[tuple[StepReport, dict[str, float]]], updates: int, loss: float | None
+) -> dict[str, Any]:
     """Several steps in one report: what the display shows, and every step's metrics for the tracker."""
-    steps = [[report.step, report.metrics()] for report in reports]
-    return {"phase": "training", "steps": steps, "view": step_summary(reports[-1])}
+    import torch
+
+    steps = [[report.step, metrics] for report, metrics in pending]
+    message = {"phase": "training", "steps": steps, "view": step_summary(pending[-1][0])}
+    if loss is not None:
+        steps[-1][1] = {**pending[-1][1], VALIDATION: loss}
+        machine = {"hardware_name": _hardware(job), "threads": torch.get_num_threads()}
+        message |= {**_for_schedulers(job, updates, loss), "machine": machine}
+    return message
 
 
-def _restored_message(run: Run) -> dict[str, Any]:
+def _restored_message(run: Run, job: Job) -> dict[str, Any]:
     """Where a restored run stands, with all its steps: the driver may have died before it heard of the last ones."""
-    return {"phase": "restored", "steps": steps_of(run.outcome().series), "after_step": run.state.steps_done}
+    series = run.outcome().series
+    message = {"phase": "restored", "steps": steps_of(series), "after_step": run.state.steps_done}
+    if points := series.get(VALIDATION):
+        message |= _for_schedulers(job, points[-1][0] - run.state.probed, points[-1][1])
+    return message
+
+
+def _for_schedulers(job: Job, updates: int, loss: float) -> dict[str, Any]:
+    """A loss on held-out rows under the names that schedulers look for.
+
+    A population's scheduler hears of it from the member's driver, together with the checkpoint; not from here.
+    """
+    return {VALIDATION: loss} if job.until is not None else {TIME: updates, VALIDATION: loss}
 
 
 def steps_of(series: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[int, dict[str, float]]]:
@@ -260,6 +377,16 @@ def drive_trial(values: dict[str, Any]) -> None:
     """Run one Train run and wait for it; a Tune function that does no work itself."""
     job = Job(**values["job"])
     storage = Storage(job.storage)
+    if train(job, storage) is not None:
+        storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
+
+
+def train(job: Job, storage: Storage) -> ray.train.Result | None:
+    """Carry out a Train run, its reports passed on to Tune; None where its workers died too often, which is reported.
+
+    Raises:
+        ray.train.ControllerError: Train's own processes died. Tune starts the trial again, which finds its checkpoint.
+    """
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=asdict(job),
@@ -278,14 +405,13 @@ def drive_trial(values: dict[str, Any]) -> None:
         ),
     )
     try:
-        trainer.fit()
+        return trainer.fit()
     except ray.train.ControllerError:
-        raise  # Train's own processes died, not the worker: Tune starts the trial again, which finds its checkpoint
+        raise
     except ray.train.TrainingFailedError as error:
         storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
         ray.tune.report({"phase": "crashed", "failure": _reason(error, job.max_failures + 1), "steps": []})
-    else:
-        storage.remove("ray", job.train_name)  # the record is written; nothing is left to continue
+        return None
 
 
 def _resources(job: Job) -> dict[str, float]:

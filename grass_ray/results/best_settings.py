@@ -25,6 +25,9 @@ VALIDATION = "validation/loss"
 # what trials differ in without being settings of a method
 _NOT_SEARCHED = ("seed", "model.name", "model.revision")
 
+# settings of a method that may be a schedule over training
+_SCHEDULED = tuple(f"method.sampler.{name}" for name in ("num_active_layers", "period", "temperature", "ema"))
+
 Settings = dict[str, list[str]]
 
 
@@ -36,9 +39,15 @@ def best_settings(records: Sequence[RunRecord]) -> Settings:
     """
     by_method: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        by_method[record.config["method"]["name"]].append(record)
+        # winners are trained again to be tested, with seeds that the others never had
+        if record.search is None or record.search.stage == "search":
+            by_method[record.config["method"]["name"]].append(record)
     best: Settings = {}
     for method, own in by_method.items():
+        if any(record.search is not None and record.search.lineage for record in own):
+            if found := _of_a_population(own):
+                best[method] = found
+            continue
         flat = [_leaves("", record.config) for record in own]
         keys = sorted({key for values in flat for key in values} - set(_NOT_SEARCHED))
         varied = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
@@ -54,6 +63,30 @@ def best_settings(records: Sequence[RunRecord]) -> Settings:
             winner: tuple[str, ...] = min(means, key=means.__getitem__)
             best[method] = list(winner)
     return best
+
+
+def _of_a_population(records: Sequence[RunRecord]) -> list[str]:
+    """The settings of the member with the lowest loss: what it changed in mid-training as a schedule of steps.
+
+    What cannot be scheduled (the learning rate, a schedule itself) keeps its last value.
+    """
+    losses = {record.run_id: record.metrics.get(VALIDATION, math.nan) for record in records}
+    finished = [r for r in records if r.status == "finished" and math.isfinite(losses[r.run_id])]
+    if not finished:
+        return []
+    best = min(finished, key=lambda record: losses[record.run_id])
+    assert best.search is not None
+    lineage, steps = best.search.lineage, best.config["training"]["steps"]
+    found = []
+    for key in lineage[-1].settings:
+        values = [step.settings[key] for step in lineage]
+        numbers = all(isinstance(value, int | float) for value in values)
+        if key in _SCHEDULED and numbers and len(set(values)) > 1:
+            changes = [round(step.step / steps, 6) for step in lineage[1:]]
+            found.append(assignment(key, {"kind": "step", "values": values, "at_progress": changes}))
+        else:
+            found.append(assignment(key, values[-1]))
+    return found
 
 
 def write_settings(settings: Mapping[str, Sequence[str]], path: Path) -> None:

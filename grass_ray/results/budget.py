@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow
+from grass_ray.results.searches import searched
 
 _SAME_TOKENS = 0.01  # batches of other lengths are another shuffle, not another budget
 
 
-def budget_line(rows: Sequence[LeaderboardRow]) -> str | None:
+def budget_line(rows: Sequence[LeaderboardRow], records: Sequence[RunRecord] = ()) -> str | None:
     """One sentence on the trained rows' budgets, None where none was trained.
 
-    Learning rates are those that the table's own runs tried; a search outside them is not recorded.
+    Learning rates are those that the table's own runs tried, and searches those among its ``records``; a search outside
+    them is not recorded.
     """
     trained = [row for row in rows if row.trained]
     if not trained:
@@ -29,6 +32,9 @@ def budget_line(rows: Sequence[LeaderboardRow]) -> str | None:
         *_tokens(trained),
         _values(trained, lambda row: _tried(row.learning_rates_tried)),
     ]
+    searches = {method: _searched(own) for method, own in searched(records).items()}
+    if searches:
+        parts.append(_values(trained, lambda row: searches.get(row.method, "no search")))
     if known := [row for row in trained if row.data_sha256]:  # a run that failed early has read none
         same, text = _values(known, lambda row: " and ".join(hashed[:8] for hashed in row.data_sha256))
         parts.append((True, "the same training rows") if same else (False, f"training rows by hash: {text}"))
@@ -37,6 +43,12 @@ def budget_line(rows: Sequence[LeaderboardRow]) -> str | None:
     if not other:
         return f"same budget: {', '.join(equal)}"
     return f"budgets differ: {'; '.join(other)}" + (f"; the same: {', '.join(equal)}" if equal else "")
+
+
+def _searched(records: Sequence[RunRecord]) -> str:
+    """How many trials a method's search had and how long they might become; the steps taken are fewer with ASHA."""
+    steps = max(record.config["training"]["steps"] for record in records)
+    return f"a search of {len(records)} trials of at most {steps:,} steps"
 
 
 def _tried(number: int) -> str:

@@ -18,9 +18,21 @@ from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.pictures import Picture
 from grass_ray.results.plots import draw_importance, draw_sampling
 from grass_ray.results.record import RunRecord
+from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
 
-Kind = Literal["pareto", "loss", "tasks", "step-time", "sensitivity", "sampling", "importance"]
+Kind = Literal[
+    "pareto",
+    "loss",
+    "tasks",
+    "step-time",
+    "sensitivity",
+    "search",
+    "rungs",
+    "population",
+    "sampling",
+    "importance",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _OF_A_SWEEP: Mapping[str, Callable[[Sequence[LeaderboardTable], Sequence[RunRecord]], Picture | None]] = {
@@ -29,6 +41,9 @@ _OF_A_SWEEP: Mapping[str, Callable[[Sequence[LeaderboardTable], Sequence[RunReco
     "tasks": lambda tables, records: draw_tasks(tables),
     "step-time": draw_step_time,
     "sensitivity": draw_sensitivity,
+    "search": lambda tables, records: draw_search(records),
+    "rungs": lambda tables, records: draw_rungs(records),
+    "population": lambda tables, records: draw_population(records),
 }
 _OF_A_RUN: Mapping[str, Callable[[RunRecord], Picture | None]] = {
     "sampling": draw_sampling,
@@ -40,6 +55,9 @@ MISSING: Mapping[Kind, str] = {
     "tasks": "no run was evaluated",
     "step-time": "no run has step times",
     "sensitivity": "no method has rows that differ in a setting",
+    "search": "no run is of a search that was judged by held-out rows",
+    "rungs": "no run is of a search with --scheduler asha",
+    "population": "no run is of a search with --scheduler pbt",
     "sampling": "no run drew layers",
     "importance": "no run measured importance",
 }

@@ -107,7 +107,7 @@ def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
         evaluation=dict(zip(_EVALUATION, protocol, strict=True)),
         rows=tuple(_ranked(_pareto(rows))),
         notes=tuple(_notes(rows, tests)),
-        budget=budget_line(rows),
+        budget=budget_line(rows, records),
     )
 
 

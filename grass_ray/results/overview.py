@@ -62,7 +62,10 @@ class Overview:
         tables = build_leaderboard(records)
         write_summary(records, tables, self.folder)
         finished = sum(record.status == "finished" for record in records)
-        metrics = {"sweep/finished": float(finished), "sweep/failed": float(len(records) - finished)}
+        stopped = sum(record.status == "stopped" for record in records)
+        metrics = {"sweep/finished": float(finished), "sweep/failed": float(len(records) - finished - stopped)}
+        if stopped:
+            metrics["sweep/stopped_early"] = float(stopped)
         best = max((row for table in tables for row in table.rows if row.rank == 1), key=_accuracy, default=None)
         if best is not None:
             metrics["sweep/best_accuracy"] = _accuracy(best)

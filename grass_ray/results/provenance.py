@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grass_ray.config import RunConfig
-from grass_ray.results.record import LayerHistory, RunRecord, Status, TaskScore
+from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, Engagement, RunOutcome
 
@@ -135,6 +135,7 @@ def build_record(
     model_sha256: str | None = None,
     threads: int | None = None,
     weights_sha256: str | None = None,
+    search: SearchPart | None = None,
 ) -> RunRecord:
     """Make the record of one trial, whether it finished or not.
 
@@ -153,6 +154,7 @@ def build_record(
         model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
         threads: CPU threads that torch computed with; another number may change the last bits of a sum.
         weights_sha256: hash of the trained weights (:func:`grass_ray.training.weights.parameters_sha256`).
+        search: which search it belongs to, if any.
     """
     git = git_state()
     return RunRecord(
@@ -179,6 +181,7 @@ def build_record(
         model_sha256=model_sha256,
         threads=threads,
         weights_sha256=weights_sha256,
+        search=search,
     )
 
 

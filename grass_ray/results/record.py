@@ -49,6 +49,25 @@ class LayerHistory(RecordPart):
     host_state_bytes: int
 
 
+class LineageStep(RecordPart):
+    """A piece of a population member's history: from ``step`` on, whose weights it went on with, and its settings."""
+
+    step: int = Field(description="updates done when it began")
+    weights_of: str = Field(description="key of the trial whose checkpoint it went on from")
+    settings: dict[str, Any]
+
+
+class SearchPart(RecordPart):
+    """Which search a trial belongs to."""
+
+    search: str = Field(description="grid, random or optuna")
+    scheduler: str = Field(description="none, asha or pbt")
+    stage: Literal["search", "winner"]
+    number: int = Field(description="place among its method's trials, from 0")
+    stopped_after: int | None = Field(default=None, description="updates after which it was stopped early")
+    lineage: list[LineageStep] = Field(default_factory=list, description="of a population's member")
+
+
 class RunRecord(RecordPart):
     """One trial: what was asked for, what came out, on what it ran."""
 
@@ -76,6 +95,7 @@ class RunRecord(RecordPart):
     model_sha256: str | None = Field(default=None, description="of the base model's weight files, as sha256sum says")
     threads: int | None = Field(default=None, description="CPU threads that torch computed with")
     weights_sha256: str | None = Field(default=None, description="of what was trained, in its last state")
+    search: SearchPart | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""

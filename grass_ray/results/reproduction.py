@@ -24,7 +24,8 @@ from grass_ray.results.record import LayerHistory, RunRecord, TaskScore
 Point = tuple[int, float]
 Answers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
 
-_DECIDING = ("train/", "eval/", "layers/")  # the rest is of the machine: time, throughput, memory, offload
+# the rest is of the machine: time, throughput, memory, offload
+_DECIDING = ("train/", "eval/", "validation/", "layers/")
 
 
 @dataclass(frozen=True, kw_only=True)

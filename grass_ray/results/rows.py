@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -20,7 +20,7 @@ from grass_ray.results.statistics import average_interval
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 
 # Settings that change no number, so that runs which differ in them alone are one row.
-_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size")
+_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +122,13 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
 
 
 def settings(record: RunRecord) -> dict[str, str]:
-    """The configuration by dotted key, as text, without what changes no number."""
-    return {key: value for key, value in _flat("", record.config) if key not in _NO_EFFECT}
+    """The configuration by dotted key, as text, without what changes no number; a schedule is one text."""
+    return {key: value for key, value in _flat("", record.config, _schedule_in_words) if key not in _NO_EFFECT}
+
+
+def leaf_settings(record: RunRecord) -> dict[str, str]:
+    """The same with a key for each number of a schedule."""
+    return {key: value for key, value in _flat("", record.config, lambda _: None) if key not in _NO_EFFECT}
 
 
 def settings_key(record: RunRecord) -> str:
@@ -138,12 +143,27 @@ def settings_key(record: RunRecord) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _flat(prefix: str, value: object) -> Iterable[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
+def _flat(prefix: str, value: object, in_words: Callable[[Mapping[str, Any]], str | None]) -> Iterable[tuple[str, str]]:
+    if not isinstance(value, Mapping):
         yield prefix, json.dumps(value).strip('"')
+    elif (words := in_words(value)) is not None:
+        yield prefix, words
+    else:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner, in_words)
+
+
+def _schedule_in_words(value: Mapping[str, Any]) -> str | None:
+    """``linear 2 to 0.5``, ``step 2, 0.5 at 0.25``, with the steps where it does not span the training; else None."""
+    span = "" if value.get("steps") is None else f" over {value['steps']} steps"
+    match value:
+        case {"kind": "linear" | "cosine" as kind, "start": start, "end": end}:
+            return f"{kind} {start:g} to {end:g}{span}"
+        case {"kind": "step", "values": values, "at_progress": shares}:
+            numbers, places = (", ".join(f"{number:g}" for number in own) for own in (values, shares))
+            return f"step {numbers} at {places}{span}"
+        case _:
+            return None
 
 
 def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str]]:
@@ -279,9 +299,16 @@ def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
         if record.status != "finished":
             reasons[record.failure or record.status].append(str(record.config["seed"]))
         elif not record.tasks:
-            reasons["finished without an evaluation"].append(str(record.config["seed"]))
+            reasons[_why_untested(record)].append(str(record.config["seed"]))
     failure = "; ".join(f"seed {', '.join(seeds)}: {reason}" for reason, seeds in reasons.items())
     return (statuses.pop() if len(statuses) == 1 else "partial"), failure or None
+
+
+def _why_untested(record: RunRecord) -> str:
+    if record.config["evaluation"].get("test", True):
+        return "finished without an evaluation"
+    loss = record.metrics.get("validation/loss", math.nan)
+    return f"searched, not tested; validation loss {loss:.4f}"
 
 
 def _values(group: Iterable[RunRecord], metric: str) -> list[float]:

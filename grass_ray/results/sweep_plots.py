@@ -24,9 +24,13 @@ from grass_ray.results.colours import smooth, style_of
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.pictures import EDGE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import RunRecord
+from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 
 _MOST_LABELS = 24
 _UNFILLED = "x+1234"
+
+
+_WITH_NUMBERS = ("search", "rungs", "population")  # the leaderboard's files have what is behind the others
 
 
 def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
@@ -38,12 +42,15 @@ def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
         "tasks.png": lambda: draw_tasks(tables),
         "step_time.png": lambda: draw_step_time(tables, records),
         "sensitivity.png": lambda: draw_sensitivity(tables, records),
+        "search.png": lambda: draw_search(records),
+        "rungs.png": lambda: draw_rungs(records),
+        "population.png": lambda: draw_population(records),
     }
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for name, draw in drawings.items():
         if (picture := draw()) is not None:
-            written += picture.save(folder / name, with_csv=False)
+            written += picture.save(folder / name, with_csv=picture.name in _WITH_NUMBERS)
     return written
 
 

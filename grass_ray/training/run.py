@@ -65,6 +65,7 @@ from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
 
 Progress = Callable[[str, int, int], None]
+VALIDATION = "validation/loss"
 
 
 def check_run(config: RunConfig, workers: int = 1, parallel: Parallel = "replicate") -> None:
@@ -188,31 +189,52 @@ class Run:
         load_checkpoint(self.state, Path(folder))
 
     def validate(self) -> float:
-        """Mean loss in nats on the answers of the held-out rows; it becomes ``validation/loss`` of the outcome.
+        """Measure the loss on held-out rows on the way, as a point of the run's series; training goes on unchanged.
 
         Of a sharded model every worker must call it.
+
+        Returns:
+            The mean loss in nats on the answers of the held-out rows.
 
         Raises:
             ConfigError: no rows are held out (``data.validation_rows``).
         """
+        loss = self._held_out_loss()
+        self.state.series.setdefault(VALIDATION, []).append((self.state.steps_done, loss))
+        return loss
+
+    def _held_out_loss(self) -> float:
         if self._held_out is None:
             raise ConfigError("no training rows are held out; set data.validation_rows to a number of rows")
         self.state.optimizer.synchronize()
-        self._validation_loss = answer_loss(self.state.model, self._held_out, self.state.device)
+        loss = answer_loss(self.state.model, self._held_out, self.state.device)
         reshard(self.state.model)
-        return self._validation_loss
+        return loss
+
+    def apply_learning_rate(self) -> None:
+        """Train at this run's own learning rate, where the checkpoint that was restored was of another."""
+        schedule: Any = self.state.schedule
+        lr = self.config.method.optimizer.lr
+        schedule.base_lrs = [lr for _ in schedule.base_lrs]
+        rates = [lr * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate in zip(self.state.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = lr, rate
+        schedule._last_lr = rates
 
     def evaluate(self, on_progress: Progress | None = None) -> None:
         """Measure the loss on held-out rows, and accuracy on every task; training goes on unchanged afterwards.
 
         Several workers share the questions, and each has the whole result: all of them must call this. On a sharded
-        model every forward takes all workers, so that each answers every question.
+        model every forward takes all workers, so that each answers every question. A trial of
+        a search (``evaluation.test`` is false) meets no question.
         """
         workers = self.state.optimizer.workers
         shares = workers.count > 1 and not self.state.optimizer.sharded
         self.state.optimizer.synchronize()
         if self._held_out is not None:
-            self.validate()
+            self._validation_loss = self._held_out_loss()
+        if not self.config.evaluation.test:
+            return
         results = evaluate(
             self.state.model,
             self.tokenizer,
@@ -240,7 +262,7 @@ class Run:
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
         metrics = accuracy_metrics(self._results, contaminated=contaminated)
         if self._validation_loss is not None:
-            metrics["validation/loss"] = self._validation_loss
+            metrics[VALIDATION] = self._validation_loss
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}

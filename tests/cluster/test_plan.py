@@ -93,6 +93,22 @@ def test_a_grid_takes_every_combination_of_what_a_method_has() -> None:
     assert sorted(points) == [(gamma, tau) for gamma in (1, 2) for tau in (1e-5, 0.5, 2.0)]
 
 
+def test_what_changes_one_at_a_time_is_not_combined_and_reaches_the_methods_that_have_it() -> None:
+    specs = expand(
+        choices(
+            methods=("lisa", "grass"),
+            base_row=False,
+            settings=("method.sampler.num_active_layers=2",),
+            one_at_a_time={"method.sampler.num_active_layers": (1, 2), "method.sampler.temperature": (0.1, 0.2)},
+        )
+    )
+    points = [
+        (spec.config.method.sampler.num_active_layers, getattr(spec.config.method.sampler, "temperature", None))  # type: ignore[union-attr]
+        for spec in specs
+    ]
+    assert points == [(2, None), (1, None), (2, 0.5), (1, 0.5), (2, 0.1), (2, 0.2)]
+
+
 def test_samples_are_shared_by_seeds_and_models_and_lie_in_the_space() -> None:
     specs = expand(
         choices(methods=("full",), models=("tiny", "smollm2-135m"), seeds=(0, 1), num_samples=4, base_row=False)

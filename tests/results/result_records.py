@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from grass_ray.config import RunConfig
 from grass_ray.methods import METHODS
-from grass_ray.results.record import LayerHistory, RunRecord, Status, TaskScore
+from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
 
 
 def make_record(
@@ -102,3 +103,50 @@ def make_series(seed: int, level: float, steps: int = 200) -> dict[str, list[tup
         "train/loss": list(enumerate(losses, start=1)),
         "time/step_s": [(step, 1.5 + level / 2) for step in range(1, steps + 1)],
     }
+
+
+def searching(
+    number: int,
+    loss: float,
+    *,
+    rungs: dict[int, float],
+    scheduler: str = "asha",
+    stage: Any = "search",
+    method: str = "grass",
+    **more: Any,
+) -> RunRecord:
+    """A trial with ten probing steps, as GRASS has them."""
+    record = make_record(
+        method,
+        metrics={"validation/loss": loss},
+        correct={},
+        series={"validation/loss": [(10 + updates, value) for updates, value in rungs.items()]},
+        overrides=["evaluation.test=false", f"method.optimizer.lr={(number + 1) / 10_000}", "training.steps=36"],
+        **more,
+    )
+    record.search = SearchPart(search="optuna", scheduler=scheduler, stage=stage, number=number)
+    return record
+
+
+def asha() -> list[RunRecord]:
+    """A search with a trial that was stopped early, its winner's tested run, and a run that is no part of it."""
+    return [
+        searching(2, 1.0, rungs={4: 1.5, 12: 1.2}),
+        searching(0, 1.3, rungs={4: 1.6, 12: 1.4}),
+        searching(1, 1.9, rungs={4: 1.9}, status="stopped", failure="stopped early at step 4 of 36 by ASHA"),
+        searching(3, 0.1, rungs={}, stage="winner"),
+        make_record("full"),
+    ]
+
+
+def members() -> list[RunRecord]:
+    """A population of two; the second took over the first's weights after nine updates."""
+    found = [searching(number, 1.0 + number, rungs={9: 2.0}, scheduler="pbt") for number in range(2)]
+    for number, record in enumerate(found):
+        assert record.search is not None
+        before = {"step": 0, "weights_of": "a", "settings": {"lr": 0.1}}
+        after = {"step": 9, "weights_of": "a", "settings": {"lr": 0.2}}
+        lineage = [before, after] if number else [before]
+        record.search = SearchPart.model_validate({**record.search.model_dump(), "lineage": lineage})
+        record.series["hparam/lr"] = [(10 + step, 0.2 if number and step > 9 else 0.1) for step in range(-9, 37)]
+    return found

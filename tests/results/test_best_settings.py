@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from result_records import make_record
+from result_records import make_record, members
 
 from grass_ray.config import ConfigError
 from grass_ray.results.best_settings import best_settings, read_settings, write_settings
@@ -43,6 +43,20 @@ def test_schedules_are_settings_and_survive_the_file(tmp_path: Path) -> None:
     found = read_settings(tmp_path / "best.yaml")
     again = make_record(overrides=found["grass"])
     assert again.config["method"]["sampler"]["temperature"]["end"] == 0.2
+
+
+def test_what_a_population_changed_in_mid_training_becomes_a_schedule(tmp_path: Path) -> None:
+    first, second = members()  # the first has the lower loss
+    assert second.search is not None
+    before, after = second.search.lineage
+    before.settings = {"method.sampler.temperature": 2.0, "method.optimizer.lr": 0.1, "method.sampler.period": 5}
+    after.settings = {"method.sampler.temperature": 0.5, "method.optimizer.lr": 0.2, "method.sampler.period": 5}
+    second.metrics["validation/loss"] = 0.1
+    write_settings(best_settings([first, second]), tmp_path / "best.yaml")
+    config = make_record(overrides=read_settings(tmp_path / "best.yaml")["grass"]).config["method"]
+    assert config["sampler"]["temperature"]["values"] == [2.0, 0.5]
+    assert config["sampler"]["temperature"]["at_progress"] == [0.25]
+    assert (config["sampler"]["period"], config["optimizer"]["lr"]) == (5, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -375,3 +375,19 @@ def test_equal_accuracies_share_a_rank() -> None:
 
 def test_nothing_makes_nothing() -> None:
     assert build_leaderboard([]) == []
+
+
+def test_a_schedule_tells_a_row_apart_in_few_words() -> None:
+    records = [
+        make_record(overrides=["method.sampler.temperature={kind: linear, start: 2.0, end: 0.2}"]),
+        make_record(overrides=["method.sampler.temperature={kind: cosine, start: 2.0, end: 0.2, steps: 40}"]),
+        make_record(overrides=["method.sampler.temperature={kind: step, values: [2, 0.5], at_progress: [0.25]}"]),
+        make_record(overrides=["method.sampler.temperature=0.7"]),
+    ]
+    (table,) = build_leaderboard(records)
+    assert {row.variant.removeprefix("temperature=") for row in table.rows} == {
+        "linear 2 to 0.2",
+        "cosine 2 to 0.2 over 40 steps",
+        "step 2, 0.5 at 0.25",
+        "0.7",
+    }

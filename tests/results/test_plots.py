@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from result_records import answers, make_history, make_record, make_series
+from result_records import answers, asha, make_history, make_record, make_series, members
 
 from grass_ray.config import ConfigError
 from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks, spent_time
@@ -173,7 +173,7 @@ def test_nothing_to_compare_draws_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_every_kind_is_written_with_its_numbers(kind: str, suffix: str, tmp_path: Path) -> None:
-    records = sweep()
+    records = {"search": asha, "rungs": asha, "population": members}.get(kind, sweep)()
     pictures = draw_kind(kind, build_leaderboard(records), records)  # type: ignore[arg-type]
     assert len(pictures) == 1
     path, table = pictures[0].save(tmp_path / f"new/picture{suffix}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +81,44 @@ def test_held_out_rows_do_not_depend_on_the_seed() -> None:
         for seed in (0, 1)
     }
     assert len(hashes) == 1
+
+
+def test_measuring_on_the_way_is_a_point_of_the_series_and_changes_nothing() -> None:
+    plain, watched = (
+        Run.prepare(configure("data.validation_rows=8", "training.steps=4", "method.optimizer.lr=0.01")) for _ in "ab"
+    )
+    for _ in plain.fit():
+        pass
+    losses = []
+    for report in watched.fit():
+        losses.append((report.step, watched.validate()))
+    assert watched.state.series["validation/loss"] == losses
+    assert len({loss for _, loss in losses}) == 4
+    assert watched.weights_sha256() == plain.weights_sha256()
+
+
+def test_a_trial_of_a_search_meets_no_test_question() -> None:
+    run = Run.prepare(configure("data.validation_rows=8", "evaluation.test=false"))
+    for _ in run.fit():
+        pass
+    run.evaluate()
+    outcome = run.outcome()
+    assert outcome.tasks == {}
+    assert not [name for name in outcome.metrics if name.startswith("eval/")]
+    assert math.isfinite(outcome.metrics["validation/loss"])
+
+
+def test_a_run_that_goes_on_from_anothers_checkpoint_trains_at_its_own_learning_rate(tmp_path: Path) -> None:
+    shared = ("training.steps=8", "training.warmup_steps=2", "training.lr_schedule=linear")
+    donor = Run.prepare(configure(*shared, "method.optimizer.lr=0.01"))
+    for report in donor.fit():
+        if report.step == 4:
+            break
+    donor.save(tmp_path / "donor")
+    member = Run.prepare(configure(*shared, "method.optimizer.lr=0.002"))
+    member.restore(tmp_path / "donor")
+    assert member.weights_sha256() == donor.weights_sha256()
+    member.apply_learning_rate()
+    rates = {report.step: report.lr for report in member.fit()}
+    expected = {report.step: report.lr for report in Run.prepare(configure(*shared, "method.optimizer.lr=0.002")).fit()}
+    assert rates == {step: pytest.approx(expected[step]) for step in (5, 6, 7, 8)}

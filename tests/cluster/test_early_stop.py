@@ -1,0 +1,79 @@
+"""The books of a trial that ASHA stopped: a record of its own, KILLED in MLflow, a row of the leaderboard."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mini_search import SWEEP
+from mlflow import MlflowClient
+
+from grass_ray.cluster.callbacks import Ledger
+from grass_ray.cluster.options import SweepOptions, choose
+from grass_ray.cluster.plan import SweepPlan, TrialSpec, make_tuning
+from grass_ray.cluster.progress import SweepProgress
+from grass_ray.cluster.storage import Storage
+from grass_ray.results.best_settings import best_settings
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.overview import Overview
+from grass_ray.results.record import RunRecord
+from grass_ray.results.searches import rung_losses
+from grass_ray.results.tracking import Tracker
+
+REASON = "stopped early at step 4 of 36 by ASHA: its validation loss 1.5000 was not among the best 1/3 there"
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> tuple[Ledger, TrialSpec]:
+    tuning = make_tuning(choose(SWEEP.defaults, SweepOptions(scheduler="asha", num_samples=2)))
+    assert tuning is not None
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    plan = SweepPlan(name="mini", sweep_id="s", question="?", specs=(), tracking_uri=uri, tuning=tuning)
+    storage = Storage.at(str(tmp_path / "mini" / "s"))
+    tracker = Tracker(uri, "mini", tmp_path / "artifacts")
+    tracker.open()
+    run = tracker.start_sweep("s", {}, {})
+    overview = Overview(tracker, run, "?", num_trials=2, folder=tmp_path / "summary")
+    progress = SweepProgress("mini", [], quiet=True, expected=plan.num_trials)
+    ledger = Ledger(plan, storage, tracker, progress, tmp_path, overview)
+    spec = tuning.trials[0]
+    ledger.add(spec, {"search": "random", "scheduler": "asha", "stage": "search", "number": 0})
+    return ledger, spec
+
+
+def steps(first: int, last: int, loss: float | None = None) -> dict[str, Any]:
+    found: list[Any] = [[step, {"train/loss": 2.0 + step}] for step in range(first, last + 1)]
+    if loss is not None:
+        found[-1][1]["validation/loss"] = loss
+    machine = {"hardware_name": "A worker's CPU", "threads": 1}
+    return {"phase": "training", "steps": found, "view": {}, "machine": machine}
+
+
+def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
+    books: tuple[Ledger, TrialSpec], tmp_path: Path
+) -> None:
+    ledger, spec = books
+    ledger.start(spec.key)
+    ledger.result(spec.key, steps(1, 6, 1.5))  # two of the six only measured
+    ledger.stop_early(spec.key, 4, REASON)
+    late = ledger.records[spec.key].model_copy(update={"status": "finished"})
+    ledger.storage.write_text(late.model_dump_json(), spec.folder, "record.json")  # a process in its last moments
+    ledger.settle()
+
+    record = RunRecord.load(tmp_path / "mini" / "s" / spec.folder / "record.json")
+    assert (record.status, record.failure) == ("stopped", REASON)
+    assert record.search is not None
+    assert (record.search.scheduler, record.search.stopped_after, record.search.number) == ("asha", 4, 0)
+    assert [step for step, _ in record.series["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert rung_losses(record) == {4: 1.5}
+    assert (record.hardware, record.threads) == ("A worker's CPU", 1)
+    assert ledger.has_ended(spec), "a resumed search does not run it again"
+    assert ledger.progress.summary().startswith("1 of 3 done, 0 running, 0 failed, 1 stopped early")
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("mini").experiment_id], "tags.stage = 'search'")
+    assert [(run.info.status, run.data.tags["status"]) for run in runs] == [("KILLED", "stopped")]
+    assert runs[0].data.metrics["validation/loss"] == 1.5
+    (table,) = build_leaderboard([record])
+    assert [(row.status, row.rank) for row in table.rows] == [("stopped", None)]
+    assert "stopped early at step 4 of 36 by ASHA" in (table.rows[0].failure or "")
+    assert best_settings([record]) == {}
