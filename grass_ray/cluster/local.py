@@ -25,7 +25,7 @@ from grass_ray.results.provenance import build_record, hardware, now, redact, wr
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
-from grass_ray.tasks.scores import accuracy_metrics
+from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
 from grass_ray.training.report import StepReport, TrainingFailure
 
 EXPERIMENT = "train"
@@ -247,7 +247,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.tasks.evaluation import check_evaluation, evaluate
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import describe_model, load_model
+    from grass_ray.training.models import cache_folder, describe_model, load_model
     from grass_ray.training.report import RunOutcome
     from grass_ray.training.weights import base_model_sha256
 
@@ -260,7 +260,12 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
     with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
         results = evaluate(
-            loaded.model, loaded.tokenizer, config.data, config.evaluation, on_progress=progress.evaluating
+            loaded.model,
+            loaded.tokenizer,
+            config.data,
+            config.evaluation,
+            cache=cache_folder() / "tokens",
+            on_progress=progress.evaluating,
         )
     record = build_record(
         run_id=f"eval-{config.fingerprint}",
@@ -270,7 +275,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         status="finished",
         failure=None,
         outcome=RunOutcome(
-            metrics=accuracy_metrics(results),
+            metrics=accuracy_metrics(results) | workload_metrics(results),
             series={},
             tasks=results,
             engagement=None,

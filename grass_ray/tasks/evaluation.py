@@ -13,10 +13,12 @@ whose whole response the model finds likeliest. Importing this module loads no t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -83,6 +85,7 @@ def evaluate(
     evaluation: EvaluationConfig,
     *,
     shard: tuple[int, int] | None = None,
+    cache: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, EvaluationResult]:
     """Score ``model`` on the tasks of ``data``; the model and tokenizer are left as they were.
@@ -94,6 +97,7 @@ def evaluate(
         evaluation: scoring, extraction, limit, batch size and beams.
         shard: (index, count): evaluate only the examples of one of ``count`` shards, which take about equally long;
             :func:`merge_shards` puts the parts of all shards together.
+        cache: a folder that keeps tokenised questions for the next run; any number of runs share it.
         on_progress: called with (task, finished requests, all requests) after each batch; a request is an example
             in generation and an option of an example in loglikelihood.
 
@@ -106,7 +110,9 @@ def evaluate(
     results = {}
     with undisturbed(model, tokenizer), quiet():
         progress = _Progress(on_progress)
-        lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, on_batch=progress.advance)
+        lm = ObservedLM(
+            model, tokenizer, batch_size=evaluation.batch_size, cache=cache, on_batch=progress.advance
+        )
         for key in data.tasks:
             results[key] = _evaluate_task(lm, find_task(key, data.source), data, evaluation, progress, shard)
     return results
@@ -159,7 +165,9 @@ def _evaluate_task(
         prompts, documents = [prompts[at] for at in positions], [documents[at] for at in positions]
         protocol[SHARD] = {"index": shard[0], "count": shard[1], "positions": positions}
     progress.start(task.key, sum(len(document.get("choices", (1,))) for document in documents))
+    started = time.perf_counter()
     samples = _run(lm, task, documents, generation, choosing) if documents else []
+    seconds = time.perf_counter() - started
     progress.finish()
     read = _read_choice if choosing else _read_text
     return EvaluationResult(
@@ -168,6 +176,7 @@ def _evaluate_task(
         extraction=evaluation.extraction,
         examples=tuple(read(task, prompt, sample, evaluation) for prompt, sample in zip(prompts, samples, strict=True)),
         protocol=protocol,
+        workload=dataclasses.replace(lm.take_workload(), seconds=seconds),
     )
 
 
