@@ -114,7 +114,7 @@ class Eval:
     ] = "auto"
     scoring: Annotated[Literal["generation", "loglikelihood"], arg(help="how an answer is read")] = "generation"
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="any other setting by its dotted key")] = ()
-    output: Annotated[Path | None, arg(help="new or empty folder for examples.jsonl and record.json")] = None
+    output: Annotated[Path | None, arg(help="new or empty folder: record, examples, lm-eval's own files")] = None
     quiet: Annotated[bool, arg(help="only the final row and errors")] = False
 
     def run(self) -> int:
