@@ -4,7 +4,7 @@
     python benchmarks/base_scores.py --data-dir DIR --model tiny --choices 8 --texts 4 --agreement 8 --output /tmp/base
 
 ``loglikelihood`` picks the likeliest of the options' labels ("the correct answer is answer2"), ``generation`` reads the
-answer out of greedily generated text. Below that, ARC-e, ARC-c, PIQA and OBQA by the log-likelihood of the option texts:
+answer out of greedily generated text. Below that, ARC-e, ARC-c, PIQA and OBQA by log-likelihood of the option texts:
 the same rows are put back into the form of the original data sets, lm-eval's own tasks score them with lm-eval's own
 model, and this project's scoring is asked the same. Needs neither ray nor mlflow.
 """
@@ -100,7 +100,8 @@ def score_sets(loaded: Any, sets: dict[str, DataConfig], options: Options) -> li
                     "seconds": result.workload.seconds,
                 }
             )
-            print(f"{key} by {way}: {100 * result.accuracy:.1f} % of {count}, {result.workload.seconds:.0f} s", flush=True)
+            seconds = result.workload.seconds
+            print(f"{key} by {way}: {100 * result.accuracy:.1f} % of {count}, {seconds:.0f} s", flush=True)
     return rows
 
 
@@ -257,7 +258,7 @@ def main() -> None:
         f"# What the untrained model scores\n\n{options.model}, float32, clean template, published extraction, greedy; "
         f"random questions of each test file, the same in every run; {hardware()}; lm-eval {version('lm-eval')}, torch "
         f"{torch.__version__}, commit {(commit or '-')[:10]}{' (modified)' if dirty else ''}. Not there: "
-        f"{', '.join(absent) or 'nothing'}.\n`loglikelihood` compares the labels the rows name (such as \"the correct "
+        f'{", ".join(absent) or "nothing"}.\n`loglikelihood` compares the labels the rows name (such as "the correct '
         f'answer is answer2"); numbers have no options and are only generated. `option texts`: the rows in the form of '
         f"the original data sets, scored by lm-eval's own tasks and model, and by this project in the same words; "
         f"`acc_norm` divides by the text's characters in both. It is another question than `loglikelihood` asks: the "

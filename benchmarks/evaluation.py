@@ -183,11 +183,7 @@ def timed(device: torch.device, block: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def compare_engines(engines: dict[str, Any], options: Options, device: torch.device) -> dict[str, Any]:
-    """Examples/s of every engine in both ways, and whether all gave the same answers.
-
-    lm-eval's defaults ask one question at a time: their speed does not depend on how many there are, and a third of the
-    questions shows it.
-    """
+    """Examples/s of every engine in both ways, and whether all gave the same answers."""
     choices = read_questions(options, CHOICE_SETS, options.choices, choosing=True)
     texts = read_questions(options, TEXT_SETS, options.texts, choosing=False)
     ways: dict[str, tuple[list[Question], Callable[[Any, list[Question]], Any]]] = {
@@ -201,10 +197,9 @@ def compare_engines(engines: dict[str, Any], options: Options, device: torch.dev
         answers: dict[str, Any] = {}
         for number in range(options.rounds):
             for name in shuffler.sample(list(engines), len(engines)):
-                asked = questions[: len(questions) // 3] if name == "lm-eval" else questions
-                block = functools.partial(answer, engines[name], asked)
+                block = functools.partial(answer, engines[name], questions)
                 answers[name], seconds = timed(device, block)
-                rates[name].append(len(asked) / seconds)
+                rates[name].append(len(questions) / seconds)
                 print(
                     f"{way}, round {number + 1}/{options.rounds}: {name} {rates[name][-1]:.3f} examples/s", flush=True
                 )
@@ -219,11 +214,11 @@ def score_options(engine: Any, questions: Sequence[Question]) -> list[list[float
 
 
 def _agreement(way: str, answers: dict[str, list[Any]]) -> dict[str, Any]:
-    """Whether every engine answered as ``plain`` did, as far as it was asked."""
+    """Whether every engine answered as ``plain`` did."""
     plain = answers["plain"]
     if way == "generation":
-        return {"identical": all(own == plain[: len(own)] for own in answers.values())}
-    pairs = [pair for own in answers.values() for pair in zip(own, plain[: len(own)], strict=True)]
+        return {"identical": all(own == plain for own in answers.values())}
+    pairs = [pair for own in answers.values() for pair in zip(own, plain, strict=True)]
     return {
         "identical": all(a.index(max(a)) == b.index(max(b)) for a, b in pairs),
         "largest_difference_nats": max(abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)),
@@ -329,13 +324,14 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps(facts | {"engines": found, "batches": batches}, indent=1))
     clock = "seconds of the process" if device.type == "cpu" else "seconds of the clock"
+    machine = f"{torch.get_num_threads()} threads on {hardware()}; torch {torch.__version__}"
     heading = (
         f"# How fast evaluation is\n\n{options.model}, float32, {options.choices} questions of each of "
         f"{len(CHOICE_SETS)} sets by option log-likelihood ({', '.join(CHOICE_SETS)}) and {options.texts} of each of "
-        f"{len(TEXT_SETS)} sets by generation of up to {options.new_tokens} tokens ({', '.join(TEXT_SETS)}), in random order; {options.rounds} "
-        f"interleaved rounds, {clock}, {torch.get_num_threads()} threads on {hardware()}; torch {torch.__version__}, "
-        f"commit {(commit or '-')[:10]}{' (modified)' if dirty else ''}.\n"
-        f"`plain`: {PLAIN} at a time as they come, one row an option; `lm-eval`: its defaults, one at a time (a third of the questions); "
+        f"{len(TEXT_SETS)} sets by generation of up to {options.new_tokens} tokens ({', '.join(TEXT_SETS)}), in random "
+        f"order; {options.rounds} interleaved rounds, {clock}, {machine}, commit {(commit or '-')[:10]}"
+        f"{' (modified)' if dirty else ''}.\n"
+        f"`plain`: {PLAIN} at a time as they come, one row an option; `lm-eval`: its defaults, one at a time; "
         f"`lm-eval 16`: batches of {PLAIN}, sorted by length; `grass_ray`: batch size `auto`. Training batches: 8 rows "
         f"of {', '.join(TRAIN_SETS)}; tokens trained: forward and backward of all weights, padding not counted.\n\n"
     )

@@ -1,7 +1,7 @@
 """Greedy and beam-search decoding with transformers' ``generate``, a few tokens at a time.
 
-A batch is as slow as its longest answer. So greedy decoding stops every :data:`TOKENS_AT_A_TIME` tokens and goes on with
-the rows that are not finished, on their keys and values so far; what a row says does not depend on the others::
+A batch is as slow as its longest answer. So greedy decoding stops every :data:`TOKENS_AT_A_TIME` tokens and goes on
+with the rows that are not finished, on their keys and values so far; what a row says does not depend on the others::
 
     decoder = Decoder(model, tokenizer, stop=["### Instruction:"])
     tokens = decoder.generate(prompts, attention_mask, max_new_tokens=256)       # (rows, prompt and answer)

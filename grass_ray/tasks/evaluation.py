@@ -113,9 +113,7 @@ def evaluate(
     results = {}
     with undisturbed(model, tokenizer), quiet():
         progress = _Progress(on_progress)
-        lm = ObservedLM(
-            model, tokenizer, batch_size=evaluation.batch_size, cache=cache, on_batch=progress.advance
-        )
+        lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, cache=cache, on_batch=progress.advance)
         for key in data.tasks:
             task = find_task(key, data.source)
             results[key] = _evaluate_task(lm, task, data, evaluation, progress, shard, on_outcome)

@@ -2,8 +2,8 @@
 
 :class:`ObservedLM` is ``lm_eval``'s ``HFLM`` in everything but how requests go through the model: sorted by length into
 batches that fit into memory (:mod:`.scheduling`), tokenised once (:mod:`.token_cache`), nothing computed twice and the
-attention mask always given (:mod:`.likelihood`), finished rows dropped (:mod:`.decoding`). It shows no progress bars but
-calls a function as requests finish, and it never asks the hub about the model.
+attention mask always given (:mod:`.likelihood`), finished rows dropped (:mod:`.decoding`). It shows no progress bars
+but calls a function as requests finish, and it never asks the hub about the model.
 
 :func:`undisturbed` leaves the model and tokenizer as they were found::
 
@@ -158,8 +158,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
             self.on_batch(len(batch))
             return texts
 
-        lengths = [len(self.tok_encode(text)) + room for text in contexts]
-        return self.scheduler.run(requests, lengths, answer, generating=True)
+        return self.scheduler.run(requests, [len(self.tok_encode(text)) for text in contexts], answer, room=room)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Generate from ``context`` (rows, tokens), left-padded, with its attention mask in ``kwargs``."""

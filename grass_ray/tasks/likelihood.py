@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ class Scorer:
 
     @torch.no_grad()
     def _share_beginning(self, rows: Sequence[Row]) -> None:
-        length = min(len(commonprefix([row.tokens for row in rows])), *(row.start for row in rows))
+        length = min(_shared_length([row.tokens for row in rows]), *(row.start for row in rows))
         cache = new_cache(self._model, sliding=False)
         if length < MIN_SHARED or not cache:
             return
@@ -101,14 +100,19 @@ class Scorer:
         first = min(row.start for row in rows) - self.shared
         if self._keeps_logits:
             options["logits_to_keep"] = torch.arange(first, longest, device=self._device)
-        logits = self._model(
-            input_ids=ids.to(self._device), attention_mask=mask.to(self._device), **options
-        ).logits
+        logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), **options).logits
         logits = logits[:, -(longest - first) :]
         return [
             _read(logits[place], len(row.tokens) - self.shared - first, row.continuations)
             for place, row in enumerate(rows)
         ]
+
+
+def _shared_length(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)  # in dictionary order: what these two share, all share
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
 def _read(logits: Tensor, end: int, continuations: Sequence[tuple[int, list[int]]]) -> list[Score]:

@@ -53,6 +53,6 @@ def check_packing(model: Any) -> None:
     if not difference <= TOLERANCES.get(base.dtype, TOLERANCES[torch.bfloat16]):
         attention = getattr(base.config, "_attn_implementation", "unknown")
         raise ConfigError(
-            f"data.batching=packed keeps documents apart by position ids, but {name} with {attention} attention gives a "
-            f"document other logits behind another document than alone (by {difference:.1g} of the largest); {ADVICE}"
+            f"data.batching=packed keeps documents apart by position ids, but {name} with {attention} attention gives "
+            f"a document other logits behind another document than alone (by {difference:.1g} of the largest); {ADVICE}"
         )

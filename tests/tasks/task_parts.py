@@ -33,7 +33,11 @@ def write(path: Path, value: object) -> Path:
 def letter_task(folder: Path, rows: int) -> DataConfig:
     """A task of one's own with questions of many lengths, whose options differ before their last token."""
     lines = [
-        {"instruction": f"Which letter? {'word ' * (7 * n % 23)}{n}", "answer": "ABC"[n % 3], "output": "The answer is B."}
+        {
+            "instruction": f"Which letter? {'word ' * (7 * n % 23)}{n}",
+            "answer": "ABC"[n % 3],
+            "output": "The answer is B.",
+        }
         for n in range(rows)
     ]
     path = write(Path(folder) / "letters.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -59,7 +63,9 @@ def make_tokenizer(*, pad_token: str | None = None, bos_token: str | None = None
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, positions: int = 2048, intermediate: int = 64) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, positions: int = 2048, intermediate: int = 64
+) -> LlamaForCausalLM:
     """A random Llama of two layers whose outputs vary from prompt to prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -209,7 +209,13 @@ def test_the_protocol_says_how(model, tokenizer, choices):
     data = choices.model_copy(update={"template": "published", "tasks": ("boolq",)})
     result = evaluate(model, tokenizer, data, EvaluationConfig(extraction="strict", num_beams=2, limit=3))["boolq"]
     assert (result.scoring, result.extraction, result.task) == ("generation", "strict", "boolq")
-    expected = {"template": "published", "num_beams": 2, "max_new_tokens": 32, "batch_size": "auto", "lm_eval": "0.4.13"}
+    expected = {
+        "template": "published",
+        "num_beams": 2,
+        "max_new_tokens": 32,
+        "batch_size": "auto",
+        "lm_eval": "0.4.13",
+    }
     assert expected.items() <= result.protocol.items()
     assert result.protocol["test_file"] == "dataset/boolq/test.json"
     assert len(result.protocol["test_sha256"]) == 64

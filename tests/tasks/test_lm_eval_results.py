@@ -74,7 +74,9 @@ def test_files_that_cannot_be_written_are_an_error(tmp_path, data):
 def test_the_command_line_writes_them_too(tmp_path, data, capsys):
     output = tmp_path / "out"
     arguments = ["eval", "--model", "tiny", "--task", "boolq", "--data-dir", str(tmp_path / "data"), "--limit", "3"]
-    assert main([*arguments, "--scoring", "loglikelihood", "--output", str(output), "--batch-size", "auto"]) == 0
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--scoring", "loglikelihood", "--output", str(output), "--batch-size", "auto"])
+    assert done.value.code == 0
     assert "lm_eval/" in capsys.readouterr().out
     written = [path.relative_to(output / "lm_eval") for path in (output / "lm_eval").rglob("*.json*")]
     assert {path.parts[0] for path in written} == {"tiny"}

@@ -14,7 +14,7 @@ GENERATOR = random.Random(0)
 MIXED = [GENERATOR.randint(5, 400) for _ in range(300)]
 
 
-def run(scheduler: Scheduler, lengths: list[int], **options: bool) -> list[list[int]]:
+def run(scheduler: Scheduler, lengths: list[int], **options: int) -> list[list[int]]:
     """The lengths of each batch; checks that every request is answered once, in its place."""
     batches = []
 
@@ -35,17 +35,20 @@ def test_a_given_batch_size_is_kept():
     assert [len(batch) for batch in run(Scheduler(7, "cpu"), MIXED)] == [7] * 42 + [6]
 
 
-@pytest.mark.parametrize(
-    ("device", "generating", "most"),
-    [("cpu", False, 1.1), ("cuda", False, 1.15), ("cpu", True, 1.35), ("cuda", True, 1.5)],
-)
-def test_auto_keeps_within_its_tokens_and_pads_little(device, generating, most):
+@pytest.mark.parametrize(("device", "room"), [("cpu", 0), ("cuda", 0), ("cpu", 16), ("cpu", 256), ("cuda", 256)])
+def test_auto_keeps_within_its_tokens_and_pads_no_more_than_another_batch_would_cost(device, room):
     scheduler = Scheduler("auto", device)
-    batches = run(scheduler, MIXED, generating=generating)
-    assert max(len(batch) * max(batch) for batch in batches) <= scheduler.most
-    padded = sum(len(batch) * max(batch) for batch in batches)
-    in_order = sum(len(part) * max(part) for part in (MIXED[at : at + 16] for at in range(0, 300, 16)))
-    assert padded < most * sum(MIXED) < in_order
+    batches = run(scheduler, MIXED, room=room)
+    assert max(len(batch) * (max(batch) + room) for batch in batches) <= scheduler.most
+    worth = scheduler.pass_tokens * max(room, 1)
+    for batch, following in zip(batches, [*batches[1:], [0]], strict=True):
+        assert len(batch) * max(batch) - sum(batch) <= worth
+        one_more = [*batch, following[0]]
+        too_much = len(one_more) * max(one_more) - sum(one_more) > worth
+        assert too_much or len(one_more) * (max(one_more) + room) > scheduler.most or following == [0]
+    if (device, room) == ("cpu", 0):
+        in_order = sum(len(part) * max(part) for part in (MIXED[at : at + 16] for at in range(0, 300, 16)))
+        assert sum(len(batch) * max(batch) for batch in batches) < 1.05 * sum(MIXED) < 0.6 * in_order
 
 
 def test_a_request_longer_than_the_most_goes_alone():
