@@ -32,14 +32,7 @@ def write(path: Path, value: object) -> Path:
 
 def letter_task(folder: Path, rows: int) -> DataConfig:
     """A task of one's own with questions of many lengths, whose options differ before their last token."""
-    lines = [
-        {
-            "instruction": f"Which letter? {'word ' * (7 * n % 23)}{n}",
-            "answer": "ABC"[n % 3],
-            "output": "The answer is B.",
-        }
-        for n in range(rows)
-    ]
+    lines = [record("ABC"[n % 3], instruction=f"Which letter? {'word ' * (7 * n % 23)}{n}") for n in range(rows)]
     path = write(Path(folder) / "letters.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     source = CustomSource(name="letters", answer="letter", labels=("A", "B", "C"), max_new_tokens=6, test=str(path))
     return DataConfig(suite="letters", tasks=("letters",), source=source)
