@@ -109,10 +109,12 @@ class Eval:
     task: Annotated[tuple[str, ...] | None, arg(help="a suite, tasks of one suite, or your own task's YAML")] = None
     data_dir: Annotated[Path | None, arg(help="folder with dataset/<Name>/test.json; default: the hub")] = None
     limit: Annotated[int | None, arg(help="examples a task")] = None
-    batch_size: Annotated[int, arg(help="examples at a time; does not change accuracy")] = 16
+    batch_size: Annotated[
+        int | Literal["auto"], arg(help="examples at a time; auto: what fits. Does not change accuracy")
+    ] = "auto"
     scoring: Annotated[Literal["generation", "loglikelihood"], arg(help="how an answer is read")] = "generation"
     set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="any other setting by its dotted key")] = ()
-    output: Annotated[Path | None, arg(help="new or empty folder for examples.jsonl and record.json")] = None
+    output: Annotated[Path | None, arg(help="new or empty folder: record, examples, lm-eval's own files")] = None
     quiet: Annotated[bool, arg(help="only the final row and errors")] = False
 
     def run(self) -> int:

@@ -385,6 +385,9 @@ class DataConfig(ConfigPart):
     template: Literal["clean", "published"] = "clean"
     train_on_inputs: bool = False
     max_length_tokens: Annotated[int, Field(ge=8)] = 256
+    batching: Literal["plain", "bucketed", "packed"] = Field(
+        default="plain", description="rows of a step: padded; of about one length; one after another, kept apart"
+    )
     max_train_rows: Annotated[int, Field(ge=1)] | None = None
     validation_rows: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="training rows held out for choosing settings; their loss is validation/loss"
@@ -420,7 +423,9 @@ class EvaluationConfig(ConfigPart):
 
     test: bool = Field(default=True, description="false leaves the test alone: a trial of a search")
     limit: Annotated[int, Field(ge=1, description="examples a task; null takes all")] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="examples at a time; auto takes what fits into memory. Accuracy is the same"
+    )
     scoring: Literal["generation", "loglikelihood"] = "generation"
     extraction: Literal["published", "strict"] = "published"
     num_beams: Annotated[int, Field(ge=1)] = 1

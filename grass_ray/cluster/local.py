@@ -25,7 +25,7 @@ from grass_ray.results.provenance import build_record, hardware, now, redact, wr
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
-from grass_ray.tasks.scores import accuracy_metrics
+from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
 from grass_ray.training.report import StepReport, TrainingFailure
 
 EXPERIMENT = "train"
@@ -245,9 +245,10 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.results.leaderboard import build_leaderboard
     from grass_ray.results.rendering import render
     from grass_ray.tasks.evaluation import check_evaluation, evaluate
+    from grass_ray.tasks.lm_eval_results import HarnessResults
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import describe_model, load_model
+    from grass_ray.training.models import cache_folder, describe_model, load_model
     from grass_ray.training.report import RunOutcome
     from grass_ray.training.weights import base_model_sha256
 
@@ -257,10 +258,17 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     if output is not None:
         check_output(output)
     started_at = now()
+    collected = HarnessResults()
     loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
     with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
         results = evaluate(
-            loaded.model, loaded.tokenizer, config.data, config.evaluation, on_progress=progress.evaluating
+            loaded.model,
+            loaded.tokenizer,
+            config.data,
+            config.evaluation,
+            cache=cache_folder() / "tokens",
+            on_progress=progress.evaluating,
+            on_outcome=collected.add,
         )
     record = build_record(
         run_id=f"eval-{config.fingerprint}",
@@ -270,7 +278,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         status="finished",
         failure=None,
         outcome=RunOutcome(
-            metrics=accuracy_metrics(results),
+            metrics=accuracy_metrics(results) | workload_metrics(results),
             series={},
             tasks=results,
             engagement=None,
@@ -287,8 +295,10 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         output.mkdir(parents=True, exist_ok=True)
         record.save(output / "record.json")
         write_examples(output / "examples.jsonl", results)
+        name = config.model.name if run_folder is None else str(run_folder)
+        collected.write(output / "lm_eval", model=name, evaluation=config.evaluation)
         if not quiet:
-            print(f"wrote {output}/record.json and examples.jsonl")
+            print(f"wrote {output}/record.json, examples.jsonl and lm_eval/")
     return 0
 
 

@@ -194,6 +194,7 @@ def _score(result: EvaluationResult) -> TaskScore:
         scoring=result.scoring,
         extraction=result.extraction,
         protocol=dict(result.protocol),
+        workload=asdict(result.workload),
     )
 
 

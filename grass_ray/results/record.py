@@ -31,6 +31,7 @@ class TaskScore(RecordPart):
     scoring: str
     extraction: str
     protocol: dict[str, Any] = Field(default_factory=dict)
+    workload: dict[str, float] = Field(default_factory=dict, description="tokens, padding, halved batches, seconds")
 
 
 class LayerHistory(RecordPart):

@@ -13,10 +13,12 @@ whose whole response the model finds likeliest. Importing this module loads no t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,6 +50,7 @@ LIMIT_SEED = 20_240_531  # which examples a limit keeps: the same in every run, 
 YAML_FOLDER = Path(__file__).parent / "yaml"
 
 OnProgress = Callable[[str, int, int], None]
+OnOutcome = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,9 @@ def evaluate(
     evaluation: EvaluationConfig,
     *,
     shard: tuple[int, int] | None = None,
+    cache: Path | None = None,
     on_progress: OnProgress | None = None,
+    on_outcome: OnOutcome | None = None,
 ) -> dict[str, EvaluationResult]:
     """Score ``model`` on the tasks of ``data``; the model and tokenizer are left as they were.
 
@@ -94,8 +99,10 @@ def evaluate(
         evaluation: scoring, extraction, limit, batch size and beams.
         shard: (index, count): evaluate only the examples of one of ``count`` shards, which take about equally long;
             :func:`merge_shards` puts the parts of all shards together.
+        cache: a folder that keeps tokenised questions for the next run; any number of runs share it.
         on_progress: called with (task, finished requests, all requests) after each batch; a request is an example
             in generation and an option of an example in loglikelihood.
+        on_outcome: called with lm-eval's own results of each task.
 
     Returns:
         One result a task, in the order of ``data.tasks``; its examples are in the order of the test file.
@@ -106,9 +113,10 @@ def evaluate(
     results = {}
     with undisturbed(model, tokenizer), quiet():
         progress = _Progress(on_progress)
-        lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, on_batch=progress.advance)
+        lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, cache=cache, on_batch=progress.advance)
         for key in data.tasks:
-            results[key] = _evaluate_task(lm, find_task(key, data.source), data, evaluation, progress, shard)
+            task = find_task(key, data.source)
+            results[key] = _evaluate_task(lm, task, data, evaluation, progress, shard, on_outcome)
     return results
 
 
@@ -140,6 +148,7 @@ def _evaluate_task(
     evaluation: EvaluationConfig,
     progress: _Progress,
     shard: tuple[int, int] | None,
+    on_outcome: OnOutcome | None,
 ) -> EvaluationResult:
     tests = load_test_rows(task.key, data)
     prompts = select_examples(ask(task, tests.rows, data.template), evaluation.limit)
@@ -159,7 +168,16 @@ def _evaluate_task(
         prompts, documents = [prompts[at] for at in positions], [documents[at] for at in positions]
         protocol[SHARD] = {"index": shard[0], "count": shard[1], "positions": positions}
     progress.start(task.key, sum(len(document.get("choices", (1,))) for document in documents))
-    samples = _run(lm, task, documents, generation, choosing) if documents else []
+    started = time.perf_counter()
+    samples: list[dict[str, Any]] = []
+    if documents:
+        outcome = _run(lm, task, documents, generation, choosing)
+        # rows reached lm-eval through a file that is gone
+        outcome["configs"][task.key]["dataset_kwargs"] = {"data_files": {"test": protocol["test_file"]}}
+        samples = sorted(outcome["samples"][task.key], key=lambda sample: sample["doc_id"])
+        if on_outcome is not None:
+            on_outcome(outcome)
+    seconds = time.perf_counter() - started
     progress.finish()
     read = _read_choice if choosing else _read_text
     return EvaluationResult(
@@ -168,6 +186,7 @@ def _evaluate_task(
         extraction=evaluation.extraction,
         examples=tuple(read(task, prompt, sample, evaluation) for prompt, sample in zip(prompts, samples, strict=True)),
         protocol=protocol,
+        workload=dataclasses.replace(lm.take_workload(), seconds=seconds),
     )
 
 
@@ -272,8 +291,8 @@ def _cost(document: dict[str, Any], max_new_tokens: int) -> int:
 
 def _run(
     lm: ObservedLM, task: Task, documents: Sequence[dict[str, Any]], generation: dict[str, Any], choosing: bool
-) -> list[dict[str, Any]]:
-    """lm-eval's samples, one a document, in order."""
+) -> dict[str, Any]:
+    """lm-eval's results of one task, with a sample a document."""
     from lm_eval.evaluator import evaluate as lm_eval_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -292,9 +311,9 @@ def _run(
             settings["generation_kwargs"] = generation
         (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         tasks = TaskManager(include_path=str(folder), include_defaults=False).load([task.key])
-        outcome = lm_eval_evaluate(lm, tasks, log_samples=True, bootstrap_iters=0)
-    samples: list[dict[str, Any]] = sorted(outcome["samples"][task.key], key=lambda sample: sample["doc_id"])
-    return samples
+        # the standard error of a mean has a formula; nothing is resampled
+        outcome: dict[str, Any] = lm_eval_evaluate(lm, tasks, log_samples=True, bootstrap_iters=1)
+    return outcome
 
 
 def _read_text(task: Task, prompt: _Prompt, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:

@@ -1,8 +1,9 @@
-"""lm-eval's Hugging Face model, made quiet, observable and independent of the batch size.
+"""lm-eval's Hugging Face model, made quick, quiet, observable and independent of the batch size.
 
-:class:`ObservedLM` is ``lm_eval``'s ``HFLM`` with three differences: it shows no progress bars but calls a function as
-requests finish; stop strings end each row by itself (lm-eval's own rule ends a batch at once, which beam search turns
-into a dependence on the batch size); and it never asks the hub about the model.
+:class:`ObservedLM` is ``lm_eval``'s ``HFLM`` in everything but how requests go through the model: sorted by length into
+batches that fit into memory (:mod:`.scheduling`), tokenised once (:mod:`.token_cache`), nothing computed twice and the
+attention mask always given (:mod:`.likelihood`), finished rows dropped (:mod:`.decoding`). It shows no progress bars
+but calls a function as requests finish, and it never asks the hub about the model.
 
 :func:`undisturbed` leaves the model and tokenizer as they were found::
 
@@ -16,78 +17,160 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import lm_eval.api.task
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grass_ray.config import ConfigError
-
-
-class StopAtText(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row at one of several texts, whatever the other rows of its batch do."""
-
-    def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
-        self.stop = stop
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.window = max(len(text.encode()) for text in stop) + 1  # a token is at least one byte of text
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """True for every row (rows,) whose newest tokens contain a stop text."""
-        newest = input_ids[:, self.prompt_length :][:, -self.window :]
-        texts = self.tokenizer.batch_decode(newest)
-        return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=input_ids.device)
+from grass_ray.tasks.decoding import Decoder
+from grass_ray.tasks.likelihood import Row, Score, Scorer, share_rows
+from grass_ray.tasks.scheduling import Scheduler
+from grass_ray.tasks.scores import Workload
+from grass_ray.tasks.token_cache import TokenCache
 
 
 class ObservedLM(HFLM):  # type: ignore[misc]
-    """HFLM on a model that is already loaded; ``on_batch`` gets the number of requests each forward pass finished."""
+    """HFLM on a model that is already loaded.
+
+    Args:
+        model: a causal language model of transformers, possibly with peft adapters.
+        tokenizer: its tokenizer.
+        batch_size: requests a forward pass, or ``auto``.
+        cache: a folder that keeps tokenised texts; None keeps nothing.
+        on_batch: gets the number of requests that each batch has finished.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
+        cache: Path | None = None,
         on_batch: Callable[[int], None],
     ) -> None:
         logger = logging.getLogger("lm_eval")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns of every model that is passed as an object
         try:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         finally:
             logger.setLevel(level)
         self.on_batch = on_batch
+        self.scheduler = Scheduler(batch_size, self.device.type)
+        self._token_cache = TokenCache(tokenizer, cache)
+        self._tokens: dict[str, list[int]] = {}
+        self._counted = Workload()
+
+    def take_workload(self) -> Workload:
+        """What went through the model since the last call."""
+        counted = replace(self._counted, halvings=self.scheduler.halvings)
+        self._counted, self.scheduler.halvings = Workload(), 0
+        return counted
+
+    # -- tokens
+
+    def _tokenise(self, texts: Sequence[str]) -> None:
+        """Have the tokens of ``texts`` at hand; those that begin with the start token themselves are left to HFLM."""
+        start = self.tokenizer.decode(self.prefix_token_id)
+        self._tokens = self._token_cache.encode([text for text in texts if not has_bos_prefix(text, start)])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The token ids of a text."""
+        known = self._tokens.get(string) if add_special_tokens is None and not kwargs else None
+        if known is not None:
+            return known
+        ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
+        return ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask of several texts, both (rows, tokens) and padded at the left."""
+        assert padding_side == "left", "generation goes on at the right"
+        rows = [self.tok_encode(text)[-(left_truncate_len or 0) :] for text in strings]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id))
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for place, tokens in enumerate(rows):
+            ids[place, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[place, longest - len(tokens) :] = 1
+        return ids, mask
+
+    # -- options
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
+        """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
+        pairs = [request.args for request in requests]
+        contexts = [context.rstrip() for context, _ in pairs]  # lm-eval counts white space before an option to it
+        self._tokenise([*contexts, *(context + continuation for context, continuation in pairs)])
+        scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[Score]:
+        """Score (texts, context ids, continuation ids); see :mod:`grass_ray.tasks.likelihood`."""
+        rows = share_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
+        scorer = Scorer(self.model, rows)
+        self._count(tokens=scorer.shared, passes=int(scorer.shared > 0))
+
+        def answer(batch: list[Row]) -> list[list[Score]]:
+            scores = scorer.score(batch)
+            lengths = [len(row.tokens) - scorer.shared for row in batch]
+            self._count(tokens=sum(lengths), padding_tokens=len(batch) * max(lengths) - sum(lengths), passes=1)
+            self.on_batch(sum(len(row.continuations) for row in batch))
+            return scores
+
+        found = self.scheduler.run(rows, [len(row.tokens) for row in rows], answer)
+        numbered = {
+            number: score
+            for row, scores in zip(rows, found, strict=True)
+            for (number, _), score in zip(row.continuations, scores, strict=True)
+        }
+        return [numbered[number] for number in range(len(requests))]
+
+    # -- texts
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate without a progress bar."""
-        outputs: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return outputs
+        """Generate from each context, until a stop text, the end token or the longest answer."""
+        if not requests:
+            return []
+        contexts = [request.args[0] for request in requests]
+        self._tokenise(contexts)
+        room = max(request.args[1]["max_gen_toks"] for request in requests)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Score without a progress bar."""
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scores
+        def answer(batch: list[Any]) -> list[str]:
+            self.batch_size_per_gpu = len(batch)
+            texts: list[str] = super(ObservedLM, self).generate_until(batch, disable_tqdm=True)
+            self.on_batch(len(batch))
+            return texts
+
+        return self.scheduler.run(requests, [len(self.tok_encode(text)) for text in contexts], answer, room=room)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Generate from ``context`` (rows, tokens), left-padded, with its attention mask in ``kwargs``."""
-        kwargs.pop("temperature", None)  # decoding is greedy or beam search
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        if texts := [text for text in stop if text != eos]:  # generate() itself stops at the token
-            kwargs["stopping_criteria"] = StoppingCriteriaList([StopAtText(texts, self.tokenizer, context.shape[1])])
-        tokens: Tensor = self.model.generate(input_ids=context, max_length=max_length, use_cache=True, **kwargs)
-        self.on_batch(context.shape[0])
+        texts = [text for text in stop if text != eos]  # generate() itself stops at the token
+        decoder = Decoder(self.model, self.tokenizer, stop=texts, num_beams=kwargs.get("num_beams", 1))
+        tokens = decoder.generate(context, kwargs["attention_mask"], max_length - context.shape[1])
+        self._count(tokens=decoder.tokens, padding_tokens=decoder.padding_tokens, passes=decoder.passes)
         return tokens
 
-    def _model_call(self, inps: Tensor, **kwargs: Any) -> Tensor:
-        logits: Tensor = super()._model_call(inps, **kwargs)
-        self.on_batch(inps.shape[0])
-        return logits
+    def _count(self, **numbers: int) -> None:
+        self._counted += Workload(**numbers)
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: the run record says what the model is, and lm-eval would ask the hub."""

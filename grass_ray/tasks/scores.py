@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -23,10 +23,35 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What an evaluation took: the same answers may take more or less.
+
+    ``tokens`` are those of prompts, options and generated answers that went through the model, ``padding_tokens`` the
+    positions that were computed besides; ``halvings`` counts batches that did not fit into memory.
+    """
+
+    tokens: int = 0
+    padding_tokens: int = 0
+    passes: int = 0
+    halvings: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Workload) -> Workload:
+        """Both together; the seconds of work that went on side by side count each."""
+        return Workload(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    @property
+    def padding_share(self) -> float:
+        """Padding over all computed positions, 0 to 1."""
+        return self.padding_tokens / max(self.tokens + self.padding_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
     """One task's result. ``protocol`` names template, decoding, limit and file, so that numbers can be compared.
 
-    Its ``chance`` is the accuracy of guessing: the mean of 1/options over the questions asked, 0 for numbers.
+    Its ``chance`` is the accuracy of guessing: the mean of 1/options over the questions asked, 0 for numbers. Results
+    are equal whatever work they took.
     """
 
     task: str
@@ -34,6 +59,7 @@ class EvaluationResult:
     extraction: str
     examples: tuple[Example, ...]
     protocol: dict[str, Any]
+    workload: Workload = field(default=Workload(), compare=False)
 
     @property
     def accuracy(self) -> float:
@@ -66,6 +92,25 @@ def accuracy_metrics(
     if normalised is not None:
         metrics["eval/average_normalised"] = normalised
     return metrics
+
+
+def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float]:
+    """What evaluating took, under MLflow's names; empty without results.
+
+    ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
+    ``evaluation/examples_per_second`` (of one worker).
+    """
+    if not results:
+        return {}
+    total = sum((result.workload for result in results.values()), Workload())
+    examples = sum(len(result.examples) for result in results.values())
+    return {
+        "evaluation/tokens": float(total.tokens),
+        "evaluation/padding_share": total.padding_share,
+        "evaluation/halvings": float(total.halvings),
+        "evaluation/seconds": total.seconds,
+        "evaluation/examples_per_second": examples / total.seconds if total.seconds else 0.0,
+    }
 
 
 def above_chance(accuracy: float, chance: float) -> float:

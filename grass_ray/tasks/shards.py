@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from grass_ray.tasks.scores import EvaluationResult
+from grass_ray.tasks.scores import EvaluationResult, Workload
 
 SHARD = "shard"  # the protocol's key that says which examples a part holds; gone after the merge
 
@@ -76,4 +76,8 @@ def _merge_task(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         for part, shard in zip(parts, shards, strict=True)
         for position, example in zip(shard["positions"], part.examples, strict=True)
     }
-    return dataclasses.replace(whole[0], examples=tuple(placed[position] for position in sorted(placed)))
+    return dataclasses.replace(
+        whole[0],
+        examples=tuple(placed[position] for position in sorted(placed)),
+        workload=sum((part.workload for part in parts), Workload()),
+    )

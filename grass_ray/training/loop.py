@@ -148,6 +148,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             refreshed=optimizer.sampler.refreshes > refreshes,
             switched=optimizer.switches > switches,
             tokens=tokens,
+            padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
             step_s=elapsed,
             measure_s=elapsed if probing else measured_s,
             peak_allocated_gib=state.memory.peak_allocated_gib,
@@ -211,7 +212,12 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
         options = {"logits_to_keep": labelled + virtual}
         labels = labels[:, labelled]
         virtual = 0
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options)
+    # documents that share a row are told apart by their positions, and then no mask may say otherwise
+    if batch.position_ids is None:
+        options["attention_mask"] = batch.attention_mask
+    else:
+        options["position_ids"] = batch.position_ids
+    output = model(input_ids=batch.input_ids, use_cache=False, **options)
     logits = output.logits[:, virtual:].float()
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
@@ -247,9 +253,9 @@ class StepMeasure:
 
         def forward() -> None:
             for batch in batches:
-                for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-                    # one row at a time: padding must not count
-                    state.model(input_ids=ids[: int(mask.sum())].unsqueeze(0), use_cache=False)
+                for ids in batch.documents():
+                    # one document at a time: padding must not count
+                    state.model(input_ids=ids.unsqueeze(0), use_cache=False)
 
         state.model.eval()
         scores = outlier_scores(state.optimizer.stack.modules, forward, threshold)

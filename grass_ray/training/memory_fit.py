@@ -183,12 +183,12 @@ def real_shape(config: RunConfig) -> StepShape:
         accumulation_steps=config.training.accumulation_steps,
         seed=config.seed,
     )
-    tokens = labelled = 0
+    rows = tokens = labelled = 0
     for step in range(min(config.training.steps, MOST_STEPS_READ)):
         for batch in batches[step]:
-            tokens = max(tokens, batch.input_ids.shape[1])
+            rows, tokens = max(rows, batch.input_ids.shape[0]), max(tokens, batch.input_ids.shape[1])
             labelled = max(labelled, len(batch.labelled_positions()))
-    return replace(shape, tokens=tokens, labelled=labelled)
+    return replace(shape, rows=rows, tokens=tokens, labelled=labelled)
 
 
 def _refusal(config: RunConfig, plan: MemoryPlan, device: DeviceKind, memory: int, fit: Fit | None) -> str:

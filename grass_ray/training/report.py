@@ -28,7 +28,7 @@ class StepReport:
     measured: a probing step, or extra passes before a step. ``offload`` says what moving states has cost since the
     start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move. ``sent_bytes`` are what this
     worker gave to reductions over the ``workers`` in this step, ``full_bytes`` the gradients of all parameters, what
-    full data-parallel training would give.
+    full data-parallel training would give. ``padding_share`` is the part of the step's positions that held no token.
     """
 
     step: int
@@ -52,6 +52,7 @@ class StepReport:
     workers: int = 1
     sent_bytes: int = 0
     full_bytes: int = 0
+    padding_share: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
@@ -63,6 +64,7 @@ class StepReport:
             "throughput/tokens_per_second": self.tokens / self.step_s if self.step_s > 0 else 0.0,
             "memory/peak_allocated_gib": self.peak_allocated_gib,
             "memory/host_pinned_gib": self.host_pinned_gib,
+            "data/padding_share": self.padding_share,
         }
         values |= {f"offload/{name}": value for name, value in self.offload.items()}
         if self.workers > 1:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.rows import Row, hash_rows
-from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks
+from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks, workload_metrics
 from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
@@ -58,7 +59,8 @@ from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import build_skeleton, describe_model, load_model
+from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
+from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.validation import answer_loss, hold_out
@@ -91,6 +93,8 @@ def check_run(config: RunConfig, workers: int = 1, parallel: Parallel = "replica
     if parallel == "shard":
         attempt(lambda: check_shardable(config, workers))
     attempt(lambda: _check_model(config))
+    if config.data.batching == "packed":
+        attempt(lambda: check_packed_adapter(config.method.adapter))
     attempt(lambda: check_data(config.data))
     attempt(lambda: check_evaluation(config.data, config.evaluation))
     if mistakes:
@@ -157,6 +161,8 @@ class Run:
             # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.disable_input_require_grads()
+        if config.data.batching == "packed" and training.steps:
+            check_packing(model)
         if parallel == "shard":
             shard_model(model, device)
         sampler = build_sampler(config.method, config.seed, training.steps)
@@ -241,6 +247,7 @@ class Run:
             self.config.data,
             self.config.evaluation,
             on_progress=on_progress,
+            cache=cache_folder() / "tokens",
             shard=(workers.rank, workers.count) if shares else None,
         )
         reshard(self.state.model)
@@ -260,7 +267,7 @@ class Run:
         state = self.state
         steps = self.config.training.steps
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
-        metrics = accuracy_metrics(self._results, contaminated=contaminated)
+        metrics = accuracy_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
         if state.trained:
@@ -275,6 +282,8 @@ class Run:
                 "time/train_s": state.train_s,
                 "time/measure_s": state.measure_s,
             }
+            if shares := state.series.get("data/padding_share"):
+                metrics["data/padding_share"] = fmean(share for _, share in shares)
             visits = state.engagement.engagement.visits
             if len(visits) <= MOST_UNITS_AS_SERIES:
                 metrics |= {f"layers/visits_{layer:02d}": number for layer, number in enumerate(visits)}

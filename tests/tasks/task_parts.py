@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from grass_ray.config import CustomSource, DataConfig
 from grass_ray.tasks.generated import generate
 from grass_ray.tasks.templates import render_prompt, render_response
 
@@ -29,6 +30,14 @@ def write(path: Path, value: object) -> Path:
     return path
 
 
+def letter_task(folder: Path, rows: int) -> DataConfig:
+    """A task of one's own with questions of many lengths, whose options differ before their last token."""
+    lines = [record("ABC"[n % 3], instruction=f"Which letter? {'word ' * (7 * n % 23)}{n}") for n in range(rows)]
+    path = write(Path(folder) / "letters.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    source = CustomSource(name="letters", answer="letter", labels=("A", "B", "C"), max_new_tokens=6, test=str(path))
+    return DataConfig(suite="letters", tasks=("letters",), source=source)
+
+
 def make_tokenizer(*, pad_token: str | None = None, bos_token: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens, trained on generated problems."""
     rows = generate("train", rows=100, seed=0)
@@ -47,7 +56,9 @@ def make_tokenizer(*, pad_token: str | None = None, bos_token: str | None = None
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, positions: int = 2048) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, positions: int = 2048, intermediate: int = 64
+) -> LlamaForCausalLM:
     """A random Llama of two layers whose outputs vary from prompt to prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +66,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, positions: 
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=32,
-                intermediate_size=64,
+                intermediate_size=intermediate,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,

@@ -209,7 +209,13 @@ def test_the_protocol_says_how(model, tokenizer, choices):
     data = choices.model_copy(update={"template": "published", "tasks": ("boolq",)})
     result = evaluate(model, tokenizer, data, EvaluationConfig(extraction="strict", num_beams=2, limit=3))["boolq"]
     assert (result.scoring, result.extraction, result.task) == ("generation", "strict", "boolq")
-    expected = {"template": "published", "num_beams": 2, "max_new_tokens": 32, "batch_size": 16, "lm_eval": "0.4.13"}
+    expected = {
+        "template": "published",
+        "num_beams": 2,
+        "max_new_tokens": 32,
+        "batch_size": "auto",
+        "lm_eval": "0.4.13",
+    }
     assert expected.items() <= result.protocol.items()
     assert result.protocol["test_file"] == "dataset/boolq/test.json"
     assert len(result.protocol["test_sha256"]) == 64
@@ -264,3 +270,24 @@ def test_real_rows_go_through(model, tokenizer, real_data):
     aqua = DataConfig(suite="arithmetic", tasks=("aqua",), source=source)
     result = evaluate(model, tokenizer, aqua, EvaluationConfig(scoring="loglikelihood", limit=4))["aqua"]
     assert {example.extracted for example in result.examples} <= set("ABCDE")
+
+
+@pytest.mark.parametrize("scoring", ["generation", "loglikelihood"])
+def test_every_forward_pass_is_given_its_attention_mask(model, tokenizer, choices, scoring):
+    masks = []
+
+    def note(_: object, args: tuple[object, ...], given: dict[str, torch.Tensor]) -> None:
+        masks.append((given["input_ids"], given["attention_mask"]))
+
+    hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    result = evaluate(model, tokenizer, choices, EvaluationConfig(scoring=scoring, batch_size=4))["boolq"]
+    hook.remove()
+    # questions hold no end token: where it stands, it is padding; transformers drops masks of nothing but ones
+    padded = [(ids, mask) for ids, mask in masks if ids.shape[1] > 1 and (ids == tokenizer.eos_token_id).any()]
+    assert padded, "questions of one length need no mask"
+    for ids, mask in padded:
+        own = mask[:, -ids.shape[1] :].bool()
+        assert torch.equal(own, ids != tokenizer.eos_token_id)
+    assert result.workload.tokens > 0
+    assert result.workload.padding_tokens > 0
+    assert 0 < result.workload.padding_share < 1

@@ -1,0 +1,97 @@
+"""Texts to tokens once a sweep: kept in files that any number of processes read and write.
+
+A file's name is a hash of the tokenizer and of all texts, so a file is right for good; one that is missing or broken
+only costs the time to tokenise again::
+
+    cache = TokenCache(tokenizer, folder)         # folder None keeps nothing
+    tokens = cache.encode(["What is 2 + 3?"])     # {"What is 2 + 3?": [1780, 314, ...]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+FEW = 8  # so few texts are tokenised faster than their file is found
+
+
+class TokenCache:
+    """Tokenises with one tokenizer, its special tokens included, and remembers in ``folder``."""
+
+    def __init__(self, tokenizer: Any, folder: Path | None) -> None:
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._name: str | None = None
+
+    def encode(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """The token ids of every text."""
+        texts = list(dict.fromkeys(texts))
+        path = self._path(texts) if self._folder is not None and len(texts) > FEW else None
+        tokens = None if path is None else _read(path, len(texts))
+        if tokens is None:
+            tokens = self._tokenizer(texts)["input_ids"] if texts else []
+            if path is not None:
+                _write(path, tokens)
+        return dict(zip(texts, tokens, strict=True))
+
+    def _path(self, texts: Sequence[str]) -> Path:
+        assert self._folder is not None
+        if self._name is None:
+            self._name = _identify(self._tokenizer)
+        digest = hashlib.sha256(self._name.encode())
+        for text in texts:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return self._folder / f"{digest.hexdigest()[:32]}.npz"
+
+
+def _identify(tokenizer: Any) -> str:
+    """A text that two tokenizers share only if they cut texts alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules |= {"padding": None, "truncation": None}  # these change from call to call
+        rules_text = json.dumps(rules, sort_keys=True)
+    else:
+        kind, settings = type(tokenizer).__name__, sorted(tokenizer.init_kwargs.items())
+        rules_text = f"{kind}\n{settings}\n{json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
+    return f"{tokenizer.special_tokens_map}\n{rules_text}"
+
+
+def _read(path: Path, count: int) -> list[list[int]] | None:
+    """The token ids in a file of ``count`` texts; None where there is no such file, or it is broken."""
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            ids, lengths = file["ids"], file["lengths"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    if len(lengths) != count or int(lengths.sum()) != len(ids):
+        return None
+    ends = numpy.cumsum(lengths)
+    return [part.tolist() for part in numpy.split(ids, ends[:-1])]
+
+
+def _write(path: Path, tokens: Sequence[Sequence[int]]) -> None:
+    """Write a whole file or none; a folder that cannot be written to is no mistake."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            numpy.savez_compressed(
+                file,
+                ids=numpy.fromiter(itertools.chain.from_iterable(tokens), dtype=numpy.int32),
+                lengths=numpy.array([len(ids) for ids in tokens], dtype=numpy.int64),
+            )
+        os.replace(temporary, path)
+    except OSError:
+        return

@@ -1,0 +1,58 @@
+"""Whether a model keeps packed documents apart: asked of the model itself, before it trains.
+
+Documents in one row are told apart by position ids that begin anew. Most decoders of transformers read attention
+boundaries and positions off them; some do not (recurrent layers, attention biased by distance in the row), and would
+silently let a document read the one before::
+
+    check_packing(model)        # ConfigError unless a document gives the same logits alone and behind another
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from grass_ray.config import AdapterConfig, ConfigError, PrefixConfig, PromptConfig
+
+# how far logits may differ, over the largest of them: rounding; a document that sees another differs by far more
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+ADVICE = "use data.batching=bucketed, or plain"
+
+
+def check_packed_adapter(adapter: AdapterConfig | None) -> None:
+    """Raise :class:`ConfigError` for adapters that put virtual tokens before every row."""
+    if isinstance(adapter, PrefixConfig | PromptConfig):
+        raise ConfigError(
+            f"data.batching=packed puts several documents into a row, but {adapter.kind} tuning has virtual tokens "
+            f"before a row, not before each document; {ADVICE}"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Raise :class:`ConfigError` unless ``model`` keeps documents of one row apart; takes two short forward passes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise ConfigError(f"data.batching=packed needs a model that takes position ids, and {name} does not; {ADVICE}")
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(23, device=base.device) * 7 % vocabulary).unsqueeze(0)
+    first, second = 9, 14
+    positions = torch.cat([torch.arange(first), torch.arange(second)]).to(base.device).unsqueeze(0)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, first:].float()
+        alone = model(input_ids=ids[:, first:], use_cache=False).logits[0].float()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    difference = float((packed - alone).abs().max() / alone.abs().max())
+    if not difference <= TOLERANCES.get(base.dtype, TOLERANCES[torch.bfloat16]):
+        attention = getattr(base.config, "_attn_implementation", "unknown")
+        raise ConfigError(
+            f"data.batching=packed keeps documents apart by position ids, but {name} with {attention} attention gives "
+            f"a document other logits behind another document than alone (by {difference:.1g} of the largest); {ADVICE}"
+        )
