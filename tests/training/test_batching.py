@@ -226,7 +226,9 @@ def test_the_check_leaves_the_model_and_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", ["grass", "ows", "lora"])
+@pytest.mark.parametrize(
+    "method", ["grass", pytest.param("ows", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["bucketed", "packed"])
 def test_a_resumed_run_is_the_run_that_never_stopped(method, kind, tmp_path: Path):
     config = short_run(method, f"data.batching={kind}", "training.accumulation_steps=2")
