@@ -3,16 +3,16 @@ r"""The example sweep's leaderboard, recomputed from the records beside it: tabl
     python benchmarks/example_sweep.py                                   # from benchmarks/results/example_sweep/records
     python benchmarks/example_sweep.py --from-sweep grass_ray_results/quickstart/SWEEP_ID     # takes a sweep's records
 
-The sweep itself, 31 trials of the built-in random model, a quarter of an hour on one core::
+The sweep itself, 37 trials of SmolLM2-135M, two trials at once on two cores::
 
-    python sweeps/quickstart.py --models tiny --seeds 0 1 2 --steps 150 --cpus-per-trial 1 \
-        --methods full lora dora lisa ows badam galore apollo grass grass-static \
-        --set method.optimizer.lr=3e-3 method.sampler.num_active_layers=2 method.sampler.period=10 \
-        method.sampler.probing_steps=5 method.sampler.refresh_period=40 \
-        method.optimizer.projection.rank=16 method.optimizer.projection.refresh_period=50
+    python sweeps/quickstart.py --seeds 1 2 --steps 15 --cpus-per-trial 1 --max-concurrent-trials 2 \
+        --methods full lora dora prefix prompt lisa lisa-keep ows ows-galore ist lift hift badam misa galore apollo \
+        grass grass-static --settings benchmarks/results/comparison/settings.yaml --set evaluation.limit=40 \
+        method.sampler.period=3 method.sampler.probing_steps=2 method.sampler.refresh_period=6
 
-A random model of 214 thousand parameters learns next to nothing from 150 steps: this shows what a sweep leaves behind
-and what the page looks like, not which method is best.
+Fifteen steps, forty questions, rates searched alike but on other data (benchmarks/comparison.py), where GRASS's best
+was ten times its default, far too much here: it shows what a sweep leaves behind and what each method costs; which
+method is better it cannot tell.
 """
 
 from __future__ import annotations
