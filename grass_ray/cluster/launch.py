@@ -32,6 +32,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from grass_ray.cluster.leftovers import free_leftovers
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job, drive_trial
 from grass_ray.config import ConfigError
@@ -75,12 +76,14 @@ class ClusterView:
     node_ids: tuple[str, ...] = ()  # Ray's names of the machines
     memories: tuple[int, ...] = ()  # bytes that each offers to tasks
     dashboard: bool = True
+    freed: int = 0  # what dead sweeps still held
 
     def describe(self) -> str:
         """One line for the head of a sweep."""
         cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
         how = "joined" if self.joined else "started"
-        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs"
+        freed = f" ({self.freed} placement groups of dead jobs freed)" if self.freed else ""
+        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs{freed}"
 
     def check_storage(self, storage: Storage) -> None:
         """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
@@ -166,14 +169,16 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         alive = _await_machines(machines, within_s)
+        joined = not _is_own(context)
         held = [node["Resources"] for node in alive]
         yield ClusterView(
             address=context.address_info["gcs_address"],
             machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
-            joined=not _is_own(context),
+            joined=joined,
             node_ids=tuple(str(node["NodeID"]) for node in alive),
             memories=tuple(int(node.get("memory", 0)) for node in held),
             dashboard=bool(context.dashboard_url),
+            freed=free_leftovers() if joined and context.dashboard_url else 0,
         )
     finally:
         signal.signal(signal.SIGTERM, previous)
