@@ -6,6 +6,7 @@
 The loop prepares, trains and evaluates each trial in this process, with the threads that a trial of the sweep has, and
 writes nothing. The sweep does all that a sweep does. A trial's start-up is what the sweep's places held beyond the time
 that its workers worked: ``(wall time x trials at once - sum of workers' times) / trials``; Ray's own start is in it.
+What a checkpoint costs a trial is the difference between two trials in a sweep, one with checkpoints and one without.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.tracking import Tracker
 from grass_ray.training.run import Run
 
+PROBING_STEPS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -44,24 +47,29 @@ class Options:
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.cpus_per_trial)
-    sweep = Sweep(
+    sweep = make_sweep(options, seeds=options.trials)
+    values = loop(sweep) | orchestrated(sweep, options)
+    values["start_up_s_a_trial"] = (
+        values["sweep_s"] * values["trials_at_once"] - values["workers_s"]
+    ) / options.trials  # fmt: skip
+    values |= checkpointing(options) | tracking()
+    write(options, values)
+
+
+def make_sweep(options: Options, *, seeds: int, checkpoint_every: int | None = None) -> Sweep:
+    every = () if checkpoint_every is None else (f"training.checkpoint_every_steps={checkpoint_every}",)
+    return Sweep(
         name="orchestration",
         question="What does orchestration cost?",
         defaults=SweepDefaults(
             models=("tiny",),
             methods=("grass",),
             tasks=("generated",),
-            seeds=tuple(range(options.trials)),
-            settings=(f"training.steps={options.steps}", "training.batch_size=4", "evaluation.limit=8"),
-            method_settings={"grass": ("method.sampler.period=10", "method.sampler.probing_steps=4")},
+            seeds=tuple(range(seeds)),
+            settings=(f"training.steps={options.steps}", "training.batch_size=4", "evaluation.limit=8", *every),
+            method_settings={"grass": ("method.sampler.period=10", f"method.sampler.probing_steps={PROBING_STEPS}")},
         ),
     )
-    values = loop(sweep) | orchestrated(sweep, options)
-    values["start_up_s_a_trial"] = (
-        values["sweep_s"] * values["trials_at_once"] - values["workers_s"]
-    ) / options.trials  # fmt: skip
-    values |= checkpointing(sweep, options.saves) | tracking()
-    write(options, values)
 
 
 def loop(sweep: Sweep) -> dict[str, float]:
@@ -79,36 +87,48 @@ def loop(sweep: Sweep) -> dict[str, float]:
 
 def orchestrated(sweep: Sweep, options: Options) -> dict[str, float]:
     """The same trials as a sweep, on a Ray of this process."""
+    started = time.perf_counter()
+    worked = run_sweep(sweep, options)
+    wall = time.perf_counter() - started
+    assert len(worked) == options.trials
+    at_once = min(options.trials, max(1, (os.cpu_count() or 1) // options.cpus_per_trial))
+    return {"sweep_s": wall, "workers_s": sum(worked), "trials_at_once": at_once}
+
+
+def run_sweep(sweep: Sweep, options: Options) -> list[float]:
+    """Run a sweep, and find out how many seconds the worker of each trial worked."""
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
-        started = time.perf_counter()
         code = sweep.run(
             SweepOptions(base=False, quiet=True, storage_path=folder, cpus_per_trial=options.cpus_per_trial,
                          tracking_uri=f"sqlite:///{folder}/mlflow.db")
         )  # fmt: skip
-        wall = time.perf_counter() - started
         assert code == 0, "a trial failed"
         records = [RunRecord.load(path) for path in Path(folder).glob("*/*/*/record.json")]
-    assert len(records) == options.trials
-    cores = len(os.sched_getaffinity(0))
-    worked = sum(
+    return [
         (datetime.fromisoformat(r.finished_at) - datetime.fromisoformat(r.started_at)).total_seconds() for r in records
-    )
-    at_once = min(options.trials, max(1, (os.cpu_count() or 1) // options.cpus_per_trial))
-    return {"sweep_s": wall, "workers_s": worked, "trials_at_once": at_once, "cores_allowed": cores}
+    ]
 
 
-def checkpointing(sweep: Sweep, saves: int) -> dict[str, float]:
-    """Seconds a checkpoint takes to write, beside those of a step."""
-    run = Run.prepare(sweep.plan(SweepOptions(base=False))[0].config)
+def checkpointing(options: Options) -> dict[str, float]:
+    """Seconds a checkpoint takes to write, beside those of a step; and what it costs a trial, Ray's report included."""
+    run = Run.prepare(make_sweep(options, seeds=1).plan(SweepOptions(base=False))[0].config)
     steps = [report.step_s for report in run.fit()]
     times = []
     with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
-        for _ in range(saves):
+        for _ in range(options.saves):
             started = time.perf_counter()
             run.save(Path(folder) / "checkpoint")
             times.append(time.perf_counter() - started)
-    return {"step_s": statistics.median(steps), "checkpoint_s": statistics.median(times)}
+    every = max(1, options.steps // options.saves)
+    (without,) = run_sweep(make_sweep(options, seeds=1), options)
+    (with_them,) = run_sweep(make_sweep(options, seeds=1, checkpoint_every=every), options)
+    reported = -(-(options.steps + PROBING_STEPS) // every)  # of all steps, those that only measure included
+    return {
+        "step_s": statistics.median(steps),
+        "checkpoint_s": statistics.median(times),
+        "checkpoint_in_a_sweep_s": (with_them - without) / reported,
+    }
 
 
 def tracking(steps: int = 100, metrics: int = 12) -> dict[str, float]:
@@ -139,7 +159,8 @@ def write(options: Options, values: dict[str, float]) -> None:
         "the same trials as a sweep": f"{values['sweep_s']:.1f} s, {values['trials_at_once']:.0f} at once",
         "start-up of a trial in the sweep": f"{values['start_up_s_a_trial']:.1f} s",
         "a training step": f"{1000 * values['step_s']:.1f} ms",
-        "a checkpoint": f"{1000 * values['checkpoint_s']:.1f} ms",
+        "a checkpoint, written": f"{1000 * values['checkpoint_s']:.1f} ms",
+        "a checkpoint, reported to Ray Train": f"{values['checkpoint_in_a_sweep_s']:.2f} s of its trial",
         "tracking a step, one call a step": f"{1000 * values['tracking_s_a_step_by_1']:.1f} ms in the driver",
         "tracking a step, ten steps a call": f"{1000 * values['tracking_s_a_step_by_10']:.1f} ms in the driver",
     }

@@ -103,9 +103,12 @@ class Execution:
                 gpus=self.options.gpus_per_trial,
                 max_concurrent=self.options.max_concurrent_trials,
                 workers=self.options.workers_per_trial,
+                fewest_workers=self.options.fewest_workers,
             )
             self.progress.slots = share.slots
-            each = "a trial" if share.workers == 1 else f"for each of {share.workers} workers a trial"
+            fewest = self.options.fewest_workers
+            number = f"{share.workers}" if fewest == share.workers else f"{fewest} to {share.workers}"
+            each = "a trial" if share.workers == 1 else f"for each of {number} workers a trial"
             self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs {each}, {share.slots} at once")
             self._cpus, self._gpus = share.cpus, share.gpus
             with self.progress:
@@ -163,6 +166,7 @@ class Execution:
             memory_check=self.options.memory_check,
             max_failures=self.options.max_failures,
             workers=self.options.workers_per_trial,
+            fewest_workers=self.options.fewest_workers,
             parallel=self.options.parallel,
         )
 

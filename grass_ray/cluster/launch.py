@@ -114,8 +114,19 @@ class ClusterView:
                 "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
             )
 
-    def share(self, *, cpus: int | None, gpus: int | None, max_concurrent: int | None, workers: int = 1) -> Share:
+    def share(
+        self,
+        *,
+        cpus: int | None,
+        gpus: int | None,
+        max_concurrent: int | None,
+        workers: int = 1,
+        fewest_workers: int | None = None,
+    ) -> Share:
         """What each worker of a trial gets; by default a GPU where there is one, and the CPUs that come with it.
+
+        An elastic trial needs room for its ``fewest_workers`` only, and others run beside it where there is room for
+        all ``workers`` of each.
 
         Raises:
             ConfigError: When the machines cannot hold a trial's workers; Ray would wait for ever.
@@ -129,18 +140,19 @@ class ClusterView:
                 max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
             )
         room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
-        if room < workers:
+        fewest = workers if fewest_workers is None else fewest_workers
+        if room < fewest:
             held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
-            if workers > 1:
+            if fewest > 1:
                 raise ConfigError(
-                    f"the cluster cannot hold {workers} workers of {cpus or 1} CPUs and {gpus} GPUs each; "
+                    f"the cluster cannot hold {fewest} workers of {cpus or 1} CPUs and {gpus} GPUs each; "
                     f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
                 )
             raise ConfigError(
                 f"no machine can hold a trial of {cpus or 1} CPUs and {gpus} GPUs; the cluster has {held}; "
                 "lower --cpus-per-trial or --gpus-per-trial"
             )
-        slots = room // workers
+        slots = max(room // workers, 1)
         return Share(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
 
 

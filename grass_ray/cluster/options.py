@@ -92,6 +92,14 @@ class SweepOptions:
             help="data-parallel workers that share each step's micro-batches; the numbers stay the same", metavar="N"
         ),
     ] = 1
+    min_workers_per_trial: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="elastic: a trial begins, and after a machine's death goes on, with as few workers as this, and grows "
+            "back when machines return; default: always all of them",
+            metavar="N",
+        ),
+    ] = None
     parallel: Annotated[
         Parallel,
         tyro.conf.arg(help="each worker holds the whole model, or shards of it (FSDP2) where it outgrows one GPU"),
@@ -125,6 +133,11 @@ class SweepOptions:
     resume: Annotated[bool, tyro.conf.arg(help="finish this sweep's newest interrupted run")] = False
     dry_run: Annotated[bool, tyro.conf.arg(help="print the trials and stop")] = False
     quiet: Annotated[bool, tyro.conf.arg(help="only the final leaderboard, failures and errors")] = False
+
+    @property
+    def fewest_workers(self) -> int:
+        """The number of workers that a trial begins and goes on with at least."""
+        return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
 
     def chosen(self) -> list[str]:
         """The flags given that decide what the trials are."""
@@ -247,7 +260,14 @@ def default_tracking(options: SweepOptions) -> str | None:
 
 def _check_numbers(options: SweepOptions) -> None:
     mistakes = []
-    for flag in ("num_samples", "workers_per_trial", "cpus_per_trial", "max_concurrent_trials", "machines"):
+    for flag in (
+        "num_samples",
+        "workers_per_trial",
+        "min_workers_per_trial",
+        "cpus_per_trial",
+        "max_concurrent_trials",
+        "machines",
+    ):
         value = getattr(options, flag)
         if value is not None and value < 1:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 1 or more")
@@ -255,8 +275,15 @@ def _check_numbers(options: SweepOptions) -> None:
         value = getattr(options, flag)
         if value is not None and value < 0:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 0 or more")
+    fewest = options.fewest_workers
+    if fewest > options.workers_per_trial:
+        mistakes.append(
+            f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {options.workers_per_trial}"
+        )
     if options.parallel == "shard" and options.workers_per_trial < 2:
         mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
+    elif options.parallel == "shard" and fewest < 2:
+        mistakes.append("--parallel shard needs --min-workers-per-trial 2 or more")
     if options.search == "random" and options.num_samples is None:
         mistakes.append("--search random needs --num-samples N, the points drawn for each method")
     if options.search == "grid" and options.num_samples is not None:

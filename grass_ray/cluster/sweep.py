@@ -36,7 +36,7 @@ from grass_ray.cluster.space import RandomPicker
 from grass_ray.cluster.space import choose as choose_point
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuning import Tuning
-from grass_ray.config import ConfigError, Parallel, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
@@ -83,7 +83,7 @@ class Sweep:
         console = Console()
         root = Storage.at(options.storage_path)
         plan = self._resumed_plan(root, options) if options.resume else self._new_plan(root, options)
-        self._check(plan, options.workers_per_trial, options.parallel)
+        self._check(plan, options)
         storage = root.join(self.name, plan.sweep_id)
         if options.dry_run:
             _print_trials(console, plan)
@@ -144,14 +144,14 @@ class Sweep:
         uri = options.tracking_uri
         return replace(plan, tracking_uri=uri) if uri else plan
 
-    def _check(self, plan: SweepPlan, workers: int, parallel: Parallel) -> None:
+    def _check(self, plan: SweepPlan, options: SweepOptions) -> None:
         """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
         from grass_ray.training.run import check_run
 
         mistakes: dict[str, None] = {}
         for spec in _to_check(plan):
             try:
-                check_run(spec.config, workers, parallel)
+                check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers)
             except ConfigError as mistake:
                 mistakes[str(mistake)] = None
         if mistakes:

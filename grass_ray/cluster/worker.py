@@ -62,6 +62,7 @@ class Job:
     memory_check: bool = True
     max_failures: int = 2  # how often a process may die before the trial counts as failed
     workers: int = 1
+    fewest_workers: int = 1  # fewer than workers where the trial is elastic
     parallel: Parallel = "replicate"
     search: dict[str, Any] | None = None  # of the record: which search this trial belongs to
     validate_at: tuple[int, ...] = ()  # updates after which held-out rows are measured on the way
@@ -75,6 +76,11 @@ class Job:
     def run_id(self) -> str:
         """The trial's name among all sweeps."""
         return f"{self.sweep_id}-{self.key}"
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the trial goes on with fewer workers when machines are missing."""
+        return self.fewest_workers < self.workers
 
     @property
     def train_name(self) -> str:
@@ -225,7 +231,7 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
         _end_again(run, job, first=first)
         return
     for report in run.fit():
-        metrics = report.metrics() | _watch(run, job.watched)
+        metrics = report.metrics() | _watch(run, job)
         pending.append((report, metrics))
         last = report.step == report.total_steps
         updates = run.state.trained if report.phase == "train" else 0
@@ -285,12 +291,17 @@ def _end_again(run: Run, job: Job, *, first: bool) -> None:
         ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _watch(run: Run, keys: Sequence[str]) -> dict[str, float]:
-    """What settings that may change in mid-training are at this step, in the run's series and as metrics."""
+def _watch(run: Run, job: Job) -> dict[str, float]:
+    """What may change in mid-training, as it is at this step: settings, and the number of workers.
+
+    In the run's series, and as metrics.
+    """
     from grass_ray.layerwise.schedules import value_at
 
     found: dict[str, float] = {}
-    for key in keys:
+    if job.elastic:
+        found["comm/workers"] = float(run.state.optimizer.workers.count)
+    for key in job.watched:
         name = key.rpartition(".")[2]
         setting = run.config.method.optimizer.lr if name == "lr" else getattr(run.state.optimizer.sampler, name)
         if setting is not None:
@@ -301,8 +312,9 @@ def _watch(run: Run, keys: Sequence[str]) -> dict[str, float]:
 
 
 def _hardware(job: Job) -> str:
-    """The device in words; speed and memory of shards are compared with those of shards."""
-    return f"{hardware()}, model sharded" if job.parallel == "shard" else hardware()
+    """The device in words; speed and memory of shards, or of a changing number of workers, have tables of their own."""
+    suffix = ", model sharded" if job.parallel == "shard" else ""
+    return hardware() + suffix + (f", elastic from {job.fewest_workers}" if job.elastic else "")
 
 
 def _steps_message(
@@ -392,7 +404,9 @@ def train(job: Job, storage: Storage) -> ray.train.Result | None:
         train_loop_config=asdict(job),
         torch_config=TorchConfig(backend="nccl" if job.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=job.workers, use_gpu=job.gpus > 0, resources_per_worker=_resources(job)
+            num_workers=(job.fewest_workers, job.workers) if job.elastic else job.workers,
+            use_gpu=job.gpus > 0,
+            resources_per_worker=_resources(job),
         ),
         run_config=ray.train.RunConfig(
             name=job.train_name,

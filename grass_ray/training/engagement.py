@@ -76,6 +76,7 @@ class EngagementLog:
         if report.refreshed and report.importance is not None and report.probabilities is not None:
             log.refreshes.append((report.step, report.importance, report.probabilities))
         log.resident_state_bytes, log.host_state_bytes = optimizer.state_bytes()
+        log.workers = max(log.workers, report.workers)
         if report.phase == "train" and report.workers > 1:
             self._sent_bytes += report.sent_bytes
             self._trained_steps += 1

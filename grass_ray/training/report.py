@@ -95,8 +95,9 @@ class Engagement:
     ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
     ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
     probabilities) with one entry a unit; ``only_active_layers_changed`` is False as soon as another set of weights
-    changed than was active. ``sent_bytes_per_step`` is what a worker gives to reductions, the mean over training steps;
-    ``sent_share_of_full`` is that over the gradients of all parameters; both 0 with one worker.
+    changed than was active. ``workers`` is the largest number of them; ``sent_bytes_per_step`` is what a worker
+    gives to reductions, the mean over training steps of several workers; ``sent_share_of_full`` is that over the
+    gradients of all parameters; both 0 with one worker.
     """
 
     num_layers: int

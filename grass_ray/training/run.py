@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -70,13 +71,16 @@ Progress = Callable[[str, int, int], None]
 VALIDATION = "validation/loss"
 
 
-def check_run(config: RunConfig, workers: int = 1, parallel: Parallel = "replicate") -> None:
+def check_run(
+    config: RunConfig, workers: int = 1, parallel: Parallel = "replicate", fewest_workers: int | None = None
+) -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
 
     Args:
         config: the run.
         workers: how many share the micro-batches of every step.
         parallel: what each of them holds of the model.
+        fewest_workers: the run may go on with any number of workers from this one up; None never changes it.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -89,9 +93,10 @@ def check_run(config: RunConfig, workers: int = 1, parallel: Parallel = "replica
         except ConfigError as error:
             mistakes.append(str(error))
 
-    attempt(lambda: _check_workers(config, workers))
+    fewest = workers if fewest_workers is None else fewest_workers
+    attempt(lambda: _check_workers(config, fewest, workers))
     if parallel == "shard":
-        attempt(lambda: check_shardable(config, workers))
+        attempt(lambda: check_shardable(config, fewest))
     attempt(lambda: _check_model(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
@@ -396,14 +401,21 @@ def _hold_within_cycles(schedule: Any, cycle_steps: int, warmup_steps: int) -> N
     schedule.lr_lambdas = [held(of_step) for of_step in schedule.lr_lambdas]
 
 
-def _check_workers(config: RunConfig, workers: int) -> None:
+def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
     """Workers take whole micro-batches, so that importance is measured on the same gradients whatever their number."""
     training = config.training
-    if training.steps and training.accumulation_steps % workers:
+    shares = math.lcm(*range(fewest, most + 1))
+    if training.steps and training.accumulation_steps % shares:
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
         raise ConfigError(
-            f"{workers} workers share the micro-batches of every step, so training.accumulation_steps must be a "
-            f"multiple of {workers}, not {training.accumulation_steps}; set training.accumulation_steps={workers} "
+            f"{number} workers share the micro-batches of every step, so training.accumulation_steps must be a "
+            f"multiple of {shares}, not {training.accumulation_steps}; set training.accumulation_steps={shares} "
             f"(training.batch_size stays the rows of a step over all workers)"
+        )
+    if training.steps and fewest < most and training.checkpoint_every_steps is None:
+        raise ConfigError(
+            f"a run of {fewest} to {most} workers goes on from its last checkpoint whenever their number changes; set "
+            "training.checkpoint_every_steps=50, or another number of steps whose loss you can bear"
         )
 
 

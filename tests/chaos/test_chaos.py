@@ -12,11 +12,9 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from typing import IO
 import psutil
 import pytest
 import torch
+from machines import Machines
 from mlflow import MlflowClient
 
 from grass_ray.config import RunConfig
@@ -42,60 +41,17 @@ STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
 PATIENCE_S = 300
 
 
-class Machines:
-    """The cluster of three, in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-            environment.pop(name, None)
-        self.log = (folder / "machines.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "three_machines.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
-        )  # fmt: skip
-        self.environment = environment | {"RAY_ADDRESS": self._answer()}
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line, Path(self.log.name).read_text()
-        return line
-
-    def kill_node(self) -> None:
-        """Kill one that is not the head; another takes its place."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("kill\n")
-        self.process.stdin.flush()
-        assert self._answer() == "3"
-
-    def trial_processes(self) -> list[psutil.Process]:
-        """Those in which trials train, or are driven."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                title = " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-            if title.startswith("ray::") and any(kind in title for kind in PROCESSES):
-                found.append(process)
-        return found
-
-    def close(self) -> None:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+def trial_processes(machines: Machines) -> list[psutil.Process]:
+    """Those in which trials train, or are driven."""
+    found = []
+    for process in psutil.Process(machines.process.pid).children(recursive=True):
         try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for child in children:
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.log.close()
+            title = " ".join(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if title.startswith("ray::") and any(kind in title for kind in PROCESSES):
+            found.append(process)
+    return found
 
 
 @contextmanager
@@ -121,7 +77,7 @@ def wait_for_training(machines: Machines, process: subprocess.Popen[str]) -> boo
 
 
 def living(machines: Machines) -> list[psutil.Process]:
-    return [process for process in machines.trial_processes() if process.is_running()]
+    return [process for process in trial_processes(machines) if process.is_running()]
 
 
 def disturb(machines: Machines, storage: Path, log: IO[str]) -> Counter[str]:
@@ -140,7 +96,7 @@ def disturb(machines: Machines, storage: Path, log: IO[str]) -> Counter[str]:
                 if kind == "driver":
                     process.send_signal(signal.SIGKILL)
                 elif kind == "node":
-                    machines.kill_node()
+                    assert machines.tell("kill") == 3
                 elif victims := living(machines):
                     chance.choice(victims).kill()
                 else:
@@ -158,11 +114,9 @@ def records_of(storage: Path) -> list[RunRecord]:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbed_one() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))  # short: Ray's sockets lie in it
-    storage = folder / "results"
-    machines = Machines(folder)
-    try:
-        with (folder / "driver.log").open("w") as log:
+    with Machines(3) as machines:
+        storage, log_file = machines.folder / "results", machines.folder / "driver.log"
+        with log_file.open("w") as log:
             kills = disturb(machines, storage, log)
             print(f"{sum(kills.values())} kills: {dict(kills)}")
             assert kills.keys() == set(KINDS), "too little time to kill each kind once"
@@ -171,21 +125,18 @@ def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbe
                     code = process.wait(timeout=900)
                 if code == 0:
                     break
-        output = (folder / "driver.log").read_text()
+        output = log_file.read_text()
         assert code == 0, output
         assert "joined Ray at" in output
         assert "3 machine(s)" in output
-    finally:
-        machines.close()
 
-    records = records_of(storage)
-    assert sorted((r.config["method"]["name"], r.config["seed"]) for r in records) == [
-        ("base", 0), ("full", 0), ("grass", 0), ("lisa", 0),
-    ]  # fmt: skip
-    for record in records:
-        assert_as_undisturbed(record)
-    assert_tracked_once(storage, records)
-    shutil.rmtree(folder, ignore_errors=True)
+        records = records_of(storage)
+        assert sorted((r.config["method"]["name"], r.config["seed"]) for r in records) == [
+            ("base", 0), ("full", 0), ("grass", 0), ("lisa", 0),
+        ]  # fmt: skip
+        for record in records:
+            assert_as_undisturbed(record)
+        assert_tracked_once(storage, records)
 
 
 def assert_as_undisturbed(record: RunRecord) -> None:

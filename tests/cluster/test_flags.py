@@ -39,6 +39,29 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep
         (["--machines", "0"], "--machines 0: give 1 or more"),
         (["--parallel", "shard"], "--parallel shard needs --workers-per-trial 2 or more"),
         (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore projects whole matrices"),
+        (["--min-workers-per-trial", "0"], "--min-workers-per-trial 0: give 1 or more"),
+        (["--min-workers-per-trial", "2"], "--min-workers-per-trial 2: give at most --workers-per-trial, which is 1"),
+        (
+            ["--parallel", "shard", "--workers-per-trial", "2", "--min-workers-per-trial", "1"],
+            "--parallel shard needs --min-workers-per-trial 2 or more",
+        ),
+        (
+            ["--workers-per-trial", "4", "--min-workers-per-trial", "2", "--set", "training.accumulation_steps=4"],
+            "2 to 4 workers share the micro-batches of every step, so training.accumulation_steps must be a multiple "
+            "of 12, not 4",
+        ),
+        (
+            [
+                "--workers-per-trial",
+                "2",
+                "--min-workers-per-trial",
+                "1",
+                "--set",
+                "training.accumulation_steps=2",
+                "training.checkpoint_every_steps=null",
+            ],
+            "set training.checkpoint_every_steps=50",
+        ),
         (["--max-failures", "-1"], "--max-failures -1: give 0 or more"),
         (["--search", "random"], "--search random needs --num-samples"),
         (["--data-dir", "/nowhere"], "has no effect"),

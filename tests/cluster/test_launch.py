@@ -37,6 +37,17 @@ def test_trials_at_once_always_fit_together(
     assert share.slots <= places
 
 
+def test_an_elastic_trial_needs_room_for_its_fewest_workers() -> None:
+    def slots(*machines: tuple[int, int]) -> int:
+        asked = view(*machines)
+        return asked.share(cpus=1, gpus=None, max_concurrent=None, workers=4, fewest_workers=2).slots
+
+    assert slots((1, 0), (1, 0)) == 1
+    assert slots((4, 0), (4, 0), (3, 0)) == 2
+    with pytest.raises(ConfigError, match="cannot hold 2 workers of 1 CPUs and 0 GPUs each; it has 1 CPUs"):
+        slots((1, 0))
+
+
 def test_what_no_single_machine_holds_is_refused_although_all_together_would() -> None:
     with pytest.raises(ConfigError, match="no machine can hold a trial of 3 CPUs and 0 GPUs; the cluster has 2 CPUs"):
         view((2, 0), (2, 0)).share(cpus=3, gpus=None, max_concurrent=None)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import Machines
 
 # Ray Train's controllers do the same, less often; a loop makes the race certain
 DRIVER = """
@@ -58,34 +54,12 @@ with ray_cluster() as cluster:
         time.sleep(0.1)
 print(json.dumps({"before": before, "after": after, "said": said, "free": free}))
 """
-MACHINE = """
-import sys
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0})
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
 
 
-@pytest.fixture
-def machine() -> Iterator[dict[str, str]]:
-    """A Ray of one node in a process of its own; the environment that joins it."""
-    folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))  # short: Ray's sockets lie in it
-    environment = {**os.environ, "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", MACHINE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    yield environment | {"RAY_ADDRESS": process.stdout.readline().strip()}
-    process.communicate(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def kill_a_driver(machine: dict[str, str]) -> None:
+def kill_a_driver(environment: dict[str, str]) -> None:
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, machine["RAY_ADDRESS"]],
-        env=machine, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-c", DRIVER, environment["RAY_ADDRESS"]],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert driver.stdout is not None
     assert any("at work" in line for line in driver.stdout)
@@ -93,22 +67,23 @@ def kill_a_driver(machine: dict[str, str]) -> None:
     driver.communicate()
 
 
-def begin_the_next_sweep(machine: dict[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-c", NEXT, machine["RAY_ADDRESS"]]
-    done = subprocess.run(command, env=machine, text=True, capture_output=True, timeout=300, check=False)
+def begin_the_next_sweep(environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-c", NEXT, environment["RAY_ADDRESS"]]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def test_what_a_killed_driver_left_behind_is_free_when_the_next_sweep_joins(machine: dict[str, str]) -> None:
-    for _ in range(10):  # three in four kills leave something
-        kill_a_driver(machine)
-        found = begin_the_next_sweep(machine)
-        leaked = len(found["before"]) - 1
-        assert len(found["after"]) == 1, "a detached group stays"
-        if leaked:
-            assert f"({leaked} placement groups of dead jobs freed)" in found["said"]
-            assert found["free"] == 0.999
-            return
+def test_what_a_killed_driver_left_behind_is_free_when_the_next_sweep_joins() -> None:
+    with Machines(1) as machines:
+        for _ in range(10):  # three in four kills leave something
+            kill_a_driver(machines.environment)
+            found = begin_the_next_sweep(machines.environment)
+            leaked = len(found["before"]) - 1
+            assert len(found["after"]) == 1, "a detached group stays"
+            if leaked:
+                assert f"({leaked} placement groups of dead jobs freed)" in found["said"]
+                assert found["free"] == 0.999
+                return
     pytest.fail("Ray frees them by itself now: leftovers.py can go")

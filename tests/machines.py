@@ -1,0 +1,111 @@
+"""A Ray cluster of several machines on this one, in a process of its own, that loses and gains machines when told to.
+
+::
+
+    with Machines(3) as machines:
+        subprocess.run([...], env=machines.environment)
+        machines.tell("kill")
+
+Each has one CPU. Run as a program it prints the cluster's address, and answers each line of its input with the number
+of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one, ``add`` adds one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class Machines:
+    """The cluster as tests see it.
+
+    Attributes:
+        folder: of its own, with a short name: Ray's sockets lie in it, and which cluster ``ray.init()`` joins.
+        environment: makes a program join the cluster.
+        process: has all of the cluster's processes as children.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))
+        environment = {**os.environ, "RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            environment.pop(name, None)
+        self._log = (self.folder / "machines.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(number)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+        )  # fmt: skip
+        self.environment = environment | {"RAY_ADDRESS": self._answer()}
+
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """End the cluster; the folder stays where a test has failed."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for child in children:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._log.close()
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def tell(self, word: str) -> int:
+        """Let it kill, lose or add a machine; the number of machines then."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        assert line, Path(self._log.name).read_text()
+        return line
+
+
+def main(number: int) -> None:
+    """Be the cluster until the input ends."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(number - 1):
+        cluster.add_node(num_cpus=1)
+    print(cluster.address, flush=True)
+    chosen = random.Random(0)
+    try:
+        for line in sys.stdin:
+            word = line.strip()
+            if word in ("kill", "lose"):
+                node = chosen.choice(sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id)))
+                for process in node.all_processes["raylet"]:
+                    os.kill(process.process.pid, signal.SIGKILL)
+                cluster.remove_node(node, allow_graceful=False)
+            if word in ("kill", "add"):
+                cluster.add_node(num_cpus=1)
+            print(1 + len(cluster.worker_nodes), flush=True)
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
