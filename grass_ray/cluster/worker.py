@@ -112,7 +112,8 @@ def train_worker(values: dict[str, Any]) -> None:
     started_at = now()
     config = RunConfig.parse(job.config)
     storage = Storage(job.storage)
-    first = ray.train.get_context().get_world_rank() == 0
+    context = ray.train.get_context()
+    first, workers = context.get_world_rank() == 0, context.get_world_size()
     if first:
         storage.write_text(config.to_yaml(), job.folder, "config.yaml")
         for name in (RECORD_FILE, TRACEBACK_FILE):  # of a crashed attempt; in this order, so that neither misleads
@@ -125,7 +126,8 @@ def train_worker(values: dict[str, Any]) -> None:
         with ending_together(job, storage):
             # what fits is predicted for a worker that holds the whole model
             fits = job.memory_check and job.parallel == "replicate"
-            run = Run.prepare(fit_to_memory(config) if fits else config, parallel=job.parallel)
+            fitted = fit_to_memory(config, workers=workers) if fits else config
+            run = Run.prepare(fitted, parallel=job.parallel)
             _go_on(run, job)
             _fit(run, job, first=first)
             if run.state.trained < config.training.steps:

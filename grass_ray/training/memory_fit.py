@@ -118,12 +118,13 @@ def _changes_of_shape(method: MethodConfig, shape: StepShape) -> Iterator[tuple[
 # ------------------------------------------------------------------------------------------------ before a run starts
 
 
-def fit_to_memory(config: RunConfig, device: torch.device | None = None) -> RunConfig:
+def fit_to_memory(config: RunConfig, device: torch.device | None = None, workers: int = 1) -> RunConfig:
     """The configuration as it can run here: offload ``auto`` becomes resident if that fits, else lazy.
 
     Args:
         config: of a run, checked.
         device: where it would run; None takes the first CUDA device, else the CPU.
+        workers: how many share its micro-batches, each with the whole model.
 
     Raises:
         MemoryRefusalError: even the best applicable mode is predicted to exceed the device's memory by more than the
@@ -134,15 +135,15 @@ def fit_to_memory(config: RunConfig, device: torch.device | None = None) -> RunC
     if memory is None or not config.training.steps:
         return config
     try:
-        return _fit_to(config, "cuda" if device.type == "cuda" else "cpu", memory - RESERVE_BYTES)
+        planner = Planner(config.model, "cuda" if device.type == "cuda" else "cpu", workers)
+        return _fit_to(config, planner, memory - RESERVE_BYTES)
     except CannotPlanError as error:
         warnings.warn(f"{error}; the run starts unchecked", stacklevel=2)
         return config
 
 
-def _fit_to(config: RunConfig, device: DeviceKind, memory: int) -> RunConfig:
-    method = config.method
-    planner = Planner(config.model, device)
+def _fit_to(config: RunConfig, planner: Planner, memory: int) -> RunConfig:
+    method, device = config.method, planner.device
     trains = planner.put_on(method, config.training.steps)
     own = _own_mode(method)
     automatic = method.offload == "auto" and method.optimizer.projection is None and "lazy" in applicable_modes(method)

@@ -30,7 +30,7 @@ from grass_ray.training.step_memory import StepProfile, StepShape, profile_step
 from grass_ray.training.trained_units import TrainedUnits, put_on
 
 Mode = Literal["none", "resident", "blocking", "overlap", "lazy"]
-Phase = Literal["probing", "backward", "update"]
+Phase = Literal["probing", "backward", "exchange", "update"]
 STREAMING: tuple[Mode, ...] = ("blocking", "overlap", "lazy")
 RING_BYTES = 4 * CHUNK_BYTES
 # cuBLAS takes its workspace from the caching allocator and keeps it: 32 MiB on Hopper, 8 before
@@ -82,13 +82,15 @@ class Planner:
     Args:
         model: a hub id, a folder, a built-in model, or a built-in shape (``llama2-7b``); its dtype counts.
         device: whose kernels and allocator to assume.
+        workers: how many share a step's micro-batches, each with the whole model.
 
     Raises:
         ConfigError: there is no such model.
     """
 
-    def __init__(self, model: ModelConfig, device: DeviceKind) -> None:
+    def __init__(self, model: ModelConfig, device: DeviceKind, workers: int = 1) -> None:
         self.device: DeviceKind = device
+        self.workers = workers
         self._skeleton = build_shape(model)
         self._profiles: dict[object, StepProfile] = {}
 
@@ -145,17 +147,24 @@ class Planner:
         profile = self._profile(trains, shape, active)
         states = _states_on_device(trains, mode, active)
         update = Parts(gradients=profile.gradients, workspace=trains.update_bytes(trains.trained(active), self.device))
-        return [
+        plans = [
             self._compose(trains, shape, mode, "backward", states=states, parts=profile.peak),
             self._compose(trains, shape, mode, "update", states=states, parts=update),
         ]
+        if self.workers > 1:
+            # gradients travel as copies that take their place; one unit's at a time is in both
+            copied = max((storages_bytes(unit.parameters) for unit in trains.trained(active)), default=0)
+            exchange = Parts(gradients=profile.gradients, workspace=copied)
+            plans.append(self._compose(trains, shape, mode, "exchange", states=states, parts=exchange))
+        return plans
 
     def _profile(
         self, trains: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, drop_gradients: bool = False
     ) -> StepProfile:
         trained = {p for unit in trains.trained(active) for p in unit.parameters}
         names = tuple(name for name, p in trains.model.named_parameters() if p in trained)
-        shape = replace(shape, micro_batches=min(shape.micro_batches, 2))  # the second one meets gradients already
+        # the second of a worker's own meets gradients already
+        shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), 2))
         key = (_key(trains.method.adapter), shape, names, drop_gradients)
         if key not in self._profiles:
             for parameter in trains.model.parameters():

@@ -21,6 +21,9 @@ from small import short_run
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.memory_fit import real_shape
+from grass_ray.training.memory_plan import Planner
+from grass_ray.training.report import GIB
 from grass_ray.training.run import Run, check_run
 
 # one of each kind of sampler, adapter and state; the others only with --slow
@@ -29,6 +32,7 @@ SLOW = [name for name, row in METHODS.items() if row.trains and name not in QUIC
 METHODS_THAT_TRAIN = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
 STEPS = 5
+ALWAYS_ALIKE = ("full", "lora", "prefix", "prompt")  # every step takes the same memory
 RESUMED = ("full", "lora", "ist", "grass")
 EVALUATED = ("full", "lora")
 # Float32 sums in another order; Adam divides small gradients by their own size, and so lets a few last bits of a
@@ -252,6 +256,17 @@ def test_peak_memory_is_the_largest_of_all_workers(groups: Groups) -> None:
     peaks = [worker["full"]["reports"][-1].peak_allocated_gib for worker in groups[2]]
     assert len(set(peaks)) == 1
     assert peaks[0] > 0
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_TRAIN)
+def test_the_memory_plan_knows_of_workers(method: str, groups: Groups) -> None:
+    """Gradients under way are copies; each worker has half of the micro-batches. Draws may miss the worst case."""
+    config = make_config(method)
+    planner = Planner(config.model, "cpu", workers=2)
+    (plan,) = planner.plan_modes(config.method, real_shape(config), modes=(config.method.offload,))
+    measured = groups[2][0][method]["reports"][-1].peak_allocated_gib * GIB
+    share = plan.peak_bytes / measured
+    assert share == pytest.approx(1.02, rel=0.03) if method in ALWAYS_ALIKE else share >= 0.98
 
 
 def test_micro_batches_that_cannot_be_shared_out_are_refused() -> None:
