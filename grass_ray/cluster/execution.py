@@ -30,6 +30,7 @@ from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+TRACKING_WITHIN_S = 300.0
 SUMMARY_FOLDER, BEST_FILE = "summary", "best.yaml"
 
 
@@ -70,6 +71,7 @@ class Execution:
                 folder=Path(scratch) / SUMMARY_FOLDER,
             )
             ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
+            code = EXIT_INTERRUPTED
             try:
                 self._run_trials(ledger)
                 code = self._sum_up(sweep_run, list(ledger.records.values()), overview)
@@ -78,9 +80,8 @@ class Execution:
                 overview.show(list(ledger.records.values()), at_once=True)
                 self.tracker.finish_sweep(sweep_run, status="stopped")
                 self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
-                code = EXIT_INTERRUPTED
             finally:
-                self.tracker.close()
+                self._close_tracker(resume_command, patient=code != EXIT_INTERRUPTED)
         return code
 
     def _run_trials(self, ledger: Ledger) -> None:
@@ -191,6 +192,22 @@ class Execution:
         if not self.plan.tracking_uri.startswith("http"):
             self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
         return EXIT_FAILED if failed else 0
+
+    def _close_tracker(self, resume_command: str, *, patient: bool) -> None:
+        """Send what MLflow has not taken yet; ``patient``: its server may be down for minutes when a sweep ends."""
+        try:
+            if self.tracker.close(wait_s=0 if patient else 10) and patient:
+                minutes = f"{TRACKING_WITHIN_S / 60:.0f} minutes"
+                self._say(f"waiting up to {minutes} for MLflow to answer again; Ctrl-C does not wait", always=True)
+                self.tracker.close(wait_s=TRACKING_WITHIN_S)
+        except KeyboardInterrupt:
+            pass
+        if self.tracker.waiting:
+            self._say(
+                f"MLflow at {redact(self.plan.tracking_uri)} lacks the last {self.tracker.waiting} messages of this "
+                f"sweep; all of it is in {self.storage.uri}; to send them once it answers:  {resume_command}",
+                always=True,
+            )
 
     def _width(self) -> int:
         return self.console.width if self.console.is_terminal else 140

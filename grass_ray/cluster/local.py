@@ -193,7 +193,7 @@ class _LocalRun:
         record.save(self.output / "record.json")
         write_run_plots(record, self.output)
         self.tracker.finish(self.run_id, record, self.output)
-        self.tracker.close()
+        unsent = self.tracker.close()
         if record.status == "finished":
             self._say(render(build_leaderboard([record])), always=True)
         else:
@@ -202,6 +202,8 @@ class _LocalRun:
             self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
+        if unsent:
+            self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
         if record.status == "stopped":
             words = [word for word in sys.argv[1:] if word != "--resume"]
             self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)

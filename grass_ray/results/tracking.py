@@ -130,13 +130,16 @@ class Tracker:
         beside = Path(self.tracking_uri.removeprefix(SQLITE)).parent / "artifacts"
         return (self.artifact_root or beside).as_uri()
 
+    @property
+    def waiting(self) -> int:
+        """Calls that the store has not taken yet."""
+        return len(self._waiting)
+
     def close(self, wait_s: float = 10.0) -> int:
         """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
         deadline = time.monotonic() + wait_s
         while not self._send(at_once=True) and time.monotonic() < deadline:
             time.sleep(0.5)
-        if self._waiting:
-            log.error("MLflow at %s stayed away: %d calls not sent", redact(self.tracking_uri), len(self._waiting))
         return len(self._waiting)
 
     # -- runs
