@@ -17,12 +17,12 @@ from grass_ray.results.record import RunRecord
 from grass_ray.training.run import Run
 
 SWEEP = Path(__file__).parent / "mini_sweep.py"
-STEPS = 1000
+STEPS, CHECKPOINT_EVERY = 1000, 20
 SETTINGS = (
     f"training.steps={STEPS}",
     "training.batch_size=64",  # a step of a fifth of a second: the machines come and go in the meantime
     "training.accumulation_steps=2",
-    "training.checkpoint_every_steps=20",
+    f"training.checkpoint_every_steps={CHECKPOINT_EVERY}",
 )
 # float32 sums in another order, which a thousand steps of Adam let grow
 LOSS_TOLERANCE = 2e-3
@@ -41,10 +41,12 @@ def workers_at_checkpoints(storage: Path) -> list[int]:
 
 
 def wait_for(storage: Path, process: subprocess.Popen[str], workers: int) -> None:
+    """Until so many have worked for two checkpoints: Ray knows of the first one then, and goes on from it."""
     deadline = time.monotonic() + PATIENCE_S
-    while (counts := workers_at_checkpoints(storage))[-1:] != [workers]:
+    enough = [workers] * (2 * CHECKPOINT_EVERY)
+    while (counts := workers_at_checkpoints(storage))[-len(enough) :] != enough:
         assert process.poll() is None, f"the sweep has ended after {counts}"
-        assert time.monotonic() < deadline, f"no checkpoint of {workers} workers, but of {counts}"
+        assert time.monotonic() < deadline, f"no checkpoints of {workers} workers, but of {counts}"
         time.sleep(0.5)
 
 
