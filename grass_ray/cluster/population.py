@@ -5,6 +5,10 @@ one lies (a *standing*), and is put to sleep. The scheduler wakes it with its ow
 member and changed settings::
 
     Tuner(tune.with_resources(drive_member, ...), tune_config=TuneConfig(scheduler=Population(...)))
+
+What came of a generation is kept under its name, which says where it began and with what settings. A sweep that goes
+on after its driver died begins with the first generation again, whose members tell at once what they told before; since
+the scheduler decides the same again (:class:`grass_ray.cluster.schedulers.Population`), nothing is trained twice.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from grass_ray.config import RunConfig
 from grass_ray.results.best_settings import VALIDATION
 
 STANDING_FILE = "standing.json"
+GENERATIONS_FOLDER = "generations"
 _PAUSED_WITHIN_S = 600.0
 
 
@@ -55,24 +60,39 @@ def drive_member(tune_config: dict[str, Any]) -> None:
     storage = Storage(given.storage)
     standing = _standing(given.key)
     job = next_generation(given, standing)
-    result = train(job, storage)
-    if result is None:
+    ended = storage.exists(GENERATIONS_FOLDER, job.train_name) or _train(job, storage, standing)
+    if not ended:
         return
-    lineage = job.search["lineage"] if job.search else []
-    checkpoint = _uri(storage, job, result)
-    reached = Standing(updates=job.until or 0, checkpoint=checkpoint, key=job.key, lineage=lineage)
-    if storage.exists(job.folder, RECORD_FILE):  # trained to its end, or failed with a reason
-        storage.write_text(reached.to_json(), job.folder, STANDING_FILE)
+    kept = json.loads(storage.read_text(GENERATIONS_FOLDER, job.train_name))
+    reached = Standing(**kept["standing"])
+    if kept["loss"] is None:  # the last one
         return
-    _remove_older(storage, job, standing.updates)
     with tempfile.TemporaryDirectory(prefix="grass_ray-standing-") as name:
         (Path(name) / STANDING_FILE).write_text(reached.to_json(), encoding="utf-8")
-        assert result.metrics is not None
-        message = {"phase": "generation", "steps": [], TIME: reached.updates, VALIDATION: result.metrics[VALIDATION]}
+        message = {"phase": "generation", "steps": [], TIME: reached.updates, VALIDATION: kept["loss"]}
         ray.tune.report(message, checkpoint=ray.tune.Checkpoint.from_directory(name))
     # in step with the others: Tune stops this process here, and starts another one for the next generation
     threading.Event().wait(_PAUSED_WITHIN_S)
     raise RuntimeError(f"{job.key} was not put to sleep after {reached.updates} updates")
+
+
+def _train(job: Job, storage: Storage, standing: Standing) -> bool:
+    """Train a generation, and keep what came of it; False where its workers died too often."""
+    result = train(job, storage)
+    if result is None:
+        return False
+    lineage = job.search["lineage"] if job.search else []
+    checkpoint = _uri(storage, job, result)
+    reached = Standing(updates=job.until or 0, checkpoint=checkpoint, key=job.key, lineage=lineage)
+    loss: float | None = None
+    if storage.exists(job.folder, RECORD_FILE):  # trained to its end, or failed with a reason
+        storage.write_text(reached.to_json(), job.folder, STANDING_FILE)
+    else:
+        assert result.metrics is not None
+        loss = result.metrics[VALIDATION]
+        _remove_older(storage, job, standing.updates)
+    storage.write_text(json.dumps({"standing": asdict(reached), "loss": loss}), GENERATIONS_FOLDER, job.train_name)
+    return True
 
 
 def next_generation(given: Job, standing: Standing) -> Job:

@@ -65,11 +65,15 @@ class Storage:
             return bytes(file.read()).decode("utf-8")
 
     def write_text(self, text: str, *parts: str) -> None:
-        """Write a file, making its folder."""
+        """Write a file, making its folder; a process that dies meanwhile leaves it as it was."""
         filesystem, path = self._open(*parts)
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        with filesystem.open_output_stream(path) as file:
+        # an object store shows an object once it is whole; moving one would copy it
+        written = f"{path}.part" if isinstance(filesystem, fs.LocalFileSystem) else path
+        with filesystem.open_output_stream(written) as file:
             file.write(text.encode("utf-8"))
+        if written != path:
+            filesystem.move(written, path)
 
     def upload(self, folder: Path, *parts: str) -> None:
         """Copy a local folder's files to here."""

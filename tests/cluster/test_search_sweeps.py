@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,29 @@ def finals(storage: Path) -> list[RunRecord]:
     return [record for record in records(storage) if record.tasks]
 
 
+def generations(storage: Path) -> dict[str, tuple[str, int]]:
+    """What is kept of a population's generations, and when it was written."""
+    return {p.name: (p.read_text(), p.stat().st_mtime_ns) for p in storage.glob("mini-search/*/generations/train-*")}
+
+
+def lineage_of(record: RunRecord) -> list[dict[str, object]]:
+    assert record.search is not None
+    return [step.model_dump() for step in record.search.lineage]
+
+
+def kill_after(storage: Path, flags: Sequence[str], condition: Callable[[], bool]) -> None:
+    """Start a search, and kill its driver once the condition holds."""
+    with storage.with_suffix(".log").open("w") as log:
+        driver = subprocess.Popen(
+            command(storage, *flags), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
+        )
+        deadline = time.monotonic() + 900
+        while not condition() and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
 @pytest.fixture
 def neighbour() -> Iterator[None]:
     """Another Ray on this machine: what a stopped trial held must be freed all the same."""
@@ -72,15 +95,7 @@ def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_
     flags += ("--seeds", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     out = run(whole, *flags)
-    with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen(
-            command(killed, *flags), stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
-        )
-        deadline = time.monotonic() + 900
-        while len(records(killed)) < 2 and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+    kill_after(killed, flags, lambda: len(records(killed)) >= 2)
     before = written(killed)
     assert len(before) >= 2
     time.sleep(5)
@@ -125,8 +140,9 @@ def test_a_search_by_optuna_with_asha_that_was_killed_comes_out_as_one_that_was_
 
 @pytest.mark.slow
 def test_a_population_changes_settings_in_mid_training_and_says_from_whom_it_took_what(tmp_path: Path) -> None:
-    storage = tmp_path / "population"
-    out = run(storage, "--scheduler", "pbt", "--num-samples", "4", "--max-concurrent-trials", "2")
+    storage, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ("--scheduler", "pbt", "--num-samples", "4", "--max-concurrent-trials", "2")
+    out = run(storage, *flags)
     (own,) = searched(records(storage)).values()
     assert [record.status for record in own] == ["finished"] * 4
     keys = {record.run_id[-12:] for record in own}
@@ -164,3 +180,13 @@ def test_a_population_changes_settings_in_mid_training_and_says_from_whom_it_too
     assert len(runs) == 4
     assert all("hparam/lr" in run.data.metrics for run in runs)
     assert "4 trials of 36 steps by PBT over" in out
+
+    # a driver killed in the second generation: what was trained is not trained again, and all comes out the same
+    kill_after(killed, flags, lambda: len(generations(killed)) >= 5)
+    before = generations(killed)
+    run(killed, *flags, "--resume")
+    assert before.items() <= generations(killed).items()
+    (again,) = searched(records(killed)).values()
+    assert [(r.weights_sha256, lineage_of(r)) for r in again] == [(r.weights_sha256, lineage_of(r)) for r in own]
+    assert [r.series["train/loss"] for r in again] == [r.series["train/loss"] for r in own]
+    assert [r.weights_sha256 for r in finals(killed)] == [final.weights_sha256]
