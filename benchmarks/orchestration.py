@@ -104,7 +104,7 @@ def run_sweep(sweep: Sweep, options: Options) -> list[float]:
                          tracking_uri=f"sqlite:///{folder}/mlflow.db")
         )  # fmt: skip
         assert code == 0, "a trial failed"
-        records = [RunRecord.load(path) for path in Path(folder).glob("*/*/*/record.json")]
+        records = [RunRecord.load(path) for path in Path(folder).glob(f"{sweep.name}/*/*/record.json")]
     return [
         (datetime.fromisoformat(r.finished_at) - datetime.fromisoformat(r.started_at)).total_seconds() for r in records
     ]
