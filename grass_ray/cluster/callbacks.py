@@ -21,11 +21,11 @@ from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import RECORD_FILE, TIME, TRACEBACK_FILE, passed_file, steps_of
-from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
 from grass_ray.results.tracking import Tracker
+from grass_ray.training.report import VALIDATION
 
 
 class Ledger:

@@ -21,13 +21,14 @@ from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.searching import GroupSearch
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
-from grass_ray.results.best_settings import VALIDATION, best_settings, write_settings
+from grass_ray.results.best_settings import best_settings, write_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
+from grass_ray.training.report import VALIDATION
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 TRACKING_WITHIN_S = 300.0

@@ -28,7 +28,7 @@ from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuning import generation_ends
 from grass_ray.cluster.worker import RECORD_FILE, TIME, Job, train
 from grass_ray.config import RunConfig
-from grass_ray.results.best_settings import VALIDATION
+from grass_ray.training.report import VALIDATION
 
 STANDING_FILE = "standing.json"
 GENERATIONS_FOLDER = "generations"

@@ -18,12 +18,11 @@ from rich.console import Console
 from grass_ray.cluster.local import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
-from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
 from grass_ray.results.store import download, is_run_id
-from grass_ray.training.report import RunOutcome, TrainingFailure
+from grass_ray.training.report import VALIDATION, RunOutcome, TrainingFailure
 
 RECORD = "record.json"
 EXAMPLES = "examples.jsonl"

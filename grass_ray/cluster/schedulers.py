@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from grass_ray.cluster.space import Mutation, choose, from_plain
 from grass_ray.cluster.tuning import REDUCTION, generation_ends, rungs
 from grass_ray.cluster.worker import TIME, Job
-from grass_ray.results.best_settings import VALIDATION
+from grass_ray.training.report import VALIDATION
 
 
 @dataclass(frozen=True, kw_only=True)

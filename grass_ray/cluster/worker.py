@@ -30,10 +30,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from grass_ray.cluster.progress import step_summary
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, Parallel, RunConfig
-from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.provenance import build_record, hardware, now, write_engagement, write_examples
 from grass_ray.results.record import SearchPart, Status
-from grass_ray.training.report import StepReport, TrainingFailure
+from grass_ray.training.report import VALIDATION, StepReport, TrainingFailure
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run

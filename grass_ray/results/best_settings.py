@@ -20,8 +20,8 @@ import yaml
 from grass_ray.config import ConfigError, assignment
 from grass_ray.methods import METHODS, unknown
 from grass_ray.results.record import RunRecord
+from grass_ray.training.report import VALIDATION
 
-VALIDATION = "validation/loss"
 # what trials differ in without being settings of a method
 _NOT_SEARCHED = ("seed", "model.name", "model.revision")
 

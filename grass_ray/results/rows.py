@@ -18,6 +18,7 @@ from typing import Any
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
+from grass_ray.training.report import VALIDATION
 
 # Settings that change no number, so that runs which differ in them alone are one row.
 _NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
@@ -307,7 +308,7 @@ def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
 def _why_untested(record: RunRecord) -> str:
     if record.config["evaluation"].get("test", True):
         return "finished without an evaluation"
-    loss = record.metrics.get("validation/loss", math.nan)
+    loss = record.metrics.get(VALIDATION, math.nan)
     return f"searched, not tested; validation loss {loss:.4f}"
 
 

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.colours import style_of
 from grass_ray.results.pictures import EDGE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import LineageStep, RunRecord
 from grass_ray.results.rows import leaf_settings
 from grass_ray.results.searches import probing_steps, rung_losses, searched, trial_loss, winner
+from grass_ray.training.report import VALIDATION
 
 HPARAM = "hparam/"
 _ACROSS = 3
@@ -256,7 +256,7 @@ def draw_population(records: Sequence[RunRecord]) -> Picture | None:
             points = _rungs(record)
             if points:
                 row[0].plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=label, **look)
-                numbers += [(method, _number(record), "validation/loss", *point) for point in points]
+                numbers += [(method, _number(record), VALIDATION, *point) for point in points]
             for axes, name in zip(row[1:], watched[method], strict=False):
                 values = _own_values(record, name)
                 axes.plot(*zip(*values, strict=True), drawstyle="steps-pre", **look)

@@ -12,8 +12,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from grass_ray.results.best_settings import VALIDATION
 from grass_ray.results.record import RunRecord
+from grass_ray.training.report import VALIDATION
 
 
 def is_search(record: RunRecord) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
+VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
 MOST_UNITS_AS_SERIES = 128
 
 

@@ -62,13 +62,12 @@ from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
 from grass_ray.training.packing import check_packed_adapter, check_packing
-from grass_ray.training.report import MOST_UNITS_AS_SERIES, RunOutcome, StepReport
+from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
 
 Progress = Callable[[str, int, int], None]
-VALIDATION = "validation/loss"
 
 
 def check_run(
