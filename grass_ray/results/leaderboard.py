@@ -50,7 +50,8 @@ class LeaderboardTable:
     @property
     def title(self) -> str:
         """Model, suite, hardware and how it was evaluated."""
-        machine = self.hardware if self.world_size == 1 else f"{self.world_size} x {self.hardware}"
+        # a CPU is named with all of its cores, which several workers may share; a GPU is one of theirs
+        machine = self.hardware if self.world_size == 1 else f"{self.hardware}, {self.world_size} workers"
         parts = [str(self.evaluation["scoring"]), f"{self.evaluation['extraction']} extraction"]
         if self.evaluation["num_beams"] not in (None, 1):
             parts.append(f"{self.evaluation['num_beams']} beams")
