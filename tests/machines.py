@@ -6,8 +6,9 @@
         subprocess.run([...], env=machines.environment)
         machines.tell("kill")
 
-Each has one CPU. Run as a program it prints the cluster's address, and answers each line of its input with the number
-of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one, ``add`` adds one.
+Each has one CPU, the head perhaps none. Run as a program it prints the cluster's address, and answers each line of its
+input with the number of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one,
+``add`` adds one.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Machines:
         process: has all of the cluster's processes as children.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, head_cpus: int = 1) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))
         environment = {**os.environ, "RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
             environment.pop(name, None)
         self._log = (self.folder / "machines.log").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(number)],
+            [sys.executable, __file__, str(number), str(head_cpus)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
         )  # fmt: skip
         self.environment = environment | {"RAY_ADDRESS": self._answer()}
@@ -82,11 +83,11 @@ class Machines:
         return line
 
 
-def main(number: int) -> None:
+def main(number: int, head_cpus: int) -> None:
     """Be the cluster until the input ends."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    head = {"num_cpus": head_cpus, "include_dashboard": True, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(number - 1):
         cluster.add_node(num_cpus=1)
@@ -108,4 +109,4 @@ def main(number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 REPORT_EVERY_S = 8.0  # each report wakes half a dozen processes, which take turns with training on small machines
 VERDICT_WITHIN_S = 600.0
+PREEMPTION_EVERY_S = 5.0  # how often workers ask whether one of their machines is about to be taken away
 TRACEBACK_FILE = "traceback.txt"
 FAILURE_FILE = "failure.json"  # why a worker of several ended its trial
 RECORD_FILE = "record.json"
@@ -219,15 +220,17 @@ def _go_on(run: Run, job: Job) -> None:
 def _fit(run: Run, job: Job, *, first: bool) -> None:
     """Take every step; report the steps since the last report every few seconds, and at each checkpoint.
 
-    A report is a barrier: the ``first`` worker's clock decides for all. It alone saves: states are the same on every
-    worker (of a sharded model they are gathered), and random numbers are keyed, so that no worker has anything of its
-    own to save.
+    A machine that is about to be taken away (a preemptible one) is a reason for a checkpoint at once. A report is a
+    barrier, as is the question about preemption: the ``first`` worker's clock decides for all. It alone saves: states
+    are the same on every worker (of a sharded model they are gathered), and random numbers are keyed, so that no worker
+    has anything of its own to save.
     """
     every_steps = run.config.training.checkpoint_every_steps
     workers = run.state.optimizer.workers
     storage = Storage(job.storage)
     pending: list[tuple[StepReport, dict[str, float]]] = []
-    last_report = time.monotonic()
+    last_report = last_question = time.monotonic()
+    warned = False
     if job.until is not None and run.state.trained >= job.until:
         _end_again(run, job, first=first)
         return
@@ -241,9 +244,17 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
         passed = None if loss is None or job.until is not None else passed_file(updates)
         if passed is not None and first:
             storage.remove(job.folder, passed)  # of an earlier attempt
-        due = first and time.monotonic() - last_report >= REPORT_EVERY_S
-        due = bool(workers.maximum([due])[0]) or last or loss is not None
+        due, asks = workers.maximum(
+            [
+                first and time.monotonic() - last_report >= REPORT_EVERY_S,
+                first and time.monotonic() - last_question >= PREEMPTION_EVERY_S,
+            ]
+        )
         saves = ends or (every_steps is not None and (last or report.step % every_steps == 0))
+        if asks:
+            last_question = time.monotonic()
+            if not warned and ray.train.get_preemption_info() is not None:
+                warned = saves = True
         if saves and first:
             with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
                 run.save(Path(folder))
@@ -253,7 +264,7 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
         elif saves:
             run.save(None)
             ray.train.report(_steps_message(job, pending, updates, loss))
-        elif due:
+        elif due or last or loss is not None:
             ray.train.report(_steps_message(job, pending, updates, loss))
         else:
             continue
