@@ -255,19 +255,9 @@ def _fit(run: Run, job: Job, *, first: bool) -> None:
             last_question = time.monotonic()
             if not warned and ray.train.get_preemption_info() is not None:
                 warned = saves = True
-        if saves and first:
-            with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
-                run.save(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-                # returns when uploaded
-                ray.train.report(_steps_message(job, pending, updates, loss), checkpoint=checkpoint)
-        elif saves:
-            run.save(None)
-            ray.train.report(_steps_message(job, pending, updates, loss))
-        elif due or last or loss is not None:
-            ray.train.report(_steps_message(job, pending, updates, loss))
-        else:
+        if not (saves or due or last or loss is not None):
             continue
+        _report(run, _steps_message(job, pending, updates, loss), saves=saves, first=first)
         if ends:
             return
         if passed is not None and first:
@@ -293,14 +283,20 @@ def _wait_for_verdict(storage: Storage, folder: str, name: str) -> None:
 
 def _end_again(run: Run, job: Job, *, first: bool) -> None:
     """End a generation that had ended before its process died: the same report, with its checkpoint."""
-    message = _restored_message(run, job)
-    if not first:
+    _report(run, _restored_message(run, job), saves=True, first=first)
+
+
+def _report(run: Run, message: dict[str, Any], *, saves: bool, first: bool) -> None:
+    """Report to Train, with a checkpoint where one is due; returns when it is in the storage."""
+    if not saves:
+        ray.train.report(message)
+    elif not first:
         run.save(None)
         ray.train.report(message)
-        return
-    with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
-        run.save(Path(folder))
-        ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    else:
+        with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
+            run.save(Path(folder))
+            ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _watch(run: Run, job: Job) -> dict[str, float]:
