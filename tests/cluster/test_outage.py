@@ -28,6 +28,11 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[bytes]
         time.sleep(0.2)
 
 
+def hear_interrupts() -> None:
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("comes_back", [True, False], ids=["comes back", "stays away"])
 def test_a_server_that_is_away_when_the_sweep_ends_learns_everything(tmp_path: Path, comes_back: bool) -> None:
@@ -38,7 +43,9 @@ def test_a_server_that_is_away_when_the_sweep_ends_learns_everything(tmp_path: P
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     with log.open("wb") as output:
         with server(tmp_path, port):
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=hear_interrupts
+            )
             # written by the trial's worker, before its first step
             wait_until(lambda: list(tmp_path.glob("results/mini/*/full-*/config.yaml")), process, log)
         wait_until(lambda: "waiting up to 5 minutes for MLflow" in log.read_text(), process, log)
