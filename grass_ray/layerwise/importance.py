@@ -86,11 +86,6 @@ class GradNormMeter:
             self.witness.grad += norm.to(self._device) * 0
 
     @property
-    def empty(self) -> bool:
-        """Whether no gradient arrived since the last step."""
-        return self._empty
-
-    @property
     def micro_batches(self) -> int:
         """How many calls of backward were noted since the last step."""
         return len(self._tasks())

@@ -213,6 +213,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._away: set[str] = set()
         self._torn = False
         self._retired = False
+        # whether backward brought a gradient that probing did not keep
+        self._dropped = False
         self._dtype = managed[0].dtype
         self._watch = Watch(model, unmanaged)
         # hooks on the model, which must not outlive the optimizer
@@ -349,6 +351,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Throw away gradients, and what was measured of them since the last step."""
         super().zero_grad(set_to_none)
+        self._dropped = False
         if self._meter is not None:
             self._meter.clear()
 
@@ -357,7 +360,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self.workers.count > 1 or not self._active():
             return False
         if self.sampler.probing:
-            return self._meter is not None and self._meter.empty
+            return not self._dropped
         return not has_gradient(self.active_parameters())
 
     def _unscale(self, scale: LossScale) -> None:
@@ -568,6 +571,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Free a gradient the moment it was measured, so that probing never holds more than a few of them."""
         if self.sampler.probing:
             parameter.grad = None
+            self._dropped = True
 
     # ---------------------------------------------------------------------------------------------- the switch
 
