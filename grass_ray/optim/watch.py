@@ -85,10 +85,11 @@ class Watch:
 
     def without_gradient(self, units: Sequence[Unit]) -> None:
         """Units that should have trained, or have been measured, in the step that ends and got no gradient."""
-        if units:
+        names = [unit.name for unit in units if unit.parameters]
+        if names:
             self._say(
                 "units",
-                f"{_listing([unit.name for unit in units])} got no gradient in a whole step: they do not train, and "
+                f"{_listing(names)} got no gradient in a whole step: they do not train, and "
                 f"their importance is not measured. {CAUSES}. If the model skips layers on purpose, ignore this",
             )
 
