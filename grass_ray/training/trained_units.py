@@ -20,7 +20,8 @@ from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.allocations import DeviceKind, storages_bytes
-from grass_ray.training.run import build_optimizer, build_projection, build_sampler
+from grass_ray.training.run import build_optimizer, build_projection
+from grass_ray.training.sampling import build_sampler
 from grass_ray.training.step_memory import profile_block
 
 
