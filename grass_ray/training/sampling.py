@@ -26,9 +26,8 @@ def build_sampler(method: MethodConfig, seed: int, training_steps: int) -> Sampl
     config = method.sampler
     if isinstance(config, AllLayersConfig):
         return AllLayersSampler()
-    settings = {
-        name: plain_schedule(value, training_steps) for name, value in config if name not in ("kind", "hold_lr")
-    }
+    given = {name: value for name, value in config if name not in ("kind", "hold_lr")}
+    settings = {name: plain_schedule(value, training_steps) for name, value in given.items()}
     if isinstance(config, CyclicSamplerConfig):
         settings["training_steps"] = training_steps
     return SAMPLERS[config.kind](**settings, seed=seed)

@@ -105,7 +105,7 @@ def _of_the_loop(config: RunConfig) -> Iterator[str]:
     every = training.checkpoint_every_steps
     total = training.steps + getattr(config.method.sampler, "probing_steps", 0)
     if every is not None and every > total:
-        yield f"training.checkpoint_every_steps={every}: the run ends after {total} steps, so no checkpoint is on the way"
+        yield f"training.checkpoint_every_steps={every}: the run ends after {total} steps, so none is written before"
 
 
 def draw_steps(config: RunConfig) -> list[int]:
