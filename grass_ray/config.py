@@ -94,6 +94,10 @@ Share = Annotated[
     Annotated[Annotated[float, Field(gt=0, le=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
+Layers = Annotated[
+    Annotated[Annotated[float, Field(ge=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Discriminator(_number_or_schedule),
+]
 
 
 # ----------------------------------------------------------------------------------------------- which layers train
@@ -123,10 +127,25 @@ class GradNormSamplerConfig(ConfigPart):
     refresh_period: Annotated[int, Field(ge=1)] | None = Field(
         default=100, description="T_u, optimizer steps between refreshes of the importance; null never refreshes"
     )
-    temperature: Positive = Field(default=0.5, description="tau")
+    temperature: Positive | None = Field(default=0.5, description="tau; null where effective_layers is given")
     ema: Share = Field(default=0.5, description="alpha, the weight of the new value")
     normalise: Literal["mean", "none"] = "mean"
     exploration: Annotated[float, Field(ge=0, le=1, description="epsilon, share of a uniform draw")] = 0.0
+    staleness: Literal["none", "level"] = Field(
+        default="none", description="level brings old values to the level of the gradients at a refresh"
+    )
+    effective_layers: Layers | None = Field(
+        default=None, description="exponential of the entropy of the probabilities, in place of the temperature"
+    )
+
+    @model_validator(mode="after")
+    def _temperature_or_effective_layers(self) -> Self:
+        if (self.temperature is None) == (self.effective_layers is None):
+            given = "both are null" if self.temperature is None else "both are given"
+            raise ValueError(
+                f"temperature and effective_layers say the same in two ways, and {given}; set one of them to null"
+            )
+        return self
 
 
 class OutlierSamplerConfig(ConfigPart):

@@ -222,6 +222,16 @@ _ROWS = (
         summary="grass whose probabilities stay what probing measured (the paper's ablation)",
         source="arXiv 2604.07808",
     ),
+    Method(
+        config=MethodConfig(
+            name="grass-fresh",
+            sampler=GradNormSamplerConfig(staleness="level", exploration=0.05),
+            optimizer=OptimizerConfig(lr=3e-4),
+            offload="resident",
+        ),
+        summary="grass whose old importance follows the level of the gradients, with a floor under every layer",
+        source="arXiv 2604.07808, changed here",
+    ),
 )
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}

@@ -213,7 +213,7 @@ def default_space(config: RunConfig) -> Space:
         space["method.adapter.rank"] = (8, 16, 32)
     if _has_key(config, "method.sampler.num_active_layers"):
         space["method.sampler.num_active_layers"] = (1, 2, 4)
-    if _has_key(config, "method.sampler.temperature"):
+    if getattr(config.method.sampler, "temperature", None) is not None:
         space["method.sampler.temperature"] = LogUniform(low=0.1, high=2.0)
     return space
 

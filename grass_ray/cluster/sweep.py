@@ -213,6 +213,19 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
     if plan.tuning is not None:
         for line in _describe_search(plan.tuning):
             console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+    for line in _without_effect(plan):
+        console.print(f"no effect {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _without_effect(plan: SweepPlan) -> list[str]:
+    """A line for each setting that changes nothing in some trials, with the methods of these."""
+    from grass_ray.training.without_effect import settings_without_effect
+
+    found: dict[str, dict[str, None]] = {}
+    for config in [spec.config for spec in plan.known_trials] + _templates(plan):
+        for line in settings_without_effect(config):
+            found.setdefault(line, {})[config.method.name] = None
+    return [f"{', '.join(methods)}: {line}" for line, methods in found.items()]
 
 
 def _templates(plan: SweepPlan) -> list[RunConfig]:
@@ -248,3 +261,5 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
             console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
     wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)
+    for line in _without_effect(plan):
+        console.print(f"without effect: {line}", soft_wrap=True, highlight=False, markup=False)

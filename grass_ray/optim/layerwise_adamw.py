@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
-from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
@@ -674,12 +673,17 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             return offload
         if self._device.type != "cuda" or self._projection is not None:
             return "resident"
-        layouts = (state_layout(p.dtype, self._precision) for p in self._parameters_in_order())
-        per_parameter = max(layout.bytes_per_parameter for layout in layouts)
-        sizes = sorted((sum(local(p).numel() for p in unit.parameters) for unit in self.units), reverse=True)
-        largest = sum(sizes[: int(bounds_of(getattr(self.sampler, "num_active_layers", len(sizes)))[1])])
         free, _ = torch.cuda.mem_get_info(self._device)
-        return "resident" if largest * per_parameter <= RESIDENT_SHARE * free else "lazy"
+        return "resident" if self._largest_active_bytes() <= RESIDENT_SHARE * free else "lazy"
+
+    def _largest_active_bytes(self) -> int:
+        """Bytes of the states of the largest set of units that the sampler may draw."""
+        weights = [
+            sum(local(p).numel() * state_layout(p.dtype, self._precision).bytes_per_parameter for p in unit.parameters)
+            for unit in self.units
+        ]
+        active_sets = self.sampler.largest_active_sets(weights)
+        return max(sum(weights[unit] for unit in active) for active in active_sets)
 
     def _start_streaming(self) -> None:
         if self.offload == "blocking" or self.offload == "overlap" or self.offload == "lazy":

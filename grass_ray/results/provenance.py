@@ -207,6 +207,7 @@ def _history(engagement: Engagement) -> LayerHistory:
         trainable_share=engagement.trainable_share,
         intervals=list(engagement.intervals),
         refreshes=list(engagement.refreshes),
+        ages=list(engagement.ages),
         visits=list(engagement.visits),
         only_active_layers_changed=engagement.only_active_layers_changed,
         resident_state_bytes=engagement.resident_state_bytes,

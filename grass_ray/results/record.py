@@ -44,6 +44,9 @@ class LayerHistory(RecordPart):
     trainable_share: float
     intervals: list[tuple[int, tuple[int, ...]]]
     refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]]
+    ages: list[tuple[int, tuple[float, ...]]] = Field(
+        default_factory=list, description="(step, steps since each unit's importance was last measured) at refreshes"
+    )
     visits: list[int]
     only_active_layers_changed: bool
     resident_state_bytes: int

@@ -284,7 +284,7 @@ def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunR
     if not series:
         record.series = _totals(record)
         if record.layers is not None:
-            record.layers.intervals, record.layers.refreshes = [], []
+            record.layers.intervals, record.layers.refreshes, record.layers.ages = [], [], []
     return record
 
 

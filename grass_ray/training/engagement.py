@@ -75,6 +75,8 @@ class EngagementLog:
             self._expected |= {unit for unit in trained if self._units[unit].parameters}
         if report.refreshed and report.importance is not None and report.probabilities is not None:
             log.refreshes.append((report.step, report.importance, report.probabilities))
+            if report.ages is not None:
+                log.ages.append((report.step, report.ages))
         log.resident_state_bytes, log.host_state_bytes = optimizer.state_bytes()
         log.workers = max(log.workers, report.workers)
         if report.phase == "train" and report.workers > 1:
@@ -120,6 +122,7 @@ class EngagementLog:
         values = dict(state["engagement"])
         values["intervals"] = [(step, tuple(active)) for step, active in values["intervals"]]
         values["refreshes"] = [(step, tuple(m), tuple(p)) for step, m, p in values["refreshes"]]
+        values["ages"] = [(step, tuple(ages)) for step, ages in values.get("ages", ())]
         self.engagement = Engagement(**values)
         self._expected = set(state["expected"])
         self._steps_since_check = state["steps_since_check"]

@@ -144,6 +144,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             active_layers=active_layers,
             probabilities=optimizer.sampler.probabilities(),
             importance=optimizer.sampler.importance(),
+            ages=optimizer.sampler.ages(),
             visits=tuple(state.engagement.engagement.visits),
             refreshed=optimizer.sampler.refreshes > refreshes,
             switched=optimizer.switches > switches,

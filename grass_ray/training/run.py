@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,31 +21,16 @@ from typing import Any
 import torch
 
 from grass_ray.config import (
-    AllLayersConfig,
     ApolloConfig,
     ConfigError,
-    CosineScheduleConfig,
-    CyclicSamplerConfig,
     GaLoreConfig,
-    LinearScheduleConfig,
     MethodConfig,
     Parallel,
     PrefixConfig,
     ProjectionConfig,
     RunConfig,
-    StepScheduleConfig,
 )
-from grass_ray.layerwise.grad_norm import GradNormSampler
-from grass_ray.layerwise.matrix_norm import MatrixNormSampler
-from grass_ray.layerwise.outliers import OutlierSampler
-from grass_ray.layerwise.rewards import RewardSampler
-from grass_ray.layerwise.samplers import (
-    AllLayersSampler,
-    CyclicSampler,
-    Sampler,
-    UniformSampler,
-)
-from grass_ray.layerwise.schedules import Cosine, Linear, Step
+from grass_ray.layerwise.samplers import CyclicSampler, Sampler
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
@@ -63,9 +49,11 @@ from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
+from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
+from grass_ray.training.without_effect import settings_without_effect
 
 Progress = Callable[[str, int, int], None]
 
@@ -274,6 +262,7 @@ class Run:
         metrics = accuracy_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
+        engagement = replace(state.engagement.engagement, without_effect=settings_without_effect(self.config))
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
@@ -295,44 +284,10 @@ class Run:
             metrics=metrics,
             series=state.series,
             tasks=self._results,
-            engagement=state.engagement.engagement if state.trained else None,
+            engagement=engagement if state.trained else None,
             data=self._data,
             model_revision=self._revision,
         )
-
-
-def build_sampler(method: MethodConfig, seed: int, training_steps: int) -> Sampler:
-    """The sampler a method's row describes; schedules without a length span ``training_steps``."""
-    config = method.sampler
-    if isinstance(config, AllLayersConfig):
-        return AllLayersSampler()
-    settings = {name: _schedule(value, training_steps) for name, value in config if name not in ("kind", "hold_lr")}
-    if isinstance(config, CyclicSamplerConfig):
-        settings["training_steps"] = training_steps
-    return SAMPLERS[config.kind](**settings, seed=seed)
-
-
-SAMPLERS: Mapping[str, Callable[..., Sampler]] = {
-    "uniform": UniformSampler,
-    "grad_norm": GradNormSampler,
-    "outlier": OutlierSampler,
-    "cyclic": CyclicSampler,
-    "reward": RewardSampler,
-    "matrix_norm": MatrixNormSampler,
-}
-
-
-def _schedule(value: object, training_steps: int) -> object:
-    """A setting as samplers take it: schedules of the configuration become schedules over steps."""
-    match value:
-        case LinearScheduleConfig():
-            return Linear(value.start, value.end, steps=value.steps or max(training_steps, 1))
-        case CosineScheduleConfig():
-            return Cosine(value.start, value.end, steps=value.steps or max(training_steps, 1))
-        case StepScheduleConfig():
-            return Step(value.values, value.at_progress, steps=value.steps or max(training_steps, 1))
-        case _:
-            return value
 
 
 def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> LayerwiseAdamW:

@@ -67,7 +67,7 @@ LR = "method.optimizer.lr=0.5"
 def test_pictures_of_a_run(tmp_path: Path) -> None:
     record = make_record("grass", layers=make_history(), series=make_series(0, 1.0))
     paths = write_run_plots(record, tmp_path / "new")
-    assert [path.name for path in paths] == ["sampling.png", "loss.png", "importance.png"]
+    assert [path.name for path in paths] == ["sampling.png", "loss.png", "importance.png", "ages.png"]
     assert all(drawn(path) for path in paths)
 
 
@@ -88,8 +88,9 @@ def test_methods_that_draw_no_layers_have_no_heatmap(method: str) -> None:
 def test_numbers_gone_bad_and_layers_not_measured_are_drawn(tmp_path: Path) -> None:
     history = make_history(num_layers=3, steps=20)
     history.refreshes = [(10, (math.nan, 1.0, 200.0), (0.2, 0.2, 0.6))]
+    history.ages = [(10, (math.nan, 0.0, 7.0))]
     series = {"train/loss": [(1, 2.0), (2, math.nan), (3, math.inf)]}
-    assert len(write_run_plots(make_record(layers=history, series=series), tmp_path)) == 3
+    assert len(write_run_plots(make_record(layers=history, series=series), tmp_path)) == 4
 
 
 def test_methods_that_take_turns_show_no_probability() -> None:
