@@ -34,6 +34,7 @@ from grass_ray.optim.lanes import Lanes, make_lanes
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.ownership import Takeover
 from grass_ray.optim.projection import Projection
+from grass_ray.optim.proof import Proof
 from grass_ray.optim.refusals import described, refuse_checkpoint_api, refuse_half
 from grass_ray.optim.sharded import check_sharded, clip, find_shards, first_element, local
 from grass_ray.optim.streaming import OffloadStats, Streamer
@@ -216,6 +217,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._dropped = False
         self._dtype = managed[0].dtype
         self._watch = Watch(model, unmanaged)
+        self._proof: Proof | None = None
+        self._model = weakref.ref(model)
         # hooks on the model, which must not outlive the optimizer
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -297,6 +300,26 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------ the step
 
+    def prove(self) -> Proof:
+        """From now on compare all weights at switches, to prove that exactly the active units change.
+
+        Reads every weight once per check, and waits for the device. A mistake is said in a warning.
+
+        Returns:
+            The proof: its ``mistakes`` so far, and :meth:`~grass_ray.optim.proof.Proof.check` for a last look.
+        """
+        self.synchronize()
+        model = self._model()
+        frozen = [] if model is None else [p for p in model.parameters() if p not in self._unit_of]
+        self._proof = Proof(self.units, frozen, self.workers if self.sharded else None)
+        return self._proof
+
+    def _check_proof(self) -> None:
+        if self._proof is not None and self._proof.due:
+            self.synchronize()
+            self._proof.check()
+            self._watch.mistakes(self._proof.mistakes)
+
     def probe(self, measure: Measure) -> None:
         """Before a step's forward: let the sampler take extra measurements, and switch if they make a draw due."""
         self.sampler.probe(measure)
@@ -338,6 +361,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self.probed:
             self.zero_grad(set_to_none=True)
             self.grad_norm = self._total_norm(norms)
+            if self._proof is not None:
+                self._proof.note(())
         else:
             norms = self._train(norms, scale)
         self.sampler.observe(norms)
@@ -415,6 +440,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if scale is not None:
             skip = skip | (scale.found_inf > 0)
         self._update(active, skip.to(torch.float32))
+        if self._proof is not None:
+            moves = any(float(group["lr"]) > 0 for group in self.param_groups)
+            self._proof.note(self.active_units if moves else (), skip)
         return norms.masked_fill(skip.to(norms.device), torch.nan)
 
     def _update(self, active: list[nn.Parameter], skip: Tensor) -> None:
@@ -576,6 +604,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
     def _switch(self, units: tuple[int, ...]) -> None:
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
+        self._check_proof()
         started = time.perf_counter()
         self._torn = True
         self.switches += 1

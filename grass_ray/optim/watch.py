@@ -99,6 +99,11 @@ class Watch:
             self._say("zero", f"all gradients of the first step are zero, so nothing trains. {CAUSES}")
         self._first = False
 
+    def mistakes(self, mistakes: Sequence[str]) -> None:
+        """The weights of a unit changed while it was frozen, or did not while it trained."""
+        if mistakes:
+            self._say("mistakes", f"not exactly the active units have changed: {_listing(mistakes)}")
+
     def _say(self, key: str, message: str) -> None:
         if key not in self._said:
             self._said.add(key)

@@ -336,3 +336,52 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
     train(model, exact, range(5))
     with pytest.raises(ValueError, match="give the model and the settings"):
         build(make_llama().bfloat16()).load_state_dict(exact.state_dict())
+
+
+# -------------------------------------------------------------------------------------------------------------- proof
+
+
+@pytest.mark.parametrize("offload", ["resident", "lazy"])
+def test_the_optimizer_proves_what_changed(offload: Any) -> None:
+    """In anybody's loop; a step that was called off for gradients that are not finite is no mistake."""
+    model = make_llama()
+    optimizer = LayerwiseAdamW(model, UniformSampler(1, 5), lr=1e-3, offload=offload, chunk_bytes=65536)
+    proof = optimizer.prove()
+    train(model, optimizer, range(8))
+    for parameter in optimizer.active_parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step()
+    optimizer.synchronize()
+    proof.check(last=True)
+    assert proof.mistakes == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mistake"),
+    [
+        (
+            lambda m, o: o.units[1 - o.active_units[0]].parameters[0].data.add_(1),
+            "while frozen",
+        ),
+        (lambda m, o: m.lm_head.weight.data.add_(1), "parameters outside the optimizer changed"),
+    ],
+)
+def test_a_change_that_should_not_be_is_found(spoil: Callable[[Any, LayerwiseAdamW], Any], mistake: str) -> None:
+    model = make_llama(layers=2)
+    optimizer = LayerwiseAdamW(model, UniformSampler(1, 5), lr=1e-3)
+    proof = optimizer.prove()
+    train(model, optimizer, range(2))
+    spoil(model, optimizer)
+    proof.check(last=True)
+    assert any(mistake in found for found in proof.mistakes)
+
+
+def test_a_mistake_is_said_at_the_next_switch() -> None:
+    model = make_llama(layers=2)
+    optimizer = LayerwiseAdamW(model, UniformSampler(1, 5), lr=1e-3)
+    optimizer.prove()
+    train(model, optimizer, range(2))
+    (frozen,) = {0, 1} - set(optimizer.active_units)
+    optimizer.units[frozen].parameters[0].data.add_(1)
+    with pytest.warns(UserWarning, match=f"not exactly the active units have changed: layer_0{frozen} changed"):
+        train(model, optimizer, range(2, 6))
