@@ -129,6 +129,8 @@ class GradNormMeter:
     def _of_layer(self, index: int, columns: dict[int, int]) -> Tensor:
         """RMS gradient of a layer in each micro-batch, shape (micro-batches,); ABSENT where it received none."""
         notes = self._notes[index]
+        if not any(notes):
+            return torch.full((len(columns),), ABSENT, device=self._device)
         norms = torch.zeros(len(notes), len(columns), device=self._device)
         for slot, seen in enumerate(notes):
             if len(seen) == len(columns):
@@ -137,7 +139,7 @@ class GradNormMeter:
                 for task, norm in seen.items():
                     norms[slot, columns[task]] = norm
         values = norms.square().sum(0).div(self._sizes[index]).sqrt()
-        absent = [place for task, place in columns.items() if not any(task in seen for seen in notes)]
-        if absent:
-            values[absent] = ABSENT
+        for task, place in columns.items():
+            if not any(task in seen for seen in notes):
+                values[place] = ABSENT
         return values

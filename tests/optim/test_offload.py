@@ -696,11 +696,10 @@ def test_gpu_kernel_is_the_reference() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_step_never_makes_the_host_wait() -> None:
+@pytest.mark.parametrize("sampler", [UniformSampler(2, 100), GradNormSampler(2, 100, probing_steps=1)])
+def test_gpu_step_never_makes_the_host_wait(sampler: Any) -> None:
     model = make_odd_llama(dtype=torch.bfloat16).cuda()
-    optimizer = LayerwiseAdamW(
-        model, UniformSampler(2, 100), lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0
-    )
+    optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0)
     batch = make_batch(0, vocabulary=61).cuda()
     for step in range(6):
         model(input_ids=batch, labels=batch).loss.backward()
