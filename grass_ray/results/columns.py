@@ -116,7 +116,7 @@ RESULTS: tuple[Column, ...] = (
         "p for",
         _scope,
         _scope,
-        "what the differences and p-values speak of: the method, over other seeds and questions, or these runs alone",
+        "what the differences and p-values speak of: any seeds and questions, or questions and these runs alone",
     ),
     Column(
         "alloc. GiB",

@@ -96,8 +96,8 @@ def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:
         words = differences([other.test for other in others]) or ["the settings of their source differ"]
         more = f" and {len(words) - _MOST_DIFFERENCES} more" if len(words) > _MOST_DIFFERENCES else ""
         note = (
-            f"not to be compared with the other {len(others) - 1} of this model and suite, whose rows were not tested "
-            f"alike: {', '.join(words[:_MOST_DIFFERENCES])}{more}"
+            f"not to be compared with the other {'table' if len(others) == 2 else 'tables'} of this model and suite, "
+            f"whose rows were not tested alike: {', '.join(words[:_MOST_DIFFERENCES])}{more}"
         )
         found.append(replace(table, apart=_apart(table, others), notes=(note, *table.notes)))
     return found

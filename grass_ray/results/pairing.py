@@ -35,18 +35,18 @@ Question = tuple[str, int]
 
 def scope(covers_training: bool | None) -> str:
     """What a p-value speaks of, in two words."""
-    return "-" if covers_training is None else "the method" if covers_training else "these runs"
+    return "-" if covers_training is None else "any seed" if covers_training else "these runs"
 
 
 def scope_notes(found: Iterable[bool | None]) -> list[str]:
     """What these words mean, a sentence each."""
     covered, notes = set(found), []
     if True in covered:
-        notes.append("p for the method: p-value and interval of the difference cover other seeds and other questions")
+        notes.append("p for any seed: p-value and interval of the difference cover other seeds and other questions")
     if False in covered:
         notes.append(
             "p for these runs: one seed on a side, so p-value and interval of the difference cover other questions "
-            "alone and say nothing of other trainings of the two methods"
+            "alone and say nothing of other seeds"
         )
     return notes
 
