@@ -3,7 +3,7 @@
 ::
 
     for test, records in comparable_groups(records):      # a table each
-        print(test.name, test.questions)
+        print(test.name, len(records))
 
 What was asked for is in the configuration; what was asked is in the scores: the questions, the file they came from,
 and how answers were drawn out and read. A run that was not tested (failed, stopped, searched) stands with the runs of
@@ -23,8 +23,8 @@ from grass_ray.results.record import RunRecord, TaskScore
 
 # What decides how answers are read, from the configuration.
 EVALUATION = ("limit", "scoring", "extraction", "num_beams")
-# What a source says that is not about the test, or only where its files are.
-_NOT_THE_TEST = ("path", "train", "test", "train_rows", "fields")
+# What a source says of the test itself; where its files are is no matter, and their hashes are in the scores.
+_OF_THE_TEST = ("seed", "test_rows", "instruction", "answer", "labels")
 # What a score's protocol says that changes neither question nor verdict: places, counts, and what ids say already.
 _SAME_TEST = frozenset(
     {"batch_size", "test_file", "test_rows", "test_rows_skipped", "broken_rows", "limit", "limit_seed"}
@@ -34,23 +34,17 @@ _SAME_TEST = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a table's runs were tested on. ``name`` is the same for the same test, None where no run was tested."""
+    """What a table's runs were asked: ``name`` is the same for the same test, whatever the model and the machine."""
 
-    name: str | None
+    name: str
     facts: Mapping[str, str]
-
-    @property
-    def questions(self) -> int | None:
-        """How many, over all tasks."""
-        counts = [int(text) for key, text in self.facts.items() if key.endswith(" questions")]
-        return sum(counts) if counts else None
 
 
 def table_key(record: RunRecord) -> list[Any]:
     """What two runs must have been asked for to be ranked together, as plain values."""
     config = record.config
     data = config["data"]
-    source = {key: value for key, value in data.get("source", {}).items() if key not in _NOT_THE_TEST}
+    source = {key: value for key, value in data.get("source", {}).items() if key in _OF_THE_TEST}
     protocol = [config["evaluation"].get(key) for key in EVALUATION]
     tasks = sorted(data["tasks"])
     place = [record.hardware, record.world_size]
@@ -92,8 +86,9 @@ def _split(records: Sequence[RunRecord]) -> list[tuple[Asked, list[RunRecord]]]:
         facts, members = max(fitting, key=likeness)
         facts |= {key: value for key, value in own.items() if key not in facts}
         members.append(place)
+    wanted = same_test_key(records[0])[1:]
     return [
-        (Asked(name=_name(facts), facts=facts), [records[place] for place in sorted(members)])
+        (Asked(name=_name(wanted, facts), facts=facts), [records[place] for place in sorted(members)])
         for facts, members in sorted(groups, key=lambda group: min(group[1]))
     ]
 
@@ -124,9 +119,8 @@ def _rules(score: TaskScore) -> list[tuple[str, str]]:
     return [(key, value[:12] if key.endswith("sha256") else json.dumps(value)) for key, value in rules.items()]
 
 
-def _name(facts: Mapping[str, str]) -> str | None:
-    tested = {key: value for key, value in facts.items() if key != "base model"}
-    return _digest(tested) if tested else None
+def _name(wanted: Sequence[Any], facts: Mapping[str, str]) -> str:
+    return _digest([wanted, {key: value for key, value in facts.items() if key != "base model"}])
 
 
 def _digest(value: object) -> str:

@@ -104,7 +104,7 @@ def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:
 
 
 def _apart(table: LeaderboardTable, others: Sequence[LeaderboardTable]) -> str:
-    name = f"test {table.test.name or 'unknown'}"
+    name = f"test {table.test.name}"
     if sum(other.test.name == table.test.name for other in others) > 1:
         name += f", base model {table.test.facts.get('base model', 'unknown')}"
     return name

@@ -391,6 +391,27 @@ def test_equal_accuracies_share_a_rank() -> None:
     assert [row.rank for row in rows_of(records)] == [1, 1, 3]
 
 
+def test_ties_are_ties_to_the_last_bit() -> None:
+    """17/72 twice: five, seven and five of 24, and seven, four and six."""
+    tasks = ("arc_easy", "arc_challenge", "openbookqa")
+    records = [
+        make_record(
+            method, suite="commonsense", correct={t: answers(n, 24) for t, n in zip(tasks, counts, strict=True)}
+        )
+        for method, counts in (("lora", (5, 7, 5)), ("lisa", (7, 4, 6)), ("full", (6, 6, 6)))
+    ]
+    rows = rows_of(records)
+    assert [(row.rank, row.method) for row in rows] == [(1, "full"), (2, "lisa"), (2, "lora")]
+    assert rows[1].accuracy == rows[2].accuracy == 17 / 72
+    assert rows[1].difference_to_full == rows[2].difference_to_full == -1 / 72
+    seeds = [
+        make_record(method, seed=seed, correct={"generated": answers(right, 30)})
+        for method, counts in (("lora", (1, 2, 10)), ("lisa", (10, 1, 2)))
+        for seed, right in enumerate(counts)
+    ]
+    assert [row.rank for row in rows_of(seeds)] == [1, 1]
+
+
 def test_nothing_makes_nothing() -> None:
     assert build_leaderboard([]) == []
 
