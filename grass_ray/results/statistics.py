@@ -20,7 +20,7 @@ from math import isfinite, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control, norm
 from scipy.stats import t as student
 
 RESAMPLES = 2000
@@ -43,10 +43,18 @@ def mean_of_shares(shares: Iterable[float]) -> float:
 
 
 @lru_cache(maxsize=100_000)  # a leaderboard asks for the same few counts again and again
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share, without continuity correction."""
-    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, without continuity correction; a mean over seeds need not be a whole number.
+
+    Raises:
+        ValueError: more successes than ``n``, or fewer than 0.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must be from 0 to n, and n at least 1; got {successes} of {n}")
+    share, z = successes / n, float(norm.ppf((1 + confidence) / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
 def average_interval(
@@ -61,10 +69,9 @@ def average_interval(
     mean = sum(accuracies) / len(accuracies)
     below = above = 0.0
     for accuracy, n in zip(accuracies, sizes, strict=True):
-        successes = round(accuracy * n)  # a mean over seeds need not be a whole number of questions
-        low, high = wilson_interval(successes, n, confidence)
-        below += (successes / n - low) ** 2
-        above += (high - successes / n) ** 2
+        low, high = wilson_interval(min(accuracy * n, n), n, confidence)
+        below += (accuracy - low) ** 2
+        above += (high - accuracy) ** 2
     return max(0.0, mean - sqrt(below) / len(sizes)), min(1.0, mean + sqrt(above) / len(sizes))
 
 
@@ -140,13 +147,13 @@ def two_level(
     of both sides' means over their seeds (``s^2 / seeds``, s the spread of the seeds' averages) and of the variance
     over questions that is left when the seeds' own disagreement about each question, which is in the first part
     already, is taken out. With two or three seeds that estimate is rough, and a bootstrap over so few would be far
-    too narrow: limits and p-value are those of Student's t, with degrees of freedom after Bell and McCaffrey for the
-    seeds (2 for two against two, 4 for three against three) and Satterthwaite's combination with the questions. Where
-    seeds agree, questions decide and the degrees are many. Where only few questions differ, t would be too sure: the
-    p-value is never below that of :func:`sign_flip` on the means over seeds.
+    too narrow: limits and p-value are those of Student's t. Its degrees of freedom are, for the seeds, the fewer of
+    Welch's, which sees where one side has most of the spread, and Bell and McCaffrey's for sides of one spread, which
+    sees where one side has few seeds (2 at most for two against two, 4 for three against three); then Satterthwaite's
+    combination with the questions, which are many. Where only few questions differ, t would be too sure: the p-value
+    is never below that of :func:`sign_flip` on the means over seeds.
 
-    Simulated: ``benchmarks/training_variance.py``. Among methods of one spread at most 5 to 7 % of true nulls come out
-    below .05; up to about 10 % where one side of few seeds has all of the spread.
+    ``benchmarks/training_variance.py`` simulates level and power.
 
     Args:
         tasks: for each task both sides' answers, seeds by questions, 0 or 1; the same questions in the same order.
@@ -162,8 +169,9 @@ def two_level(
     averages = [np.mean([task[side].mean(axis=1) for task in tasks], axis=0) for side in (0, 1)]
     sides = [(n, float(own.var(ddof=1))) for n, own in zip(numbers, averages, strict=True) if n > 1]
     of_seeds = sum(variance / n for n, variance in sides)
-    degrees = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
-    of_questions, squares = 0.0, of_seeds**2 / degrees
+    alike = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
+    as_seen = sum((variance / n) ** 2 / (n - 1) for n, variance in sides)
+    of_questions, squares = 0.0, max(as_seen, of_seeds**2 / alike)
     for (first, second), task in zip(tasks, differences, strict=True):
         if len(task) > 1:
             own = task.var(ddof=1) - _disagreement(first) - _disagreement(second)

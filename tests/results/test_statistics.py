@@ -47,6 +47,17 @@ def test_interval_of_an_average() -> None:
 def test_interval_holds_a_mean_over_seeds_that_is_no_count() -> None:
     low, high = average_interval([0.333], [10])
     assert low < 0.333 < high
+    # half a question of forty right over two seeds: between none and one, not an interval that begins at the estimate
+    assert wilson_interval(0, 40)[1] < average_interval([0.0125], [40])[1] < wilson_interval(1, 40)[1]
+    assert average_interval([0.0125], [40])[0] < 0.005
+
+
+def test_wilson_as_scipy_does() -> None:
+    for successes, n in ((0, 1), (1, 1), (0, 40), (40, 40), (7, 10), (699, 1319)):
+        found = binomtest(successes, n).proportion_ci(method="wilson")
+        assert wilson_interval(successes, n) == pytest.approx((found.low, found.high), abs=1e-15)
+    with pytest.raises(ValueError, match="got 11 of 10"):
+        wilson_interval(11, 10)
 
 
 def test_mcnemar_by_hand() -> None:
@@ -178,14 +189,16 @@ def seeds_of(chance: np.random.Generator, ease: np.ndarray, seeds: int, shift: f
     return (ease + skill + own > 0).astype(float)
 
 
-@pytest.mark.parametrize(("seeds", "shift"), [(2, 0.0), (2, 0.1), (3, 0.06), (3, 0.1), (5, 0.1)])
-def test_seeds_of_one_method_are_seldom_called_different(seeds: int, shift: float) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "shift", "others"), [(2, 0.0, 0.0), (2, 0.1, 0.1), (3, 0.06, 0.06), (3, 0.1, 0.0), (5, 0.1, 0.1)]
+)
+def test_seeds_of_one_method_are_seldom_called_different(seeds: int, shift: float, others: float) -> None:
     """Shifts of .06 and .1 are 1.5 and 2.5 points; over questions alone a third to a half were called different."""
     chance = np.random.default_rng(seeds)
     called, alone, held = 0, 0, 0
     for _ in range(300):
         ease = chance.normal(0, 1.5, size=1319)
-        first, second = (seeds_of(chance, ease, seeds, shift) for _ in range(2))
+        first, second = (seeds_of(chance, ease, seeds, own) for own in (shift, others))
         low, high, p_value = two_level([(first, second)], vary=(True, True))
         assert (low <= 0 <= high) == (p_value > 0.05), "the interval says what the p-value says"
         called += p_value <= 0.05
@@ -198,7 +211,7 @@ def test_seeds_of_one_method_are_seldom_called_different(seeds: int, shift: floa
 
 def test_a_true_difference_is_found_over_seeds() -> None:
     chance = np.random.default_rng(1)
-    for seeds, shift, wanted in ((2, 0.0, 0.9), (3, 0.06, 0.9), (5, 0.1, 0.95)):
+    for seeds, shift, wanted in ((2, 0.0, 0.85), (3, 0.06, 0.9), (5, 0.1, 0.95)):
         found = 0
         for _ in range(60):
             ease = chance.normal(0, 1.5, size=1319)
@@ -213,7 +226,8 @@ def test_two_level_by_hand() -> None:
     second = np.array([[1.0] * right + [0.0] * (1000 - right) for right in (400, 430)])
     low, high, p_value = two_level([(first, second)], vary=(True, True))
     variance = 0.02**2 / 3 + (0.03**2 / 2) / 2
-    degrees = (1 / 3 + 1 / 2) ** 2 / (1 / (9 * 2) + 1 / (4 * 1))
+    welch = variance**2 / ((0.02**2 / 3) ** 2 / 2 + (0.03**2 / 4) ** 2)
+    degrees = min(welch, (1 / 3 + 1 / 2) ** 2 / (1 / (9 * 2) + 1 / (4 * 1)))
     own = (first.mean(axis=0) - second.mean(axis=0)).var(ddof=1)
     rest = sum(_rest(side) for side in (first, second))
     questions = (own - rest) / 1000
