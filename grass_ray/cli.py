@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from grass_ray.config import ConfigError
+from grass_ray.results.kinds import Kind as PictureKind
 
 if TYPE_CHECKING:
     from grass_ray.results.record import RunRecord
@@ -234,12 +235,7 @@ class Leaderboard:
 class Plot:
     """Draw a picture of the runs of a tracking store, with its numbers as CSV beside it."""
 
-    kind: Positional[
-        Annotated[
-            Literal["pareto", "loss", "tasks", "step-time", "sensitivity", "sampling", "importance"],
-            arg(help="what to draw"),
-        ]
-    ]
+    kind: Positional[Annotated[PictureKind, arg(help="what to draw")]]
     chosen: Chosen
     output: Annotated[Path | None, arg(help="picture to write: .png, .svg or .pdf; default: KIND.png")] = None
 

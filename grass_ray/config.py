@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import pydantic_core
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
@@ -526,6 +527,27 @@ def assignment(key: str, value: object) -> str:
     """``key=value`` as :meth:`RunConfig.override` reads it; the value as one line of YAML that reads back equal."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
+def to_json(value: object, *, indent: int | None = None, keep: bool = False) -> str:
+    """JSON that strict readers take, which know no bare NaN: a number that is none is null.
+
+    With ``keep`` it is the text ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which :func:`from_json` reads back.
+    """
+    return pydantic_core.to_json(value, indent=indent, inf_nan_mode="strings" if keep else "null").decode()
+
+
+def from_json(text: str) -> Any:
+    """What :func:`to_json` wrote with ``keep``; a bare NaN is read, too."""
+    return _with_numbers(json.loads(text))
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def slug(name: str) -> str:

@@ -21,7 +21,7 @@ from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.searching import GroupSearch
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
-from grass_ray.results.best_settings import best_settings, write_settings
+from grass_ray.results.best_settings import best_settings, left_out, write_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
@@ -190,6 +190,8 @@ class Execution:
         self._say(f"files:    {self.storage.uri}\nplots:    {self.storage.uri}/{SUMMARY_FOLDER}")
         if best:
             self._say(f"settings: {self.storage.uri}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
+        for line in left_out(records):
+            self._say(f"settings: {line}")
         if not self.plan.tracking_uri.startswith("http"):
             self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
         return EXIT_FAILED if failed else 0

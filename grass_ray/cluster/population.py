@@ -13,10 +13,9 @@ the scheduler decides the same again (:class:`grass_ray.cluster.schedulers.Popul
 
 from __future__ import annotations
 
-import json
 import tempfile
 import threading
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from grass_ray.cluster.space import assignments, from_plain, values
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuning import generation_ends
 from grass_ray.cluster.worker import RECORD_FILE, TIME, Job, train
-from grass_ray.config import RunConfig
+from grass_ray.config import RunConfig, from_json, to_json
 from grass_ray.training.report import VALIDATION
 
 STANDING_FILE = "standing.json"
@@ -46,12 +45,12 @@ class Standing:
 
     def to_json(self) -> str:
         """The standing as text."""
-        return json.dumps(asdict(self))
+        return to_json(self, keep=True)
 
     @classmethod
     def from_json(cls, text: str) -> Standing:
         """The standing again."""
-        return cls(**json.loads(text))
+        return cls(**from_json(text))
 
 
 def drive_member(tune_config: dict[str, Any]) -> None:
@@ -63,7 +62,7 @@ def drive_member(tune_config: dict[str, Any]) -> None:
     ended = storage.exists(GENERATIONS_FOLDER, job.train_name) or _train(job, storage, standing)
     if not ended:
         return
-    kept = json.loads(storage.read_text(GENERATIONS_FOLDER, job.train_name))
+    kept = from_json(storage.read_text(GENERATIONS_FOLDER, job.train_name))
     reached = Standing(**kept["standing"])
     if kept["loss"] is None:  # the last one
         return
@@ -91,7 +90,7 @@ def _train(job: Job, storage: Storage, standing: Standing) -> bool:
         assert result.metrics is not None
         loss = result.metrics[VALIDATION]
         _remove_older(storage, job, standing.updates)
-    storage.write_text(json.dumps({"standing": asdict(reached), "loss": loss}), GENERATIONS_FOLDER, job.train_name)
+    storage.write_text(to_json({"standing": reached, "loss": loss}, keep=True), GENERATIONS_FOLDER, job.train_name)
     return True
 
 

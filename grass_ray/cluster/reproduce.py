@@ -10,14 +10,14 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from grass_ray.cluster.local import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, RunConfig, to_json
 from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
@@ -251,8 +251,8 @@ def _write(
     config.save(output / "config.yaml")
     rerun.save(output / RECORD)
     write_examples(output / EXAMPLES, {} if outcome is None else outcome.tasks)
-    values = {"warnings": warnings, "checks": [asdict(check) for check in checks]}
-    (output / "reproduction.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    values = {"warnings": warnings, "checks": list(checks)}
+    (output / "reproduction.json").write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _report(checks: list[Check], say: Callable[[str], None], *, quiet: bool) -> int:

@@ -3,6 +3,7 @@
 Judged by the mean loss on held-out training rows (``validation/loss``) over seeds, never by test questions::
 
     best = best_settings(records)                     # {"grass": ["method.optimizer.lr=0.0003"], ...}
+    for line in left_out(records): print(line)        # what could not be compared, and why
     write_settings(best, folder / "best.yaml")        # for `--settings best.yaml`
     read_settings(path)                               # the same again
 """
@@ -20,10 +21,13 @@ import yaml
 from grass_ray.config import ConfigError, assignment
 from grass_ray.methods import METHODS, unknown
 from grass_ray.results.record import RunRecord
+from grass_ray.results.searches import trial_loss
 from grass_ray.training.report import VALIDATION
 
 # what trials differ in without being settings of a method
 _NOT_SEARCHED = ("seed", "model.name", "model.revision")
+
+_MOST_NAMED = 6
 
 # settings of a method that may be a schedule over training
 _SCHEDULED = tuple(f"method.sampler.{name}" for name in ("num_active_layers", "period", "temperature", "ema"))
@@ -34,35 +38,82 @@ Settings = dict[str, list[str]]
 def best_settings(records: Sequence[RunRecord]) -> Settings:
     """For each method whose trials differ in their settings, the ones with the lowest mean validation loss.
 
-    Settings are only compared where every trial of theirs (all seeds and models) finished; methods without held-out
-    rows, or with one point only, are left out.
+    Settings are only compared where every trial of theirs finished and they have the same seeds and models: those that
+    lack one are left out, since a mean over other seeds is another number. Methods without held-out rows, or with one
+    point only, are left out; of equal means the first counts. :func:`left_out` says what was not compared.
     """
-    by_method: defaultdict[str, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        # winners are trained again to be tested, with seeds that the others never had
-        if record.search is None or record.search.stage == "search":
-            by_method[record.config["method"]["name"]].append(record)
     best: Settings = {}
-    for method, own in by_method.items():
+    for method, own in _searched(records).items():
         if any(record.search is not None and record.search.lineage for record in own):
             if found := _of_a_population(own):
                 best[method] = found
             continue
-        flat = [_leaves("", record.config) for record in own]
-        keys = sorted({key for values in flat for key in values} - set(_NOT_SEARCHED))
-        varied = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
-        losses: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
-        for record, values in zip(own, flat, strict=True):
-            # a key that a trial lacks belongs to another kind of part, which no assignment can express
-            point = tuple(assignment(key, values[key]) for key in varied if key in values)
-            finished = record.status == "finished"
-            losses[point].append(record.metrics.get(VALIDATION, math.nan) if finished else math.nan)
-        means = {point: sum(found) / len(found) for point, found in losses.items()}
-        means = {point: mean for point, mean in means.items() if math.isfinite(mean)}
-        if varied and means:
+        losses = _losses(own)
+        complete = _complete(losses)
+        if len(losses) > 1 and complete:
+            # summed exactly, so that equal means are equal in every bit
+            means = {point: math.fsum(losses[point].values()) for point in complete}
             winner: tuple[str, ...] = min(means, key=means.__getitem__)
             best[method] = list(winner)
     return best
+
+
+def left_out(records: Sequence[RunRecord]) -> list[str]:
+    """For each method what :func:`best_settings` could not compare, a sentence each."""
+    lines = []
+    for method, own in _searched(records).items():
+        if any(record.search is not None and record.search.scheduler != "none" for record in own):
+            continue  # a scheduler ends the worse trials early
+        losses = _losses(own)
+        if len(losses) < 2 or not any(
+            map(math.isfinite, (loss for point in losses.values() for loss in point.values()))
+        ):
+            continue
+        complete, every = _complete(losses), len({cell for own in losses.values() for cell in own})
+        missing = [
+            f"{', '.join(point)} ({sum(map(math.isfinite, found.values()))} of {every} runs)"
+            for point, found in losses.items()
+            if point not in complete
+        ]
+        if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            lines.append(
+                f"{method}: {len(complete)} of {len(losses)} settings finished with every seed and model and could be "
+                f"chosen; left out: {'; '.join(missing[:_MOST_NAMED])}{more}"
+            )
+    return lines
+
+
+_Losses = dict[tuple[str, ...], dict[tuple[str, ...], float]]  # of a point, and of a seed and model there
+
+
+def _searched(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The records by method, without winners: these are trained again with seeds that the others never had."""
+    by_method: defaultdict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        if record.search is None or record.search.stage == "search":
+            by_method[record.config["method"]["name"]].append(record)
+    return by_method
+
+
+def _losses(records: Sequence[RunRecord]) -> _Losses:
+    """The loss of every trial, NaN where it did not finish; the last one where a trial was run again."""
+    flat = [_leaves("", record.config) for record in records]
+    keys = sorted({key for values in flat for key in values} - set(_NOT_SEARCHED))
+    varied = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
+    losses: defaultdict[tuple[str, ...], dict[tuple[str, ...], float]] = defaultdict(dict)
+    for record, values in zip(records, flat, strict=True):
+        # a key that a trial lacks belongs to another kind of part, which no assignment can express
+        point = tuple(assignment(key, values[key]) for key in varied if key in values)
+        losses[point][tuple(repr(values.get(key)) for key in _NOT_SEARCHED)] = trial_loss(record)
+    return losses
+
+
+def _complete(losses: _Losses) -> list[tuple[str, ...]]:
+    """The points of which no trial failed, and that have all the seeds and models that such points have."""
+    sound = {point: own for point, own in losses.items() if all(map(math.isfinite, own.values()))}
+    every = {cell for own in sound.values() for cell in own}
+    return [point for point, own in sound.items() if len(own) == len(every)]
 
 
 def _of_a_population(records: Sequence[RunRecord]) -> list[str]:

@@ -38,6 +38,9 @@ def budget_line(rows: Sequence[LeaderboardRow], records: Sequence[RunRecord] = (
     if known := [row for row in trained if row.data_sha256]:  # a run that failed early has read none
         same, text = _values(known, lambda row: " and ".join(hashed[:8] for hashed in row.data_sha256))
         parts.append((True, "the same training rows") if same else (False, f"training rows by hash: {text}"))
+    if known := [row for row in trained if row.train_rows is not None]:
+        same, text = _values(known, lambda row: f"{row.train_rows:,} rows trained on")
+        parts += [] if same else [(False, text)]
     equal = [text for same, text in parts if same]
     other = [text for same, text in parts if not same]
     if not other:

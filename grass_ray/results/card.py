@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from grass_ray.config import RunConfig
+from grass_ray.results.lost_rows import lost_by
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval, wilson_interval
 
@@ -270,6 +271,7 @@ def _data(config: RunConfig, record: RunRecord | None) -> str:
         f"- sha256 of the rows: `{train.get('rows_sha256')}`",
     ]
     assert record is not None
+    lines += [f"- {text}" for text in lost_by(record)]
     for task, score in record.tasks.items():
         protocol = score.protocol
         lines.append(

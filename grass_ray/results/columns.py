@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
+from grass_ray.results.pairing import scope
 from grass_ray.tasks.suites import TASKS
 
-WORDS = ("method", "commit", "status")
+WORDS = ("method", "p for", "commit", "status")
 _ALWAYS = ("#", "method", "acc. %", "status")
 
 
@@ -53,6 +54,13 @@ def limits(low: float | None, high: float | None, *, sign: bool = False) -> str:
 
 def _accuracy(row: LeaderboardRow) -> str:
     return percent(row.accuracy) + ("" if row.accuracy_std is None else f" ±{percent(row.accuracy_std)}")
+
+
+def _scope(row: LeaderboardRow) -> str:
+    full, best = scope(row.covers_training), scope(row.covers_training_to_best)
+    if "-" in (full, best) or full == best:
+        return best if full == "-" else full
+    return f"full: {full}, best: {best}"
 
 
 RANK = Column("#", lambda row: "-" if row.rank is None else str(row.rank), lambda row: row.rank, "rank by accuracy")
@@ -105,6 +113,12 @@ RESULTS: tuple[Column, ...] = (
         "of that difference, adjusted for the table",
     ),
     Column(
+        "p for",
+        _scope,
+        _scope,
+        "what the differences and p-values speak of: any seeds and questions, or questions and these runs alone",
+    ),
+    Column(
         "alloc. GiB",
         lambda row: significant(row.peak_allocated_gib),
         lambda row: row.peak_allocated_gib,
@@ -151,6 +165,12 @@ DETAILS: tuple[Column, ...] = (
         lambda row: number(row.trainable_share, 1, 100),
         lambda row: row.trainable_share,
         "most parameters that train at one time",
+    ),
+    Column(
+        "rows",
+        lambda row: "-" if row.train_rows is None else f"{row.train_rows}{'!' * bool(row.train_rows_dropped)}",
+        lambda row: row.train_rows,
+        "trained on, the least of all seeds; !: others were dropped, a note says why",
     ),
     Column(
         "steps",

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
 from grass_ray.config import slug
 from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks
+from grass_ray.results.kinds import Kind
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.pictures import Picture
 from grass_ray.results.plots import draw_ages, draw_importance, draw_sampling
@@ -21,22 +21,7 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
 
-Kind = Literal[
-    "pareto",
-    "loss",
-    "tasks",
-    "step-time",
-    "sensitivity",
-    "search",
-    "rungs",
-    "population",
-    "sampling",
-    "importance",
-    "ages",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-_OF_A_SWEEP: Mapping[str, Callable[[Sequence[LeaderboardTable], Sequence[RunRecord]], Picture | None]] = {
+_OF_A_SWEEP: Mapping[Kind, Callable[[Sequence[LeaderboardTable], Sequence[RunRecord]], Picture | None]] = {
     "pareto": lambda tables, records: draw_accuracy_memory(tables),
     "loss": draw_loss_comparison,
     "tasks": lambda tables, records: draw_tasks(tables),
@@ -46,7 +31,7 @@ _OF_A_SWEEP: Mapping[str, Callable[[Sequence[LeaderboardTable], Sequence[RunReco
     "rungs": lambda tables, records: draw_rungs(records),
     "population": lambda tables, records: draw_population(records),
 }
-_OF_A_RUN: Mapping[str, Callable[[RunRecord], Picture | None]] = {
+_OF_A_RUN: Mapping[Kind, Callable[[RunRecord], Picture | None]] = {
     "sampling": draw_sampling,
     "importance": draw_importance,
     "ages": draw_ages,

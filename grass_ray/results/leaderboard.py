@@ -5,37 +5,40 @@
     tables = build_leaderboard(load_records(uri, "commonsense"))
     print(render(tables, "markdown"))                     # grass_ray.results.rendering
 
-One table for each model, suite, hardware and worker count - and for each set of tasks and way of evaluating, since
-other numbers cannot be ranked together. One row for each method as configured, over its seeds. Only rows whose every
-seed finished are ranked; failed, stopped and partly failed ones stay below with their reason.
+One table for each model, suite, hardware and worker count - and for each test, since answers to other questions, or
+read by other rules, cannot be ranked together (:mod:`grass_ray.results.comparable`). One row for each method as
+configured, over its seeds. Only rows whose every seed finished are ranked; failed, stopped and partly failed ones stay
+below with their reason.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from statistics import fmean
 from typing import Any
 
 from grass_ray.results.budget import budget_line
-from grass_ray.results.pairing import Difference, compare_answers, mean_answers
+from grass_ray.results.comparable import EVALUATION, Asked, comparable_groups, differences
+from grass_ray.results.lost_rows import lost_rows
+from grass_ray.results.pairing import Difference, collect_answers, compare_answers, scope_notes
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
-from grass_ray.results.rows import build_rows, settings_key
-from grass_ray.results.statistics import benjamini_hochberg
+from grass_ray.results.rows import build_rows, settings_key, training_rows
+from grass_ray.results.statistics import benjamini_hochberg, mean_of_shares
 from grass_ray.tasks.suites import TASKS
 
-# What decides whether two accuracies may be ranked together; rows that differ here go to different tables.
-_EVALUATION = ("limit", "scoring", "extraction", "num_beams")
+_MOST_DIFFERENCES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardTable:
-    """Rows that may be compared, best first; ``notes`` say what a reader must know, ``budget`` who had which."""
+    """Rows that may be compared, best first; ``notes`` say what a reader must know, ``budget`` who had which.
+
+    ``test`` is what all of them were tested on; ``apart`` tells the table from another one of the same title.
+    """
 
     model: str
     suite: str
@@ -44,8 +47,10 @@ class LeaderboardTable:
     tasks: tuple[str, ...]
     evaluation: Mapping[str, Any]
     rows: tuple[LeaderboardRow, ...]
+    test: Asked
     notes: tuple[str, ...]
     budget: str | None = None
+    apart: str = ""
 
     @property
     def title(self) -> str:
@@ -57,6 +62,10 @@ class LeaderboardTable:
             parts.append(f"{self.evaluation['num_beams']} beams")
         if self.evaluation["limit"] is not None:
             parts.append(f"a sample of {self.evaluation['limit']} examples a task")
+        if self.evaluation["template"] not in (None, "clean"):
+            parts.append(f"{self.evaluation['template']} template")
+        if self.apart:
+            parts.append(self.apart)
         return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
 
     @property
@@ -70,45 +79,75 @@ class LeaderboardTable:
 
 def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
     """Group, aggregate, compare and rank. Of two runs of one configuration and seed the later one counts."""
-    tables: defaultdict[str, list[RunRecord]] = defaultdict(list)
-    for record in records:
-        tables[json.dumps(table_key(record))].append(record)
-    return [_table(tables[key]) for key in sorted(tables)]
+    return _told_apart([_table(test, own) for test, own in comparable_groups(records)])
 
 
-def table_key(record: RunRecord) -> list[Any]:
-    """What two runs must share to be ranked together, as plain values."""
-    config = record.config
-    protocol = [config["evaluation"].get(key) for key in _EVALUATION]
-    tasks = sorted(config["data"]["tasks"])
-    return [config["model"]["name"], config["data"]["suite"], record.hardware, record.world_size, tasks, protocol]
+def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:
+    """Tables of one title get a part of their own, and a note of what keeps them apart."""
+    alike: defaultdict[str, list[LeaderboardTable]] = defaultdict(list)
+    for table in tables:
+        alike[table.title].append(table)
+    found = []
+    for table in tables:
+        others = alike[table.title]
+        if len(others) == 1:
+            found.append(table)
+            continue
+        words = differences([other.test for other in others]) or ["the settings of their source differ"]
+        more = f" and {len(words) - _MOST_DIFFERENCES} more" if len(words) > _MOST_DIFFERENCES else ""
+        note = (
+            f"not to be compared with the other {'table' if len(others) == 2 else 'tables'} of this model and suite, "
+            f"whose rows were not tested alike: {', '.join(words[:_MOST_DIFFERENCES])}{more}"
+        )
+        found.append(replace(table, apart=_apart(table, others), notes=(note, *table.notes)))
+    return found
+
+
+def _apart(table: LeaderboardTable, others: Sequence[LeaderboardTable]) -> str:
+    name = f"test {table.test.name}"
+    if sum(other.test.name == table.test.name for other in others) > 1:
+        name += f", base model {table.test.facts.get('base model', 'unknown')}"
+    return name
 
 
 def seed_groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
-    """Records of one configuration together, by seed; of two with one seed the later one."""
-    groups: defaultdict[str, dict[int, RunRecord]] = defaultdict(dict)
+    """Records of one configuration and one set of training rows together, by seed; of two with one seed the later one.
+
+    A run that does not know its training rows stands with the most runs of its configuration.
+    """
+    configured: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in sorted(records, key=lambda record: datetime.fromisoformat(record.finished_at)):
-        groups[settings_key(record)][record.config["seed"]] = record
-    return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+        configured[settings_key(record)].append(record)
+    groups = []
+    for own in configured.values():
+        known = Counter(rows for record in own if (rows := training_rows(record)) is not None)
+        most = max(known, key=known.__getitem__, default=None)
+        by_rows: defaultdict[str | None, dict[int, RunRecord]] = defaultdict(dict)
+        for record in own:
+            by_rows[training_rows(record) or most][record.config["seed"]] = record
+        groups += [[group[seed] for seed in sorted(group)] for group in by_rows.values()]
+    return groups
 
 
-def _table(records: Sequence[RunRecord]) -> LeaderboardTable:
-    model, suite, hardware, world_size, _, protocol = table_key(records[0])
+def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
+    config = records[0].config
     groups = seed_groups(records)
-    rows = build_rows(groups)
+    rows = [replace(row, test=test.name) for row in build_rows(groups)]
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
     rows, tests = _compare(rows, groups)
     return LeaderboardTable(
-        model=model,
-        suite=suite,
-        hardware=hardware,
-        world_size=world_size,
-        tasks=tuple(records[0].config["data"]["tasks"]),
-        evaluation=dict(zip(_EVALUATION, protocol, strict=True)),
+        model=config["model"]["name"],
+        suite=config["data"]["suite"],
+        hardware=records[0].hardware,
+        world_size=records[0].world_size,
+        tasks=tuple(config["data"]["tasks"]),
+        evaluation={key: config["evaluation"].get(key) for key in EVALUATION}
+        | {"template": config["data"].get("template")},
         rows=tuple(_ranked(_pareto(rows))),
-        notes=tuple(_notes(rows, tests)),
+        notes=(*lost_rows(list(zip([row.label for row in rows], groups, strict=True))), *_notes(rows, tests)),
         budget=budget_line(rows, records),
+        test=test,
     )
 
 
@@ -119,7 +158,8 @@ def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
         return list(rows)
     scores = [[value for task, value in row.tasks.items() if task not in contaminated] for row in rows]
     return [
-        replace(row, accuracy_clean=fmean(clean) if clean else None) for row, clean in zip(rows, scores, strict=True)
+        replace(row, accuracy_clean=mean_of_shares(clean) if clean else None)
+        for row, clean in zip(rows, scores, strict=True)
     ]
 
 
@@ -148,15 +188,15 @@ def _compare(
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
     to_full, to_best = _differences(ranked, groups, full, best)
-    tests = {str(found.test) for found in (*to_full.values(), *to_best.values()) if found is not None}
+    tests = {str(found.test) for found in (*to_full.values(), *to_best.values())}
     adjusted, adjusted_to_best = _adjust(to_full), _adjust(to_best)
     compared = []
     for index, row in enumerate(rows):
         if index in to_full:
-            row = replace(row, **_fields(rows, index, full, to_full, "full"), p_adjusted=adjusted.get(index))
+            row = replace(row, **_fields(to_full[index], "", "full"), p_adjusted=adjusted[index])
         if index in to_best:
             row = replace(
-                row, **_fields(rows, index, best, to_best, "best"), p_adjusted_to_best=adjusted_to_best.get(index)
+                row, **_fields(to_best[index], "_to_best", "best"), p_adjusted_to_best=adjusted_to_best[index]
             )
         compared.append(row)
     return compared, tests
@@ -164,38 +204,33 @@ def _compare(
 
 def _differences(
     ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], *references: int | None
-) -> list[dict[int, Difference | None]]:
+) -> list[dict[int, Difference]]:
     """For each reference row the differences of all other ranked rows to it; answers of one row at a time."""
-    theirs = {index: mean_answers(groups[index]) for index in references if index is not None}
-    found: dict[int, dict[int, Difference | None]] = {reference: {} for reference in theirs}
+    theirs = {index: collect_answers(groups[index]) for index in references if index is not None}
+    found: dict[int, dict[int, Difference]] = {reference: {} for reference in theirs}
     for index in ranked:
-        own = theirs.get(index) or mean_answers(groups[index])
+        own = theirs.get(index) or collect_answers(groups[index])
         for reference in found:
-            if index != reference:
-                found[reference][index] = compare_answers(own, theirs[reference])
+            if index != reference and (difference := compare_answers(own, theirs[reference])) is not None:
+                found[reference][index] = difference
     return [{} if reference is None else found[reference] for reference in references]
 
 
-def _adjust(differences: Mapping[int, Difference | None]) -> dict[int, float]:
-    found = {index: difference.p_value for index, difference in differences.items() if difference is not None}
-    return dict(zip(found, benjamini_hochberg(list(found.values())), strict=True))
+def _adjust(found: Mapping[int, Difference]) -> dict[int, float]:
+    adjusted = benjamini_hochberg([difference.p_value for difference in found.values()])
+    return dict(zip(found, adjusted, strict=True))
 
 
-def _fields(
-    rows: Sequence[LeaderboardRow],
-    index: int,
-    reference: int | None,
-    differences: Mapping[int, Difference | None],
-    name: str,
-) -> dict[str, Any]:
-    """What a row says about one difference; where no question is common, only how far the accuracies are apart."""
-    found = differences[index]
+def _fields(found: Difference, suffix: str, name: str) -> dict[str, Any]:
+    """What a row says about one difference."""
     key = f"difference_to_{name}"
-    if found is None:
-        assert reference is not None
-        return {key: (rows[index].accuracy or 0.0) - (rows[reference].accuracy or 0.0)}
-    p_value = "p_value" if name == "full" else "p_value_to_best"
-    return {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high, p_value: found.p_value}
+    limits = {f"{key}_low": found.low, f"{key}_high": found.high}
+    return {
+        key: found.value,
+        **limits,
+        f"p_value{suffix}": found.p_value,
+        f"covers_training{suffix}": found.covers_training,
+    }
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
@@ -231,6 +266,7 @@ def _notes(rows: Sequence[LeaderboardRow], tests: set[str]) -> list[str]:
         named = {
             "exact McNemar": "exact McNemar",
             "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
+            "two-level t": "two-level t-test over seeds and questions",
         }
         against = (
             "against full and against the best row"
@@ -241,10 +277,9 @@ def _notes(rows: Sequence[LeaderboardRow], tests: set[str]) -> list[str]:
             f"p: {' or '.join(named[test] for test in sorted(tests))} {against}, on the same questions, "
             "Benjamini-Hochberg over this table"
         )
+        notes += scope_notes(covers for row in rows for covers in (row.covers_training, row.covers_training_to_best))
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
     notes += _contamination(rows)
-    if sum(row.is_ranked for row in rows) > 1 and all(len(row.seeds) <= 1 for row in rows):
-        notes.append("one seed a row: differences between trainings are not covered by the intervals")
     return notes
 
 

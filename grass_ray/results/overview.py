@@ -18,6 +18,7 @@ from typing import Any
 
 from grass_ray.results.colours import colour_of
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
+from grass_ray.results.pairing import scope
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, render
 from grass_ray.results.sweep_plots import write_sweep_plots
@@ -66,7 +67,9 @@ class Overview:
         metrics = {"sweep/finished": float(finished), "sweep/failed": float(len(records) - finished - stopped)}
         if stopped:
             metrics["sweep/stopped_early"] = float(stopped)
-        best = max((row for table in tables for row in table.rows if row.rank == 1), key=_accuracy, default=None)
+        first = [row for table in tables for row in table.rows if row.rank == 1]
+        alike = len({row.test for row in first}) == 1  # accuracies of other tests cannot be ranked
+        best = max(first, key=_accuracy) if alike else None
         if best is not None:
             metrics["sweep/best_accuracy"] = _accuracy(best)
         self._tracker.show_sweep(
@@ -110,6 +113,7 @@ def _cells(table: LeaderboardTable, row: LeaderboardRow) -> dict[str, Any]:
         "status": row.status,
         "vs full": percent(row.difference_to_full),
         "p": row.p_adjusted,
+        "p for": scope(row.covers_training),
         "Pareto": row.pareto,
         "peak GiB": row.peak_allocated_gib,
         "host GiB": row.host_pinned_gib,
@@ -117,6 +121,9 @@ def _cells(table: LeaderboardTable, row: LeaderboardRow) -> dict[str, Any]:
         "train s": row.train_s,
         "seeds": len(row.seeds),
         "reason": row.failure or "",
+        "train rows": row.train_rows,
+        "rows dropped": row.train_rows_dropped,
+        "test": row.test,
         "model": row.model,
         "suite": row.suite,
         "hardware": table.hardware,

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -21,9 +20,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from grass_ray.config import RunConfig
+from grass_ray.config import RunConfig, to_json
 from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, Engagement, RunOutcome
@@ -218,20 +217,9 @@ def _history(engagement: Engagement) -> LayerHistory:
 def write_engagement(folder: str | Path, engagement: Engagement | None) -> None:
     """Write what layer-wise training did, as ``engagement.json`` and ``engagement.txt``; nothing where it is None."""
     if engagement is not None:
-        values = json.dumps(_finite(asdict(engagement)), indent=1, allow_nan=False)
+        values = to_json(engagement, indent=1)
         (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")
         (Path(folder) / "engagement.txt").write_text(engagement.describe() + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Plain values with None for a number that is none, which strict readers of JSON refuse."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:
@@ -248,4 +236,4 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "extracted": example.extracted,
                     "correct": example.correct,
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(to_json(row) + "\n")

@@ -6,9 +6,9 @@ Leaderboards are computed from records alone; MLflow only stores them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grass_ray.config import ConfigError
 
@@ -16,9 +16,9 @@ Status = Literal["finished", "failed", "out_of_memory", "stopped"]
 
 
 class RecordPart(BaseModel):
-    """A piece of a record; unknown keys are refused, numbers may be NaN."""
+    """A piece of a record; unknown keys are refused. Numbers may be NaN, which is a text in JSON, read back as NaN."""
 
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class TaskScore(RecordPart):
@@ -32,6 +32,12 @@ class TaskScore(RecordPart):
     extraction: str
     protocol: dict[str, Any] = Field(default_factory=dict)
     workload: dict[str, float] = Field(default_factory=dict, description="tokens, padding, halved batches, seconds")
+
+    @model_validator(mode="after")
+    def _one_answer_an_example(self) -> Self:
+        if not self.num_examples == len(self.correct) == len(self.example_ids):
+            raise ValueError("num_examples, correct and example_ids do not agree")
+        return self
 
 
 class LayerHistory(RecordPart):
@@ -112,5 +118,7 @@ class RunRecord(RecordPart):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the record {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} is not a run record: it is not text") from None
         except ValidationError as error:
             raise ConfigError(f"{path} is not a run record of schema 1: {error.error_count()} mistakes") from None

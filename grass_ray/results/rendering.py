@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grass_ray.config import to_json
 from grass_ray.results.columns import (
     METHOD,
     RANK,
@@ -63,7 +63,7 @@ def render(
     """
     if format == "json":
         rows = [row.to_dict() for table in tables for row in table.rows]
-        return json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False)
+        return to_json(rows, indent=2)
     if format == "csv":
         return leaderboard_csv(tables)
     if format == "html":
@@ -78,7 +78,7 @@ def render(
 def render_comparison(comparison: SweepComparison, format: Format = "table", width: int = 100) -> str:
     """Two sweeps side by side as text; ``csv`` and ``json`` hold every question answered differently."""
     if format == "json":
-        return json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
+        return to_json(comparison.to_dict(), indent=2)
     if format == "csv":
         return comparison_csv(comparison)
     cells, notes = comparison_cells(comparison), comparison_notes(comparison)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 from grass_ray.results.record import RunRecord
-from grass_ray.results.statistics import average_interval
+from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 from grass_ray.training.report import VALIDATION
 
@@ -35,10 +35,13 @@ class LeaderboardRow:
     finished seeds. ``status`` is the seeds' common one, or ``partial`` when they differ.
 
     ``difference_to_full`` and ``difference_to_best`` are per question (:mod:`grass_ray.results.pairing` says how),
-    with 95 % bootstrap limits and p-values, adjusted (Benjamini-Hochberg) over the table. ``task_intervals`` are
-    Wilson's. ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean``
-    leaves them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where
-    tasks have options. ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them.
+    with 95 % limits and p-values, adjusted (Benjamini-Hochberg) over the table. ``covers_training`` tells whether they
+    cover other trainings, too, or speak of these ones alone (one seed on a side). ``task_intervals`` are Wilson's.
+    ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean`` leaves
+    them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where tasks have options.
+    ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them. ``train_rows`` are
+    those that were trained on, ``train_rows_dropped`` those that were too long. ``test`` names what the row was tested
+    on: rows with another name answered other questions, or were read by other rules.
     """
 
     rank: int | None = None
@@ -85,6 +88,11 @@ class LeaderboardRow:
     commit: str | None
     date: str
     run_ids: list[str]
+    covers_training: bool | None = None
+    covers_training_to_best: bool | None = None
+    train_rows: int | None = None
+    train_rows_dropped: int | None = None
+    test: str | None = None
 
     @property
     def label(self) -> str:
@@ -195,7 +203,16 @@ def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
         last = [key.rsplit(".", 1)[-1] for key in differing]
         words = [name if last.count(name) == 1 else key for name, key in zip(last, differing, strict=True)]
         labels.append(", ".join(f"{word}={own[key]}" for word, key in zip(words, differing, strict=True)))
-    return labels
+    named = [(group[0].config["method"]["name"], label) for group, label in zip(groups, labels, strict=True)]
+    times = Counter(named)
+    return [
+        label if times[name] == 1 else ", ".join(filter(None, [label, f"training rows {_rows_hash(group)}"]))
+        for name, label, group in zip(named, labels, groups, strict=True)
+    ]
+
+
+def _rows_hash(group: Sequence[RunRecord]) -> str:
+    return next((found[:8] for record in group if (found := training_rows(record))), "unknown")
 
 
 # ------------------------------------------------------------------------------------------------ what is in a row
@@ -204,9 +221,9 @@ def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
 def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> LeaderboardRow:
     finished = [record for record in group if record.status == "finished" and record.tasks]
     scores = {
-        task: fmean(record.tasks[task].accuracy for record in finished)
+        task: mean_of_shares(record.tasks[task].accuracy for record in finished)
         for task in (finished[0].tasks if finished else {})
-        if all(task in record.tasks and record.tasks[task].num_examples for record in finished)
+        if all(task in record.tasks and math.isfinite(record.tasks[task].accuracy) for record in finished)
     }
     low = high = None
     if scores:
@@ -214,7 +231,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
             list(scores.values()), [min(record.tasks[task].num_examples for record in finished) for task in scores]
         )
     last, config = group[-1], group[-1].config
-    averages = [fmean(score.accuracy for score in record.tasks.values()) for record in finished]
+    averages = [mean_of_shares(score.accuracy for score in record.tasks.values()) for record in finished]
     contaminated = sorted({task for record in group for task in _contaminated(record)})
     clean = [value for task, value in scores.items() if task not in contaminated]
     shares = [record.layers.trainable_share for record in group if record.layers is not None]
@@ -224,11 +241,11 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         variant=variant,
         model=config["model"]["name"],
         suite=config["data"]["suite"],
-        accuracy=fmean(scores.values()) if scores else None,
+        accuracy=mean_of_shares(scores.values()) if scores else None,
         accuracy_low=low,
         accuracy_high=high,
         accuracy_std=stdev(averages) if len(averages) > 1 else None,
-        accuracy_clean=fmean(clean) if clean and len(clean) < len(scores) else None,
+        accuracy_clean=mean_of_shares(clean) if clean and len(clean) < len(scores) else None,
         accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
         tasks=scores,
@@ -251,10 +268,12 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         train_tokens=_mean([tokens for record in finished if (tokens := _train_tokens(record)) is not None]),
         learning_rate=_learning_rate(last),
         learning_rates_tried=learning_rates,
-        data_sha256=sorted({hashed for record in group if (hashed := _train_data(record).get("rows_sha256"))}),
+        data_sha256=sorted({hashed for record in group if (hashed := training_rows(record))}),
         commit=_commit(group),
         date=max(record.finished_at for record in group)[:10],
         run_ids=[record.run_id for record in group],
+        train_rows=min(_counts(group, "train_rows_used"), default=None),
+        train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
     )
 
 
@@ -275,6 +294,18 @@ def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> 
 def _train_data(record: RunRecord) -> Mapping[str, Any]:
     found = record.data.get("train")
     return found if isinstance(found, Mapping) else {}
+
+
+def training_rows(record: RunRecord) -> str | None:
+    """The hash of the rows that a run trained on, None where it is unknown or there were none."""
+    found = _train_data(record).get("rows_sha256") if record.config["training"]["steps"] else None
+    return found if isinstance(found, str) else None
+
+
+def _counts(group: Iterable[RunRecord], key: str) -> list[int]:
+    """A count of each run that trained and has it."""
+    found = [record.data.get(key) for record in group if record.config["training"]["steps"]]
+    return [count for count in found if isinstance(count, int)]
 
 
 def _train_tokens(record: RunRecord) -> float | None:

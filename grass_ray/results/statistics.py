@@ -6,29 +6,55 @@
     p = mcnemar(correct_of_grass, correct_of_full)        # the same questions in the same order
     p = sign_flip([differences_of_task_one, differences_of_task_two])
     low, high = paired_bootstrap([differences_of_task_one, differences_of_task_two])
+    low, high, p = two_level([(seeds_by_questions, theirs)], vary=(True, True))      # where both sides have seeds
+    average = mean_of_shares([17 / 24, 5 / 24])
     adjusted = benjamini_hochberg([p, 0.2, 0.01])
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
-from math import sqrt
+from math import isfinite, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control, norm
+from scipy.stats import t as student
 
 RESAMPLES = 2000
 # Sums of thirds in another order must count as equal; averages over questions are never this close by chance.
 _ROUNDING = 1e-8
+# Shares are counts over so many answers at most; in doubles no two such fractions look alike.
+_MOST_ANSWERS = 10_000_000
+
+
+def mean_of_shares(shares: Iterable[float]) -> float:
+    """Unweighted mean of shares that are counts over counts, rounded once.
+
+    Averages that are equal as fractions are equal in every bit, whatever order and detour they came by, so that ties
+    are ties. NaN where there is no share, or one that is not finite.
+    """
+    found = list(shares)
+    if not found or not all(map(isfinite, found)):
+        return nan
+    return float(sum((Fraction(share).limit_denominator(_MOST_ANSWERS) for share in found), Fraction()) / len(found))
 
 
 @lru_cache(maxsize=100_000)  # a leaderboard asks for the same few counts again and again
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share, without continuity correction."""
-    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, without continuity correction; a mean over seeds need not be a whole number.
+
+    Raises:
+        ValueError: more successes than ``n``, or fewer than 0.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must be from 0 to n, and n at least 1; got {successes} of {n}")
+    share, z = successes / n, float(norm.ppf((1 + confidence) / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
 def average_interval(
@@ -43,10 +69,9 @@ def average_interval(
     mean = sum(accuracies) / len(accuracies)
     below = above = 0.0
     for accuracy, n in zip(accuracies, sizes, strict=True):
-        successes = round(accuracy * n)  # a mean over seeds need not be a whole number of questions
-        low, high = wilson_interval(successes, n, confidence)
-        below += (successes / n - low) ** 2
-        above += (high - successes / n) ** 2
+        low, high = wilson_interval(min(accuracy * n, n), n, confidence)
+        below += (accuracy - low) ** 2
+        above += (high - accuracy) ** 2
     return max(0.0, mean - sqrt(below) / len(sizes)), min(1.0, mean + sqrt(above) / len(sizes))
 
 
@@ -108,6 +133,75 @@ def paired_bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means / len(differences), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def two_level(
+    tasks: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
+    *,
+    vary: tuple[bool, bool],
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Interval and two-sided p-value of a difference between two methods that were trained several times each.
+
+    Both other trainings and other questions would give another difference. Its variance is the sum of the variances
+    of both sides' means over their seeds (``s^2 / seeds``, s the spread of the seeds' averages) and of the variance
+    over questions that is left when the seeds' own disagreement about each question, which is in the first part
+    already, is taken out. With two or three seeds that estimate is rough, and a bootstrap over so few would be far
+    too narrow: limits and p-value are those of Student's t. Its degrees of freedom are, for the seeds, the fewer of
+    Welch's, which sees where one side has most of the spread, and Bell and McCaffrey's for sides of one spread, which
+    sees where one side has few seeds (2 at most for two against two, 4 for three against three); then Satterthwaite's
+    combination with the questions, which are many. Where only few questions differ, t would be too sure: the p-value
+    is never below that of :func:`sign_flip` on the means over seeds.
+
+    ``benchmarks/training_variance.py`` simulates level and power.
+
+    Args:
+        tasks: for each task both sides' answers, seeds by questions, 0 or 1; the same questions in the same order.
+        vary: whether a side was trained; what was not trained has no spread over trainings.
+        confidence: of the interval.
+
+    Returns:
+        Lower limit, upper limit, p-value. The interval holds 0 where the p-value is above ``1 - confidence``.
+    """
+    differences = [first.mean(axis=0) - second.mean(axis=0) for first, second in tasks]
+    seen = float(np.mean([task.mean() for task in differences]))
+    numbers = [answers.shape[0] if varies else 0 for answers, varies in zip(tasks[0], vary, strict=True)]
+    averages = [np.mean([task[side].mean(axis=1) for task in tasks], axis=0) for side in (0, 1)]
+    sides = [(n, float(own.var(ddof=1))) for n, own in zip(numbers, averages, strict=True) if n > 1]
+    of_seeds = sum(variance / n for n, variance in sides)
+    alike = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
+    as_seen = sum((variance / n) ** 2 / (n - 1) for n, variance in sides)
+    of_questions, squares = 0.0, max(as_seen, of_seeds**2 / alike)
+    for (first, second), task in zip(tasks, differences, strict=True):
+        if len(task) > 1:
+            own = task.var(ddof=1) - _disagreement(first) - _disagreement(second)
+            variance = max(0.0, float(own)) / len(task) / len(tasks) ** 2
+            of_questions += variance
+            squares += variance**2 / (len(task) - 1)
+    total = of_seeds + of_questions
+    half = p_value = 0.0
+    if total > 0:
+        spread = student(total**2 / squares)
+        half = float(spread.ppf((1 + confidence) / 2)) * sqrt(total)
+        p_value = float(2 * spread.sf(abs(seen) / sqrt(total)))
+    p_value = max(p_value, sign_flip([task.tolist() for task in differences]))
+    low, high = holding_zero((max(-1.0, seen - half), min(1.0, seen + half)), p_value, confidence)
+    return low, high, p_value
+
+
+def _disagreement(answers: NDArray[np.float64]) -> float:
+    """What is left of a question's variance in the mean over seeds when the seeds' levels are taken out."""
+    seeds, questions = answers.shape
+    if seeds < 2:
+        return 0.0
+    rest = answers - answers.mean(axis=0) - answers.mean(axis=1, keepdims=True) + answers.mean()
+    return float((rest**2).sum() / ((seeds - 1) * (questions - 1)) / seeds)
+
+
+def holding_zero(limits: tuple[float, float], p_value: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The limits, drawn out to 0 where the p-value calls the difference undecided, so that both say the same."""
+    low, high = limits
+    return (min(low, 0.0), max(high, 0.0)) if p_value > 1 - confidence + 1e-12 else (low, high)
 
 
 def _distinct(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

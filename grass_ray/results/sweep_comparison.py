@@ -6,7 +6,8 @@
     print(render_comparison(comparison, "markdown"))
 
 A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, and where that finds no
-partner by method, when each side has one such row left. Differences are B minus A.
+partner by method, when each side has one such row left; only rows that were tested alike are
+(:mod:`grass_ray.results.comparable`). Differences are B minus A.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from grass_ray.config import ConfigError
-from grass_ray.results.leaderboard import seed_groups, table_key
-from grass_ray.results.pairing import Answers, compare_answers, mean_answers
+from grass_ray.results.comparable import Asked, comparable_groups, differences, same_test_key
+from grass_ray.results.leaderboard import seed_groups
+from grass_ray.results.pairing import Answers, collect_answers, compare_answers, scope, scope_notes
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow, build_rows, settings
 from grass_ray.results.statistics import benjamini_hochberg
@@ -57,6 +59,7 @@ class ComparisonRow:
     p_value: float | None
     p_adjusted: float | None
     test: str | None
+    covers_training: bool | None
     questions: int
     only_first: int
     only_second: int
@@ -70,13 +73,14 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepComparison:
-    """All matched rows, and the labels of those that only one side has."""
+    """All matched rows, the labels of those that only one side has, and why some of these cannot be compared."""
 
     first: str
     second: str
     rows: list[ComparisonRow]
     only_in_first: list[str]
     only_in_second: list[str]
+    tested_otherwise: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,7 +95,11 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
     """
     if first == second:
         raise ConfigError(f"--compare {first} {second}: name two different sweeps")
-    ours, theirs = (_Side(_choose(records, name)) for name in (first, second))
+    chosen = [_choose(records, name) for name in (first, second)]
+    tests: dict[int, Asked] = {}
+    for test, group in comparable_groups([record for side in chosen for record in side], same_test_key):
+        tests |= {id(record): test for record in group}
+    ours, theirs = (_Side(side, tests) for side in chosen)
     pairs = _match(ours, theirs)
     rows = [_compare(ours, own, theirs, other) for own, other in pairs]
     found = [index for index, row in enumerate(rows) if row.p_value is not None]
@@ -104,6 +112,7 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
         rows=rows,
         only_in_first=ours.labels_without({own for own, _ in pairs}),
         only_in_second=theirs.labels_without({other for _, other in pairs}),
+        tested_otherwise=_tested_otherwise(ours, theirs, pairs),
     )
 
 
@@ -118,16 +127,18 @@ def _choose(records: Sequence[RunRecord], name: str) -> list[RunRecord]:
 class _Side:
     """One sweep's rows with the runs behind them."""
 
-    def __init__(self, records: Sequence[RunRecord]) -> None:
-        self.groups = seed_groups(records)
+    def __init__(self, records: Sequence[RunRecord], tests: Mapping[int, Asked]) -> None:
+        alike: dict[int, list[RunRecord]] = {}
+        for record in records:
+            alike.setdefault(id(tests[id(record)]), []).append(record)
+        self.groups = [group for own in alike.values() for group in seed_groups(own)]
+        self.tests = [tests[id(group[0])] for group in self.groups]
         self.rows: list[LeaderboardRow] = build_rows(self.groups)
 
     def key(self, index: int, *, whole: bool) -> str:
-        """What partners share: everything, or the method and how it was measured."""
-        record = self.groups[index][0]
-        model, suite, _, _, tasks, protocol = table_key(record)
-        own = [] if not whole else sorted(settings(record).items())
-        return json.dumps([model, suite, tasks, protocol, record.config["method"]["name"], own])
+        """What partners share: the test, and the whole configuration or the method."""
+        own = sorted(settings(self.groups[index][0]).items()) if whole else []
+        return json.dumps([id(self.tests[index]), self.rows[index].method, own])
 
     def labels_without(self, matched: set[int]) -> list[str]:
         return [row.label for index, row in enumerate(self.rows) if index not in matched]
@@ -147,6 +158,21 @@ def _match(first: _Side, second: _Side) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
+def _tested_otherwise(first: _Side, second: _Side, pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """Methods that both sides have and that found no partner because the tests differ, and what differs."""
+    lone = [
+        {side.rows[index].method: side.tests[index] for index in range(len(side.groups)) if index not in matched}
+        for side, matched in ((first, {own for own, _ in pairs}), (second, {other for _, other in pairs}))
+    ]
+    found = []
+    for method in lone[0].keys() & lone[1].keys():
+        tests = [side[method] for side in lone]
+        if tests[0] is not tests[1]:
+            words = differences(tests)[:_SHOWN_SETTINGS] or ["other tasks, limits or rules were asked for"]
+            found.append(f"{method} was not tested alike in A and B: {', '.join(words)}")
+    return sorted(found)
+
+
 def _by_key(side: _Side, taken: set[int], whole: bool) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for index in range(len(side.groups)):
@@ -157,7 +183,7 @@ def _by_key(side: _Side, taken: set[int], whole: bool) -> dict[str, list[int]]:
 
 def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow:
     left, right = first.rows[own], second.rows[other]
-    answers = mean_answers(first.groups[own]), mean_answers(second.groups[other])
+    answers = collect_answers(first.groups[own]), collect_answers(second.groups[other])
     found = compare_answers(answers[1], answers[0])
     changes, questions = _changes(*answers)
     same_machine = left.hardware == right.hardware
@@ -175,6 +201,7 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         p_value=None if found is None else found.p_value,
         p_adjusted=None,
         test=None if found is None else found.test,
+        covers_training=None if found is None else found.covers_training,
         questions=questions,
         only_first=sum(change.first > change.second for change in changes),
         only_second=sum(change.first < change.second for change in changes),
@@ -190,9 +217,10 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
 def _changes(first: Answers, second: Answers) -> tuple[list[Change], int]:
     """The questions answered differently, and how many questions both were asked."""
     changes, questions = [], 0
-    for task in first:
-        for key, value in first[task].items():
-            rival = second.get(task, {}).get(key)
+    for task in first.tasks:
+        theirs = second.mean(task)
+        for key, value in first.mean(task).items():
+            rival = theirs.get(key)
             questions += rival is not None
             if rival is not None and rival != value:
                 changes.append(Change(task=task, example_id=key[0], first=value, second=rival))
@@ -232,6 +260,7 @@ _COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
         "p",
         lambda row: "-" if row.p_adjusted is None else "<.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}",
     ),
+    ("p for", lambda row: scope(row.covers_training)),
     ("only A", lambda row: str(row.only_first)),
     ("only B", lambda row: str(row.only_second)),
     ("asked", lambda row: str(row.questions)),
@@ -258,6 +287,7 @@ def comparison_notes(comparison: SweepComparison) -> list[str]:
     notes = [f"A: {comparison.first}; B: {comparison.second}; only A, only B: questions that side alone got right"]
     if tests := sorted({row.test for row in comparison.rows if row.test}):
         notes.append(f"p: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
+        notes += scope_notes(row.covers_training for row in comparison.rows)
     for row in comparison.rows:
         if row.settings:
             more = len(row.settings) - _SHOWN_SETTINGS
@@ -268,7 +298,7 @@ def comparison_notes(comparison: SweepComparison) -> list[str]:
     for name, labels in (("A", comparison.only_in_first), ("B", comparison.only_in_second)):
         if labels:
             notes.append(f"only in {name}: {', '.join(labels)}")
-    return notes
+    return notes + comparison.tested_otherwise
 
 
 def comparison_csv(comparison: SweepComparison) -> str:

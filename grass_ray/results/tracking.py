@@ -18,7 +18,6 @@ next call and at :meth:`Tracker.close`; each can be repeated without counting an
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -29,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, to_json
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import (
@@ -320,7 +319,7 @@ class Tracker:
             client.log_text(known, _split_table(table), RANKING_FILE)
             for path in files:
                 client.log_artifact(known, str(path))
-            is_table = json.dumps([{"path": RANKING_FILE, "type": "table"}])
+            is_table = to_json([{"path": RANKING_FILE, "type": "table"}])
             self._set_tags(known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
             client.set_experiment_tag(self._experiment_id, _NOTE_TAG, note)  # the newest sweep's, on the first page
 
@@ -385,4 +384,4 @@ class Tracker:
 def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows in the form of ``pandas.DataFrame.to_json(orient="split")``, which MLflow's page reads as a table."""
     columns = list(rows[0]) if rows else []
-    return json.dumps({"columns": columns, "data": [[row[column] for column in columns] for row in rows]})
+    return to_json({"columns": columns, "data": [[row[column] for column in columns] for row in rows]})

@@ -6,7 +6,6 @@ values; read with ``weights_only=True``) and ``state.json``. It is written besid
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, from_json, to_json
 from grass_ray.optim.sharded import assign, reshard, whole
 from grass_ray.training.loop import TrainState
 
@@ -60,7 +59,7 @@ def save_checkpoint(state: TrainState, folder: Path | None) -> None:
         "memory": state.memory.state_dict(),
         "series": state.series,
     }
-    (temporary / "state.json").write_text(json.dumps(values), encoding="utf-8")
+    (temporary / "state.json").write_text(to_json(values, keep=True), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -73,7 +72,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
         ConfigError: the folder is no readable checkpoint, or of another model.
     """
     try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        values = from_json((folder / "state.json").read_text(encoding="utf-8"))
         with safe_open(folder / "weights.safetensors", framework="pt") as file:
             names = set(file.keys())
         tensors = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grass_ray.config import ConfigError, ConfigPart, ModelConfig
+from grass_ray.config import ConfigError, ConfigPart, ModelConfig, to_json
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.training.export import check_output, find_run, is_mergeable, load_trained_model, whole_folder
 from grass_ray.training.models import BUILT_IN, load_model
@@ -138,7 +138,7 @@ def save_delta(base: nn.Module, trained: nn.Module, folder: str | Path, *, base_
     with whole_folder(folder) as part:
         values = {name: new[name][0].detach().cpu().contiguous() for name in changed}
         save_file(values, part / VALUES, metadata={"format": "pt"})
-        (part / MANIFEST).write_text(json.dumps(delta.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        (part / MANIFEST).write_text(to_json(delta, indent=1) + "\n", encoding="utf-8")
         _read_values(part, read_delta(part))  # what is on the disk, hashed again
     return delta
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +14,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from grass_ray.config import ConfigError, ModelConfig, RunConfig
+from grass_ray.config import ConfigError, ModelConfig, RunConfig, to_json
 from grass_ray.methods import METHODS, get_method
 from grass_ray.training.allocations import DeviceKind
 from grass_ray.training.memory_fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, total_bytes
@@ -194,7 +193,7 @@ def _configure(request: PlanRequest) -> dict[str, RunConfig]:
 def render_report(report: MemoryReport, format: Literal["table", "json", "markdown"] = "table") -> str:
     """The report as text: a table with advice below, Markdown, or JSON with all sizes in bytes."""
     if format == "json":
-        return json.dumps(_values(report), indent=1)
+        return to_json(_values(report), indent=1)
     rows = [_cells(report, plans) for plans in _alike(report.plans)]
     if format == "markdown":
         lines = [f"**{_heading(report)}**", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]

@@ -8,7 +8,7 @@ import pytest
 from result_records import make_record, members
 
 from grass_ray.config import ConfigError
-from grass_ray.results.best_settings import best_settings, read_settings, write_settings
+from grass_ray.results.best_settings import best_settings, left_out, read_settings, write_settings
 from grass_ray.results.record import RunRecord
 
 
@@ -74,3 +74,38 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
         read_settings(tmp_path / "best.yaml")
     with pytest.raises(ConfigError, match="cannot read the settings"):
         read_settings(tmp_path / "absent.yaml")
+
+
+def test_one_lucky_seed_of_an_interrupted_search_is_not_chosen() -> None:
+    """Three seeds of one rate, and of the other only the seed that both rates find easy."""
+    records = [trial(1e-4, loss, seed=seed) for seed, loss in enumerate((1.00, 1.10, 1.20))]
+    for lucky in (1.05, 0.90):
+        interrupted = [*records, trial(3e-4, lucky)]
+        assert best_settings(interrupted) == {"grass": ["method.optimizer.lr=0.0001"]}
+        (line,) = left_out(interrupted)
+        assert line.startswith("grass: 1 of 2 settings finished with every seed and model")
+        assert "left out: method.optimizer.lr=0.0003 (1 of 3 runs)" in line
+    assert left_out([*records, *(trial(3e-4, 0.9, seed=seed) for seed in range(3))]) == []
+
+
+def test_settings_are_compared_over_the_same_models() -> None:
+    def of(model: str, lr: float, loss: float) -> RunRecord:
+        overrides = [f"model.name={model}", f"method.optimizer.lr={lr}"]
+        return make_record(metrics={"validation/loss": loss}, overrides=overrides)
+
+    easy = [of("tiny", 1e-4, 0.5), of("smollm2-135m", 3e-4, 2.0)]
+    assert best_settings(easy) == {}, "no model is common"
+    assert "0 of 2 settings" in left_out(easy)[0]
+    both = [*easy, of("smollm2-135m", 1e-4, 3.0), of("tiny", 3e-4, 0.4)]
+    assert best_settings(both) == {"grass": ["method.optimizer.lr=0.0003"]}
+
+
+def test_equal_means_are_equal_whatever_their_order() -> None:
+    losses = (0.1, 0.2, 0.3)
+    records = [
+        trial(lr, loss, seed=seed)
+        for lr, own in ((1e-3, losses[::-1]), (1e-4, losses))
+        for seed, loss in enumerate(own)
+    ]
+    assert best_settings(records) == {"grass": ["method.optimizer.lr=0.001"]}, "the first of equal ones"
+    assert best_settings(records[3:] + records[:3]) == {"grass": ["method.optimizer.lr=0.0001"]}

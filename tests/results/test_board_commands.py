@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
-from result_records import answers, make_history, make_record, make_series
+from result_records import answers, asha, make_history, make_record, make_series, members
 
-from grass_ray.cli import main
+from grass_ray.cli import Plot, main
+from grass_ray.results import figures
+from grass_ray.results.kinds import Kind
 from grass_ray.results.record import RunRecord
 from grass_ray.results.tracking import Tracker
 
@@ -38,7 +41,7 @@ def stores(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
     folder = tmp_path_factory.mktemp("second store")
     experiment = "board-commands"
 
-    def log(uri: str, records: list[RunRecord]) -> None:
+    def log(uri: str, records: list[RunRecord], experiment: str = experiment) -> None:
         tracker = Tracker(uri, experiment)
         tracker.open()
         parent = tracker.start_sweep(records[0].sweep_id, {}, {})
@@ -50,6 +53,8 @@ def stores(store: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, s
         assert tracker.close() == 0
 
     log(store, sweep("first", experiment))
+    population = [record.model_copy(update={"sweep_id": "p", "run_id": f"p-{record.run_id}"}) for record in members()]
+    log(store, [*asha(), *population, *sensitive()], "board-searches")
     second = f"sqlite:///{folder}/mlflow.db"
     shutil.copy(store.removeprefix("sqlite:///"), folder / "mlflow.db")
     log(second, sweep("second", experiment))
@@ -71,6 +76,14 @@ def grass_ray(stores: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) 
         return said.out if code == 0 else said.err
 
     return run
+
+
+def sensitive() -> list[RunRecord]:
+    """Rows that differ in a setting, on two tasks."""
+    correct = {"boolq": answers(5, 10), "piqa": answers(6, 10)}
+    rates = [f"method.optimizer.lr={lr}" for lr in (0.1, 0.2)]
+    series = make_series(0, 1.0, steps=20)
+    return [make_record("lisa", correct=correct, suite="commonsense", overrides=[lr], series=series) for lr in rates]
 
 
 def methods_of(text: str) -> list[str]:
@@ -119,6 +132,22 @@ def test_the_page_is_written(grass_ray: Callable[..., str], tmp_path: Path) -> N
     page = tmp_path / "new" / "page.html"
     assert "wrote" in grass_ray("leaderboard", "--format", "html", "--output", page)
     assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_every_picture_of_the_registry_can_be_asked_for_and_says_what_it_lacks() -> None:
+    kinds = set(get_args(Kind))
+    assert kinds == {*figures._OF_A_SWEEP, *figures._OF_A_RUN} == set(figures.MISSING)
+    assert get_type_hints(Plot)["kind"] == Kind, "the command line's choices are the registry's"
+
+
+@pytest.mark.parametrize("kind", ["search", "rungs", "population", "sensitivity", "tasks"])
+def test_pictures_of_searches_are_drawn_from_a_store(
+    kind: str, grass_ray: Callable[..., str], stores: tuple[str, str, str], tmp_path: Path
+) -> None:
+    where = ["--experiment", "board-searches", "--tracking-uri", stores[1], "--output", tmp_path / "x.png"]
+    assert "x.png and " in grass_ray("plot", kind, *where)
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert len((tmp_path / "x.csv").read_text(encoding="utf-8").splitlines()) > 2
 
 
 @pytest.mark.parametrize("kind", ["pareto", "loss", "sampling"])

@@ -168,8 +168,7 @@ def test_pairs_are_found_by_id_not_by_place() -> None:
     by_method = {row.method: row for row in rows_of([full, grass])}
     assert by_method["grass"].p_value == 1.0
     score.example_ids[:] = [f"other-{index}" for index in range(6)]
-    by_method = {row.method: row for row in rows_of([full, grass])}
-    assert by_method["grass"].p_value is None
+    assert [len(table.rows) for table in build_leaderboard([full, grass])] == [1, 1], "no pair, no common table"
 
 
 def test_equal_prompts_are_paired_in_their_order() -> None:
@@ -183,16 +182,34 @@ def test_equal_prompts_are_paired_in_their_order() -> None:
 def test_several_seeds_are_averaged_question_by_question() -> None:
     records = [
         make_record(method, seed=seed, correct={"generated": answers(right, 10)})
-        for method, seed, right in (("full", 0, 4), ("full", 1, 4), ("grass", 0, 8), ("grass", 1, 9))
+        for method, seed, right in (("full", 0, 4), ("full", 1, 4), ("grass", 0, 8))
     ]
     (table,) = build_leaderboard(records)
     best, _ = table.rows
-    # four questions differ in both seeds and one in one of them: five flips of a coin, not nine
-    assert best.p_value == pytest.approx(2 / 2**5, abs=0.02)
-    assert best.difference_to_full == pytest.approx(0.45)
-    assert best.difference_to_full_low is not None
-    assert 0 < best.difference_to_full_low < 0.45
+    # four questions differ in both seeds of full: four flips of a coin, not eight
+    assert best.p_value == pytest.approx(2 / 2**4, abs=0.02)
+    assert best.difference_to_full == pytest.approx(0.4)
+    assert best.covers_training is False, "one seed on a side"
     assert any("sign-flip" in note for note in table.notes)
+
+
+def test_with_seeds_on_both_sides_a_difference_covers_training() -> None:
+    records = [
+        make_record(method, seed=seed, correct={"generated": answers(right, 100)})
+        for method, seed, right in (("full", 0, 40), ("full", 1, 42), ("grass", 0, 80), ("grass", 1, 86))
+    ]
+    (table,) = build_leaderboard(records)
+    best, _ = table.rows
+    # by hand: seeds' means vary by (0.01^2 + 0.03^2) 2 / 2 = .001; 38 questions all of the two, 8 one of them
+    assert best.difference_to_full == pytest.approx(0.42)
+    assert best.covers_training is True
+    assert best.p_value is not None
+    assert 0.0004 < best.p_value < 0.01
+    assert best.difference_to_full_low is not None
+    assert best.difference_to_full_high is not None
+    assert 0.2 < best.difference_to_full_low < 0.33, "two degrees of freedom: wider than the questions alone"
+    assert best.difference_to_full_high - 0.42 == pytest.approx(0.42 - best.difference_to_full_low)
+    assert any("two-level t-test" in note for note in table.notes)
 
 
 def test_other_seeds_still_compare_question_by_question() -> None:
@@ -242,7 +259,8 @@ def test_pareto_front() -> None:
             method, correct={"generated": answers(right, 10)}, metrics={"memory/peak_allocated_gib": gib}
         )
 
-    rows = rows_of([at("full", 9, 10), at("grass", 8, 4), at("lora", 7, 5), at("lisa", 6, 3), make_record("base")])
+    untrained = make_record("base", correct={"generated": answers(5, 10)})
+    rows = rows_of([at("full", 9, 10), at("grass", 8, 4), at("lora", 7, 5), at("lisa", 6, 3), untrained])
     assert {row.method for row in rows if row.pareto} == {"full", "grass", "lisa"}
     same = [at("full", 8, 5), at("grass", 8, 4), at("lora", 8, 4), at("lisa", 7, 4)]
     assert {row.method for row in rows_of(same) if row.pareto} == {"grass", "lora"}, "equal points are both on it"
@@ -371,6 +389,27 @@ def test_equal_accuracies_share_a_rank() -> None:
     records = [make_record(method) for method in ("lora", "lisa")]
     records.append(make_record("full", correct={"generated": [False] * 4}))
     assert [row.rank for row in rows_of(records)] == [1, 1, 3]
+
+
+def test_ties_are_ties_to_the_last_bit() -> None:
+    """17/72 twice: five, seven and five of 24, and seven, four and six."""
+    tasks = ("arc_easy", "arc_challenge", "openbookqa")
+    records = [
+        make_record(
+            method, suite="commonsense", correct={t: answers(n, 24) for t, n in zip(tasks, counts, strict=True)}
+        )
+        for method, counts in (("lora", (5, 7, 5)), ("lisa", (7, 4, 6)), ("full", (6, 6, 6)))
+    ]
+    rows = rows_of(records)
+    assert [(row.rank, row.method) for row in rows] == [(1, "full"), (2, "lisa"), (2, "lora")]
+    assert rows[1].accuracy == rows[2].accuracy == 17 / 72
+    assert rows[1].difference_to_full == rows[2].difference_to_full == -1 / 72
+    seeds = [
+        make_record(method, seed=seed, correct={"generated": answers(right, 30)})
+        for method, counts in (("lora", (1, 2, 10)), ("lisa", (10, 1, 2)))
+        for seed, right in enumerate(counts)
+    ]
+    assert [row.rank for row in rows_of(seeds)] == [1, 1]
 
 
 def test_nothing_makes_nothing() -> None:

@@ -23,7 +23,7 @@ def sweep() -> list[RunRecord]:
         at("lora", 10, 2.0, seed=1),
         make_record("lisa", status="failed", failure="no"),
         make_record("grass", overrides=["model.name=tiny"]),
-        make_record("base"),
+        make_record("base", correct={"generated": answers(2, 20)}),
     ]
 
 
