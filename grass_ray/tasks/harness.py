@@ -25,12 +25,12 @@ import datasets
 import lm_eval.api.task
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grass_ray.config import ConfigError
 from grass_ray.tasks.decoding import Decoder
+from grass_ray.tasks.encoding import encode_answer, encode_prompt, without_end
 from grass_ray.tasks.likelihood import Row, Score, Scorer, share_rows
 from grass_ray.tasks.scheduling import Scheduler
 from grass_ray.tasks.scores import Workload
@@ -79,17 +79,24 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     # -- tokens
 
     def _tokenise(self, texts: Sequence[str]) -> None:
-        """Have the tokens of ``texts`` at hand; those that begin with the start token themselves are left to HFLM."""
-        start = self.tokenizer.decode(self.prefix_token_id)
-        self._tokens = self._token_cache.encode([text for text in texts if not has_bos_prefix(text, start)])
+        """Have the tokens of prompts at hand."""
+        found = self._token_cache.encode(texts)
+        self._tokens = {text: without_end(self.tokenizer, ids) for text, ids in found.items()}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text."""
-        known = self._tokens.get(string) if add_special_tokens is None and not kwargs else None
-        if known is not None:
-            return known
-        ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
-        return ids
+        """The token ids of a text; those of a prompt, unless told which special tokens to add."""
+        if add_special_tokens is not None or kwargs:
+            ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
+            return ids
+        known = self._tokens.get(string)
+        return encode_prompt(self.tokenizer, string) if known is None else known
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode the two as training does. White space before an option counts to the option, as lm-eval has it."""
+        prompt = self.tok_encode(context)
+        whole = prompt + encode_answer(self.tokenizer, continuation)
+        start = min(len(self.tok_encode(context.rstrip())), len(prompt))
+        return whole[:start], whole[start:]
 
     def tok_batch_encode(
         self,
@@ -113,9 +120,8 @@ class ObservedLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
         """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
-        pairs = [request.args for request in requests]
-        contexts = [context.rstrip() for context, _ in pairs]  # lm-eval counts white space before an option to it
-        self._tokenise([*contexts, *(context + continuation for context, continuation in pairs)])
+        contexts = [request.args[0] for request in requests]
+        self._tokenise([*contexts, *(context.rstrip() for context in contexts)])
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
