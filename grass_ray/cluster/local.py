@@ -21,6 +21,7 @@ from grass_ray.cluster.options import choose_data
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
+from grass_ray.paths import with_absolute_paths
 from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
@@ -61,7 +62,7 @@ def build_config(
         suite, keys, source = choose_data(tasks, data_dir)
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
-    return config.override(assignments)
+    return with_absolute_paths(config.override(assignments))
 
 
 def train_locally(
@@ -250,11 +251,12 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.tasks.lm_eval_results import HarnessResults
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import cache_folder, describe_model, load_model
+    from grass_ray.training.models import cache_folder, check_lengths, check_model, load_model
     from grass_ray.training.report import RunOutcome
     from grass_ray.training.weights import base_model_sha256
 
-    describe_model(config.model)
+    check_model(config.model)
+    check_lengths(config.model_copy(update={"training": config.training.model_copy(update={"steps": 0})}))
     check_data(config.data, training=False)
     check_evaluation(config.data, config.evaluation)
     if output is not None:

@@ -58,7 +58,7 @@ def find_decoder_stack(model: nn.Module, path: str | None = None) -> DecoderStac
             compiled whole model) or split by tensor parallelism.
     """
     _refuse_wrappers(model)
-    _refuse_encoders(model)
+    refuse_encoders(model)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if path is not None and path not in lists:
         raise ValueError(f"model has no list of layers called {path!r}; it has: {_listing(lists)}")
@@ -120,12 +120,14 @@ def _refuse_foreign_shards(model: nn.Module) -> None:
         )
 
 
-def _refuse_encoders(model: nn.Module) -> None:
+def refuse_encoders(model: nn.Module) -> None:
+    """Raise ``ValueError`` on a model whose tokens see those after them; decoders' configurations say nothing."""
     base = _unwrap(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "can_generate"):
         return
-    if getattr(config, "is_encoder_decoder", False) or not base.can_generate():
+    bidirectional = getattr(config, "is_decoder", None) is False or not getattr(config, "causal", True)
+    if getattr(config, "is_encoder_decoder", False) or bidirectional or not base.can_generate():
         raise ValueError(
             f"{type(base).__name__} is not a decoder-only language model; layer-wise training needs one "
             "(a model loaded with AutoModelForCausalLM)"

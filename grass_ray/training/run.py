@@ -60,7 +60,7 @@ from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
+from grass_ray.training.models import build_skeleton, cache_folder, check_lengths, check_model, load_model
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sharding import check_shardable, shard_model
@@ -97,12 +97,13 @@ def check_run(
     if parallel == "shard":
         attempt(lambda: check_shardable(config, fewest))
     attempt(lambda: _check_model(config))
+    attempt(lambda: check_lengths(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
     attempt(lambda: check_data(config.data))
     attempt(lambda: check_evaluation(config.data, config.evaluation))
     if mistakes:
-        raise ConfigError("; ".join(mistakes))
+        raise ConfigError("; ".join(dict.fromkeys(mistakes)))
 
 
 class Run:
@@ -420,7 +421,7 @@ def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
 
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights: what cannot work with this model shows here."""
-    describe_model(config.model)
+    check_model(config.model)
     if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
         raise ConfigError(
             "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "
