@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import fmean
 from typing import Any
 
+from grass_ray.paths import model_label
 from grass_ray.results.budget import budget_line
 from grass_ray.results.pairing import Difference, compare_answers, mean_answers
 from grass_ray.results.record import RunRecord
@@ -73,7 +74,15 @@ def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
     tables: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         tables[json.dumps(table_key(record))].append(record)
-    return [_table(tables[key]) for key in sorted(tables)]
+    models = {record.config["model"]["name"] for records in tables.values() for record in records}
+    labels = Counter(map(model_label, models))
+    return [_with_short_name(_table(tables[key]), labels) for key in sorted(tables)]
+
+
+def _with_short_name(table: LeaderboardTable, labels: Mapping[str, int]) -> LeaderboardTable:
+    """The model's folder by its last component, unless another folder has the same."""
+    label = model_label(table.model)
+    return replace(table, model=label) if labels[label] == 1 else table
 
 
 def table_key(record: RunRecord) -> list[Any]:

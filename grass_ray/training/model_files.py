@@ -24,6 +24,7 @@ from grass_ray.paths import check_model_path
 LFS_POINTER = b"version https://git-lfs"
 # the order in which transformers looks for weights
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def find_folder(config: ModelConfig) -> Path | None:
@@ -39,13 +40,17 @@ def find_folder(config: ModelConfig) -> Path | None:
     return None if found is None else Path(found).parent
 
 
-def check_folder(config: ModelConfig) -> None:
-    """Raise :class:`ConfigError` on a folder that holds no model which transformers loads, saying what it holds."""
+def check_folder(config: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` says; nothing of a hub model that is not on this machine.
+
+    Raises:
+        ConfigError: the folder holds no model that transformers loads; the message says what it holds.
+    """
     name = config.name
     check_model_path(name)
     folder = find_folder(config)
     if folder is None:
-        return
+        return {}
     try:
         files = {path.name: path for path in folder.iterdir()}
         pointers = [path.name for path in files.values() if path.is_file() and _is_pointer(path)]
@@ -58,17 +63,16 @@ def check_folder(config: ModelConfig) -> None:
     if "adapter_config.json" in files:
         raise ConfigError(_adapter(name, files["adapter_config.json"]))
     if "config.json" in files:
-        _check_json(files["config.json"])
-    elif {"config.yaml", "checkpoint"} <= files.keys():
+        return _read_json(files["config.json"])
+    if {"config.yaml", "checkpoint"} <= files.keys():
         raise ConfigError(
             f"{name} is a trained run, not a model; write its model: grass-ray export {name} --output MODEL"
         )
-    elif "delta.json" in files:
+    if "delta.json" in files:
         raise ConfigError(f"{name} is a delta, not a model; write its model: grass-ray export {name} --output MODEL")
-    elif any(file.endswith(".gguf") for file in files):
+    if any(file.endswith(".gguf") for file in files):
         raise ConfigError(f"{name} holds a GGUF file, which is quantised; give a folder written by save_pretrained")
-    else:
-        raise ConfigError(f"{name} has no config.json; give a folder written by save_pretrained")
+    raise ConfigError(f"{name} has no config.json; give a folder written by save_pretrained")
 
 
 def _is_pointer(path: Path) -> bool:
@@ -78,7 +82,7 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _check_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -91,7 +95,7 @@ def _check_json(path: Path) -> Any:
 
 
 def _adapter(name: str, path: Path) -> str:
-    values = _check_json(path)
+    values = _read_json(path)
     base = values.get("base_model_name_or_path") or "a model it does not name"
     return (
         f"{name} is a {values.get('peft_type', 'peft')} adapter of {base}, not a model; `eval` takes the run that "
@@ -131,6 +135,13 @@ def check_weights(config: ModelConfig, loaded: Any, model_class: Any) -> None:
             output_loading_info=True,
         )
     refuse_misfits(config.name, model, found)
+    own = dict(model.named_parameters())
+    coded = [f"{name} ({t.dtype})" for name, t in tensors.items() if name in own and t.dtype not in TRAINABLE]
+    if coded:
+        raise ConfigError(
+            f"the weights of {config.name} are quantised, though its config.json does not say how: {_first(coded)}; "
+            "give the model it was made from"
+        )
 
 
 def _weight_files(folder: Path, *, must_exist: bool) -> list[Path] | None:
@@ -140,7 +151,7 @@ def _weight_files(folder: Path, *, must_exist: bool) -> list[Path] | None:
             continue
         if not name.endswith(".json"):
             return [path]
-        listed = _check_json(path).get("weight_map")
+        listed = _read_json(path).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise ConfigError(f"{path} lists no weights; copy or download it again")
         shards = [folder / shard for shard in sorted(set(map(str, listed.values())))]
@@ -184,6 +195,8 @@ def reports(name: str) -> Iterator[None]:
             return not is_report
 
     log, keep = logging.getLogger("transformers.modeling_utils"), Keep()
+    level = log.level
+    log.setLevel(logging.WARNING)  # where libraries are told to be quiet, too
     log.addFilter(keep)
     try:
         yield
@@ -194,13 +207,14 @@ def reports(name: str) -> Iterator[None]:
         raise ConfigError(_misfits(name, [f"cannot be made of what is there: {_first(failed)}"])) from error
     finally:
         log.removeFilter(keep)
+        log.setLevel(level)
 
 
 def refuse_misfits(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:
     """Raise :class:`ConfigError` where weights were missing, left over or of another shape.
 
     Tied weights, and what transformers' own lists name for the architecture, are no misfits; nor are left-over buffers
-    that the model computes itself, such as the causal masks in old checkpoints.
+    that the model computes itself, and the constants of causal masks, as old checkpoints have them.
 
     Args:
         name: of the model, for the message.
@@ -208,7 +222,7 @@ def refuse_misfits(name: str, model: nn.Module, found: Mapping[str, Any]) -> Non
         found: what ``from_pretrained(..., output_loading_info=True)`` says.
     """
     computed = {buffer for buffer, _ in model.named_buffers()} - model.state_dict().keys()
-    left_over = [key for key in found["unexpected_keys"] if not any(_ends(buffer, key) for buffer in computed)]
+    left_over = [key for key in found["unexpected_keys"] if not _is_computed(key, computed)]
     shapes = [f"{key} {tuple(have)} instead of {tuple(want)}" for key, have, want in sorted(found["mismatched_keys"])]
     mistakes = {"missing": found["missing_keys"], "left over": left_over, "of another shape": shapes}
     parts = [f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in mistakes.items() if keys]
@@ -216,8 +230,8 @@ def refuse_misfits(name: str, model: nn.Module, found: Mapping[str, Any]) -> Non
         raise ConfigError(_misfits(name, parts))
 
 
-def _ends(buffer: str, key: str) -> bool:
-    return buffer == key or buffer.endswith(f".{key}")
+def _is_computed(key: str, computed: Iterable[str]) -> bool:
+    return key.endswith(".masked_bias") or any(name == key or name.endswith(f".{key}") for name in computed)
 
 
 def _misfits(name: str, parts: Iterable[str]) -> str:

