@@ -124,9 +124,8 @@ def _front_matter(title: str, kind: Kind, config: RunConfig, record: RunRecord |
 def hub_name(config: RunConfig) -> str | None:
     """The base model's name on the hub; None for a folder and for what is on no hub."""
     name = config.model.name
-    if name in _NO_HUB_NAME or (
-        name not in _HUB_NAMES and (name.count("/") != 1 or os.path.isabs(name) or Path(name).exists())
-    ):
+    is_path = name.count("/") != 1 or os.path.isabs(name) or Path(name).exists()
+    if name in _NO_HUB_NAME or (name not in _HUB_NAMES and is_path):
         return None
     return _HUB_NAMES.get(name, name)
 

@@ -186,17 +186,16 @@ def clear_errors(problem: str, advice: str) -> Iterator[None]:
 def reports(name: str) -> Iterator[None]:
     """Keep transformers' table of weights that do not fit from the terminal; a failed conversion becomes an error."""
     said: list[str] = []
+    log = logging.getLogger("transformers.modeling_utils")
+    level, shown_from = log.level, log.getEffectiveLevel()
 
-    class Keep(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            is_report = "LOAD REPORT" in record.getMessage()
-            if is_report:
-                said.append(record.getMessage())
-            return not is_report
+    def keep(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            said.append(record.getMessage())
+        return not is_report and record.levelno >= shown_from
 
-    log, keep = logging.getLogger("transformers.modeling_utils"), Keep()
-    level = log.level
-    log.setLevel(logging.WARNING)  # where libraries are told to be quiet, too
+    log.setLevel(logging.WARNING - 1)  # libraries told to be quiet make no report; from WARNING on they check a TP plan
     log.addFilter(keep)
     try:
         yield
