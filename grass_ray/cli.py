@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from grass_ray.config import ConfigError
+from grass_ray.paths import at_home
 from grass_ray.results.kinds import Kind as PictureKind
 
 if TYPE_CHECKING:
@@ -564,6 +565,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
+    verb = at_home(verb)
     try:
         if isinstance(verb, SweepFile):
             code = verb.run(rest)

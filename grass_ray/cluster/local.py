@@ -21,6 +21,7 @@ from grass_ray.cluster.options import choose_data
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.methods import get_method
+from grass_ray.paths import with_absolute_paths
 from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
@@ -63,7 +64,7 @@ def build_config(
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
         assignments = [*choose_extraction(source), *assignments]
-    return config.override(assignments)
+    return with_absolute_paths(config.override(assignments))
 
 
 def train_locally(
@@ -263,11 +264,12 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.tasks.readback import check_answers
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import cache_folder, describe_model, load_model, load_tokenizer
+    from grass_ray.training.models import cache_folder, check_lengths, check_model, load_model, load_tokenizer
     from grass_ray.training.report import RunOutcome
     from grass_ray.training.weights import base_model_sha256
 
-    describe_model(config.model)
+    check_model(config.model)
+    check_lengths(config.model_copy(update={"training": config.training.model_copy(update={"steps": 0})}))
     check_data(config.data, training=False)
     check_evaluation(config.data, config.evaluation)
     check_answers(config.data, config.evaluation, load_tokenizer(config.model), online=True)

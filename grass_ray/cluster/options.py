@@ -23,6 +23,7 @@ from grass_ray.cluster.space import Space
 from grass_ray.cluster.tuning import Scheduler, Search
 from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
 from grass_ray.methods import METHODS, get_method
+from grass_ray.paths import at_home
 from grass_ray.results.best_settings import read_settings
 from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.readback import choose_extraction
@@ -208,13 +209,14 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
         f"  python {script} --methods full grass --seeds 0 1  # two methods, two seeds\n"
         f"  python {script} --resume                          # finish the newest interrupted sweep"
     )
-    return tyro.cli(
+    options = tyro.cli(
         SweepOptions,
         prog=script,
         description=examples,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
+    return at_home(options)
 
 
 def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:

@@ -6,6 +6,7 @@ The original is only read. A rerun is written only where ``--output`` says, and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -18,6 +19,7 @@ from rich.console import Console
 from grass_ray.cluster.local import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.paths import find_model
 from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
@@ -147,7 +149,12 @@ def reproduce(
 def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) -> RunConfig:
     """The recorded configuration, with model and data where they are on this machine."""
     config = RunConfig.parse(record.config)
-    changes = [] if model is None else [f"model.name={json.dumps(model)}"]
+    name = config.model.name
+    changes = [] if model is None else [f"model.name={json.dumps(find_model(model))}"]
+    # a hub model has a revision; older records name folders as they were typed
+    was_folder = record.model_sha256 is not None and record.model_revision is None
+    if model is None and was_folder and not os.path.isdir(name):
+        raise ConfigError(f"the model was a folder, {name!r}, and is not there; give --model FOLDER")
     if data_dir is not None:
         if config.data.source.kind != "folder":
             raise ConfigError(

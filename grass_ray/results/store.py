@@ -37,7 +37,17 @@ SPEED, SECONDS = "throughput/tokens_per_second", "time/step_s"
 
 def default_tracking_uri(storage_path: Path) -> str:
     """The embedded store of a storage folder."""
-    return f"{SQLITE}{Path(storage_path).absolute()}/mlflow.db"
+    from sqlalchemy import URL
+
+    database = Path(storage_path).expanduser().absolute() / "mlflow.db"
+    return URL.create("sqlite", database=str(database)).render_as_string()
+
+
+def sqlite_path(uri: str) -> Path:
+    """The file of a ``sqlite:///...`` store, whose address has ``%3F`` and ``%25`` for a path's ``?`` and ``%``."""
+    from sqlalchemy import make_url
+
+    return Path(make_url(uri).database or "").expanduser()
 
 
 def metric_name(name: str) -> str:
@@ -48,9 +58,12 @@ def metric_name(name: str) -> str:
 
 def absolute_uri(uri: str) -> str:
     """The address with a SQLite path made absolute."""
-    if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
-        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"  # workers run in other directories
-    return uri
+    if not uri.startswith(SQLITE):
+        return uri
+    from sqlalchemy import make_url
+
+    database = str(sqlite_path(uri).absolute())  # workers run in other directories
+    return make_url(uri).set(database=database).render_as_string(hide_password=False)
 
 
 def quoted(text: str) -> str:
@@ -68,7 +81,7 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with store_errors(uri):
         if uri.startswith(SQLITE):
-            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+            sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
         else:
             _knock(uri)
         client = MlflowClient(tracking_uri=uri)
@@ -227,7 +240,7 @@ class _Found:
 def _existing(tracking_uri: str) -> str:
     """The absolute address. Raises :class:`ConfigError` where a SQLite file would be made by looking at it."""
     uri = absolute_uri(tracking_uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ConfigError(f"there is no MLflow store at {uri}; run a sweep first, or name another with --tracking-uri")
     return uri
 

@@ -39,6 +39,7 @@ from grass_ray.results.store import (
     impatient,
     metric_name,
     quoted,
+    sqlite_path,
     store_errors,
 )
 from grass_ray.results.store import default_tracking_uri as default_tracking_uri
@@ -126,7 +127,7 @@ class Tracker:
     def _artifact_location(self) -> str | None:
         if not self.tracking_uri.startswith(SQLITE):
             return None
-        beside = Path(self.tracking_uri.removeprefix(SQLITE)).parent / "artifacts"
+        beside = sqlite_path(self.tracking_uri).parent / "artifacts"
         return (self.artifact_root or beside).as_uri()
 
     @property

@@ -51,7 +51,14 @@ from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import check_some_row_fits, describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model, load_tokenizer
+from grass_ray.training.models import (
+    build_skeleton,
+    cache_folder,
+    check_lengths,
+    check_model,
+    load_model,
+    load_tokenizer,
+)
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sampling import build_sampler
@@ -96,6 +103,7 @@ def check_run(
     if parallel == "shard":
         attempt(lambda: check_shardable(config, fewest))
     attempt(lambda: _check_model(config))
+    attempt(lambda: check_lengths(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
     rows = (config.model, config.data, config.evaluation)
@@ -105,7 +113,7 @@ def check_run(
         attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
         attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
     if mistakes:
-        raise ConfigError("; ".join(mistakes))
+        raise ConfigError("; ".join(dict.fromkeys(mistakes)))
     if checked is not None:
         checked.add(rows)
 
@@ -404,7 +412,7 @@ def tokenizer_to_check(model: ModelConfig) -> Any:
 
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights: what cannot work with this model shows here."""
-    describe_model(config.model)
+    check_model(config.model)
     if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
         raise ConfigError(
             "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "
