@@ -37,6 +37,7 @@ from grass_ray.results.store import (
     SQLITE,
     absolute_uri,
     connect,
+    failures,
     impatient,
     metric_name,
     quoted,
@@ -111,18 +112,24 @@ class Tracker:
         """Prepare store and experiment. Raises :class:`ConfigError` within seconds when that cannot be done."""
         client = connect(self.tracking_uri)
         with store_errors(self.tracking_uri):
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                created = client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
-                self._experiment_id = str(created)
-            elif found.lifecycle_stage != "active":
+            found = client.get_experiment_by_name(self.experiment) or self._create_experiment(client)
+            if found.lifecycle_stage != "active":
                 raise ConfigError(
                     f"the MLflow experiment {self.experiment!r} was deleted; bring it back with "
                     f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
                 )
-            else:
-                self._experiment_id = str(found.experiment_id)
+            self._experiment_id = str(found.experiment_id)
         self._client = client
+
+    def _create_experiment(self, client: MlflowClient) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
+                raise
+        return client.get_experiment_by_name(self.experiment)
 
     def _artifact_location(self) -> str | None:
         if not self.tracking_uri.startswith(SQLITE):
@@ -353,8 +360,6 @@ class Tracker:
 
     def _send(self, at_once: bool = False) -> bool:
         """Make the waiting calls in order. Returns whether none is left."""
-        from mlflow.exceptions import MlflowException
-
         if not at_once and time.monotonic() < self._not_before:
             return False
         while self._waiting:
@@ -362,7 +367,7 @@ class Tracker:
             try:
                 with impatient(timeout_s=15):
                     call.act()
-            except (MlflowException, OSError) as error:
+            except failures() as error:
                 if getattr(error, "error_code", None) not in _REFUSALS:
                     self._wait(call, error, time.monotonic() - started)
                     return False
