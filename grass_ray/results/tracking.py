@@ -258,7 +258,8 @@ class Tracker:
     def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
         """End a trial: final metrics, artifacts (record, configuration, examples, pictures), tags, status.
 
-        In this order, so that a run MLflow calls finished is complete. ``folder`` must stay until :meth:`close`.
+        In this order, so that a run MLflow calls finished is complete; one that did not finish ends first, since files
+        may be what cannot be written. ``folder`` must stay until :meth:`close`.
         """
         from mlflow.entities import Metric
 
@@ -283,6 +284,9 @@ class Tracker:
             client, known = self._opened(), self._known(run_id)
             if known is None:
                 return
+            if record.status != "finished":
+                self._set_tags(known, tags)
+                client.set_terminated(known, RUN_STATUS[record.status], ended)
             self._log_metrics(known, rows)
             client.log_text(known, record.model_dump_json(indent=1), "record.json")
             files = [folder / name for name in _FILES if name != "record.json"]
