@@ -115,6 +115,7 @@ class _LocalRun:
         self.started_at = now()
         self.run_id = ""
         self.run: Run | None = None
+        self._goes_on = False  # with --resume
         self._doing = "while the model was loaded"
         self._pending: list[tuple[int, dict[str, float]]] = []
         self._logged = time.monotonic()
@@ -134,6 +135,7 @@ class _LocalRun:
                 refusal = describe_failure(problem)
                 if interrupts.heard:
                     status, failure = "stopped", f"interrupted {self._doing}"
+                    self._goes_on = True
                 elif refusal is None:
                     self._conclude("failed", f"{type(problem).__name__}: {problem}", interrupts)
                     self.tracker.close()
@@ -141,6 +143,7 @@ class _LocalRun:
                 else:
                     free = shutil.disk_usage(self.output).free / 1024**2
                     status, failure = "failed", f"{refusal} ({self._doing}; {free:.1f} MiB are free in {self.output})"
+                    self._goes_on = True
             record = self._conclude(status, failure, interrupts)
         return self._report(record)
 
@@ -221,9 +224,9 @@ class _LocalRun:
             refusal = describe_failure(problem)
             if refusal is None:
                 raise
-            print(f"not all results could be written: {refusal}", file=sys.stderr)
             if record.status == "finished":
                 record.status, record.failure = "failed", f"not all results could be written: {refusal}"
+                self._goes_on = True
         interrupts.ignore()
         if self.run_id:
             if self._pending:
@@ -264,12 +267,10 @@ class _LocalRun:
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
         if unsent:
             self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
-        if record.status == "finished":
-            return 0
-        if record.status == "stopped" or self.checkpoint.is_dir():
+        if self._goes_on:
             words = [word for word in sys.argv[1:] if word != "--resume"]
             self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)
-        return INTERRUPTED if record.status == "stopped" else FAILED
+        return {"finished": 0, "stopped": INTERRUPTED}.get(record.status, FAILED)
 
     def _print_head(self, active: Sequence[object], model: object, steps_done: int) -> None:
         """First lines: what runs, how much of it trains, on what, and where everything goes."""

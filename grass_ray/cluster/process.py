@@ -107,16 +107,16 @@ def _lost_output() -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------ the end
 
-# libraries say what the system said in errors of their own
-_SYSTEM = (
+# what the system said, as libraries say it in errors of their own
+_REFUSALS = (
     "No space left on device",
     "Disk quota exceeded",
     "Read-only file system",
     "File too large",
     "Input/output error",
     "database or disk is full",
-    "PytorchStreamWriter failed writing",
 )
+_REFUSED_TO_TORCH = ("inline_container.cc", "iostream error")  # torch keeps the reason to itself
 
 
 def describe_failure(error: BaseException) -> str | None:
@@ -126,9 +126,11 @@ def describe_failure(error: BaseException) -> str | None:
         return error.strerror + place if error.strerror else str(error) or type(error).__name__
     link: BaseException | None = error
     while link is not None:
-        for line in str(link).splitlines():
-            if any(words in line for words in _SYSTEM):
-                return line.strip()
+        text = str(link)
+        if found := [words for words in _REFUSALS if words in text]:
+            return found[0]
+        if any(words in text for words in _REFUSED_TO_TORCH):
+            return "a file could not be written whole"
         link = link.__cause__ or link.__context__
     return None
 

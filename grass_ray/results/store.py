@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import socket
 import sqlite3
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -67,8 +69,8 @@ def quoted(text: str) -> str:
 
 def connect(uri: str) -> MlflowClient:
     """A client whose store answered once. Raises :class:`ConfigError` within seconds when it does not."""
-    for noisy in ("mlflow.store.db.utils", "alembic"):  # pages about migrations of a fresh store
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # pages about migrations of a fresh store
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # and about errors that it raises, too
     with store_errors(uri):
         if uri.startswith(SQLITE):
             _make_database(Path(uri.removeprefix(SQLITE)))
@@ -97,7 +99,7 @@ def _first_answer(uri: str) -> MlflowClient:
 def _make_database(path: Path) -> None:
     """Make MLflow's database where there is none yet: beside its place, and linked there when it is whole.
 
-    MLflow itself fills the tables in place, where two first uses break each other, and a kill leaves half of them.
+    MLflow itself makes the tables in place, where two first uses break each other, and a kill leaves half of them.
     A half-made one, which holds nothing, is put aside.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,16 +111,20 @@ def _make_database(path: Path) -> None:
                 time.sleep(0.2)
     if path.exists():
         return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name + ".part-") as folder:
-        made, whole = Path(folder) / "made", Path(folder) / "whole"
+    with tempfile.TemporaryDirectory(prefix="grass_ray-store-") as folder:
+        made = Path(folder) / "mlflow.db"
         _first_answer(f"{SQLITE}{made}")
-        shutil.copyfile(made, whole)  # which nobody has open
+        whole = path.with_name(f"{path.name}.part-{uuid.uuid4().hex[:8]}")
         try:
-            os.link(whole, path)
-        except FileExistsError:  # another first use came before, perhaps with runs in it already
-            return
-        except OSError:  # a file system without hard links
-            os.replace(whole, path)
+            shutil.copyfile(made, whole)
+            try:
+                os.link(whole, path)
+            except FileExistsError:
+                pass  # another first use came before, perhaps with runs in it already
+            except OSError:
+                os.replace(whole, path)  # a file system without hard links
+        finally:
+            whole.unlink(missing_ok=True)
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -153,6 +159,8 @@ def store_errors(uri: str) -> Iterator[None]:
             yield
     except failures() as error:
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
+        if any(words in reason for words in ("disk is full", os.strerror(errno.ENOSPC))):  # no mistake of the user's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), redact(uri)) from None
         if uri.startswith(("http://", "https://")):
             advice = "is it running (`mlflow server --backend-store-uri sqlite:///mlflow.db`) and reachable from here?"
             raise ConfigError(f"the MLflow server {redact(uri)} does not answer; {advice} ({reason})") from None
