@@ -15,9 +15,10 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal, Self
 
 import pydantic_core
 import yaml
@@ -29,6 +30,18 @@ Parallel = Literal["replicate", "shard"]
 
 class ConfigError(ValueError):
     """A user's mistake: what was given, the rule, what is available. Command lines exit with 2 on it."""
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[str]]:
+    """A text file to write, in its place once it is whole: a full disk or a kill leaves what was there before."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class ConfigPart(BaseModel):
@@ -496,7 +509,8 @@ class RunConfig(ConfigPart):
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        with whole_file(path) as file:
+            file.write(self.to_yaml())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grass_ray.cluster.local import INTERRUPTED
+from grass_ray.cluster.local import claimed
+from grass_ray.cluster.process import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig, to_json
 from grass_ray.paths import find_model
@@ -116,6 +117,8 @@ def reproduce(
     check_run(config)
     if output is not None:
         check_output(output)
+        with claimed(output):
+            pass  # it can be written to
     console = Console()
 
     def say(text: str) -> None:

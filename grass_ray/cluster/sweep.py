@@ -31,6 +31,7 @@ from rich.table import Table
 
 from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, default_tracking, parse_options
 from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand, make_tuning, untrained
+from grass_ray.cluster.process import leave, prepare_output
 from grass_ray.cluster.progress import quiet_libraries
 from grass_ray.cluster.space import RandomPicker
 from grass_ray.cluster.space import choose as choose_point
@@ -42,7 +43,6 @@ from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
 
 PLAN_FILE = "sweep.yaml"
-EXIT_BAD_INPUT = 2
 # Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
 # handler would swallow Ctrl-C; the raylet warns of the processes that every trial needs.
 DRIVER_ENVIRONMENT = {
@@ -67,13 +67,9 @@ class Sweep:
 
     def main(self, argv: Sequence[str] | None = None) -> NoReturn:
         """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+        prepare_output()
         options = parse_options(script_name(), self.question, argv)
-        try:
-            code = self.run(options)
-        except ConfigError as mistake:
-            print(f"error: {mistake}", file=sys.stderr)
-            code = EXIT_BAD_INPUT
-        sys.exit(code)
+        leave(lambda: self.run(options))
 
     def run(self, options: SweepOptions) -> int:
         """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, whole_file
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
 
@@ -109,7 +109,8 @@ class RunRecord(RecordPart):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        with whole_file(path) as file:
+            file.write(self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
