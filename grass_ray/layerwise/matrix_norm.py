@@ -111,9 +111,14 @@ class MatrixNormSampler(PeriodicSampler):
     def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
         """The heaviest set that fits the budget, and the heaviest with matrix 0.
 
-        Of what was tried: filling the room with the heaviest first, then with those from each lighter one on.
+        Of what was tried: filling the room with those first that weigh most a parameter, of equal ones the largest, and
+        the same from each later one on.
         """
-        others = sorted(range(1, len(weights)), key=lambda unit: (weights[unit], unit), reverse=True)
+
+        def worth(unit: int) -> tuple[float, int, int]:
+            return weights[unit] / self._sizes[unit], weights[unit], unit
+
+        others = sorted(range(1, len(weights)), key=worth, reverse=True)
         tried = [self._filled(others[first:] + others[:first]) for first in range(len(others))]
         heaviest = max(tried, key=lambda active: sum(weights[unit] for unit in active), default=[0])
         return distinct_sets(weights, self._filled([0, *others]), heaviest)
