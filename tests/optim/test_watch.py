@@ -385,3 +385,16 @@ def test_a_mistake_is_said_at_the_next_switch() -> None:
     optimizer.units[frozen].parameters[0].data.add_(1)
     with pytest.warns(UserWarning, match=f"not exactly the active units have changed: layer_0{frozen} changed"):
         train(model, optimizer, range(2, 6))
+
+
+def test_parameters_outside_the_language_model_are_named_when_they_are_frozen() -> None:
+    class WithVision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = make_llama()
+            self.vision = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))})
+
+    model = WithVision()
+    with pytest.warns(UserWarning, match=r"vision.blocks.0.weight, .* require a gradient but are outside"):
+        LayerwiseAdamW(model, UniformSampler(2, 2))
+    assert not any(p.requires_grad for p in model.vision.parameters())
