@@ -312,7 +312,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
         raise ConfigError(f"the task file {files[0]} stands alone; a run takes one task file, got: {' '.join(names)}")
     if data_dir is not None:
         raise ConfigError(f"--data-dir {data_dir} has no effect: {files[0]} says where its rows are; leave it out")
-    source = read_task_file(Path(files[0]))
+    source = read_task_file(Path(files[0]).expanduser())
     return source.name, (source.name,), source
 
 

@@ -6,7 +6,6 @@ The original is only read. A rerun is written only where ``--output`` says, and 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -154,10 +153,11 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) ->
     config = RunConfig.parse(record.config)
     name = config.model.name
     changes = [] if model is None else [f"model.name={json.dumps(find_model(model))}"]
-    # a hub model has a revision; older records name folders as they were typed
-    was_folder = record.model_sha256 is not None and record.model_revision is None
-    if model is None and was_folder and not os.path.isdir(name):
-        raise ConfigError(f"the model was a folder, {name!r}, and is not there; give --model FOLDER")
+    if model is None and record.model_revision is not None and find_model(name) != name:
+        raise ConfigError(
+            f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
+            "directory, or give --model"
+        )
     if data_dir is not None:
         if config.data.source.kind != "folder":
             raise ConfigError(

