@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -193,49 +192,6 @@ def test_level_changes_nothing_where_the_measured_layers_stayed_as_they_were() -
         sampler.start([1] * 3)
         observed(sampler, [1.0, 2.0, 3.0], [NAN, 2.0, NAN], [NAN, NAN, NAN])
     assert plain.importance() == level.importance() == (1.0, 2.0, 3.0)
-
-
-TRENDS: dict[str, Callable[[float], float]] = {
-    "stationary": lambda progress: 1.0,
-    "rises three times": lambda progress: 1 + 2 * progress,
-    "falls to a third": lambda progress: 1 / (1 + 2 * progress),
-    "three times larger after probing": lambda progress: 1 / 3 if progress == 0 else 1.0,
-}
-
-
-def simulated(trend: Callable[[float], float], seed: int, **settings: Any) -> tuple[int, float]:
-    """1,000 steps on 22 layers whose gradients follow one trend: (layers never drawn, distance of p from the true)."""
-    layers, steps, tau = 22, 1000, 0.5
-    sampler = GradNormSampler(seed=seed, **settings)
-    sampler.start([1] * layers)
-    true = torch.exp(torch.randn(layers, generator=torch.Generator().manual_seed(99)) * 0.35)
-    noise = torch.exp(torch.randn(steps + 10, layers, generator=torch.Generator().manual_seed(seed)) * 0.1)
-    visited: set[int] = set()
-    active: list[int] = []
-    for step in range(steps + 10):
-        norms = true * trend(max(0, step - 10) / steps) * noise[step]
-        frozen = torch.full((layers,), NAN)
-        frozen[active] = norms[active]
-        sampler.observe(norms if sampler.probing else frozen)
-        if sampler.due:
-            active = list(sampler.sample())
-            visited |= set(active)
-    expected = torch.softmax(true / true.mean() / tau, 0)
-    distance = 0.5 * float((torch.tensor(sampler.probabilities()) - expected).abs().sum())
-    return layers - len(visited), distance
-
-
-@pytest.mark.parametrize("trend", TRENDS)
-def test_fresh_importance_draws_as_the_true_one_would_whatever_the_gradients_do(trend: str) -> None:
-    runs = [simulated(TRENDS[trend], seed, staleness="level", exploration=0.05) for seed in range(3)]
-    assert sum(never for never, _ in runs) / len(runs) <= 4
-    assert max(distance for _, distance in runs) < 0.1
-
-
-def test_without_the_correction_age_decides_as_much_as_importance() -> None:
-    runs = [simulated(TRENDS["three times larger after probing"], seed) for seed in range(3)]
-    assert sum(never for never, _ in runs) / len(runs) >= 8
-    assert min(distance for _, distance in runs) > 0.25
 
 
 @pytest.mark.parametrize(
