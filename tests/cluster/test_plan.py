@@ -141,3 +141,10 @@ def test_differences_name_what_varies_inside_a_method() -> None:
     specs = expand(choices(methods=("grass",), seeds=(0, 1), base_row=False))
     assert differences(specs) == ["seed=0", "seed=1"]
     assert RunConfig.parse(specs[0].config.to_dict()).fingerprint == specs[0].key
+
+
+def test_where_effective_layers_are_given_no_temperature_is_searched() -> None:
+    settings = ("method.sampler.effective_layers=8", "method.sampler.temperature=null")
+    specs = expand(choices(methods=("grass",), overrides=settings, num_samples=3, base_row=False))
+    assert len(specs) == 3
+    assert {spec.config.method.sampler.temperature for spec in specs} == {None}  # type: ignore[union-attr]
