@@ -36,7 +36,8 @@ from grass_ray.training.memory_plan import MemoryPlan, Mode, Planner
 from grass_ray.training.metrics import MemoryMeter, default_device, storage_bytes
 from grass_ray.training.models import SHAPES, build_shape, load_model
 from grass_ray.training.report import GIB
-from grass_ray.training.run import build_optimizer, build_sampler
+from grass_ray.training.run import build_optimizer
+from grass_ray.training.sampling import build_sampler
 from grass_ray.training.step_memory import StepShape
 
 Dtype = Literal["float32", "bfloat16"]

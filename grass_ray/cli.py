@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from grass_ray.config import ConfigError
+from grass_ray.paths import at_home
 from grass_ray.results.kinds import Kind as PictureKind
 
 if TYPE_CHECKING:
@@ -552,6 +553,9 @@ Verb = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
+    from grass_ray.cluster.process import leave, prepare_output
+
+    prepare_output()
     verb, rest = tyro.cli(
         Verb,
         prog="grass-ray",
@@ -564,22 +568,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
-    try:
-        if isinstance(verb, SweepFile):
-            code = verb.run(rest)
-        elif rest:
-            raise ConfigError(
-                f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help"
-            )
-        else:
-            code = verb.run()
-    except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    leave(lambda: _carry_out(at_home(verb), rest))
+
+
+def _carry_out(verb: Verb, rest: Sequence[str]) -> int:
+    if isinstance(verb, SweepFile):
+        return verb.run(rest)
+    if rest:
+        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help")
+    return verb.run()
 
 
 def _tracking_uri(given: str | None) -> str:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal, Self
 
 import pydantic_core
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 # what a worker of several holds: the whole model, or shards of it (FSDP2); decides where a run fits, not its numbers
 Parallel = Literal["replicate", "shard"]
@@ -28,6 +30,18 @@ Parallel = Literal["replicate", "shard"]
 
 class ConfigError(ValueError):
     """A user's mistake: what was given, the rule, what is available. Command lines exit with 2 on it."""
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[str]]:
+    """A text file to write, in its place once it is whole: a full disk or a kill leaves what was there before."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class ConfigPart(BaseModel):
@@ -95,6 +109,10 @@ Share = Annotated[
     Annotated[Annotated[float, Field(gt=0, le=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
+Layers = Annotated[
+    Annotated[Annotated[float, Field(ge=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Discriminator(_number_or_schedule),
+]
 
 
 # ----------------------------------------------------------------------------------------------- which layers train
@@ -124,10 +142,25 @@ class GradNormSamplerConfig(ConfigPart):
     refresh_period: Annotated[int, Field(ge=1)] | None = Field(
         default=100, description="T_u, optimizer steps between refreshes of the importance; null never refreshes"
     )
-    temperature: Positive = Field(default=0.5, description="tau")
+    temperature: Positive | None = Field(default=0.5, description="tau; null where effective_layers is given")
     ema: Share = Field(default=0.5, description="alpha, the weight of the new value")
     normalise: Literal["mean", "none"] = "mean"
     exploration: Annotated[float, Field(ge=0, le=1, description="epsilon, share of a uniform draw")] = 0.0
+    staleness: Literal["none", "level"] = Field(
+        default="none", description="level brings old values to the level of the gradients at a refresh"
+    )
+    effective_layers: Layers | None = Field(
+        default=None, description="exponential of the entropy of the probabilities, in place of the temperature"
+    )
+
+    @model_validator(mode="after")
+    def _temperature_or_effective_layers(self) -> Self:
+        if (self.temperature is None) == (self.effective_layers is None):
+            given = "both are null" if self.temperature is None else "both are given"
+            raise ValueError(
+                f"temperature and effective_layers say the same in two ways, and {given}; set one of them to null"
+            )
+        return self
 
 
 class OutlierSamplerConfig(ConfigPart):
@@ -357,6 +390,11 @@ class CustomSource(ConfigPart):
             return {**values, "labels": list("ABCDE")}
         return values
 
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_composed_unicode(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(unicodedata.normalize("NFC", label) for label in labels)
+
     @model_validator(mode="after")
     def _labels_fit_the_answer(self) -> Self:
         if self.answer == "number" and self.labels:
@@ -471,7 +509,8 @@ class RunConfig(ConfigPart):
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        with whole_file(path) as file:
+            file.write(self.to_yaml())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

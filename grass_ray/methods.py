@@ -167,7 +167,7 @@ _ROWS = (
         config=MethodConfig(
             name="badam",
             sampler=CyclicSamplerConfig(num_active_layers=1, period=50, order="random"),
-            optimizer=OptimizerConfig(lr=3e-4, precision="exact"),
+            optimizer=OptimizerConfig(lr=3e-4),
             inactive_states="reset",
         ),
         summary="block coordinate descent: one layer for 50 steps, random order every cycle, fresh Adam states",
@@ -178,7 +178,7 @@ _ROWS = (
             name="misa",
             sampler=MatrixNormSamplerConfig(),
             granularity="matrix",
-            optimizer=OptimizerConfig(lr=3e-4, precision="exact"),
+            optimizer=OptimizerConfig(lr=3e-4),
             inactive_states="reset",
         ),
         summary="weight matrices drawn by gradient norm until 3 % of the parameters train",
@@ -221,6 +221,16 @@ _ROWS = (
         ),
         summary="grass whose probabilities stay what probing measured (the paper's ablation)",
         source="arXiv 2604.07808",
+    ),
+    Method(
+        config=MethodConfig(
+            name="grass-fresh",
+            sampler=GradNormSamplerConfig(staleness="level", exploration=0.05),
+            optimizer=OptimizerConfig(lr=3e-4),
+            offload="resident",
+        ),
+        summary="grass whose old importance follows the level of the gradients, with a floor under every layer",
+        source="arXiv 2604.07808, changed here",
     ),
 )
 

@@ -36,6 +36,7 @@ SWEEP = Sweep(
             "lisa": ("method.sampler.period=5",),
             "grass": SHORT_SCHEDULE,
             "grass-static": SHORT_SCHEDULE[:2],
+            "grass-fresh": SHORT_SCHEDULE,
         },
     ),
 )

@@ -22,6 +22,7 @@ SWEEP = Sweep(
             "lisa": ("method.sampler.period=5",),
             "grass": SHORT_SCHEDULE,
             "grass-static": SHORT_SCHEDULE[:2],
+            "grass-fresh": SHORT_SCHEDULE,
         },
     ),
     smoke=SweepDefaults(settings=("training.steps=12", "evaluation.limit=20")),

@@ -12,7 +12,9 @@ import pytest
 from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
-ROOMS = ["config", "methods", "tasks", "layerwise", "optim", "training", "results", "cluster", "listing", "cli"]
+ROOMS = [
+    *("config", "paths", "methods", "tasks", "layerwise", "optim", "training", "results", "cluster", "listing", "cli")
+]
 HOMES = {"ray": "cluster", "mlflow": "results"}
 LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"
 

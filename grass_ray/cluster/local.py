@@ -5,32 +5,39 @@ The loop is the sweep's; here a progress bar, a checkpoint folder and the tracke
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
-import signal
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from grass_ray.cluster.options import choose_data
+from grass_ray.cluster.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.cluster.progress import RunProgress
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.methods import get_method
+from grass_ray.paths import with_absolute_paths
 from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
+from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
-from grass_ray.training.report import StepReport, TrainingFailure
+from grass_ray.training.report import RunOutcome, StepReport, TrainingFailure
+
+if TYPE_CHECKING:
+    from grass_ray.training.run import Run
 
 EXPERIMENT = "train"
 LOG_EVERY_S = 10.0
-INTERRUPTED = 130
 
 
 def build_config(
@@ -61,7 +68,8 @@ def build_config(
         suite, keys, source = choose_data(tasks, data_dir)
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
-    return config.override(assignments)
+        assignments = [*choose_extraction(source), *assignments]
+    return with_absolute_paths(config.override(assignments))
 
 
 def train_locally(
@@ -81,34 +89,77 @@ def train_locally(
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
     """
+    from grass_ray.training.lost_rows import find_lost_rows
     from grass_ray.training.memory_fit import fit_to_memory
-    from grass_ray.training.run import check_run
+    from grass_ray.training.run import check_run, tokenizer_to_check
+    from grass_ray.training.without_effect import settings_without_effect
 
     check_run(config)
+    for line in () if quiet else settings_without_effect(config):
+        print(f"without effect: {line}", file=sys.stderr)
     fitted = fit_to_memory(config) if memory_check else config
     if dry_run:
         print(config.to_yaml(), end="")
+        for line in find_lost_rows(config, tokenizer_to_check(config.model)):
+            print(line, file=sys.stderr)
         return 0
-    checkpoint = output / "checkpoint"
     _check_folder(config, output, resume)
-    tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT)
-    tracker.open()
-    output.mkdir(parents=True, exist_ok=True)
-    config.save(output / "config.yaml")
-    return _LocalRun(config, output, checkpoint, tracker, quiet=quiet).carry_out(fitted)
+    with claimed(output):
+        _check_folder(config, output, resume)  # again, now that nobody else can write there
+        tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT)
+        tracker.open()
+        return _LocalRun(config, output, tracker, quiet=quiet).carry_out(fitted)
 
 
 class _LocalRun:
     """The listeners of one local run: progress, checkpoints, tracker, record."""
 
-    def __init__(self, config: RunConfig, output: Path, checkpoint: Path, tracker: Tracker, *, quiet: bool) -> None:
+    def __init__(self, config: RunConfig, output: Path, tracker: Tracker, *, quiet: bool) -> None:
         self.config = config
         self.output = output
-        self.checkpoint = checkpoint
+        self.checkpoint = output / "checkpoint"
         self.tracker = tracker
         self.console = Console()
         self.quiet = quiet
         self.started_at = now()
+        self.run_id = ""
+        self.run: Run | None = None
+        self._goes_on = False  # with --resume
+        self._doing = "while the model was loaded"
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        self._logged = time.monotonic()
+
+    def carry_out(self, fitted: RunConfig) -> int:
+        """Train to the end, or to the first Ctrl-C; ``fitted`` is the configuration as it fits this machine."""
+        status: Status = "finished"
+        failure: str | None = None
+        with Interrupts() as interrupts:
+            try:
+                with interrupts.finishing("the start is recorded"):
+                    self._start()
+                self._train(fitted, interrupts)
+            except TrainingFailure as problem:
+                status, failure = problem.status, problem.reason
+            except BaseException as problem:
+                refusal = describe_failure(problem)
+                if interrupts.heard:
+                    status, failure = "stopped", f"interrupted {self._doing}"
+                    self._goes_on = True
+                elif refusal is None:
+                    self._conclude("failed", f"{type(problem).__name__}: {problem}", interrupts)
+                    self.tracker.close()
+                    raise
+                else:
+                    free = shutil.disk_usage(self.output).free / 1024**2
+                    status, failure = "failed", f"{refusal} ({self._doing}; {free:.1f} MiB are free in {self.output})"
+                    self._goes_on = True
+            record = self._conclude(status, failure, interrupts)
+        return self._report(record)
+
+    def _start(self) -> None:
+        """Open the run in the store; from here on it must be closed."""
+        config = self.config
+        config.save(self.output / "config.yaml")
         tags = {
             "method": config.method.name,
             "model": config.model.name,
@@ -116,57 +167,38 @@ class _LocalRun:
             "seed": str(config.seed),
             "sweep": EXPERIMENT,
             "stage": "training",
-            "folder": str(output.absolute()),
+            "folder": str(self.output.absolute()),
         }
-        self.run_id = tracker.start_trial(EXPERIMENT, config.fingerprint, config.name, tags, config.flatten())
-        self._pending: list[tuple[int, dict[str, float]]] = []
-        self._logged = time.monotonic()
+        self.run_id = self.tracker.start_trial(EXPERIMENT, config.fingerprint, config.name, tags, config.flatten())
 
-    def carry_out(self, fitted: RunConfig) -> int:
-        """Train to the end, or to the first Ctrl-C; ``fitted`` is the configuration as it fits this machine."""
-        import torch
-
+    def _train(self, fitted: RunConfig, interrupts: Interrupts) -> None:
         from grass_ray.training.run import Run
-        from grass_ray.training.weights import base_model_sha256
 
-        run = Run.prepare(fitted)
+        run = self.run = Run.prepare(fitted)
         if self.checkpoint.is_dir():
             run.restore(self.checkpoint)
         self._print_head(run.state.optimizer.active_parameters(), run.state.model, run.state.steps_done)
-        status: Status = "finished"
-        failure: str | None = None
+        for line in run.lost_rows():
+            self._say(line, always=True)
         every = self.config.training.checkpoint_every_steps
-        with self._progress() as progress, _first_interrupt() as interrupted:
-            try:
+        with self._progress() as progress:
+            with interrupts.finishing("this step"):
                 for report in run.fit():
+                    self._doing = f"after step {report.step} of {report.total_steps}"
                     progress.step(report)
                     self._log(report)
                     if every is not None and report.step % every == 0:
                         run.save(self.checkpoint)
-                    if interrupted:
-                        status, failure = "stopped", f"interrupted after step {report.step} of {report.total_steps}"
+                    if interrupts.heard:
                         break
                 run.save(self.checkpoint)
-                if status == "finished":
-                    run.evaluate(on_progress=progress.evaluating)
-            except TrainingFailure as problem:
-                status, failure = problem.status, problem.reason
-        outcome = run.outcome()
-        record = build_record(
-            run_id=f"{EXPERIMENT}-{self.config.fingerprint}",
-            sweep=EXPERIMENT,
-            sweep_id=EXPERIMENT,
-            config=self.config,
-            status=status,
-            failure=failure,
-            outcome=outcome,
-            started_at=self.started_at,
-            model_sha256=base_model_sha256(self.config.model),
-            threads=torch.get_num_threads(),
-        )
-        write_examples(self.output / "examples.jsonl", outcome.tasks)
-        write_engagement(self.output, outcome.engagement)
-        return self._finish(record)
+            self._doing = f"while it was evaluated, after all {run.state.steps_done} steps"
+
+            def show(task: str, done: int, total: int) -> None:
+                interrupts.check()
+                progress.evaluating(task, done, total)
+
+            run.evaluate(on_progress=show)
 
     def _progress(self) -> RunProgress:
         return RunProgress(self.config.name, console=self.console, quiet=self.quiet)
@@ -183,32 +215,73 @@ class _LocalRun:
             self.tracker.log_steps(self.run_id, self._pending)
             self._pending, self._logged = [], time.monotonic()
 
-    def _finish(self, record: RunRecord) -> int:
-        from grass_ray.results.leaderboard import build_leaderboard
+    def _conclude(self, status: Status, failure: str | None, interrupts: Interrupts) -> RunRecord:
+        """Write the record and what goes with it, and close the run in the store, however much of it still can be."""
         from grass_ray.results.plots import write_run_plots
+
+        # after a second Ctrl-C a step may have been cut in two
+        outcome = None if self.run is None or interrupts.heard > 1 else self.run.outcome()
+        record = self._record(status, failure, outcome)
+        try:
+            with interrupts.finishing("the results are written"):
+                record.save(self.output / "record.json")
+                if outcome is not None:
+                    write_examples(self.output / "examples.jsonl", outcome.tasks)
+                    write_engagement(self.output, outcome.engagement)
+                    write_run_plots(record, self.output)
+        except KeyboardInterrupt:
+            pass  # the pictures at most are missing
+        except Exception as problem:
+            refusal = describe_failure(problem)
+            if refusal is None:
+                raise
+            if record.status == "finished":
+                record.status, record.failure = "failed", f"not all results could be written: {refusal}"
+                self._goes_on = True
+        interrupts.ignore()
+        if self.run_id:
+            if self._pending:
+                self.tracker.log_steps(self.run_id, self._pending)
+            self.tracker.finish(self.run_id, record, self.output)
+        return record
+
+    def _record(self, status: Status, failure: str | None, outcome: RunOutcome | None) -> RunRecord:
+        import torch
+
+        from grass_ray.training.weights import base_model_sha256
+
+        return build_record(
+            run_id=f"{EXPERIMENT}-{self.config.fingerprint}",
+            sweep=EXPERIMENT,
+            sweep_id=EXPERIMENT,
+            config=self.config,
+            status=status,
+            failure=failure,
+            outcome=outcome,
+            started_at=self.started_at,
+            model_sha256=None if outcome is None else base_model_sha256(self.config.model),
+            threads=torch.get_num_threads(),
+        )
+
+    def _report(self, record: RunRecord) -> int:
+        from grass_ray.results.leaderboard import build_leaderboard
         from grass_ray.results.rendering import render
 
-        if self._pending:
-            self.tracker.log_steps(self.run_id, self._pending)
-        record.save(self.output / "record.json")
-        write_run_plots(record, self.output)
-        self.tracker.finish(self.run_id, record, self.output)
         unsent = self.tracker.close()
         if record.status == "finished":
             self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
-        for line in _skipped_rows(record):
+        for line in _lost_test_rows(record):
             self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
         if unsent:
             self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
-        if record.status == "stopped":
+        if self._goes_on:
             words = [word for word in sys.argv[1:] if word != "--resume"]
             self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)
-            return INTERRUPTED
-        return 0 if record.status == "finished" else 1
+        return {"finished": 0, "stopped": INTERRUPTED}.get(record.status, FAILED)
 
     def _print_head(self, active: Sequence[object], model: object, steps_done: int) -> None:
         """First lines: what runs, how much of it trains, on what, and where everything goes."""
@@ -224,6 +297,8 @@ class _LocalRun:
             "device": hardware(),
             "config": str(self.output / "config.yaml"),
         }
+        if isinstance(config.data.source, CustomSource) and config.evaluation.extraction == "strict":
+            rows["answers"] = "read by strict extraction (evaluation.extraction)"
         if steps_done:
             rows["resumed"] = f"after step {steps_done}"
         for name, text in rows.items():
@@ -248,17 +323,21 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.results.rendering import render
     from grass_ray.tasks.evaluation import check_evaluation, evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
+    from grass_ray.tasks.readback import check_answers
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import cache_folder, describe_model, load_model
-    from grass_ray.training.report import RunOutcome
+    from grass_ray.training.models import cache_folder, check_lengths, check_model, load_model, load_tokenizer
     from grass_ray.training.weights import base_model_sha256
 
-    describe_model(config.model)
+    check_model(config.model)
+    check_lengths(config.model_copy(update={"training": config.training.model_copy(update={"steps": 0})}))
     check_data(config.data, training=False)
     check_evaluation(config.data, config.evaluation)
+    check_answers(config.data, config.evaluation, load_tokenizer(config.model), online=True)
     if output is not None:
         check_output(output)
+        with claimed(output):
+            pass  # it can be written to
     started_at = now()
     collected = HarnessResults()
     loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
@@ -291,7 +370,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         model_sha256=base_model_sha256(config.model),
     )
     print(render(build_leaderboard([record])))
-    for line in _skipped_rows(record):
+    for line in _lost_test_rows(record):
         print(line)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -304,19 +383,49 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     return 0
 
 
-def _skipped_rows(record: RunRecord) -> list[str]:
-    """A line for each set of rows of which some could not be used and were left out."""
-    train = record.data.get("train", {})
-    counts = {"training rows": train.get("rows_skipped", 0)} | {
-        f"test rows of {task}": score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()
-    }
-    return [f"skipped   {number} {what}: they could not be used" for what, number in counts.items() if number]
+def _lost_test_rows(record: RunRecord) -> list[str]:
+    """A line for each set of test rows of which some could not be used, or not as a whole."""
+    skipped = {task: score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()}
+    said = [f"skipped   {lost} test rows of {task}: they could not be used" for task, lost in skipped.items() if lost]
+    if cut := record.metrics.get("evaluation/prompts_cut"):
+        said.append(f"cut       {cut:.0f} test prompts at their beginning: the model has no room for more tokens")
+    return said
 
 
 def _default_store(output: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
         output.parent.parent if output.parent.name == EXPERIMENT else output.parent
     )
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Hold an output folder that can be written to, and no other process writes to; made where there is none.
+
+    Raises:
+        ConfigError: it cannot be written to, or another run writes there.
+    """
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            handle = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output {output}: {error.strerror}; name another folder") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            made = False
+            raise ConfigError(f"another run is writing to the output {output}; wait for it, or name another") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # something was written
+                output.rmdir()
 
 
 def _check_folder(config: RunConfig, output: Path, resume: bool) -> None:
@@ -331,20 +440,3 @@ def _check_folder(config: RunConfig, output: Path, resume: bool) -> None:
         raise ConfigError(f"nothing to resume in {output}: it has no config.yaml; leave --resume out to start there")
     if RunConfig.from_yaml(saved) != config:
         raise ConfigError(f"{output} holds a run with another configuration; resume with the flags it was started with")
-
-
-@contextmanager
-def _first_interrupt() -> Iterator[list[int]]:
-    """Let the first Ctrl-C only take note, so that the step ends whole; a second one interrupts at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, previous)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -23,8 +23,10 @@ from grass_ray.cluster.space import Space
 from grass_ray.cluster.tuning import Scheduler, Search
 from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
 from grass_ray.methods import METHODS, get_method
+from grass_ray.paths import at_home
 from grass_ray.results.best_settings import read_settings
 from grass_ray.tasks.custom import read_task_file
+from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.suites import resolve_tasks
 
 
@@ -207,13 +209,14 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
         f"  python {script} --methods full grass --seeds 0 1  # two methods, two seeds\n"
         f"  python {script} --resume                          # finish the newest interrupted sweep"
     )
-    return tyro.cli(
+    options = tyro.cli(
         SweepOptions,
         prog=script,
         description=examples,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
+    return at_home(options)
 
 
 def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
@@ -223,7 +226,8 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
     methods = options.methods or defaults.methods
     for name in methods:
         get_method(name)
-    settings = (*defaults.settings, *([] if options.steps is None else [f"training.steps={options.steps}"]))
+    steps = [] if options.steps is None else [f"training.steps={options.steps}"]
+    settings = (*choose_extraction(source), *defaults.settings, *steps)
     found = read_settings(options.settings) if options.settings is not None else {}
     own = {name: (*defaults.method_settings.get(name, ()), *found.get(name, ())) for name in methods}
     return PlanChoices(
@@ -300,7 +304,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
 
     A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
     """
-    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    files = [name for name in names if name.lower().endswith((".yaml", ".yml"))]
     if not files:
         suite, tasks = resolve_tasks(list(names))
         return suite, tasks, data_source(suite, data_dir)
@@ -308,7 +312,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
         raise ConfigError(f"the task file {files[0]} stands alone; a run takes one task file, got: {' '.join(names)}")
     if data_dir is not None:
         raise ConfigError(f"--data-dir {data_dir} has no effect: {files[0]} says where its rows are; leave it out")
-    source = read_task_file(Path(files[0]))
+    source = read_task_file(Path(files[0]).expanduser())
     return source.name, (source.name,), source
 
 

@@ -26,8 +26,10 @@ from grass_ray.cluster.trial_spec import TrialSpec as TrialSpec
 from grass_ray.cluster.tuning import MUTABLE, Group, Scheduler, Search, Tuning
 from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig, assignment
 from grass_ray.methods import METHODS, get_method
+from grass_ray.paths import find_model, with_absolute_paths
 
 BASE_METHOD = "base"
+_OWN_FLAGS = {"model.name": "--models", "seed": "--seeds"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def make_tuning(choices: PlanChoices) -> Tuning | None:
     if not needed and any(config.data.validation_rows is None for config in templates.values()):
         return None
     groups = tuple(
-        _group(choices, search, template, model) for model in choices.models for template in templates.values()
+        _group(choices, search, template, model) for model in _models(choices) for template in templates.values()
     )
     tuning = Tuning(
         search=search,
@@ -122,7 +124,7 @@ def untrained(choices: PlanChoices) -> list[TrialSpec]:
     if not choices.base_row and BASE_METHOD not in choices.methods:
         return []
     template = _template(choices, BASE_METHOD)
-    models = dict.fromkeys(choices.models)
+    models = _models(choices)
     return [TrialSpec(config=template.override([assignment("model.name", model), "seed=0"])) for model in models]
 
 
@@ -134,7 +136,7 @@ def expand(choices: PlanChoices) -> list[TrialSpec]:
     templates = {method: _template(choices, method) for method in methods}
     _check_settings_reach_a_method(choices, templates)
     specs: dict[str, TrialSpec] = {}
-    for model, method in itertools.product(choices.models, methods):
+    for model, method in itertools.product(_models(choices), methods):
         trains = get_method(method).trains
         points = _points(choices, templates[method]) if trains else [()]
         for point, seed in itertools.product(points, choices.seeds if trains else (0,)):
@@ -142,6 +144,11 @@ def expand(choices: PlanChoices) -> list[TrialSpec]:
             spec = TrialSpec(config=templates[method].override(assignments))
             specs.setdefault(spec.key, spec)
     return list(specs.values())
+
+
+def _models(choices: PlanChoices) -> list[str]:
+    """The models as configurations name them, each once: workers, and a later ``--resume``, run elsewhere."""
+    return list(dict.fromkeys(find_model(model) for model in choices.models))
 
 
 def _template(choices: PlanChoices, method: str) -> RunConfig:
@@ -152,6 +159,7 @@ def _template(choices: PlanChoices, method: str) -> RunConfig:
     config = config.override(text for text in choices.settings if _has_key(config, _key(text)))
     config = config.override(choices.method_settings.get(method, ()))
     config = config.override(text for text in choices.overrides if _has_key(config, _key(text)))
+    config = with_absolute_paths(config)
     return config if row.trains else config.override(["training.steps=0"])
 
 
@@ -162,6 +170,8 @@ def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str,
         *choices.grid,
         *choices.one_at_a_time,
     ]:
+        if key in _OWN_FLAGS:
+            raise ConfigError(f"a sweep sets {key} itself, trial by trial; give {_OWN_FLAGS[key]}")
         if not any(_has_key(config, key) for config in templates.values()):
             known = sorted({known for config in templates.values() for known in config.flatten()})
             raise ConfigError(f"no method of this sweep has the key {key!r}; available: {', '.join(known)}")
@@ -213,7 +223,7 @@ def default_space(config: RunConfig) -> Space:
         space["method.adapter.rank"] = (8, 16, 32)
     if _has_key(config, "method.sampler.num_active_layers"):
         space["method.sampler.num_active_layers"] = (1, 2, 4)
-    if _has_key(config, "method.sampler.temperature"):
+    if getattr(config.method.sampler, "temperature", None) is not None:
         space["method.sampler.temperature"] = LogUniform(low=0.1, high=2.0)
     return space
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grass_ray.cluster.local import INTERRUPTED
+from grass_ray.cluster.local import claimed
+from grass_ray.cluster.process import INTERRUPTED
 from grass_ray.cluster.progress import RunProgress
 from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.paths import find_model
 from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
@@ -114,6 +116,8 @@ def reproduce(
     check_run(config)
     if output is not None:
         check_output(output)
+        with claimed(output):
+            pass  # it can be written to
     console = Console()
 
     def say(text: str) -> None:
@@ -147,7 +151,13 @@ def reproduce(
 def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) -> RunConfig:
     """The recorded configuration, with model and data where they are on this machine."""
     config = RunConfig.parse(record.config)
-    changes = [] if model is None else [f"model.name={json.dumps(model)}"]
+    name = config.model.name
+    changes = [] if model is None else [f"model.name={json.dumps(find_model(model))}"]
+    if model is None and record.model_revision is not None and find_model(name) != name:
+        raise ConfigError(
+            f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
+            "directory, or give --model"
+        )
     if data_dir is not None:
         if config.data.source.kind != "folder":
             raise ConfigError(

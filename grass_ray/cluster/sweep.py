@@ -20,7 +20,7 @@ import random
 import secrets
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,18 +31,18 @@ from rich.table import Table
 
 from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose, default_tracking, parse_options
 from grass_ray.cluster.plan import SweepPlan, TrialSpec, differences, expand, make_tuning, untrained
+from grass_ray.cluster.process import leave, prepare_output
 from grass_ray.cluster.progress import quiet_libraries
 from grass_ray.cluster.space import RandomPicker
 from grass_ray.cluster.space import choose as choose_point
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuning import Tuning
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
 
 PLAN_FILE = "sweep.yaml"
-EXIT_BAD_INPUT = 2
 # Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
 # handler would swallow Ctrl-C; the raylet warns of the processes that every trial needs.
 DRIVER_ENVIRONMENT = {
@@ -67,13 +67,9 @@ class Sweep:
 
     def main(self, argv: Sequence[str] | None = None) -> NoReturn:
         """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+        prepare_output()
         options = parse_options(script_name(), self.question, argv)
-        try:
-            code = self.run(options)
-        except ConfigError as mistake:
-            print(f"error: {mistake}", file=sys.stderr)
-            code = EXIT_BAD_INPUT
-        sys.exit(code)
+        leave(lambda: self.run(options))
 
     def run(self, options: SweepOptions) -> int:
         """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
@@ -87,9 +83,12 @@ class Sweep:
         storage = root.join(self.name, plan.sweep_id)
         if options.dry_run:
             _print_trials(console, plan)
-            return 0
-        if not options.quiet:
+        elif not options.quiet:
             _print_head(console, plan, storage)
+        for line in _find_lost_rows(plan):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if options.dry_run:
+            return 0
         from grass_ray.cluster.execution import Execution
 
         execution = Execution(plan, root, storage, options, console)
@@ -149,13 +148,25 @@ class Sweep:
         from grass_ray.training.run import check_run
 
         mistakes: dict[str, None] = {}
+        checked: set[Hashable] = set()
         for spec in _to_check(plan):
             try:
-                check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers)
+                check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers, checked)
             except ConfigError as mistake:
                 mistakes[str(mistake)] = None
         if mistakes:
             raise ConfigError("\n  ".join(mistakes))
+
+
+def _find_lost_rows(plan: SweepPlan) -> list[str]:
+    """A line for each way in which the trials lose training rows."""
+    from grass_ray.training.lost_rows import find_lost_rows
+    from grass_ray.training.run import tokenizer_to_check
+
+    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
+    distinct = {(config.model, config.data): config for config in configs if config.training.steps}
+    lines = [find_lost_rows(config, tokenizer_to_check(config.model)) for config in distinct.values()]
+    return list(dict.fromkeys(line for some in lines for line in some))
 
 
 def _same_trials(chosen: tuple[list[TrialSpec], Tuning | None], plan: SweepPlan) -> bool:
@@ -208,11 +219,27 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
         "trials": f"{plan.num_trials}, plan in {storage.uri}/{PLAN_FILE}",
         "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
     }
+    own = [config for config in configs if isinstance(config.data.source, CustomSource)]
+    if any(config.evaluation.extraction == "strict" for config in own):
+        rows["answers"] = "read by strict extraction (evaluation.extraction)"
     for name, text in rows.items():
         console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
     if plan.tuning is not None:
         for line in _describe_search(plan.tuning):
             console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+    for line in _without_effect(plan):
+        console.print(f"no effect {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _without_effect(plan: SweepPlan) -> list[str]:
+    """A line for each setting that changes nothing in some trials, with the methods of these."""
+    from grass_ray.training.without_effect import settings_without_effect
+
+    found: dict[str, dict[str, None]] = {}
+    for config in [spec.config for spec in plan.known_trials] + _templates(plan):
+        for line in settings_without_effect(config):
+            found.setdefault(line, {})[config.method.name] = None
+    return [f"{', '.join(methods)}: {line}" for line, methods in found.items()]
 
 
 def _templates(plan: SweepPlan) -> list[RunConfig]:
@@ -248,3 +275,5 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
             console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
     wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)
+    for line in _without_effect(plan):
+        console.print(f"without effect: {line}", soft_wrap=True, highlight=False, markup=False)

@@ -32,6 +32,7 @@ MUTABLE = (
     "method.sampler.period",
     "method.sampler.refresh_period",
     "method.sampler.temperature",
+    "method.sampler.effective_layers",
     "method.sampler.ema",
     "method.sampler.exploration",
 )

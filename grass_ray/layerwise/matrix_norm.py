@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from grass_ray.layerwise.samplers import PeriodicSampler, random_order, require
+from grass_ray.layerwise.samplers import PeriodicSampler, age_since, distinct_sets, random_order, require
 from grass_ray.layerwise.schedules import Scheduled
+from grass_ray.layerwise.windows import Window, means, steps_ago, window_of_sums
 
 NEVER = -1
 HIGHEST_EXPONENT = 5.0
@@ -20,9 +21,9 @@ class MatrixNormSampler(PeriodicSampler):
     """MISA: matrices drawn with ``p ~ exp(min(5, eta * G^2))`` while they fit a budget.
 
     ``G`` is a matrix's gradient norm (Frobenius, after clipping), averaged over the steps of an interval in which it
-    was active, then over its visits by an exponential mean with bias correction. A first sweep visits every matrix
-    once, one step a group; afterwards an interval lasts ``period`` steps and the ``forced`` least recently used
-    matrices come first. Pass ``granularity="matrix"`` to the optimizer.
+    was active (winsorised, :mod:`grass_ray.layerwise.windows`), then over its visits by an exponential mean with bias
+    correction. A first sweep visits every matrix once, one step a group; afterwards an interval lasts ``period`` steps
+    and the ``forced`` least recently used matrices come first. Pass ``granularity="matrix"`` to the optimizer.
 
     Args:
         budget: share of the model's parameters that may train at a time.
@@ -37,6 +38,7 @@ class MatrixNormSampler(PeriodicSampler):
     """
 
     grad_norms: Literal["none", "arriving", "clipped"] = "clipped"
+    PER_UNIT = ("last_used", "visits", "means", "measured_at")
 
     def __init__(
         self,
@@ -57,13 +59,16 @@ class MatrixNormSampler(PeriodicSampler):
         self.eta = eta
         self.beta = beta
         self.forced = forced
-        self._sizes: list[int] = []
         self._room = 0
-        self._last_used: list[int] = []
-        self._visits: list[int] = []
-        self._means: list[float] = []
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._begin(())
+
+    def _begin(self, sizes: Sequence[int]) -> None:
+        self._sizes = list(sizes)
+        self._last_used = [NEVER] * len(sizes)
+        self._visits = [0] * len(sizes)
+        self._means = [0.0] * len(sizes)
+        self._measured_at: list[int | None] = [None] * len(sizes)
+        self._window = Window(len(sizes))
         self._refreshes = 0
 
     @property
@@ -77,18 +82,16 @@ class MatrixNormSampler(PeriodicSampler):
         Raises:
             ValueError: the largest matrix alone exceeds the budget, so it could never be drawn.
         """
-        super().start(sizes, total)
         whole = total or sum(sizes)
-        self._room = math.floor(self.budget * whole + 1e-6)  # 0.29 * 100 is 28.999... in floating point
-        if max(sizes) > self._room:
+        room = math.floor(self.budget * whole + 1e-6)  # 0.29 * 100 is 28.999... in floating point
+        if max(sizes) > room:
             raise ValueError(
                 f"budget is {self.budget:g} of {whole:,} parameters, but the largest matrix has {max(sizes):,}; "
                 f"it must be at least {math.ceil(1e6 * max(sizes) / whole) / 1e6:g}"
             )
-        self._sizes = list(sizes)
-        self._last_used = [NEVER] * len(sizes)
-        self._visits = [0] * len(sizes)
-        self._means = [0.0] * len(sizes)
+        super().start(sizes, total)
+        self._room = room
+        self._begin(sizes)
 
     def probabilities(self) -> tuple[float, ...]:
         """Probability of each matrix to be the first drawn after the forced ones."""
@@ -100,6 +103,35 @@ class MatrixNormSampler(PeriodicSampler):
             mean / (1 - self.beta**visits) if visits else math.nan
             for mean, visits in zip(self._means, self._visits, strict=True)
         )
+
+    def ages(self) -> tuple[float, ...]:
+        """Steps since each matrix's gradient norm was last measured; NaN where never."""
+        return age_since(self._measured_at, self._steps)
+
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """The heaviest set that fits the budget, and the heaviest with matrix 0.
+
+        Of what was tried: filling the room with those first that weigh most a parameter, of equal ones the largest, and
+        the same from each later one on.
+        """
+
+        def worth(unit: int) -> tuple[float, int, int]:
+            return weights[unit] / self._sizes[unit], weights[unit], unit
+
+        others = sorted(range(1, len(weights)), key=worth, reverse=True)
+        tried = [self._filled(others[first:] + others[:first]) for first in range(len(others))]
+        heaviest = max(tried, key=lambda active: sum(weights[unit] for unit in active), default=[0])
+        return distinct_sets(weights, self._filled([0, *others]), heaviest)
+
+    def _filled(self, order: Sequence[int]) -> list[int]:
+        """The units that are taken one after another, each if it fits what is left of the budget."""
+        room = self._room
+        active = []
+        for unit in order:
+            if self._sizes[unit] <= room:
+                room -= self._sizes[unit]
+                active.append(unit)
+        return active
 
     def sample(self) -> tuple[int, ...]:
         """Draw the next active set; during the first sweep it lasts one step."""
@@ -116,36 +148,26 @@ class MatrixNormSampler(PeriodicSampler):
         first = max(self.forced, self._last_used.count(NEVER))
         chances = random_order(self._log_probabilities(), self.seed, self._draws)
         early = by_age[:first]
-        room = self._room
-        active = []
-        for unit in [*early, *(unit for unit in chances if unit not in set(early))]:
-            if self._sizes[unit] <= room:
-                room -= self._sizes[unit]
-                active.append(unit)
+        active = self._filled([*early, *(unit for unit in chances if unit not in set(early))])
         for unit in active:
             self._last_used[unit] = self._draws
         return tuple(sorted(active))
 
     def observe(self, norms: Tensor) -> None:
         """Add one step's RMS gradients, shape (units,), to the interval; advance the clock."""
-        sizes = torch.tensor(self._sizes, dtype=norms.dtype, device=norms.device)
-        frobenius = norms * sizes.sqrt()
-        if self._sums is None or self._counts is None:
-            self._sums = torch.zeros_like(frobenius)
-            self._counts = torch.zeros_like(frobenius)
-        self._sums = self._sums + frobenius.nan_to_num(nan=0.0)
-        self._counts = self._counts + ~frobenius.isnan()
+        self._window.add(norms)
         super().observe(norms)
 
     def _refresh(self) -> None:
         """Let the norms of the interval that ended enter the means over visits."""
-        assert self._sums is not None
-        assert self._counts is not None
-        for unit, (total, count) in enumerate(zip(self._sums.tolist(), self._counts.tolist(), strict=True)):
-            if count:
+        table = self._window.table()
+        frobenius = means(table * torch.tensor(self._sizes, dtype=torch.float32).sqrt())
+        for unit, (new, ago) in enumerate(zip(frobenius, steps_ago(table), strict=True)):
+            if not math.isnan(new):
                 self._visits[unit] += 1
-                self._means[unit] = (1 - self.beta) * total / count + self.beta * self._means[unit]
-        self._sums = self._counts = None
+                self._means[unit] = (1 - self.beta) * new + self.beta * self._means[unit]
+                self._measured_at[unit] = self._steps - (ago or 0)
+        self._window = Window(self._num_units)
         self._refreshes += 1
 
     def _log_probabilities(self) -> Tensor:
@@ -159,16 +181,23 @@ class MatrixNormSampler(PeriodicSampler):
             "visits": list(self._visits),
             "means": list(self._means),
             "refreshes": self._refreshes,
-            "sums": None if self._sums is None else self._sums.tolist(),
-            "counts": None if self._counts is None else self._counts.tolist(),
+            "measured_at": list(self._measured_at),
+            "window": self._window.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        super().load_state_dict(state)
-        self._last_used = list(state["last_used"])
-        self._visits = list(state["visits"])
-        self._means = list(state["means"])
-        self._refreshes = state["refreshes"]
-        self._sums = None if state["sums"] is None else torch.tensor(state["sums"])
-        self._counts = None if state["counts"] is None else torch.tensor(state["counts"])
+    def _upgraded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "sums" not in state:
+            return dict(state)
+        kept = {key: value for key, value in state.items() if key not in ("sums", "counts")}
+        norms = None if state["sums"] is None else [s / n**0.5 for s, n in zip(state["sums"], self._sizes, strict=True)]
+        window = window_of_sums(norms, state["counts"])
+        return {**kept, "window": window, "measured_at": [None] * self._num_units}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._last_used = [int(draw) for draw in state["last_used"]]
+        self._visits = [int(number) for number in state["visits"]]
+        self._means = [float(mean) for mean in state["means"]]
+        self._refreshes = int(state["refreshes"])
+        self._measured_at = list(state["measured_at"])
+        self._window = Window.restore(self._num_units, state["window"])

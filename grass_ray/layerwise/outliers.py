@@ -8,13 +8,13 @@ probabilities; they are computed for any model, never taken from a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grass_ray.layerwise.samplers import Measure, PeriodicSampler, draw_without_replacement, require
+from grass_ray.layerwise.samplers import Measure, PeriodicSampler, age_since, draw_without_replacement, require
 from grass_ray.layerwise.schedules import Scheduled
 
 
@@ -49,14 +49,15 @@ class OutlierSampler(PeriodicSampler):
         require(calibration_steps >= 1, "calibration_steps", calibration_steps, "at least 1")
         self.threshold = threshold
         self.calibration_steps = calibration_steps
-        self._scores: tuple[float, ...] = ()
-        if scores is not None:
-            self._accept(scores)
+        self._given: tuple[float, ...] = () if scores is None else self._usable(scores)
+        self._scores = self._given
+        self._measured_at: int | None = None
 
-    def _accept(self, scores: Sequence[float]) -> None:
+    @staticmethod
+    def _usable(scores: Sequence[float]) -> tuple[float, ...]:
         usable = all(math.isfinite(score) and score >= 0 for score in scores) and any(scores)
         require(usable, "scores", list(scores), "finite, not negative, and not all zero")
-        self._scores = tuple(float(score) for score in scores)
+        return tuple(float(score) for score in scores)
 
     @property
     def due(self) -> bool:
@@ -71,11 +72,9 @@ class OutlierSampler(PeriodicSampler):
     def start(self, sizes: Sequence[int], total: int | None = None) -> None:
         """Begin with units of ``sizes`` parameters. Raises ValueError when they are not as many as the scores."""
         super().start(sizes, total)
-        self._check_count()
-
-    def _check_count(self) -> None:
-        if self._scores and len(self._scores) != self._num_units:
-            raise ValueError(f"there are {len(self._scores)} scores for {self._num_units} layers; give one a layer")
+        _check_count(self._given, len(sizes))
+        self._scores = self._given
+        self._measured_at = None
 
     def probe(self, measure: Measure) -> None:
         """Measure the scores, once. Raises ValueError when no layer has an outlier."""
@@ -87,8 +86,9 @@ class OutlierSampler(PeriodicSampler):
                 f"no layer has a weight whose saliency exceeds {self.threshold:g} times the layer's mean, so outliers "
                 "cannot tell the layers apart; lower the threshold"
             )
-        self._accept(scores)
-        self._check_count()
+        _check_count(scores, self._num_units)
+        self._scores = self._usable(scores)
+        self._measured_at = self._steps
 
     def probabilities(self) -> tuple[float, ...] | None:
         """Score over the sum of scores; None before there are scores."""
@@ -99,6 +99,10 @@ class OutlierSampler(PeriodicSampler):
         """The scores; None before there are any."""
         return self._scores or None
 
+    def ages(self) -> tuple[float, ...] | None:
+        """Steps since the scores were measured, NaN for scores that were given; None before there are any."""
+        return age_since([self._measured_at] * len(self._scores), self._steps) or None
+
     def pick(self) -> tuple[int, ...]:
         """A draw without replacement in proportion to the scores."""
         # a layer without outliers is drawn only when the others do not suffice
@@ -107,12 +111,21 @@ class OutlierSampler(PeriodicSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, draw index and scores."""
-        return super().state_dict() | {"scores": list(self._scores)}
+        return super().state_dict() | {"scores": list(self._scores), "measured_at": self._measured_at}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        super().load_state_dict(state)
-        self._scores = tuple(state["scores"])
+    def _upgraded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"measured_at": None} | dict(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        _check_count(state["scores"], self._num_units)
+        self._scores = self._usable(state["scores"]) if state["scores"] else ()
+        self._measured_at = state["measured_at"]
+
+
+def _check_count(scores: Sequence[float], units: int) -> None:
+    if scores and len(scores) != units:
+        raise ValueError(f"there are {len(scores)} scores for {units} layers; give one a layer")
 
 
 @torch.no_grad()

@@ -8,12 +8,19 @@ Importance ``I`` starts at 0, and a *high* value means unimportant: layers to tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from grass_ray.layerwise.samplers import Measure, PeriodicSampler, draw_without_replacement, require
+from grass_ray.layerwise.samplers import (
+    Measure,
+    PeriodicSampler,
+    age_since,
+    draw_without_replacement,
+    heaviest_sets,
+    require,
+)
 from grass_ray.layerwise.schedules import Scheduled
 
 # when the weights leave no chance of another set, trials repeat one
@@ -36,6 +43,8 @@ class RewardSampler(PeriodicSampler):
     Raises:
         ValueError: a setting is out of range.
     """
+
+    PER_UNIT = ("importance", "measured_at")
 
     def __init__(
         self,
@@ -62,7 +71,11 @@ class RewardSampler(PeriodicSampler):
         self.damped_share = damped_share
         self.damping = damping
         self.learning_rate = learning_rate
-        self._importance: list[float] = []
+        self._begin(0)
+
+    def _begin(self, units: int) -> None:
+        self._importance = [0.0] * units
+        self._measured_at: list[int | None] = [None] * units
         self._refreshes = 0
         self._refreshed_at = 0
 
@@ -74,7 +87,7 @@ class RewardSampler(PeriodicSampler):
     def start(self, sizes: Sequence[int], total: int | None = None) -> None:
         """Begin with units of ``sizes`` parameters."""
         super().start(sizes, total)
-        self._importance = [0.0] * len(sizes)
+        self._begin(len(sizes))
 
     def probe(self, measure: Measure) -> None:
         """At a refresh: a few forward passes with damped adapters, and a new draw."""
@@ -83,12 +96,16 @@ class RewardSampler(PeriodicSampler):
         self._refreshed_at = self._steps
         weights = [_sigmoid(i) for i in self._importance]
         damped = self._trial_layers(weights)
-        rewards = [math.exp(-measure.loss(dict.fromkeys(layers, self.damping))) for layers in damped]
-        mean = sum(rewards) / len(rewards)
-        for layers, reward in zip(damped, rewards, strict=True):
+        losses = [measure.loss(dict.fromkeys(layers, self.damping)) for layers in damped]
+        # a trial whose loss is not a number tells nothing
+        trials = [trial for trial in zip(damped, losses, strict=True) if not math.isnan(trial[1])]
+        rewards = [(layers, math.exp(-loss)) for layers, loss in trials]
+        mean = sum(reward for _, reward in rewards) / max(len(rewards), 1)
+        for layers, reward in rewards:
             for layer in layers:
                 slope = weights[layer] * (1 - weights[layer])
                 self._importance[layer] += (reward - mean) * slope * self.learning_rate
+                self._measured_at[layer] = self._steps
         self._refreshes += 1
         self._next_draw = self._steps
 
@@ -117,11 +134,23 @@ class RewardSampler(PeriodicSampler):
         """``I`` of each layer; high means unimportant."""
         return tuple(self._importance)
 
+    def ages(self) -> tuple[float, ...]:
+        """Steps since a trial last damped each layer; NaN where none did."""
+        return age_since(self._measured_at, self._steps)
+
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of the sets of a share of the layers the heaviest, and the heaviest with layer 0."""
+        return heaviest_sets(weights, self._count)
+
+    @property
+    def _count(self) -> int:
+        """How many layers train at a time."""
+        return max(1, int(self.share * self._num_units))
+
     def pick(self) -> tuple[int, ...]:
         """A draw without replacement in proportion to ``sigmoid(-I)``."""
         log_p = torch.tensor(self.probabilities(), dtype=torch.float64).log()
-        count = max(1, int(self.share * self._num_units))
-        return draw_without_replacement(log_p, count, self.seed, self._draws)
+        return draw_without_replacement(log_p, self._count, self.seed, self._draws)
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, draw index and importance."""
@@ -129,14 +158,18 @@ class RewardSampler(PeriodicSampler):
             "importance": list(self._importance),
             "refreshes": self._refreshes,
             "refreshed_at": self._refreshed_at,
+            "measured_at": list(self._measured_at),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        super().load_state_dict(state)
-        self._importance = list(state["importance"])
-        self._refreshes = state["refreshes"]
-        self._refreshed_at = state["refreshed_at"]
+    def _upgraded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"measured_at": [None] * self._num_units} | dict(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._importance = [float(value) for value in state["importance"]]
+        self._refreshes = int(state["refreshes"])
+        self._refreshed_at = int(state["refreshed_at"])
+        self._measured_at = list(state["measured_at"])
 
 
 def _sigmoid(value: float) -> float:

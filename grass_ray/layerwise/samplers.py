@@ -14,8 +14,10 @@ Draws come from a private generator keyed by (seed, draw index): the same on eve
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ class Sampler(Protocol):
         """How often the probabilities were computed from measurements so far."""
 
     def start(self, sizes: Sequence[int], total: int | None = None) -> None:
-        """Begin with units of ``sizes`` parameters in a model of ``total``.
+        """Begin with units of ``sizes`` parameters in a model of ``total``, whatever this sampler did before.
 
         Raises ValueError when the sampler cannot serve them.
         """
@@ -71,6 +73,16 @@ class Sampler(Protocol):
     def importance(self) -> tuple[float, ...] | None:
         """Importance of each unit, NaN where never measured; None for samplers without one."""
 
+    def ages(self) -> tuple[float, ...] | None:
+        """Steps since each unit's importance was last measured, NaN where never; None for samplers without one."""
+
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """The active sets among which are the heaviest one and the heaviest one with unit 0.
+
+        Args:
+            weights: of the units, the bytes of their states for example.
+        """
+
     def sample(self) -> tuple[int, ...]:
         """Draw the next active set: distinct indices, ascending."""
 
@@ -81,10 +93,67 @@ class Sampler(Protocol):
         """Everything needed to go on, in plain JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`.
+
+        Raises ValueError, with nothing changed, when the state is not one of this sampler's.
+        """
 
 
-class AllLayersSampler:
+class Resumable:
+    """Saving and loading as all samplers of this package do it: a state that does not fit changes nothing.
+
+    A class names in ``PER_UNIT`` the keys of its state that have one value a unit, and says in :meth:`_restore` how it
+    goes on from a state that was found to fit.
+    """
+
+    PER_UNIT: tuple[str, ...] = ()
+    _num_units = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose state it is, and for how many units."""
+        return {"sampler": type(self).__name__, "units": self._num_units}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError when ``state`` is not one that :meth:`load_state_dict` can go on from."""
+        self._restored(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`. Raises ValueError, with nothing changed, when the state does not fit."""
+        vars(self).update(vars(self._restored(state)))
+
+    def _restored(self, state: Mapping[str, Any]) -> Self:
+        """A copy of this sampler that goes on from ``state``."""
+        name = type(self).__name__
+        # earlier versions saved neither the name nor the number of units
+        saved = state.get("sampler", name)
+        if saved != name:
+            raise ValueError(
+                f"the saved state is of a {saved}, this sampler is a {name}; give the optimizer the sampler that the "
+                "state was saved with"
+            )
+        state = {"sampler": name, "units": self._num_units, **self._upgraded(state)}
+        if wrong := sorted(state.keys() ^ self.state_dict().keys()):
+            raise ValueError(f"the saved state is not one of a {name}: {', '.join(wrong)} missing or unknown")
+        try:
+            numbers = {state["units"], *(len(state[key]) for key in self.PER_UNIT)}
+            if numbers != {self._num_units}:
+                found = next(iter(numbers - {self._num_units}))
+                raise ValueError(f"the saved state is of {found} units, this model has {self._num_units}")
+            restored = copy.copy(self)
+            restored._restore(state)
+        except (TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"the saved state of this {name} is damaged: {error}") from error
+        return restored
+
+    def _upgraded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of an earlier version as this one would have saved it."""
+        return dict(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that fits. Only gives attributes new values, never changes what they hold."""
+
+
+class AllLayersSampler(Resumable):
     """Every layer, always: full fine-tuning and adapters."""
 
     grad_norms: Literal["none", "arriving", "clipped"] = "none"
@@ -93,7 +162,6 @@ class AllLayersSampler:
     refreshes = 0
 
     def __init__(self) -> None:
-        self._num_units = 0
         self._drawn = False
 
     @property
@@ -104,6 +172,7 @@ class AllLayersSampler:
     def start(self, sizes: Sequence[int], total: int | None = None) -> None:
         """Begin with ``len(sizes)`` units."""
         self._num_units = len(sizes)
+        self._drawn = False
 
     def probe(self, measure: Measure) -> None:
         """Nothing is measured."""
@@ -113,6 +182,13 @@ class AllLayersSampler:
 
     def importance(self) -> None:
         """Nothing is measured."""
+
+    def ages(self) -> None:
+        """Nothing is measured."""
+
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """All units."""
+        return [tuple(range(len(weights)))]
 
     def sample(self) -> tuple[int, ...]:
         """All units."""
@@ -124,14 +200,13 @@ class AllLayersSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the set was drawn."""
-        return {"drawn": self._drawn}
+        return super().state_dict() | {"drawn": self._drawn}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._drawn = state["drawn"]
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._drawn = bool(state["drawn"])
 
 
-class PeriodicSampler:
+class PeriodicSampler(Resumable):
     """The clock that samplers share: a draw of ``num_active_layers`` units every ``period`` steps.
 
     Both may be schedules over training; a period that changes counts from the draw it began with.
@@ -155,7 +230,6 @@ class PeriodicSampler:
         self.num_active_layers = num_active_layers
         self.period = period
         self.seed = seed
-        self._num_units = 0
         self._steps = 0
         self._draws = 0
         self._next_draw = 0
@@ -179,6 +253,7 @@ class PeriodicSampler:
         """Begin with units of ``sizes`` parameters. Raises ValueError when fewer than ``num_active_layers``."""
         check_num_active_layers(self.num_active_layers, len(sizes))
         self._num_units = len(sizes)
+        self._steps = self._draws = self._next_draw = 0
 
     def probe(self, measure: Measure) -> None:
         """Nothing beyond the training passes is measured."""
@@ -186,6 +261,14 @@ class PeriodicSampler:
     def importance(self) -> tuple[float, ...] | None:
         """Nothing is measured."""
         return None
+
+    def ages(self) -> tuple[float, ...] | None:
+        """Nothing is measured."""
+        return None
+
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of the most units that are ever active together the heaviest, and the heaviest with unit 0."""
+        return heaviest_sets(weights, count_at(bounds_of(self.num_active_layers)[1], 0))
 
     def sample(self) -> tuple[int, ...]:
         """Draw the next active set."""
@@ -204,13 +287,13 @@ class PeriodicSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Clock and draw index."""
-        return {"steps": self._steps, "draws": self._draws, "next_draw": self._next_draw}
+        clock = {"steps": self._steps, "draws": self._draws, "next_draw": self._next_draw}
+        return super().state_dict() | clock
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._steps = state["steps"]
-        self._draws = state["draws"]
-        self._next_draw = state["next_draw"]
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._steps = int(state["steps"])
+        self._draws = int(state["draws"])
+        self._next_draw = int(state["next_draw"])
 
 
 class UniformSampler(PeriodicSampler):
@@ -288,6 +371,12 @@ class CyclicSampler(PeriodicSampler):
     def probabilities(self) -> None:
         """Nothing is drawn by chance."""
 
+    def largest_active_sets(self, weights: Sequence[int]) -> list[tuple[int, ...]]:
+        """The group of unit 0, and the heaviest."""
+        groups = self._groups()
+        heaviest = max(groups, key=lambda group: sum(weights[unit] for unit in group))
+        return list(dict.fromkeys((groups[0], heaviest)))
+
     def _groups(self) -> list[tuple[int, ...]]:
         size, units = self.now_active, self._num_units
         return [tuple(range(first, min(first + size, units))) for first in range(0, units, size)]
@@ -332,6 +421,28 @@ def random_order(log_p: Tensor, seed: int, draw: int) -> list[int]:
     )
     order: list[int] = torch.topk(log_p - (-uniform.log()).log(), len(log_p)).indices.tolist()
     return order
+
+
+def heaviest_sets(weights: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Of the sets of ``count`` units the heaviest, and where it is lighter the heaviest one with unit 0.
+
+    Of equally heavy units the highest are taken: their gradients are there first, while most activations still are.
+    """
+    by_weight = sorted(range(len(weights)), key=lambda unit: (weights[unit], unit), reverse=True)
+    with_first = (0, *[unit for unit in by_weight if unit][: count - 1])
+    return distinct_sets(weights, with_first, by_weight[:count])
+
+
+def distinct_sets(weights: Sequence[int], with_first: Sequence[int], heaviest: Sequence[int]) -> list[tuple[int, ...]]:
+    """Both sets in ascending order, or only the first one where the second is no heavier."""
+    first, second = tuple(sorted(with_first)), tuple(sorted(heaviest))
+    more = sum(weights[unit] for unit in second) > sum(weights[unit] for unit in first)
+    return [first, second] if more else [first]
+
+
+def age_since(measured_at: Sequence[int | None], now: int) -> tuple[float, ...]:
+    """Steps from each unit's last measurement to step ``now``, NaN where there was none."""
+    return tuple(math.nan if at is None else float(now - at) for at in measured_at)
 
 
 def check_num_active_layers(num_active_layers: Scheduled, num_layers: int) -> None:

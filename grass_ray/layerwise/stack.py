@@ -54,11 +54,12 @@ def find_decoder_stack(model: nn.Module, path: str | None = None) -> DecoderStac
 
     Raises:
         ValueError: there is no decoder stack, or more than one candidate (the message lists what was found); the model
-            is an encoder; or it is wrapped in something that fixes which parameters train (DDP, FSDP1, DeepSpeed, a
-            compiled whole model) or split by tensor parallelism.
+            is an encoder, or quantised; or it is wrapped in something that fixes which parameters train (DDP, FSDP1,
+            DeepSpeed, a compiled whole model) or split by tensor parallelism.
     """
     _refuse_wrappers(model)
-    _refuse_encoders(model)
+    refuse_encoders(model)
+    _refuse_quantised(model)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if path is not None and path not in lists:
         raise ValueError(f"model has no list of layers called {path!r}; it has: {_listing(lists)}")
@@ -120,15 +121,29 @@ def _refuse_foreign_shards(model: nn.Module) -> None:
         )
 
 
-def _refuse_encoders(model: nn.Module) -> None:
+def refuse_encoders(model: nn.Module) -> None:
+    """Raise ``ValueError`` on a language model whose tokens see those after them."""
     base = _unwrap(model)
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "can_generate"):
         return
-    if getattr(config, "is_encoder_decoder", False) or not base.can_generate():
+    # BERT and its like can be both and are encoders unless told; XLM and XLNet say it in words of their own
+    either = hasattr(config, "add_cross_attention") and getattr(config, "is_decoder", True) is False
+    looks_ahead = either or not getattr(config, "causal", True) or getattr(config, "attn_type", "uni") == "bi"
+    if getattr(config, "is_encoder_decoder", False) or looks_ahead or not base.can_generate():
         raise ValueError(
             f"{type(base).__name__} is not a decoder-only language model; layer-wise training needs one "
-            "(a model loaded with AutoModelForCausalLM)"
+            "(a model loaded with AutoModelForCausalLM whose tokens see only those before them)"
+        )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Quantised weights take no gradient; adapters beside them do."""
+    quantised = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantised is not None and _unwrap(model) is model:
+        raise ValueError(
+            "the model is quantised, and quantised weights are not trained; load it in bfloat16 or float32, or put "
+            "adapters on it first"
         )
 
 

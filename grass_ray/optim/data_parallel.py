@@ -133,13 +133,13 @@ class Workers:
             flights.append(Flight(same, flat, work, self.count if self.reduction == "mean" else 1))
         return flights
 
-    def average(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` over the workers; NaN where one of them has NaN."""
+    def average(self, values: Tensor, *, summed: bool = False) -> Tensor:
+        """The mean of ``values`` over the workers, or their sum; NaN where one of them has NaN."""
         if self.count == 1:
             return values
-        mean = values.clone()
-        self._all_reduce(mean)
-        return mean.div_(self.count)
+        total = values.clone()
+        self._all_reduce(total)
+        return total if summed else total.div_(self.count)
 
     def check_agreement(self, active: tuple[int, ...]) -> None:
         """Make sure that every worker trains the same units; every worker must call it at the same steps.
@@ -194,6 +194,11 @@ class Exchange:
         self._waiting: deque[Unit] | None = None
         self._arrived: Counter[str] = Counter()
         self._flights: deque[Flight] = deque()
+
+    @property
+    def under_way(self) -> frozenset[str]:
+        """Names of units whose gradients this step's backward has brought so far."""
+        return frozenset(self._arrived)
 
     def arrived(self, unit: Unit, active: Sequence[Unit]) -> None:
         """One more of the unit's gradients is complete: the last micro-batch's backward has reached it."""

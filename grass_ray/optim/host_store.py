@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
+from grass_ray.optim.host_memory import available_bytes
 from grass_ray.optim.kernels import StateLayout
 from grass_ray.optim.sharded import local
 
@@ -149,13 +149,3 @@ def _check_memory(unit: str, wanted: int, held: int) -> None:
             f"{available / 2**20:.0f} MiB are available (states hold {held / 2**20:.0f} MiB already); use fewer "
             "workers a machine, inactive_states='reset', or a method with smaller states"
         )
-
-
-def available_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system does not say."""
-    listing = Path("/proc/meminfo")
-    if listing.exists():
-        for line in listing.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None

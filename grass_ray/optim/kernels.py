@@ -3,7 +3,9 @@
 Precision says what a parameter's state is:
 
 - ``"weights"``: two moments in the weight's own dtype, torch's fused AdamW as it is;
-- ``"rem16"``: bfloat16 moments, and the low 16 bits of the weight's float32 master copy (``remainder``);
+- ``"rem16"``: bfloat16 moments, and the low 16 bits of the weight's float32 master copy (``remainder``). The second
+  moment is rounded stochastically (:func:`round_stochastically`): rounded to the nearest, a mean with
+  ``beta2 = 0.999`` could neither decay (a step changes it by less than half a unit in the last place) nor keep up;
 - ``"exact"``: float32 moments and the remainder: bit for bit AdamW on a float32 master copy, at 10 bytes a parameter.
 
 The bfloat16 weight on the device is the master's upper half, rounded to the nearest (exact ties away from zero, where
@@ -23,6 +25,8 @@ from torch import Tensor
 
 Precision = Literal["weights", "rem16", "exact"]
 REMAINDER = "remainder"
+# odd multipliers of the hash behind stochastic rounding: of an element's place, the step, and two rounds of mixing
+PLACE, STEP, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA77, 0x7FEB352D, 0x846CA68B
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def adamw(
     steps: Sequence[Tensor],
     group: Mapping[str, Any],
     skip: Tensor | None = None,
+    firsts: Sequence[int] | None = None,
 ) -> None:
     """Update pieces of weights and their states in place.
 
@@ -62,6 +67,8 @@ def adamw(
         steps: how many updates each piece has had, this one included; float32 scalars on the device.
         group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
         skip: float32 scalar on the device; 1 leaves everything as it is (the gradients are not finite).
+        firsts: where each piece begins in its flattened parameter, in elements; None means at its beginning. It keys
+            the stochastic rounding, so that pieces of any size give the same bits.
     """
     if not weights:
         return
@@ -76,13 +83,14 @@ def adamw(
             skip,
         )
         return
-    for weight, gradient, state, step in zip(weights, gradients, states, steps, strict=True):
+    firsts = firsts or [0] * len(weights)
+    for weight, gradient, state, step, first in zip(weights, gradients, states, steps, firsts, strict=True):
         if weight.device.type == "cuda":
             from grass_ray.optim.triton_adamw import adamw_with_remainder
 
-            adamw_with_remainder(weight, gradient, state, step, group, skip)
+            adamw_with_remainder(weight, gradient, state, step, group, skip, first)
         else:
-            _with_remainder(weight, gradient, state, step, group, skip)
+            _with_remainder(weight, gradient, state, step, group, skip, first)
 
 
 def _with_remainder(
@@ -92,14 +100,15 @@ def _with_remainder(
     step: Tensor,
     group: Mapping[str, Any],
     skip: Tensor | None,
+    first: int,
 ) -> None:
     """The plain reference of a step with a remainder, through a float32 master made for the moment."""
     master = join(weight, state[REMAINDER])
     moments = [state["exp_avg"].float(), state["exp_avg_sq"].float()]
     _fused([master], [gradient.float()], [moments[0]], [moments[1]], [step], group, skip)
-    for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        if moment is not state[name]:
-            state[name].copy_(moment)
+    if state["exp_avg"].dtype != torch.float32:
+        state["exp_avg"].copy_(moments[0])
+        state["exp_avg_sq"].copy_(round_stochastically(moments[1], step, first))
     upper, remainder = split(master)
     weight.copy_(upper)
     state[REMAINDER].copy_(remainder)
@@ -117,6 +126,44 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
     upper = (bits + 0x8000) >> 16
     remainder = (bits - (upper << 16)).to(torch.int16)
     return upper.to(torch.int16).view(torch.bfloat16), remainder
+
+
+def round_stochastically(values: Tensor, step: Tensor, first: int = 0) -> Tensor:
+    """Round to one of the two nearest bfloat16 values, up with the probability that makes the mean right.
+
+    The random bits are a hash of the element's place in its parameter and the step: the same on every device, for
+    pieces of any size, and after a resume. A value that bfloat16 can hold stays as it is.
+
+    Args:
+        values: float32, not negative, any shape.
+        step: scalar, the number of the update.
+        first: place of the first element in its flattened parameter.
+
+    Returns:
+        bfloat16 tensor of the shape of ``values``.
+    """
+    bits = _hash(values.numel(), step, first, values.device).bitwise_and_(0xFFFF)
+    bits += values.contiguous().view(torch.int32).flatten()
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16).view(values.shape)
+
+
+def _hash(count: int, step: Tensor, first: int, device: torch.device) -> Tensor:
+    """32 random-looking bits for each of ``count`` places from ``first`` on, as int32 (which wraps around)."""
+    h = torch.arange(count, dtype=torch.int32, device=device)
+    h += _signed(first)
+    h *= _signed(PLACE)
+    h += step.to(torch.int32) * _signed(STEP)
+    for shift, factor in ((16, MIX_1), (15, MIX_2)):
+        # int32 shifts drag the sign along
+        h ^= (h >> shift) & ((1 << (32 - shift)) - 1)
+        h *= _signed(factor)
+    h ^= (h >> 16) & 0xFFFF
+    return h
+
+
+def _signed(value: int) -> int:
+    """The int32 with the lowest 32 bits of ``value``."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 def _fused(

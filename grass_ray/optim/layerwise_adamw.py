@@ -25,17 +25,21 @@ from torch import Tensor, nn
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
-from grass_ray.layerwise.schedules import bounds_of
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
+from grass_ray.optim.loss_scaling import LossScale
+from grass_ray.optim.ownership import Takeover
 from grass_ray.optim.projection import Projection
-from grass_ray.optim.sharded import check_sharded, clip, find_shards, local
+from grass_ray.optim.proof import Proof
+from grass_ray.optim.refusals import described, refuse_checkpoint_api, refuse_half
+from grass_ray.optim.sharded import check_sharded, clip, find_shards, first_element, local
 from grass_ray.optim.streaming import OffloadStats, Streamer
 from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
+from grass_ray.optim.watch import Watch, has_gradient
 
 # the Adam step counter: part of a state, but no memory worth moving
 STEP = "step"
@@ -48,7 +52,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     """AdamW over the layers a sampler draws.
 
     Parameters that do not require a gradient when the optimizer is built stay frozen for ever (a peft model's base
-    weights); all others belong to it, and those outside the active set are frozen by it. Where torch.distributed is
+    weights, layers that the sampler shall not draw from); all others belong to it, and those outside the active set are
+    frozen by it. Under ``torch.amp.GradScaler`` importance is measured at the scale of the loss itself, and a step that
+    the scaler skips is not measured. Where torch.distributed is
     initialised the gradients of the active set are averaged over the workers inside ``step``: pass the bare model,
     not one wrapped in DistributedDataParallel. Or give its layers and then itself to FSDP2's ``fully_shard`` first.
 
@@ -95,9 +101,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             backward goes on; ``step`` sets it back. Left alone, they travel when ``step`` begins.
 
     Raises:
-        ValueError: no decoder stack, a layer without trainable parameters, more active layers than layers, a setting
-            out of range, or a model sharded in another way than by rows over ``process_group``.
+        ValueError: no decoder stack, no trainable layer, more active layers than trainable ones, a setting out of
+            range, float16 weights that should train, or a model sharded in another way than by rows over
+            ``process_group``.
     """
+
+    # torch.amp.GradScaler then always calls step(), and tells it the scale and whether a gradient is not finite
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -137,30 +147,39 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             raise ValueError(f"inactive_states is {inactive_states!r}; available: keep, reset")
         if granularity == "block" and (train_embeddings or train_head or train_norm):
             raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
-        shards = find_shards(model)
-        if shards is not None and projection is not None:
-            raise ValueError(
-                f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of each; "
-                "pass the bare model, or a method without a projection"
-            )
-        stack = find_decoder_stack(model, layers)
-        decayed = decay_parameters(model)
-        units = sampled_units(stack, granularity, decayed)
-        if not isinstance(sampler, AllLayersSampler) and not all(unit.parameters for unit in units):
-            frozen = [index for index, unit in enumerate(units) if not unit.parameters]
-            raise ValueError(f"layers {frozen} have no parameter that requires a gradient; build the optimizer first")
-        sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
-        always = {
-            "embeddings": stack.embeddings if train_embeddings else (),
-            "head": stack.head if train_head else (),
-            "norm": stack.norm if train_norm else (),
-            # what peft adds outside the model: virtual tokens
-            "adapter": _outside_of_the_base(model),
-        }
-        constant = constant_units(always, decayed)
-        managed = [p for unit in (*units, *constant) for p in unit.parameters]
-        if shards is not None:
-            check_sharded({p: name for name, p in model.named_parameters()}, managed)
+        with Takeover(model) as takeover:
+            shards = find_shards(model)
+            if shards is not None and projection is not None:
+                raise ValueError(
+                    f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of "
+                    "each; pass the bare model, or a method without a projection"
+                )
+            stack = find_decoder_stack(model, layers)
+            decayed = decay_parameters(model)
+            units = sampled_units(stack, granularity, decayed)
+            if not isinstance(sampler, AllLayersSampler):
+                units = [unit for unit in units if unit.parameters]
+                if not units:
+                    raise ValueError(
+                        f"none of the {stack.num_layers} layers has a parameter that requires a gradient, so there is "
+                        "nothing to draw from; thaw those that should train, then build the optimizer"
+                    )
+            sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
+            always = {
+                "embeddings": stack.embeddings if train_embeddings else (),
+                "head": stack.head if train_head else (),
+                "norm": stack.norm if train_norm else (),
+                # what peft adds outside the model: virtual tokens
+                "adapter": _outside_of_the_base(model),
+            }
+            constant = constant_units(always, decayed)
+            managed = [p for unit in (*units, *constant) for p in unit.parameters]
+            names = {p: name for name, p in model.named_parameters()}
+            refuse_half([names[p] for p in managed if p.dtype == torch.float16])
+            if shards is not None:
+                check_sharded(names, managed)
+            given = [p for p in model.parameters() if p.requires_grad]
+            unmanaged = [names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         groups: list[dict[str, Any]] = [
             {"params": [p for p in managed if p in decayed]},
@@ -193,6 +212,16 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         # names of units whose states are on the host now; those of all others are in self.state
         self._away: set[str] = set()
         self._torn = False
+        self._retired = False
+        # whether backward brought a gradient that probing did not keep
+        self._dropped = False
+        self._dtype = managed[0].dtype
+        self._watch = Watch(model, unmanaged)
+        self._proof: Proof | None = None
+        self._model = weakref.ref(model)
+        # hooks on the model, which must not outlive the optimizer
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self.stats = OffloadStats()
         self.offload = self._choose_offload(offload)
         self._streamer: Streamer | None = None
@@ -204,9 +233,15 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         measures = sampler.grad_norms == "arriving" or sampler.probing
         layerwise = [unit.parameters for unit in units]
         self._meter = GradNormMeter(layerwise, sharded=shards is not None) if measures else None
+        if self._meter is not None:
+            self._meter.dropping = sampler.probing
+            self._handles.extend(self._meter.handles)
+            if self._meter.witness is not None:
+                # last, so that the places of all others stay: a scaler unscales what is in a group
+                self.param_groups[-1]["params"].append(self._meter.witness)
         self._never_seen = torch.full((len(units),), torch.nan)
         if shards is not None:
-            shards.watch(managed, self._watch_gathered)
+            self._handles.extend(shards.watch(managed, _weakly(self._watch_gathered)))
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
         elif sampler.probing:
@@ -230,8 +265,60 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         else:
             self._activate(sampler.sample() if sampler.due else ())
         self.workers.check_agreement(self.active_units)
+        takeover.complete(self, given)
+        _SAMPLERS[sampler] = weakref.ref(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: which parameters are trained is decided when the optimizer is built.
+
+        Raises:
+            ValueError: always, once the optimizer is built.
+        """
+        if hasattr(self, "units"):
+            raise ValueError(
+                "LayerwiseAdamW trains parts of its model, chosen when it is built (train_embeddings, train_head, "
+                "train_norm and the sampler); train other parameters with an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: hooks and states belong to the parameters of one model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "LayerwiseAdamW cannot be copied or pickled: it belongs to the parameters of its model. Copy the model, "
+            "build another optimizer on the copy, and give it load_state_dict(optimizer.state_dict())"
+        )
+
+    def retire(self) -> None:
+        """Take every hook away: another optimizer is built on the model, and ``step`` raises from now on."""
+        self.synchronize()
+        self._retired = True
+        _remove(self._handles)
 
     # ------------------------------------------------------------------------------------------------ the step
+
+    def prove(self) -> Proof:
+        """From now on compare all weights at switches, to prove that exactly the active units change.
+
+        Reads every weight once per check, and waits for the device. A mistake is said in a warning.
+
+        Returns:
+            The proof: its ``mistakes`` so far, and :meth:`~grass_ray.optim.proof.Proof.check` for a last look.
+        """
+        self.synchronize()
+        model = self._model()
+        frozen = [] if model is None else [p for p in model.parameters() if p not in self._unit_of]
+        self._proof = Proof(self.units, frozen, self.workers if self.sharded else None)
+        return self._proof
+
+    def _check_proof(self) -> None:
+        if self._proof is not None and self._proof.due:
+            self.synchronize()
+            self._proof.check()
+            self._watch.mistakes(self._proof.mistakes)
 
     def probe(self, measure: Measure) -> None:
         """Before a step's forward: let the sampler take extra measurements, and switch if they make a draw due."""
@@ -256,44 +343,110 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 disagree about what is, an earlier step was interrupted in the middle of its update, or the model was
                 sharded after the optimizer was built.
         """
-        self._refuse_torn()
-        self._refuse_late_shards()
+        self._refuse_misuse()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        norms = self._never_seen if self._meter is None else self.workers.average(self._meter.collect())
+        if self._nothing_arrived():
+            self._watch.no_gradient_at_all()
+            self.grad_norm = torch.zeros((), device=self._device)
+            return loss
         self.probed = self.sampler.probing
+        scale = LossScale.of(self, self._device)
+        if scale is not None:
+            self._unscale(scale)
+        norms = self._never_seen if self._meter is None else self._measured(self._meter, scale)
         self.last_micro_batch = False
         if self.probed:
             self.zero_grad(set_to_none=True)
             self.grad_norm = self._total_norm(norms)
+            if self._proof is not None:
+                self._proof.note(())
         else:
-            if not self.active_units and self.units:
-                raise RuntimeError(
-                    f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
-                    "step, or give the sampler its scores"
-                )
-            active = self.active_parameters()
-            if self._shards is None:
-                self._exchange.finish(self._active())
-            else:
-                self._shards.finish(active, summed=self.workers.reduction == "sum")
-            (self.grad_norm,) = self._norms([active])
-            if self.max_grad_norm is not None:
-                clip(active, self.max_grad_norm, self.grad_norm)
-            if self.sampler.grad_norms == "clipped":
-                norms = self._rms_gradients()
-            self._update(active)
+            norms = self._train(norms, scale)
         self.sampler.observe(norms)
+        if self._meter is not None:
+            self._meter.dropping = self.sampler.probing
         if self.sampler.due:
             self._switch(self.sampler.sample())
         return loss
 
-    def _update(self, active: list[nn.Parameter]) -> None:
-        """Step every active unit: those on the device at once, streamed ones through the ring."""
-        assert self.grad_norm is not None
-        skip = (~torch.isfinite(self.grad_norm)).to(torch.float32)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throw away gradients, and what was measured of them since the last step."""
+        super().zero_grad(set_to_none)
+        self._dropped = False
+        if self._meter is not None:
+            self._meter.clear()
+
+    def _nothing_arrived(self) -> bool:
+        """Whether no backward reached this optimizer's parameters; several workers go through a step together."""
+        if self.workers.count > 1 or not self._active():
+            return False
+        if self.sampler.probing:
+            return not self._dropped
+        return not has_gradient(self.active_parameters())
+
+    def _unscale(self, scale: LossScale) -> None:
+        """Bring gradients that a loss scaler has scaled to the scale of the loss itself.
+
+        Raises:
+            RuntimeError: they were averaged over workers that may have different scales.
+        """
+        if self._shards is not None or self._exchange.under_way:
+            raise RuntimeError(
+                "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
+                "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
+            )
+        scale.unscale(self.active_parameters())
+
+    def _measured(self, meter: GradNormMeter, scale: LossScale | None) -> Tensor:
+        """The step's RMS gradient of each unit over all workers, at the scale of the loss, shape (units,)."""
+        unseen = set(meter.unseen())
+        if self.probed:
+            self._watch.without_gradient([unit for index, unit in enumerate(self.units) if index in unseen])
+        # a loop divides each micro-batch's loss by their number: at the scale of the step's loss, however it is cut
+        micro_batches = meter.micro_batches
+        inverse = meter.inverse_scale() if scale is not None else 1.0
+        norms = meter.collect() * micro_batches * inverse
+        if scale is not None and scale.inverse is not None:
+            norms = norms * scale.inverse
+        return self.workers.average(norms, summed=self.workers.reduction == "sum")
+
+    def _train(self, norms: Tensor, scale: LossScale | None) -> Tensor:
+        """Average over the workers, clip and update; the norms to be observed, all NaN where nothing was updated."""
+        if not self.active_units and self.units:
+            raise RuntimeError(
+                f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
+                "step, or give the sampler its scores"
+            )
+        active = self.active_parameters()
+        under_way = self._exchange.under_way
+        self._watch.without_gradient(
+            [unit for unit in self._active() if unit.name not in under_way and not has_gradient(unit.parameters)]
+        )
+        if self._shards is None:
+            self._exchange.finish(self._active())
+        else:
+            self._shards.finish(active, summed=self.workers.reduction == "sum")
+        (norm,) = self._norms([active])
+        self.grad_norm = norm
+        self._watch.first_step(lambda: float(norm))
+        if self.max_grad_norm is not None:
+            clip(active, self.max_grad_norm, norm)
+        if self.sampler.grad_norms == "clipped":
+            norms = self._rms_gradients()
+        skip = ~torch.isfinite(norm)
+        if scale is not None:
+            skip = skip | (scale.found_inf > 0)
+        self._update(active, skip.to(torch.float32))
+        if self._proof is not None:
+            moves = any(float(group["lr"]) > 0 for group in self.param_groups)
+            self._proof.note(self.active_units if moves else (), skip)
+        return norms.masked_fill(skip.to(norms.device), torch.nan)
+
+    def _update(self, active: list[nn.Parameter], skip: Tensor) -> None:
+        """Step every active unit, unless ``skip`` is 1: those on the device at once, streamed ones through the ring."""
         trained: list[Tensor] = [p for p in active if p.grad is not None]
         states = {p: self._state_of(p) for p in trained}
         self._torn = True
@@ -365,7 +518,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             plain: list[Tensor] = [p for p in trained if p not in self._projected]
             states = [self._state_of(p) for p in plain]
             gradients = [local(p.grad) for p in plain if p.grad is not None]
-            adamw([local(p) for p in plain], gradients, states, [state[STEP] for state in states], group, skip)
+            steps = [state[STEP] for state in states]
+            adamw([local(p) for p in plain], gradients, states, steps, group, skip, [first_element(p) for p in plain])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter that trains now, zero before its first update; only a counter when streamed."""
@@ -401,7 +555,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             if optimizer is not None:
                 react(optimizer, parameter)
 
-        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _exchange_unit(self, parameter: Tensor) -> None:
         if self.last_micro_batch and not self.sampler.probing:
@@ -413,8 +567,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self.workers.sent_bytes += parameter.numel() * parameter.element_size()
 
     def _total_norm(self, norms: Tensor) -> Tensor:
-        """Global gradient norm of the units from their RMS values, shape (units,)."""
-        return (norms.square() * norms.new_tensor([unit.size for unit in self.units])).nansum().sqrt()
+        """Global gradient norm of the units from their RMS values, shape (units,); NaN where none was measured."""
+        total = (norms.square() * norms.new_tensor([unit.size for unit in self.units])).nansum().sqrt()
+        return total.masked_fill(norms.isnan().all(), torch.nan)
 
     def _rms_gradients(self) -> Tensor:
         """RMS of each active unit's accumulated and clipped gradient, shape (units,), NaN elsewhere."""
@@ -435,6 +590,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Measure, and drop while probing, the gradients of a sharded parameter before they are reduced."""
         if self._meter is not None:
             self._meter.watch(parameter, gathered)
+            self._handles.append(self._meter.handles[-1])
         if self.sampler.probing:
             self._after_gradient(gathered, LayerwiseAdamW._drop_while_probing)
 
@@ -442,12 +598,15 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Free a gradient the moment it was measured, so that probing never holds more than a few of them."""
         if self.sampler.probing:
             parameter.grad = None
+            self._dropped = True
 
     # ---------------------------------------------------------------------------------------------- the switch
 
     def _switch(self, units: tuple[int, ...]) -> None:
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
+        self._check_proof()
         started = time.perf_counter()
+        self._torn = True
         self.switches += 1
         self.workers.check_agreement(units)
         for index in sorted(set(self.active_units) - set(units)):
@@ -456,6 +615,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         for index in sorted(set(units) - set(self.active_units)):
             self._reclaim(self.units[index])
         self._activate(units)
+        self._torn = False
         self.stats.switch_s += time.perf_counter() - started
         self.stats.exposed_s += time.perf_counter() - started
         self.stats.pinned = self._host.pinned
@@ -463,6 +623,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def _activate(self, units: tuple[int, ...]) -> None:
         """Let exactly ``units`` and the always-trained parts require gradients; frozen ones hold none."""
         self.active_units = units
+        self._watch.new_active_set()
         for index, unit in enumerate(self.units):
             for parameter in unit.parameters:
                 parameter.requires_grad_(index in units)
@@ -541,12 +702,17 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             return offload
         if self._device.type != "cuda" or self._projection is not None:
             return "resident"
-        layouts = (state_layout(p.dtype, self._precision) for p in self._parameters_in_order())
-        per_parameter = max(layout.bytes_per_parameter for layout in layouts)
-        sizes = sorted((sum(local(p).numel() for p in unit.parameters) for unit in self.units), reverse=True)
-        largest = sum(sizes[: int(bounds_of(getattr(self.sampler, "num_active_layers", len(sizes)))[1])])
         free, _ = torch.cuda.mem_get_info(self._device)
-        return "resident" if largest * per_parameter <= RESIDENT_SHARE * free else "lazy"
+        return "resident" if self._largest_active_bytes() <= RESIDENT_SHARE * free else "lazy"
+
+    def _largest_active_bytes(self) -> int:
+        """Bytes of the states of the largest set of units that the sampler may draw."""
+        weights = [
+            sum(local(p).numel() * state_layout(p.dtype, self._precision).bytes_per_parameter for p in unit.parameters)
+            for unit in self.units
+        ]
+        active_sets = self.sampler.largest_active_sets(weights)
+        return max(sum(weights[unit] for unit in active) for active in active_sets)
 
     def _start_streaming(self) -> None:
         if self.offload == "blocking" or self.offload == "overlap" or self.offload == "lazy":
@@ -567,16 +733,22 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             by_layer.setdefault(unit.layer, []).append(unit.name)
         for layer, names in by_layer.items():
             module = model if layer is None else self.stack.modules[layer]
-            module.register_forward_pre_hook(self._gate_of(names))
+            self._handles.append(module.register_forward_pre_hook(self._gate_of(names)))
+        # the model must not hold the optimizer, which holds the ring and all states
+        synchronize = _weakly(self.synchronize)
         if self._shards is not None:
-            self._shards.before_forward(self.synchronize)
-        model.register_state_dict_pre_hook(lambda *_: self.synchronize())  # type: ignore[no-untyped-call]
+            self._handles.extend(self._shards.before_forward(synchronize))
+        self._handles.append(model.register_state_dict_pre_hook(lambda *_: synchronize()))  # type: ignore[no-untyped-call]
 
     def _gate_of(self, names: list[str]) -> Callable[[nn.Module, Any], None]:
+        assert self._streamer is not None
+        me = weakref.ref(self)
+
         def wait(module: nn.Module, inputs: Any) -> None:
-            assert self._streamer is not None
-            for name in names:
-                self._streamer.gate(name)
+            optimizer = me()
+            if optimizer is not None and optimizer._streamer is not None:
+                for name in names:
+                    optimizer._streamer.gate(name)
 
         return wait
 
@@ -585,11 +757,27 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
             self._streamer.prefetch(unit)
 
+    def _refuse_misuse(self) -> None:
+        """What a step must find: its model and its sampler as they were."""
+        self._refuse_torn()
+        self._refuse_late_shards()
+        refuse_checkpoint_api()
+        if self._retired:
+            raise RuntimeError("another LayerwiseAdamW was built on this model after this one; step that one")
+        owner = _SAMPLERS.get(self.sampler)
+        if owner is None or owner() is not self:
+            raise RuntimeError(
+                "the sampler was given to another optimizer after this one; give each a sampler of its own"
+            )
+        if self._shards is None:
+            self._watch.check_active(self._active(), self._device, self._dtype)
+            self._watch.check_strangers(self._active())
+
     def _refuse_torn(self) -> None:
         if self._torn:
             raise RuntimeError(
-                "an earlier step was interrupted in the middle of its update, so weights and states do not belong to "
-                "one step any more; go back to the last checkpoint (load_state_dict)"
+                "an earlier step was interrupted in the middle of its update or switch, so weights and states do not "
+                "belong to one step any more; go back to the last checkpoint (load_state_dict)"
             )
 
     def _refuse_late_shards(self) -> None:
@@ -604,7 +792,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------- the state
 
     def _parameters_in_order(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self.param_groups for p in group["params"] if p in self._unit_of]
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout, with the sampler's state and the active units under ``"layerwise"``.
@@ -617,10 +805,13 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             RuntimeError: an earlier step was interrupted in the middle of its update.
         """
         self._refuse_torn()
+        refuse_checkpoint_api()
         if self._streamer is not None:
             self._streamer.synchronize()
             self._streamer.wait_for_host()
         state = super().state_dict()
+        for group in state["param_groups"]:
+            group["params"] = [index for index in group["params"] if index < len(self._index)]
         for unit in self.units:
             if unit.name in self._away:
                 for parameter in unit.parameters:
@@ -691,18 +882,16 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another model, to another optimizer, or to another worker.
         """
+        refuse_checkpoint_api()
         if "layerwise" not in state_dict:
             raise ValueError("this state was not saved by LayerwiseAdamW: it has no 'layerwise' entry")
-        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if saved_sizes != sizes:
-            raise ValueError(f"the saved state has parameter groups of {saved_sizes}, this optimizer of {sizes}")
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
         own = state_dict["layerwise"]
         self._check_shard(own.get("shard"))
-        self.synchronize()
+        self._check_fits(state_dict, whole="shard" not in own)
         self.sampler.load_state_dict(own["sampler"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        self.synchronize()
         self.switches = own["switches"]
         self._torn = False
         self._streamer = None
@@ -715,6 +904,41 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self._shards is not None and "shard" not in own:
             states = {index: self._rows_of(saved) for index, saved in states.items()}
         self._load_states(states, set(own["on_host"]))
+
+    def _check_fits(self, state_dict: Mapping[str, Any], *, whole: bool) -> None:
+        """Compare a state with this optimizer before anything is overwritten.
+
+        Raises:
+            ValueError: it is of a model with other parameters, or of another precision or projection.
+        """
+        ordered = self._parameters_in_order()
+        sizes = [sum(p in self._unit_of for p in group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if saved_sizes != sizes:
+            raise ValueError(f"the saved state has parameter groups of {saved_sizes}, this optimizer of {sizes}")
+        active = state_dict["layerwise"]["active_units"]
+        if not set(active) <= set(range(len(self.units))):
+            raise ValueError(
+                f"the saved state has active units {list(active)}, this optimizer only {len(self.units)} units"
+            )
+        for index, saved in state_dict["state"].items():
+            parameter = ordered[index]
+            if not (held := _tensors(saved)):
+                continue
+            if parameter in self._projected:
+                assert self._projection is not None
+                expected = dict.fromkeys(_tensors(self._projection.start(parameter)))
+                given = dict.fromkeys(held)
+            else:
+                shape = parameter.shape if whole else local(parameter).shape
+                layout = state_layout(parameter.dtype, self._precision)
+                expected = {name: (tuple(shape), dtype) for name, dtype in layout.dtypes}
+                given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
+            if given != expected:
+                raise ValueError(
+                    f"the saved state of parameter {index} has {described(given)}, this optimizer keeps "
+                    f"{described(expected)}; give the model and the settings (precision, projection) it was saved with"
+                )
 
     def _check_shard(self, saved: Mapping[str, int] | None) -> None:
         here = None if self._shards is None else self._shards.saved.to_dict()
@@ -762,6 +986,28 @@ def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
         return []
     base = set(model.get_base_model().parameters())
     return [p for p in model.parameters() if p not in base]
+
+
+# which optimizer a sampler serves
+_SAMPLERS: weakref.WeakKeyDictionary[Sampler, weakref.ref[LayerwiseAdamW]] = weakref.WeakKeyDictionary()
+
+
+def _remove(handles: list[Any]) -> None:
+    """Take hooks away from a model."""
+    while handles:
+        handles.pop().remove()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of an optimizer that does nothing once the optimizer is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,6 +38,16 @@ def whole(tensor: Tensor) -> Tensor:
     return rows
 
 
+def first_element(parameter: Tensor) -> int:
+    """Where this worker's elements begin in the flattened parameter; 0 where it is not sharded."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or not parameter.numel():
+        return 0
+    rows = parameter.shape[0]
+    first: int = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    return first * (parameter.numel() // rows)
+
+
 @torch.no_grad()
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Put a whole tensor into a parameter, or this worker's rows of it into a sharded one."""
@@ -137,23 +147,33 @@ class Shards:
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def before_forward(self, wait: Callable[[], None]) -> None:
-        """Call ``wait`` before a forward gathers any weight: FSDP2 gathers on a stream that waits here alone."""
-        for root in self._roots:
-            root.register_forward_pre_hook(lambda *_: wait(), prepend=True)
+    def before_forward(self, wait: Callable[[], None]) -> list[Any]:
+        """Call ``wait`` before a forward gathers any weight: FSDP2 gathers on a stream that waits here alone.
 
-    def watch(self, parameters: Sequence[nn.Parameter], hook: Callable[[nn.Parameter, nn.Parameter], None]) -> None:
+        Returns:
+            Handles that take the hooks away.
+        """
+        return [root.register_forward_pre_hook(lambda *_: wait(), prepend=True) for root in self._roots]
+
+    def watch(
+        self, parameters: Sequence[nn.Parameter], hook: Callable[[nn.Parameter, nn.Parameter], None]
+    ) -> list[Any]:
         """Call ``hook(sharded, gathered)`` once for every parameter, when it is first gathered while it trains.
 
         ``gathered`` is the parameter that autograd sees. FSDP2 gives its storage back and takes it again, and keeps the
         object, so hooks on it stay.
+
+        Returns:
+            Handles that take the hooks away.
         """
+        handles = []
         wanted = set(parameters)
         for root in self._roots:
             for module in root.modules():
                 if _is_fsdp(module):
                     places = [place for place in _own_places(module) if place[2] in wanted]
-                    module.register_forward_pre_hook(_Watcher(places, hook))
+                    handles.append(module.register_forward_pre_hook(_Watcher(places, hook)))
+        return handles
 
 
 class _Watcher:

@@ -24,7 +24,7 @@ from grass_ray.optim.chunks import CHUNK_BYTES, Chunk
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import adamw
 from grass_ray.optim.lanes import Lanes
-from grass_ray.optim.sharded import local
+from grass_ray.optim.sharded import first_element, local
 from grass_ray.optim.units import Unit
 
 StreamMode = Literal["blocking", "overlap", "lazy"]
@@ -200,6 +200,7 @@ class Streamer:
                     [steps[segment.parameter] for segment, _ in own],
                     group,
                     skip,
+                    [first_element(segment.parameter) + segment.start for segment, _ in own],
                 )
         updated = self._lanes.record("update")
         self._lanes.wait("write", updated, "states are updated before they are written back")

@@ -13,7 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grass_ray.optim import kernels
+
 BLOCK = 1024
+# a kernel sees globals only as constants
+PLACE, STEP = tl.constexpr(kernels.PLACE), tl.constexpr(kernels.STEP)
+MIX_1, MIX_2 = tl.constexpr(kernels.MIX_1), tl.constexpr(kernels.MIX_2)
 
 
 @triton.jit
@@ -31,16 +36,22 @@ def _adamw_kernel(
     eps,
     weight_decay,
     count,
+    first,
     size: tl.constexpr,
+    stochastic: tl.constexpr,
 ):
-    """AdamW on ``count`` bfloat16 weights; ``weight`` and ``remainder`` are seen as int16 bit patterns."""
+    """AdamW on ``count`` bfloat16 weights; ``weight`` and ``remainder`` are seen as int16 bit patterns.
+
+    With ``stochastic``, ``exp_avg_sq`` is as well, and is rounded as in :func:`kernels.round_stochastically`.
+    """
     places = tl.program_id(0) * size + tl.arange(0, size)
     inside = places < count
     upper = tl.load(weight + places, mask=inside, other=0).to(tl.int32)
     low = tl.load(remainder + places, mask=inside, other=0).to(tl.int32)
     g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(exp_avg + places, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(exp_avg_sq + places, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(exp_avg_sq + places, mask=inside, other=0)
+    v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True) if stochastic else v.to(tl.float32)
     master = ((upper << 16) + low).to(tl.float32, bitcast=True)
     t = tl.load(step)
     correction1 = 1.0 - tl.exp2(t * tl.log2(beta1))
@@ -57,7 +68,15 @@ def _adamw_kernel(
     tl.store(weight + places, upper.to(tl.int16), mask=store)
     tl.store(remainder + places, (bits - (upper << 16)).to(tl.int16), mask=store)
     tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
-    tl.store(exp_avg_sq + places, v.to(exp_avg_sq.dtype.element_ty), mask=store)
+    if stochastic:
+        h = (places + first).to(tl.uint32) * PLACE + t.to(tl.uint32) * STEP
+        h = (h ^ (h >> 16)) * MIX_1
+        h = (h ^ (h >> 15)) * MIX_2
+        h = h ^ (h >> 16)
+        rounded = (v.to(tl.uint32, bitcast=True) + (h & 0xFFFF)) >> 16
+        tl.store(exp_avg_sq + places, rounded.to(tl.int16), mask=store)
+    else:
+        tl.store(exp_avg_sq + places, v, mask=store)
 
 
 def adamw_with_remainder(
@@ -67,15 +86,17 @@ def adamw_with_remainder(
     step: Tensor,
     group: Mapping[str, Any],
     skip: Tensor | None,
+    first: int,
 ) -> None:
     """One step on a contiguous piece of a bfloat16 weight, in place (see :func:`grass_ray.optim.kernels.adamw`)."""
     count = weight.numel()
     beta1, beta2 = group["betas"]
+    stochastic = state["exp_avg_sq"].dtype == torch.bfloat16
     _adamw_kernel[(triton.cdiv(count, BLOCK),)](
         weight.view(torch.int16),
         gradient,
         state["exp_avg"],
-        state["exp_avg_sq"],
+        state["exp_avg_sq"].view(torch.int16) if stochastic else state["exp_avg_sq"],
         state["remainder"],
         step,
         torch.zeros_like(step) if skip is None else skip,
@@ -85,5 +106,7 @@ def adamw_with_remainder(
         group["eps"],
         group["weight_decay"],
         count,
+        first,
         size=BLOCK,
+        stochastic=stochastic,
     )

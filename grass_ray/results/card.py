@@ -9,6 +9,7 @@ Plain Markdown behind the YAML head that the Hugging Face hub reads.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from grass_ray.config import RunConfig
+from grass_ray.paths import model_label
 from grass_ray.results.lost_rows import lost_by
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval, wilson_interval
@@ -123,7 +125,8 @@ def _front_matter(title: str, kind: Kind, config: RunConfig, record: RunRecord |
 def hub_name(config: RunConfig) -> str | None:
     """The base model's name on the hub; None for a folder and for what is on no hub."""
     name = config.model.name
-    if name in _NO_HUB_NAME or (name not in _HUB_NAMES and (name.count("/") != 1 or Path(name).exists())):
+    is_path = name.count("/") != 1 or os.path.isabs(name) or Path(name).exists()
+    if name in _NO_HUB_NAME or (name not in _HUB_NAMES and is_path):
         return None
     return _HUB_NAMES.get(name, name)
 
@@ -141,7 +144,7 @@ def _summary(kind: Kind, config: RunConfig) -> str:
 
 def _base(config: RunConfig) -> str:
     """The base model's name, without the place of a folder on this machine."""
-    name = config.model.name
+    name = model_label(config.model.name)
     return Path(name).name if Path(name).is_dir() else name
 
 

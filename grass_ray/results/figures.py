@@ -16,7 +16,7 @@ from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, 
 from grass_ray.results.kinds import Kind
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.pictures import Picture
-from grass_ray.results.plots import draw_importance, draw_sampling
+from grass_ray.results.plots import draw_ages, draw_importance, draw_sampling
 from grass_ray.results.record import RunRecord
 from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
@@ -34,6 +34,7 @@ _OF_A_SWEEP: Mapping[Kind, Callable[[Sequence[LeaderboardTable], Sequence[RunRec
 _OF_A_RUN: Mapping[Kind, Callable[[RunRecord], Picture | None]] = {
     "sampling": draw_sampling,
     "importance": draw_importance,
+    "ages": draw_ages,
 }
 MISSING: Mapping[Kind, str] = {
     "pareto": "no ranked row has an accuracy and a peak memory",
@@ -46,14 +47,15 @@ MISSING: Mapping[Kind, str] = {
     "population": "no run is of a search with --scheduler pbt",
     "sampling": "no run drew layers",
     "importance": "no run measured importance",
+    "ages": "no run says how old its importance is",
 }
 
 
 def draw_kind(kind: Kind, tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]) -> list[Picture]:
     """The pictures of a kind, empty where there is nothing to draw.
 
-    Sampling and importance show a run each: the first seed with any of each method's highest row. The name of such a
-    picture holds the method, and the model and suite where there are several tables.
+    Sampling, importance and its age show a run each: the first seed with any of each method's highest row. The name of
+    such a picture holds the method, and the model and suite where there are several tables.
     """
     if kind in _OF_A_SWEEP:
         picture = _OF_A_SWEEP[kind](tables, records)

@@ -13,4 +13,5 @@ Kind = Literal[
     "population",
     "sampling",
     "importance",
+    "ages",
 ]

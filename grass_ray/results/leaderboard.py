@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from grass_ray.paths import model_label
 from grass_ray.results.budget import budget_line
 from grass_ray.results.comparable import EVALUATION, Asked, comparable_groups, differences
 from grass_ray.results.lost_rows import lost_rows
@@ -81,7 +82,15 @@ class LeaderboardTable:
 
 def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
     """Group, aggregate, compare and rank. Of two runs of one configuration and seed the later one counts."""
-    return _told_apart([_table(test, own) for test, own in comparable_groups(records)])
+    groups = comparable_groups(records)
+    labels = Counter(map(model_label, {record.config["model"]["name"] for _, own in groups for record in own}))
+    return _told_apart([_with_short_name(_table(test, own), labels) for test, own in groups])
+
+
+def _with_short_name(table: LeaderboardTable, labels: Mapping[str, int]) -> LeaderboardTable:
+    """The model's folder by its last component, unless another folder has the same."""
+    label = model_label(table.model)
+    return replace(table, model=label) if labels[label] == 1 else table
 
 
 def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:

@@ -1,14 +1,15 @@
-"""Pictures of one run: which layers were drawn, the loss, the layers' importance. matplotlib, no global state.
+"""Pictures of one run: which layers were drawn, the loss, the layers' importance, its age. matplotlib, no global state.
 
 ::
 
-    write_run_plots(record, folder)                       # sampling.png, loss.png, importance.png, where they apply
+    write_run_plots(record, folder)             # sampling.png, loss.png, importance.png, ages.png, where they apply
     write_sweep_plots(records, folder)                    # accuracy_memory.png, loss_comparison.png, ...
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.sweep_plots import write_sweep_plots as write_sweep_plots
 from grass_ray.results.units import MOST_NAMED, UnitRows, unit_rows
 
+_MOST_COLUMNS = 200
 _MOST_STROKES = 500  # beyond that many, a vector picture becomes heavy and they are drawn as pixels
 _MEASURES = {
     "grad_norm": "mean gradient norm (MGN)",
@@ -41,6 +43,7 @@ def write_run_plots(record: RunRecord, folder: Path) -> list[Path]:
         "sampling.png": draw_sampling,
         "loss.png": draw_loss,
         "importance.png": draw_importance,
+        "ages.png": draw_ages,
     }
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -292,3 +295,48 @@ def _draw_importance_map(measured: _Measured, rows: UnitRows, measure: str, last
     rows.label(axes)
     figure.colorbar(mesh, ax=axes, pad=0.02).set_label(measure)
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------- its age
+
+
+def draw_ages(record: RunRecord) -> Picture | None:
+    """Layer by step: colour is how many steps ago the importance was last measured. None where nothing says."""
+    layers = record.layers
+    ages = [] if layers is None else [point for point in layers.ages if any(map(math.isfinite, point[1]))]
+    if layers is None or not ages:
+        return None
+    rows = unit_rows(layers)
+    refreshed, last = [step for step, _ in ages], _last_step(record)
+    steps = np.unique(np.linspace(refreshed[0], last, _MOST_COLUMNS).astype(int))
+    columns = []
+    for step in steps:
+        at, measured = ages[bisect_right(refreshed, step) - 1]
+        columns.append(np.asarray(measured) + step - at)
+    values = np.stack(columns, axis=1)[rows.order]
+    figure = Figure(figsize=(8, rows.height_inches), layout="constrained")
+    axes = figure.subplots()
+    mesh = axes.pcolormesh(
+        [*steps, last + 1],
+        np.arange(len(rows.order) + 1) - 0.5,
+        values,
+        cmap="viridis",
+        vmin=0,
+        rasterized=values.size > _MOST_STROKES,
+    )
+    axes.set_facecolor(HOLE)
+    axes.set(xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rows.label(axes)
+    figure.colorbar(mesh, ax=axes, pad=0.02).set_label("steps since it was measured")
+    axes.set_title(plain(f"{record.name}: age of the importance"), fontsize=11)
+    oldest = int(np.nanargmax(values[:, -1])) if np.isfinite(values[:, -1]).any() else 0
+    return Picture(
+        name="ages",
+        title=f"Age of the importance of {record.name}",
+        description=f"Steps since the importance of each of {len(rows.order)} {rows.what} of {record.name} was last "
+        f"measured. Oldest at the end: {rows.names[rows.order[oldest]]} ({values[oldest, -1]:.0f} steps).",
+        figure=figure,
+        header=("run", "step", "unit", "age"),
+        rows=[(record.name, step, rows.names[unit], measured[unit]) for step, measured in ages for unit in rows.order],
+    )

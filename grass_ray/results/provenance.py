@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from grass_ray.config import RunConfig, to_json
+from grass_ray.config import RunConfig, to_json, whole_file
 from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, Engagement, RunOutcome
@@ -206,6 +206,7 @@ def _history(engagement: Engagement) -> LayerHistory:
         trainable_share=engagement.trainable_share,
         intervals=list(engagement.intervals),
         refreshes=list(engagement.refreshes),
+        ages=list(engagement.ages),
         visits=list(engagement.visits),
         only_active_layers_changed=engagement.only_active_layers_changed,
         resident_state_bytes=engagement.resident_state_bytes,
@@ -223,7 +224,7 @@ def write_engagement(folder: str | Path, engagement: Engagement | None) -> None:
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:
     """Write every evaluated example as one JSON line: task, id, prompt, target, output, extracted, correct."""
-    with Path(path).open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for task, result in tasks.items():
             for example in result.examples:
                 row = {

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, whole_file
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
 
@@ -50,6 +50,9 @@ class LayerHistory(RecordPart):
     trainable_share: float
     intervals: list[tuple[int, tuple[int, ...]]]
     refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]]
+    ages: list[tuple[int, tuple[float, ...]]] = Field(
+        default_factory=list, description="(step, steps since each unit's importance was last measured) at refreshes"
+    )
     visits: list[int]
     only_active_layers_changed: bool
     resident_state_bytes: int
@@ -106,7 +109,8 @@ class RunRecord(RecordPart):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""
-        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        with whole_file(path) as file:
+            file.write(self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:

@@ -33,7 +33,7 @@ from grass_ray.results.columns import (
 from grass_ray.results.commands import reproduce_command
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.pictures import Picture
-from grass_ray.results.plots import draw_importance, draw_sampling
+from grass_ray.results.plots import draw_ages, draw_importance, draw_sampling
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import leaderboard_csv
 from grass_ray.results.report_style import SCRIPT, STYLE
@@ -41,6 +41,7 @@ from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_compar
 
 _LONG = 25  # rows beyond which a table scrolls in its own box
 _FEW = 8
+_OF_LAYERS = (draw_sampling, draw_importance, draw_ages)
 
 
 @dataclass
@@ -276,14 +277,14 @@ def _pictures(page: _Page, table: LeaderboardTable, records: Sequence[RunRecord]
 
 
 def _layers(page: _Page, table: LeaderboardTable, records: Sequence[RunRecord]) -> list[str]:
-    """Sampling and importance of one run of each method that draws layers; the first ones open."""
+    """Sampling, importance and its age, of one run of each method that draws layers; the first ones open."""
     by_id = {record.run_id: record for record in records}
     parts: list[str] = []
     done: set[str] = set()
     for row in table.rows:
         pictures = []
         for record in (by_id[run_id] for run_id in row.run_ids if row.method not in done):
-            pictures = [picture for picture in (draw_sampling(record), draw_importance(record)) if picture is not None]
+            pictures = [picture for draw in _OF_LAYERS if (picture := draw(record)) is not None]
             if pictures:
                 break
         if pictures:

@@ -19,6 +19,7 @@ from datetime import datetime
 
 from grass_ray.config import ConfigError
 from grass_ray.methods import unknown
+from grass_ray.paths import model_label
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow
@@ -81,12 +82,14 @@ class Selection:
         records = list(records)
         self._check_names(records)
         models = {record.config["model"]["name"] for record in records}
-        if strangers := [name for name in self.models if name not in models]:
+        known = models | {model_label(name) for name in models}
+        if strangers := [name for name in self.models if name not in known]:
             raise ConfigError("; ".join(unknown("model", name, sorted(models)) for name in strangers))
         chosen = []
         for record in records:
             config = record.config
-            if self.models and config["model"]["name"] not in self.models:
+            name = config["model"]["name"]
+            if self.models and name not in self.models and model_label(name) not in self.models:
                 continue
             if self.suites and config["data"]["suite"] not in self.suites:
                 continue

@@ -36,9 +36,11 @@ from grass_ray.results.store import (
     SQLITE,
     absolute_uri,
     connect,
+    failures,
     impatient,
     metric_name,
     quoted,
+    sqlite_path,
     store_errors,
 )
 from grass_ray.results.store import default_tracking_uri as default_tracking_uri
@@ -110,23 +112,29 @@ class Tracker:
         """Prepare store and experiment. Raises :class:`ConfigError` within seconds when that cannot be done."""
         client = connect(self.tracking_uri)
         with store_errors(self.tracking_uri):
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                created = client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
-                self._experiment_id = str(created)
-            elif found.lifecycle_stage != "active":
+            found = client.get_experiment_by_name(self.experiment) or self._create_experiment(client)
+            if found.lifecycle_stage != "active":
                 raise ConfigError(
                     f"the MLflow experiment {self.experiment!r} was deleted; bring it back with "
                     f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
                 )
-            else:
-                self._experiment_id = str(found.experiment_id)
+            self._experiment_id = str(found.experiment_id)
         self._client = client
+
+    def _create_experiment(self, client: MlflowClient) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
+                raise
+        return client.get_experiment_by_name(self.experiment)
 
     def _artifact_location(self) -> str | None:
         if not self.tracking_uri.startswith(SQLITE):
             return None
-        beside = Path(self.tracking_uri.removeprefix(SQLITE)).parent / "artifacts"
+        beside = sqlite_path(self.tracking_uri).parent / "artifacts"
         return (self.artifact_root or beside).as_uri()
 
     @property
@@ -250,7 +258,8 @@ class Tracker:
     def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
         """End a trial: final metrics, artifacts (record, configuration, examples, pictures), tags, status.
 
-        In this order, so that a run MLflow calls finished is complete. ``folder`` must stay until :meth:`close`.
+        In this order, so that a run MLflow calls finished is complete; one that did not finish ends first, since files
+        may be what cannot be written. ``folder`` must stay until :meth:`close`.
         """
         from mlflow.entities import Metric
 
@@ -275,6 +284,9 @@ class Tracker:
             client, known = self._opened(), self._known(run_id)
             if known is None:
                 return
+            if record.status != "finished":
+                self._set_tags(known, tags)
+                client.set_terminated(known, RUN_STATUS[record.status], ended)
             self._log_metrics(known, rows)
             client.log_text(known, record.model_dump_json(indent=1), "record.json")
             files = [folder / name for name in _FILES if name != "record.json"]
@@ -352,8 +364,6 @@ class Tracker:
 
     def _send(self, at_once: bool = False) -> bool:
         """Make the waiting calls in order. Returns whether none is left."""
-        from mlflow.exceptions import MlflowException
-
         if not at_once and time.monotonic() < self._not_before:
             return False
         while self._waiting:
@@ -361,7 +371,7 @@ class Tracker:
             try:
                 with impatient(timeout_s=15):
                     call.act()
-            except (MlflowException, OSError) as error:
+            except failures() as error:
                 if getattr(error, "error_code", None) not in _REFUSALS:
                     self._wait(call, error, time.monotonic() - started)
                     return False

@@ -25,12 +25,12 @@ import datasets
 import lm_eval.api.task
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grass_ray.config import ConfigError
 from grass_ray.tasks.decoding import Decoder
+from grass_ray.tasks.encoding import encode_answer, encode_prompt, without_end
 from grass_ray.tasks.likelihood import Row, Score, Scorer, share_rows
 from grass_ray.tasks.scheduling import Scheduler
 from grass_ray.tasks.scores import Workload
@@ -79,17 +79,24 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     # -- tokens
 
     def _tokenise(self, texts: Sequence[str]) -> None:
-        """Have the tokens of ``texts`` at hand; those that begin with the start token themselves are left to HFLM."""
-        start = self.tokenizer.decode(self.prefix_token_id)
-        self._tokens = self._token_cache.encode([text for text in texts if not has_bos_prefix(text, start)])
+        """Have the tokens of prompts at hand."""
+        found = self._token_cache.encode(texts)
+        self._tokens = {text: without_end(self.tokenizer, ids) for text, ids in found.items()}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text."""
-        known = self._tokens.get(string) if add_special_tokens is None and not kwargs else None
-        if known is not None:
-            return known
-        ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
-        return ids
+        """The token ids of a text; those of a prompt, unless told which special tokens to add."""
+        if add_special_tokens is not None or kwargs:
+            ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
+            return ids
+        known = self._tokens.get(string)
+        return encode_prompt(self.tokenizer, string) if known is None else known
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode the two as training does. White space before an option counts to the option, as lm-eval has it."""
+        prompt = self.tok_encode(context)
+        whole = prompt + encode_answer(self.tokenizer, continuation)
+        start = min(len(self.tok_encode(context.rstrip())), len(prompt))
+        return whole[:start], whole[start:]
 
     def tok_batch_encode(
         self,
@@ -113,9 +120,8 @@ class ObservedLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
         """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
-        pairs = [request.args for request in requests]
-        contexts = [context.rstrip() for context, _ in pairs]  # lm-eval counts white space before an option to it
-        self._tokenise([*contexts, *(context + continuation for context, continuation in pairs)])
+        contexts = [request.args[0] for request in requests]
+        self._tokenise([*contexts, *(context.rstrip() for context in contexts)])
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
@@ -124,6 +130,9 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     ) -> list[Score]:
         """Score (texts, context ids, continuation ids); see :mod:`grass_ray.tasks.likelihood`."""
         rows = share_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
+        most = self.max_length + 1  # the last token is only predicted
+        cut = {texts[0] for texts, context, continuation in requests if len(context) + len(continuation) > most}
+        self._count(prompts_cut=len(cut))
         scorer = Scorer(self.model, rows)
         self._count(tokens=scorer.shared, passes=int(scorer.shared > 0))
 
@@ -151,6 +160,8 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         contexts = [request.args[0] for request in requests]
         self._tokenise(contexts)
         room = max(request.args[1]["max_gen_toks"] for request in requests)
+        lengths = [len(self.tok_encode(text)) for text in contexts]
+        self._count(prompts_cut=sum(length > self.max_length - room for length in lengths))
 
         def answer(batch: list[Any]) -> list[str]:
             self.batch_size_per_gpu = len(batch)
@@ -158,7 +169,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
             self.on_batch(len(batch))
             return texts
 
-        return self.scheduler.run(requests, [len(self.tok_encode(text)) for text in contexts], answer, room=room)
+        return self.scheduler.run(requests, lengths, answer, room=room)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Generate from ``context`` (rows, tokens), left-padded, with its attention mask in ``kwargs``."""

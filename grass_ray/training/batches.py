@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grass_ray.config import ConfigError, DataConfig
 from grass_ray.layerwise.generators import keyed_generator
+from grass_ray.tasks.encoding import encode_answer, encode_prompt
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.templates import render_prompt, render_response
 
@@ -100,7 +101,9 @@ class Batches:
         self._batching = data.batching
         self.seed = seed
         self._epoch: tuple[int, list[int]] = (-1, [])
-        encoded = [_encode(row, tokenizer, data) for row in rows]
+        teaching = [row for row in rows if render_response(row)]
+        self.empty_rows = len(rows) - len(teaching)
+        encoded = [_encode(row, tokenizer, data) for row in teaching]
         self.truncated_rows = sum(len(ids) > data.max_length_tokens for ids, _ in encoded)
         cut = [(ids[: data.max_length_tokens], labels[: data.max_length_tokens]) for ids, labels in encoded]
         self._rows = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
@@ -126,6 +129,7 @@ class Batches:
             "train_rows_used": len(self._rows),
             "train_rows_truncated": self.truncated_rows,
             "train_rows_dropped": self.dropped_rows,
+            "train_rows_empty": self.empty_rows,
         }
 
     def _row(self, position: int) -> Document:
@@ -201,9 +205,9 @@ def pack(documents: Sequence[Document], pad_token: int) -> Batch:
     return Batch(input_ids, mask, labels, tokens=total, position_ids=positions)
 
 
-def _encode(row: Row, tokenizer: Any, data: DataConfig) -> tuple[list[int], list[int]]:
+def _encode(row: Row, tokenizer: Any, data: DataConfig) -> Document:
     """Token ids and labels (unshifted) of a row: prompt, response, end token."""
-    prompt = tokenizer(render_prompt(row, data.template))["input_ids"]
-    response = tokenizer(render_response(row), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    prompt = encode_prompt(tokenizer, render_prompt(row, data.template))
+    response = [*encode_answer(tokenizer, render_response(row)), tokenizer.eos_token_id]
     ids = prompt + response
     return ids, list(ids) if data.train_on_inputs else [IGNORED] * len(prompt) + response

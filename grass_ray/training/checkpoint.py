@@ -6,7 +6,6 @@ values; read with ``weights_only=True``) and ``state.json``. It is written besid
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,20 @@ def save_checkpoint(state: TrainState, folder: Path | None) -> None:
     if folder is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".part-"))
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as name:
+        temporary, before = Path(name) / "whole", Path(name) / "before"
+        temporary.mkdir()
+        _write(state, weights, states, temporary)
+        try:
+            if folder.exists():
+                folder.rename(before)
+            temporary.rename(folder)
+        finally:
+            if before.exists() and not folder.exists():  # interrupted between the two
+                before.rename(folder)
+
+
+def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], temporary: Path) -> None:
     save_file(weights, temporary / "weights.safetensors")
     torch.save({"optimizer": states, "random": _random_states()}, temporary / "optimizer.pt")
     values = {
@@ -60,9 +72,6 @@ def save_checkpoint(state: TrainState, folder: Path | None) -> None:
         "series": state.series,
     }
     (temporary / "state.json").write_text(to_json(values, keep=True), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> None:

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from grass_ray.config import ConfigError, ConfigPart, ModelConfig, to_json
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.paths import BUILT_IN, find_model
 from grass_ray.training.export import check_output, find_run, is_mergeable, load_trained_model, whole_folder
-from grass_ray.training.models import BUILT_IN, load_model
+from grass_ray.training.models import load_model
 
 FORMAT = 1
 MANIFEST = "delta.json"
@@ -251,7 +252,7 @@ def export_from_delta(folder: Path, output: Path, *, base_model: str | None = No
 
 
 def _base_config(delta: Delta, name: str | None, folder: Path) -> ModelConfig:
-    values: dict[str, Any] = {"name": name or delta.base_model, "dtype": delta.base_dtype}
+    values: dict[str, Any] = {"name": delta.base_model if name is None else find_model(name), "dtype": delta.base_dtype}
     # a built-in's revision says which file it came from; another base's revision is not the delta's to choose
     if name is None and delta.base_model not in BUILT_IN:
         values["revision"] = delta.base_revision

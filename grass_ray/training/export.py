@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from grass_ray.config import ConfigError, LoraConfig, RunConfig
+from grass_ray.paths import BUILT_IN
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.checkpoint import load_weights
 from grass_ray.training.metrics import default_device
-from grass_ray.training.models import BUILT_IN, LoadedModel, load_model
+from grass_ray.training.models import LoadedModel, load_model
 
 CHECKPOINT_FOLDER = "checkpoint"
 # what merging an adapter into its base weight may move a logit by, relative to the largest, in each dtype

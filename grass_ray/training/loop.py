@@ -101,7 +101,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
                 _wait_for(state.device)
                 measured_s = time.perf_counter() - started
                 state.engagement.begin_step(state.steps_done + 1, optimizer)
-                active_layers, active_units = optimizer.active_layers, optimizer.active_units
+                active_layers = optimizer.active_layers
                 # 3. forward and backward over the micro-batches; measure, or clip, update and switch
                 loss = accumulate_gradients(
                     state.model,
@@ -144,6 +144,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             active_layers=active_layers,
             probabilities=optimizer.sampler.probabilities(),
             importance=optimizer.sampler.importance(),
+            ages=optimizer.sampler.ages(),
             visits=tuple(state.engagement.engagement.visits),
             refreshed=optimizer.sampler.refreshes > refreshes,
             switched=optimizer.switches > switches,
@@ -158,7 +159,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
             full_bytes=state.engagement.full_bytes,
             offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
         )
-        state.engagement.note(report, optimizer, active_units)
+        state.engagement.note(report, optimizer)
         for name, value in report.metrics().items():
             state.series.setdefault(name, []).append((report.step, value))
         yield report

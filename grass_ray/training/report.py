@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, isfinite, log
 from typing import Any, Literal
 
 from grass_ray.tasks.scores import EvaluationResult
@@ -24,7 +24,8 @@ class StepReport:
     ``step`` counts from 1 over probing and training steps together; ``total_steps`` is its last value.
     ``loss`` is the mean over non-masked tokens, ``grad_norm`` the norm over all trained parameters before clipping.
     ``probabilities``, ``importance`` (mean gradient norms, NaN where never measured) and ``visits`` (draws so far)
-    have one entry a unit and are None for methods without them. ``refreshed`` and ``switched`` (an active set was
+    have one entry a unit and are None for methods without them, as ``ages``, the steps since each unit's importance was
+    last measured (NaN where never). ``refreshed`` and ``switched`` (an active set was
     drawn, perhaps the same again) say what happened in this step. ``measure_s`` is the part of ``step_s`` that only
     measured: a probing step, or extra passes before a step. ``offload`` says what moving states has cost since the
     start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move. ``sent_bytes`` are what this
@@ -54,6 +55,7 @@ class StepReport:
     sent_bytes: int = 0
     full_bytes: int = 0
     padding_share: float = 0.0
+    ages: tuple[float, ...] | None = None
 
     def metrics(self) -> dict[str, float]:
         """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
@@ -73,6 +75,8 @@ class StepReport:
                 "comm/bytes_per_step": float(self.sent_bytes),
                 "comm/share_of_full": self.sent_bytes / self.full_bytes,
             }
+        if known := [age for age in self.ages or () if isfinite(age)]:
+            values |= {"layers/age_mean": sum(known) / len(known), "layers/age_max": max(known)}
         if self.refreshed and self.probabilities is not None:
             h = entropy(self.probabilities)
             values |= {"layers/entropy": h, "layers/effective": exp(h)}
@@ -80,6 +84,7 @@ class StepReport:
             if len(self.probabilities) <= MOST_UNITS_AS_SERIES:
                 values |= {f"layers/p_{layer:02d}": p for layer, p in enumerate(self.probabilities)}
                 values |= {f"layers/mgn_{layer:02d}": m for layer, m in enumerate(self.importance or ())}
+                values |= {f"layers/age_{layer:02d}": age for layer, age in enumerate(self.ages or ())}
                 values |= {f"layers/visits_{layer:02d}": float(n) for layer, n in enumerate(self.visits or ())}
         return values
 
@@ -95,10 +100,12 @@ class Engagement:
 
     ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
     ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
-    probabilities) with one entry a unit; ``only_active_layers_changed`` is False as soon as another set of weights
-    changed than was active. ``workers`` is the largest number of them; ``sent_bytes_per_step`` is what a worker
-    gives to reductions, the mean over training steps of several workers; ``sent_share_of_full`` is that over the
-    gradients of all parameters; both 0 with one worker.
+    probabilities) with one entry a unit, and ``ages`` (step, steps since each unit's importance was last measured) at
+    the same steps; ``without_effect`` says which settings could change nothing in this run;
+    ``only_active_layers_changed`` is False as soon as another set of weights changed than was active. ``workers`` is
+    the largest number of them; ``sent_bytes_per_step`` is what a worker gives to reductions, the mean over training
+    steps of several workers; ``sent_share_of_full`` is that over the gradients of all parameters; both 0 with one
+    worker.
     """
 
     num_layers: int
@@ -107,7 +114,9 @@ class Engagement:
     units: list[str] = field(default_factory=list)
     intervals: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]] = field(default_factory=list)
+    ages: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
+    without_effect: list[str] = field(default_factory=list)
     only_active_layers_changed: bool = True
     resident_state_bytes: int = 0
     host_state_bytes: int = 0
@@ -136,12 +145,18 @@ class Engagement:
                 f"{self.workers} workers; each gives {sent} a step to reductions, "
                 f"{100 * self.sent_share_of_full:.2f} % of full data-parallel training"
             )
+        lines += [f"without effect: {setting}" for setting in self.without_effect]
         if len(self.intervals) > 1 or any(len(active) < len(self.units) for _, active in self.intervals):
             lines += ["", "first step  active units"]
             lines += [f"{step:>10}  {' '.join(self.units[u] for u in active)}" for step, active in self.intervals]
-            lines += ["", "unit: visits, and importance / probability at each refresh"]
+            heading = "unit: visits, and importance / probability"
+            lines += ["", f"{heading}{' / age in steps' if self.ages else ''} at each refresh"]
+            ages = dict(self.ages)
             for unit, name in enumerate(self.units):
-                measured = "  ".join(f"{m[unit]:.3g} / {p[unit]:.3g}" for _, m, p in self.refreshes)
+                measured = "  ".join(
+                    f"{m[unit]:.3g} / {p[unit]:.3g}" + (f" / {ages[step][unit]:g}" if step in ages else "")
+                    for step, m, p in self.refreshes
+                )
                 lines.append(f"{name}: {self.visits[unit]}  {measured}".rstrip())
         return "\n".join(lines)
 

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,36 +22,24 @@ from typing import Any
 import torch
 
 from grass_ray.config import (
-    AllLayersConfig,
     ApolloConfig,
     ConfigError,
-    CosineScheduleConfig,
-    CyclicSamplerConfig,
     GaLoreConfig,
-    LinearScheduleConfig,
+    HubSource,
     MethodConfig,
+    ModelConfig,
     Parallel,
     PrefixConfig,
     ProjectionConfig,
     RunConfig,
-    StepScheduleConfig,
 )
-from grass_ray.layerwise.grad_norm import GradNormSampler
-from grass_ray.layerwise.matrix_norm import MatrixNormSampler
-from grass_ray.layerwise.outliers import OutlierSampler
-from grass_ray.layerwise.rewards import RewardSampler
-from grass_ray.layerwise.samplers import (
-    AllLayersSampler,
-    CyclicSampler,
-    Sampler,
-    UniformSampler,
-)
-from grass_ray.layerwise.schedules import Cosine, Linear, Step
+from grass_ray.layerwise.samplers import CyclicSampler, Sampler
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
+from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.rows import Row, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks, workload_metrics
 from grass_ray.tasks.shards import merge_shards
@@ -59,19 +49,33 @@ from grass_ray.training.batches import Batches
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
+from grass_ray.training.lost_rows import check_some_row_fits, describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
+from grass_ray.training.models import (
+    build_skeleton,
+    cache_folder,
+    check_lengths,
+    check_model,
+    load_model,
+    load_tokenizer,
+)
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
+from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
+from grass_ray.training.without_effect import settings_without_effect
 
 Progress = Callable[[str, int, int], None]
 
 
 def check_run(
-    config: RunConfig, workers: int = 1, parallel: Parallel = "replicate", fewest_workers: int | None = None
+    config: RunConfig,
+    workers: int = 1,
+    parallel: Parallel = "replicate",
+    fewest_workers: int | None = None,
+    checked: set[Hashable] | None = None,
 ) -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
 
@@ -80,6 +84,7 @@ def check_run(
         workers: how many share the micro-batches of every step.
         parallel: what each of them holds of the model.
         fewest_workers: the run may go on with any number of workers from this one up; None never changes it.
+        checked: data and models whose rows were found good, which are not read again; new ones are added.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -90,19 +95,27 @@ def check_run(
         try:
             check()
         except ConfigError as error:
-            mistakes.append(str(error))
+            if str(error) not in mistakes:  # a model or file that cannot be read stops several checks
+                mistakes.append(str(error))
 
     fewest = workers if fewest_workers is None else fewest_workers
     attempt(lambda: _check_workers(config, fewest, workers))
     if parallel == "shard":
         attempt(lambda: check_shardable(config, fewest))
     attempt(lambda: _check_model(config))
+    attempt(lambda: check_lengths(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
-    attempt(lambda: check_data(config.data))
-    attempt(lambda: check_evaluation(config.data, config.evaluation))
+    rows = (config.model, config.data, config.evaluation)
+    if checked is None or rows not in checked:
+        attempt(lambda: check_data(config.data))
+        attempt(lambda: check_evaluation(config.data, config.evaluation))
+        attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
+        attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
     if mistakes:
-        raise ConfigError("; ".join(mistakes))
+        raise ConfigError("; ".join(dict.fromkeys(mistakes)))
+    if checked is not None:
+        checked.add(rows)
 
 
 class Run:
@@ -144,6 +157,8 @@ class Run:
         torch.manual_seed(config.seed)
         device = device or default_device()
         loaded = load_model(config.model)
+        if isinstance(config.data.source, HubSource) and config.evaluation.test:
+            check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         rows = load_train_rows(config.data)
         training = config.training
         train_rows: Sequence[Row] = rows.rows
@@ -257,6 +272,10 @@ class Run:
         reshard(self.state.model)
         self._results = merge_shards(workers.gather(results)) if shares else results
 
+    def lost_rows(self) -> list[str]:
+        """A line for each way in which training rows were lost."""
+        return describe_lost_rows(self._data, self.config.data.max_length_tokens)
+
     def weights_sha256(self) -> str:
         """The hash of all weights as they are now, trained or not (a second for two gigabytes).
 
@@ -274,6 +293,7 @@ class Run:
         metrics = accuracy_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
+        engagement = replace(state.engagement.engagement, without_effect=settings_without_effect(self.config))
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
@@ -295,44 +315,10 @@ class Run:
             metrics=metrics,
             series=state.series,
             tasks=self._results,
-            engagement=state.engagement.engagement if state.trained else None,
+            engagement=engagement if state.trained else None,
             data=self._data,
             model_revision=self._revision,
         )
-
-
-def build_sampler(method: MethodConfig, seed: int, training_steps: int) -> Sampler:
-    """The sampler a method's row describes; schedules without a length span ``training_steps``."""
-    config = method.sampler
-    if isinstance(config, AllLayersConfig):
-        return AllLayersSampler()
-    settings = {name: _schedule(value, training_steps) for name, value in config if name not in ("kind", "hold_lr")}
-    if isinstance(config, CyclicSamplerConfig):
-        settings["training_steps"] = training_steps
-    return SAMPLERS[config.kind](**settings, seed=seed)
-
-
-SAMPLERS: Mapping[str, Callable[..., Sampler]] = {
-    "uniform": UniformSampler,
-    "grad_norm": GradNormSampler,
-    "outlier": OutlierSampler,
-    "cyclic": CyclicSampler,
-    "reward": RewardSampler,
-    "matrix_norm": MatrixNormSampler,
-}
-
-
-def _schedule(value: object, training_steps: int) -> object:
-    """A setting as samplers take it: schedules of the configuration become schedules over steps."""
-    match value:
-        case LinearScheduleConfig():
-            return Linear(value.start, value.end, steps=value.steps or max(training_steps, 1))
-        case CosineScheduleConfig():
-            return Cosine(value.start, value.end, steps=value.steps or max(training_steps, 1))
-        case StepScheduleConfig():
-            return Step(value.values, value.at_progress, steps=value.steps or max(training_steps, 1))
-        case _:
-            return value
 
 
 def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> LayerwiseAdamW:
@@ -418,9 +404,15 @@ def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
         )
 
 
+@functools.lru_cache(maxsize=4)
+def tokenizer_to_check(model: ModelConfig) -> Any:
+    """A model's tokenizer to look at: every trial of a sweep is checked with it."""
+    return load_tokenizer(model)
+
+
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights: what cannot work with this model shows here."""
-    describe_model(config.model)
+    check_model(config.model)
     if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
         raise ConfigError(
             "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "

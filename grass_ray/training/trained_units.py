@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from grass_ray.config import ConfigError, MethodConfig
-from grass_ray.layerwise.matrix_norm import MatrixNormSampler
-from grass_ray.layerwise.rewards import RewardSampler
-from grass_ray.layerwise.samplers import AllLayersSampler, CyclicSampler, PeriodicSampler, Sampler
-from grass_ray.layerwise.schedules import bounds_of
+from grass_ray.layerwise.samplers import AllLayersSampler, Sampler
 from grass_ray.optim.chunks import cut, total_bytes
 from grass_ray.optim.kernels import adamw, state_layout
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.allocations import DeviceKind, storages_bytes
-from grass_ray.training.run import build_optimizer, build_projection, build_sampler
+from grass_ray.training.run import build_optimizer, build_projection
+from grass_ray.training.sampling import build_sampler
 from grass_ray.training.step_memory import profile_block
 
 
@@ -42,8 +39,7 @@ class TrainedUnits:
 
     def active_sets(self) -> list[tuple[int, ...]]:
         """The active sets among which the one with the highest peak is."""
-        sizes = [self.state_bytes([unit]) for unit in self.units]
-        return _worst_sets(self.sampler, sizes, [unit.size for unit in self.units], _count(self.model.parameters()))
+        return self.sampler.largest_active_sets([self.state_bytes([unit]) for unit in self.units])
 
     def trained(self, active: Iterable[int]) -> list[Unit]:
         """The units that train while ``active`` are drawn."""
@@ -136,37 +132,6 @@ def put_on(model: nn.Module, method: MethodConfig, training_steps: int) -> Train
         projected=frozenset(projected),
         method=method,
     )
-
-
-def _worst_sets(
-    sampler: Sampler, state_bytes: Sequence[int], sizes: Sequence[int], total: int
-) -> list[tuple[int, ...]]:
-    """Active sets among which the highest peak is: the lowest unit with the largest others, or the largest group.
-
-    Of equally large units the highest are taken: their gradients are there first, while most activations still are.
-    """
-    units = range(len(sizes))
-    if isinstance(sampler, AllLayersSampler):
-        return [tuple(units)]
-    by_size = sorted(units[1:], key=lambda unit: (state_bytes[unit], unit), reverse=True)
-    if isinstance(sampler, CyclicSampler):
-        width = int(bounds_of(sampler.num_active_layers)[1])
-        groups = [tuple(units[first : first + width]) for first in range(0, len(sizes), width)]
-        largest = max(groups, key=lambda group: sum(state_bytes[unit] for unit in group))
-        return list(dict.fromkeys((groups[0], largest)))
-    if isinstance(sampler, MatrixNormSampler):
-        room = sampler.budget * total
-        chosen = []
-        for unit in (0, *by_size):
-            if sizes[unit] <= room:
-                room -= sizes[unit]
-                chosen.append(unit)
-        return [tuple(sorted(chosen))]
-    if isinstance(sampler, RewardSampler):
-        count = max(1, int(sampler.share * len(sizes)))
-    else:
-        count = int(bounds_of(cast(PeriodicSampler, sampler).num_active_layers)[1] + 0.5)
-    return [tuple(sorted((0, *by_size[: count - 1])))]
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -20,6 +20,7 @@ from torch import nn
 
 from grass_ray.config import ModelConfig
 from grass_ray.optim.sharded import whole
+from grass_ray.training.model_files import find_folder
 from grass_ray.training.models import cache_folder, load_model
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -34,26 +35,12 @@ def base_model_sha256(config: ModelConfig) -> str | None:
     """
     if config.name == "tiny":
         return _tiny_sha256()
-    folder = _folder(config)
+    folder = cache_folder() / config.name if config.name == "smollm2-135m" else find_folder(config)
     for pattern in _WEIGHTS:
         files = sorted(folder.glob(pattern)) if folder is not None else []
         if files:
             return _sha256_of(files)
     return None
-
-
-def _folder(config: ModelConfig) -> Path | None:
-    if config.name == "smollm2-135m":
-        return cache_folder() / "smollm2-135m"
-    if Path(config.name).is_dir():
-        return Path(config.name)
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(config.name, "config.json", revision=config.revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return None if found is None else Path(found).parent
 
 
 def _sha256_of(files: Sequence[Path]) -> str:

@@ -45,6 +45,7 @@ TRAINS = {
     "apollo": f"{LAYERS}|{OTHERS}",
     "grass": LAYERS,
     "grass-static": LAYERS,
+    "grass-fresh": LAYERS,
 }
 ADAPTERS = {name for name in TRAINED if METHODS[name].config.adapter is not None}
 # virtual tokens are few and start at random: they learn slowly

@@ -44,6 +44,12 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
         ema=Linear(1.0, 0.1, 20),
         seed=seed,
     ),
+    "grad_norm-fresh": lambda seed: GradNormSampler(
+        2, 3, probing_steps=2, refresh_period=4, staleness="level", exploration=0.05, seed=seed
+    ),
+    "grad_norm-effective": lambda seed: GradNormSampler(
+        2, 3, probing_steps=2, refresh_period=4, effective_layers=Linear(5.0, 1.5, 20), seed=seed
+    ),
     "outlier": lambda seed: OutlierSampler([1.0, 2.0, 3.0, 0.5, 0.0, 1.5], 2, 3, seed=seed),
     "outlier-measured": lambda seed: OutlierSampler(None, 2, 3, seed=seed),
     "cyclic": lambda seed: CyclicSampler(2, 3, seed=seed),
@@ -90,7 +96,7 @@ def drive(sampler: Sampler, steps: int, active: tuple[int, ...] | None = None, s
         sampler.observe(norms_at(step, None if sampler.probing else active))
         if sampler.due:
             active = sampler.sample()
-        said.append([active, sampler.probabilities(), sampler.refreshes, sampler.importance()])
+        said.append([active, sampler.probabilities(), sampler.refreshes, sampler.importance(), sampler.ages()])
     return said
 
 
@@ -157,9 +163,223 @@ def test_state_round_trip_at_every_step(make: Callable[[int], Sampler], stop: in
     assert as_json(said + drive(resumed, 30 - stop, active, start=stop)) == as_json(expected)
 
 
+# ------------------------------------------------------------------------------------- states that do not fit, and new
+
+
+def started(make_one: Callable[[int], Sampler], steps: int = 0, sizes: list[int] = SIZES) -> Sampler:
+    sampler = make_one(3)
+    sampler.start(sizes)
+    drive(sampler, steps)
+    return sampler
+
+
+def held(sampler: Sampler) -> str:
+    """Everything that a sampler holds and says, as text."""
+    values = [sampler.state_dict(), sampler.due, sampler.probing, sampler.refreshes]
+    return as_json([*values, sampler.probabilities(), sampler.importance(), sampler.ages()])
+
+
+def refused(sampler: Sampler, state: dict[str, object], message: str) -> None:
+    """The state is refused with the message, and the sampler is as it was."""
+    before = held(sampler)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(state)
+    assert held(sampler) == before
+
+
+@pytest.mark.parametrize("other", ["all", "uniform", "grad_norm", "outlier", "cyclic", "reward", "matrix_norm"])
+def test_the_state_of_another_kind_is_refused_and_changes_nothing(make: Callable[[int], Sampler], other: str) -> None:
+    sampler, theirs = started(make, 5), started(SAMPLERS[other], 7)
+    ours = type(sampler).__name__
+    if type(theirs) is type(sampler):
+        sampler.load_state_dict(theirs.state_dict())
+        return
+    state = theirs.state_dict()
+    refused(sampler, state, f"the saved state is of a {type(theirs).__name__}, this sampler is a {ours}")
+    unnamed = {key: value for key, value in state.items() if key not in ("sampler", "units")}
+    if unnamed.keys() != sampler.state_dict().keys() - {"sampler", "units"}:
+        refused(sampler, unnamed, f"the saved state is not one of a {ours}: .* missing or unknown")
+
+
+def test_a_state_of_another_number_of_units_is_refused(make: Callable[[int], Sampler], request) -> None:
+    if request.node.callspec.params["make"] == "outlier":
+        return  # has six scores
+    sampler = started(make, 5)
+    theirs = make(3)
+    theirs.start([10] * 8)
+    refused(sampler, theirs.state_dict(), "the saved state is of 8 units, this model has 6")
+    unnamed = {key: value for key, value in theirs.state_dict().items() if key not in ("sampler", "units")}
+    if type(sampler).PER_UNIT:  # type: ignore[attr-defined]
+        refused(sampler, unnamed, "the saved state is of 8 units, this model has 6")
+
+
+def test_damaged_states_are_refused_one_value_at_a_time(make: Callable[[int], Sampler]) -> None:
+    sampler = started(make, 7)
+    good = json.loads(json.dumps(sampler.state_dict()))
+    fresh = started(make)
+    for key in good:
+        if key not in ("sampler", "units"):
+            missing = {name: value for name, value in good.items() if name != key}
+            if key != "measured_at":  # earlier versions of two samplers did not save it
+                refused(fresh, missing, "missing or unknown")
+        if isinstance(good[key], list) and good[key]:
+            refused(fresh, good | {key: good[key][:-1]}, r"units|scores")
+        if isinstance(good[key], int) and not isinstance(good[key], bool) and key != "measured_at":
+            refused(fresh, good | {key: "many"}, "many|units")
+    refused(fresh, good | {"more": 1}, "more missing or unknown")
+    if "window" in good:
+        wrong = good["window"] | {"values": [[99, 0, 1.0]]}
+        refused(fresh, good | {"window": wrong}, "damaged")
+    fresh.load_state_dict(good)
+    assert held(fresh) == held(sampler)
+
+
+def test_checking_a_state_changes_nothing(make: Callable[[int], Sampler]) -> None:
+    sampler, saved = started(make), started(make, 9)
+    before = held(sampler)
+    sampler.check_state(saved.state_dict())  # type: ignore[attr-defined]
+    assert held(sampler) == before
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_a_sampler_that_is_started_again_is_new(make: Callable[[int], Sampler], steps: int) -> None:
+    used = started(make, steps)
+    used.start(SIZES)
+    assert held(used) == held(started(make))
+    assert as_json(drive(used, 20)) == as_json(drive(started(make), 20))
+
+
+EARLIER = {"steps": 4, "draws": 2, "next_draw": 6}
+EARLIER_STATES: dict[str, dict[str, object]] = {
+    "all": {"drawn": True},
+    "uniform": EARLIER,
+    "cyclic": EARLIER,
+    "grad_norm": EARLIER
+    | {
+        "probed": 2,
+        "refreshes": 2,
+        "importance": [1.0] * 6,
+        "window_sum": [0.0, 3.0] * 3,
+        "window_count": [0.0, 1.0] * 3,
+    },
+    "grad_norm-static": EARLIER
+    | {"probed": 2, "refreshes": 1, "importance": [1.0] * 6, "window_sum": None, "window_count": None},
+    "outlier": EARLIER | {"scores": [1.0, 2.0, 3.0, 0.5, 0.0, 1.5]},
+    "reward": EARLIER | {"importance": [0.5] * 6, "refreshes": 1, "refreshed_at": 3},
+    "matrix_norm": EARLIER
+    | {"last_used": [0, 0, 1, 1, 1, 1], "visits": [1] * 6, "means": [0.2] * 6, "refreshes": 1}
+    | {"sums": [0.0, 3.0] * 3, "counts": [0.0, 1.0] * 3},
+}
+
+
+@pytest.mark.parametrize("name", EARLIER_STATES)
+def test_states_of_earlier_versions_are_gone_on_from(name: str) -> None:
+    sampler = started(SAMPLERS[name])
+    sampler.load_state_dict(json.loads(json.dumps(EARLIER_STATES[name])))
+    assert len(drive(sampler, 20, (0, 1), start=4)) == 20
+    assert held(started(SAMPLERS[name])) != held(sampler)
+
+
+# -------------------------------------------------------------------------------------------- devices, and bad steps
+
+
+LONG: dict[str, Callable[[], Sampler]] = {
+    "all": AllLayersSampler,
+    "uniform": lambda: UniformSampler(2, 100),
+    "grad_norm-probing": lambda: GradNormSampler(2, 100, probing_steps=50),
+    "grad_norm": lambda: GradNormSampler(2, 3, probing_steps=2, refresh_period=100),
+    "grad_norm-static": lambda: GradNormSampler(2, 3, probing_steps=2, refresh_period=None),
+    "outlier": lambda: OutlierSampler([1.0, 2.0, 3.0, 0.5, 0.0, 1.5], 2, 3),
+    "cyclic": lambda: CyclicSampler(2, 3),
+    "reward": lambda: RewardSampler(0.34, refresh_period=3),
+    "matrix_norm": lambda: MatrixNormSampler(0.34, 100),
+}
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+@pytest.mark.parametrize("kind", LONG)
+def test_an_open_window_goes_on_with_norms_of_another_device(kind: str, stop: int) -> None:
+    """The meta device stands for any: mixing it with another raises, and so does whatever would make the host wait."""
+    if stop < {"matrix_norm": 6, "grad_norm": 2, "grad_norm-static": 2}.get(kind, 0):
+        return  # a first sweep closes a window at every step, probing one at its end
+    first = LONG[kind]()
+    first.start(SIZES)
+    drive(first, stop)
+    resumed = LONG[kind]()
+    resumed.start(SIZES)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for sampler in (first, resumed):
+        for _ in range(3):
+            if kind != "matrix_norm" and sampler.due:
+                sampler.sample()
+            sampler.observe(torch.empty(LAYERS, device="meta"))
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("when", range(10))
+def test_a_step_that_is_not_finite_leaves_finite_numbers(make: Callable[[int], Sampler], when: int, bad: float) -> None:
+    sampler = make(0)
+    sampler.start(SIZES)
+    active: tuple[int, ...] | None = None
+    for step in range(16):
+        sampler.probe(Passes(step))
+        if sampler.due:
+            active = sampler.sample()
+        norms = norms_at(step, None if sampler.probing else active)
+        sampler.observe(torch.full_like(norms, bad) if step == when else norms)
+    p, importance = sampler.probabilities(), sampler.importance()
+    assert p is None or sum(p) == pytest.approx(1)
+    assert all(value < 1e4 or math.isnan(value) for value in importance or ())
+
+
+def test_a_trial_whose_loss_is_not_a_number_tells_nothing() -> None:
+    class Broken(Passes):
+        def loss(self, scales: Mapping[int, float]) -> float:
+            return math.nan if 0 in scales else super().loss(scales)
+
+    sampler = RewardSampler(0.34, refresh_period=1, trials=4)
+    sampler.start(SIZES)
+    for step in range(20):
+        sampler.probe(Broken(step))
+        sampler.sample()
+        sampler.observe(norms_at(step, None))
+    assert all(map(math.isfinite, sampler.importance()))
+    assert sampler.importance()[0] == 0
+    assert any(sampler.importance())
+
+
+# --------------------------------------------------------------------------------------------------- what it may draw
+
+
+def test_no_draw_is_heavier_than_the_heaviest_that_is_foretold(make: Callable[[int], Sampler]) -> None:
+    """Whatever the weights of units are: their parameters, or the bytes of their states."""
+    for weights in ([1] * LAYERS, SIZES, [60, 10, 30, 20, 10, 10], [1, 1, 1, 1, 1, 50]):
+        sampler = make(0)
+        sampler.start(SIZES)
+        sets = sampler.largest_active_sets(weights)
+        assert all(list(active) == sorted(set(active)) for active in sets)
+        assert 0 in sets[0]
+        most = max(sum(weights[unit] for unit in active) for active in sets)
+        drawn = {active for active, *_ in drive(sampler, 80) if active}
+        assert max(sum(weights[unit] for unit in active) for active in drawn) <= most
+        assert max(map(len, sets)) <= LAYERS
+
+
+def test_the_heaviest_set_of_a_sampler_is_not_one_unit() -> None:
+    reward, matrix = RewardSampler(0.5), MatrixNormSampler(0.5)
+    for sampler in (reward, matrix):
+        sampler.start([10] * 8, total=80)
+        assert [len(active) for active in sampler.largest_active_sets([3] * 8)] == [4]
+    tight = MatrixNormSampler(10 / 16)
+    tight.start([6, 5, 5], total=16)
+    assert tight.largest_active_sets([6, 5, 5]) == [(0,), (1, 2)], "the largest first would leave no room"
+
+
 def test_one_layer(make: Callable[[int], Sampler], request) -> None:
     name = request.node.callspec.params["make"]
     sampler = make(0)
+    if name == "grad_norm-effective":
+        sampler.effective_layers = 1  # type: ignore[attr-defined]
     most = bounds_of(getattr(sampler, "num_active_layers", 1))[1]
     if most > 1:
         with pytest.raises(ValueError, match=rf"gamma.* is {most:g}, but the model has 1 decoder layers"):

@@ -47,8 +47,8 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
 }
 
 
-def backward_on(model: Any, rows: torch.Tensor) -> None:
-    model(input_ids=rows, labels=rows).loss.backward()
+def backward_on(model: Any, rows: torch.Tensor, weight: float = 1.0) -> None:
+    (weight * model(input_ids=rows, labels=rows).loss).backward()
 
 
 def follow(case: str, share: Callable[[Any, int], None]) -> dict[str, Any]:
@@ -188,13 +188,10 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def accumulate(model: Any, step: int) -> None:
-    """Both halves in turn, as two micro-batches whose gradients are averaged."""
+    """Both halves in turn, as two micro-batches of half the loss each."""
     batch = make_batch(step)
-    backward_on(model, batch[:2])
-    backward_on(model, batch[2:])
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(2)
+    backward_on(model, batch[:2], weight=0.5)
+    backward_on(model, batch[2:], weight=0.5)
 
 
 @pytest.mark.parametrize("case", CASES)

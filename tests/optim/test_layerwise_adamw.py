@@ -301,10 +301,29 @@ def test_parameters_frozen_beforehand_stay_frozen() -> None:
     assert changed
     assert not [name for name in changed if "self_attn" in name]
 
-    frozen = make_llama()
-    frozen.model.layers[2].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"layers \[2\] have no parameter that requires a gradient"):
+    frozen = make_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 4 layers has a parameter that requires a gradient"):
         LayerwiseAdamW(frozen, UniformSampler(2, 2))
+
+
+def test_a_sampler_draws_among_the_layers_that_were_not_frozen() -> None:
+    """Freezing layers beforehand names the ones to sample from; indices of layers stay those of the model."""
+    model = make_llama(layers=6)
+    for index in (0, 1, 4):
+        model.model.layers[index].requires_grad_(False)
+    before = weights(model)
+    optimizer = LayerwiseAdamW(model, GradNormSampler(2, 1, probing_steps=2, refresh_period=4), lr=1e-3)
+    seen = set()
+    for step in range(14):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen |= set(optimizer.active_layers)
+    assert seen == {2, 3, 5}
+    changed = {name.split(".")[2] for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    assert changed == {"2", "3", "5"}
+    with pytest.raises(ValueError, match="num_active_layers"):
+        LayerwiseAdamW(model, UniformSampler(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,9 @@ def weights_of(model: Any) -> list[torch.Tensor]:
     return [whole(p) for p in model.parameters()]
 
 
-def backward_on(model: Any, rows: torch.Tensor) -> float:
+def backward_on(model: Any, rows: torch.Tensor, weight: float = 1.0) -> float:
     loss = model(input_ids=rows, labels=rows).loss
-    loss.backward()
+    (weight * loss).backward()
     return float(loss.detach())
 
 
@@ -154,12 +154,9 @@ def follow(case: str, share: Callable[[Any, int], float], *, sharded: bool) -> d
 
 
 def in_halves(model: Any, step: int, make_rows: Callable[[int], torch.Tensor] = make_batch) -> float:
-    """Both halves of a batch as two micro-batches whose gradients are averaged."""
+    """Both halves of a batch as two micro-batches of half the loss each."""
     batch = make_rows(step)
-    losses = [backward_on(model, batch[:2]), backward_on(model, batch[2:])]
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(2)
+    losses = [backward_on(model, batch[:2], 0.5), backward_on(model, batch[2:], 0.5)]
     return sum(losses) / 2
 
 
@@ -657,11 +654,7 @@ def test_micro_batches_of_a_worker(sync: str, workers: list[dict[str, Any]]) -> 
 
     def in_quarters(model: Any, step: int) -> float:
         batch = make_batch(step, rows=8)
-        losses = [backward_on(model, batch[place : place + 2]) for place in range(0, 8, 2)]
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(2)
-        return losses[-1]
+        return [backward_on(model, batch[place : place + 2], 0.5) for place in range(0, 8, 2)][-1]
 
     model, optimizer = make("grass-resident", sharded=False)
     expected = train(model, optimizer, in_quarters, range(STEPS))

@@ -88,6 +88,7 @@ def make_history(num_layers: int = 30, steps: int = 200, period: int = 10, refre
         trainable_share=0.07,
         intervals=intervals,
         refreshes=refreshes,
+        ages=[(step, tuple(float(chance.randrange(step)) for _ in range(num_layers))) for step, _, _ in refreshes],
         visits=visits,
         only_active_layers_changed=True,
         resident_state_bytes=10,

@@ -12,7 +12,7 @@ from result_records import answers, asha, make_history, make_record, make_series
 from grass_ray.config import ConfigError
 from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks, spent_time
 from grass_ray.results.colours import smooth
-from grass_ray.results.figures import KINDS, draw_kind
+from grass_ray.results.figures import MISSING, draw_kind
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.pictures import Picture
 from grass_ray.results.plots import draw_importance, draw_loss, draw_sampling, write_run_plots
@@ -67,7 +67,7 @@ LR = "method.optimizer.lr=0.5"
 def test_pictures_of_a_run(tmp_path: Path) -> None:
     record = make_record("grass", layers=make_history(), series=make_series(0, 1.0))
     paths = write_run_plots(record, tmp_path / "new")
-    assert [path.name for path in paths] == ["sampling.png", "loss.png", "importance.png"]
+    assert [path.name for path in paths] == ["sampling.png", "loss.png", "importance.png", "ages.png"]
     assert all(drawn(path) for path in paths)
 
 
@@ -88,8 +88,9 @@ def test_methods_that_draw_no_layers_have_no_heatmap(method: str) -> None:
 def test_numbers_gone_bad_and_layers_not_measured_are_drawn(tmp_path: Path) -> None:
     history = make_history(num_layers=3, steps=20)
     history.refreshes = [(10, (math.nan, 1.0, 200.0), (0.2, 0.2, 0.6))]
+    history.ages = [(10, (math.nan, 0.0, 7.0))]
     series = {"train/loss": [(1, 2.0), (2, math.nan), (3, math.inf)]}
-    assert len(write_run_plots(make_record(layers=history, series=series), tmp_path)) == 3
+    assert len(write_run_plots(make_record(layers=history, series=series), tmp_path)) == 4
 
 
 def test_methods_that_take_turns_show_no_probability() -> None:
@@ -165,12 +166,12 @@ def test_nothing_to_compare_draws_nothing(tmp_path: Path) -> None:
     nothing = [make_record("base", status="failed", failure="no")]
     assert write_sweep_plots(nothing, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
-    for kind in KINDS:
+    for kind in MISSING:
         assert draw_kind(kind, build_leaderboard(nothing), nothing) == []
         assert draw_kind(kind, [], []) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", list(MISSING))
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_every_kind_is_written_with_its_numbers(kind: str, suffix: str, tmp_path: Path) -> None:
     records = {"search": asha, "rungs": asha, "population": members}.get(kind, sweep)()

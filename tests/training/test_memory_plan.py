@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -425,12 +424,3 @@ def test_a_shape_is_not_a_model_to_train(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="cannot load model 'tinyllama-1"):
         describe_model(ModelConfig(name="tinyllama-1.1b"))
-
-
-def test_a_control_group_limits_what_there_is(tmp_path: Path) -> None:
-    for name, text in {"max": "1000", "current": "700", "stat": "anon 5\ninactive_file 200\n"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert memory_fit._left_in_control_group(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory_fit._left_in_control_group(tmp_path) is None
-    assert memory_fit._left_in_control_group(tmp_path / "elsewhere") is None

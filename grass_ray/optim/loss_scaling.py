@@ -1,0 +1,42 @@
+"""What a loss scaler tells an optimizer: gradients of float16 autocast are computed from a loss times a large number.
+
+``torch.amp.GradScaler.step(optimizer)`` sets ``found_inf`` and ``grad_scale`` on an optimizer that declares
+``_step_supports_amp_scaling``, calls its ``step`` in any case, and takes both away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """A loss scaler's word on this step's gradients.
+
+    ``found_inf`` is above 0 where one of them is not finite, a scalar; ``inverse`` is what they still have to be
+    multiplied by, None where ``scaler.unscale_(optimizer)`` has done so.
+    """
+
+    found_inf: Tensor
+    inverse: Tensor | None
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, device: torch.device) -> LossScale | None:
+        """The word to ``optimizer``; None outside of a scaler's ``step``."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            return None
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        inverse = None if scale is None else scale.double().reciprocal().float().to(device)
+        return cls(torch.as_tensor(found_inf, dtype=torch.float32, device=device), inverse)
+
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[Tensor]) -> None:
+        """Bring the gradients to the scale of the loss itself, unless the scaler has."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.inverse is not None and gradients:
+            torch._foreach_mul_(gradients, self.inverse)
