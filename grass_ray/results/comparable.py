@@ -132,7 +132,8 @@ def differences(tests: Sequence[Asked]) -> list[str]:
     keys = dict.fromkeys(key for test in tests for key in test.facts)
     found = []
     for key in keys:
-        values = list(dict.fromkeys(test.facts[key] for test in tests if key in test.facts))
+        known = [test for test in tests if key in test.facts or f"{key.split()[0]} test sha256" in test.facts]
+        values = list(dict.fromkeys(test.facts.get(key, "not recorded") for test in known))
         if len(values) > 1:
             found.append(f"{key.replace(' ids', ': other questions')} ({' / '.join(values)})")
     return found

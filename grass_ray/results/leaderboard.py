@@ -39,6 +39,7 @@ class LeaderboardTable:
     """Rows that may be compared, best first; ``notes`` say what a reader must know, ``budget`` who had which.
 
     ``test`` is what all of them were tested on; ``apart`` tells the table from another one of the same title.
+    ``warnings`` are those of the notes that must not be missed: what cannot be compared, what was lost.
     """
 
     model: str
@@ -52,6 +53,7 @@ class LeaderboardTable:
     notes: tuple[str, ...]
     budget: str | None = None
     apart: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -108,7 +110,8 @@ def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:
             f"not to be compared with the other {'table' if len(others) == 2 else 'tables'} of this model and suite, "
             f"whose rows were not tested alike: {', '.join(words[:_MOST_DIFFERENCES])}{more}"
         )
-        found.append(replace(table, apart=_apart(table, others), notes=(note, *table.notes)))
+        warnings, notes = (note, *table.warnings), (note, *table.notes)
+        found.append(replace(table, apart=_apart(table, others), notes=notes, warnings=warnings))
     return found
 
 
@@ -145,6 +148,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
     rows, tests = _compare(rows, groups)
+    lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
         suite=config["data"]["suite"],
@@ -154,7 +158,8 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
         evaluation={key: config["evaluation"].get(key) for key in EVALUATION}
         | {"template": config["data"].get("template")},
         rows=tuple(_ranked(_pareto(rows))),
-        notes=(*lost_rows(list(zip([row.label for row in rows], groups, strict=True))), *_notes(rows, tests)),
+        notes=(*lost, *_notes(rows, tests)),
+        warnings=tuple(lost),
         budget=budget_line(rows, records),
         test=test,
     )

@@ -1,4 +1,4 @@
-"""Rows of data that a run lost on the way: too long, broken, without an answer. A sentence for each kind.
+"""Rows of data that the runs of a table lost on the way, a sentence for each way and whose they were.
 
 ::
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grass_ray.results.record import RunRecord
+from grass_ray.training.lost_rows import describe_lost_rows
 
 
 def lost_rows(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[str]:
@@ -32,25 +33,13 @@ def lost_rows(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[str]:
 
 
 def lost_by(record: RunRecord) -> list[str]:
-    """What one run lost, a sentence for each kind of loss."""
-    data, config = record.data, record.config["data"]
-    texts = []
-    dropped, used = _count(data, "train_rows_dropped"), _count(data, "train_rows_used")
-    if dropped:
-        longest = config.get("max_length_tokens")
-        texts.append(
-            f"{dropped} of {dropped + used} training rows were dropped: no answer within {longest} tokens "
-            "(data.max_length_tokens)"
-        )
-    train = data.get("train")
-    if isinstance(train, Mapping) and (skipped := _count(train, "rows_skipped")):
-        texts.append(f"{skipped} broken training rows were skipped (data.broken_rows)")
+    """What one run lost, as the terminal said it, and the test rows that were not asked."""
+    train = record.data.get("train")
+    data = {**record.data, "train": train if isinstance(train, Mapping) else {}}
+    texts = [
+        " ".join(line.split()) for line in describe_lost_rows(data, record.config["data"].get("max_length_tokens", 0))
+    ]
     for task, score in record.tasks.items():
-        if skipped := _count(score.protocol, "test_rows_skipped"):
-            texts.append(f"{skipped} broken test rows of {task} were skipped (data.broken_rows)")
+        if skipped := score.protocol.get("test_rows_skipped"):
+            texts.append(f"skipped {skipped} test rows of {task}: they could not be used")
     return texts
-
-
-def _count(values: Mapping[str, object], key: str) -> int:
-    found = values.get(key)
-    return found if isinstance(found, int) else 0

@@ -164,6 +164,9 @@ def _table(table: LeaderboardTable, shown: int) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if len(table.rows) > shown:
         lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
+    lines += [f"\n{_words(warning)}" for warning in table.warnings]
+    if any(row.covers_training is False for row in table.rows[:shown]):
+        lines.append("\nvs full speaks of these runs alone where a side has one seed")
     if any(row.pareto for row in table.rows[:shown]):
         lines.append("\n\\* no other row has both more accuracy and less peak memory")
     return "\n".join(lines)

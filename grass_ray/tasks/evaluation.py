@@ -31,7 +31,7 @@ import yaml
 
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import check_selection, find_task
-from grass_ray.tasks.extraction import extract_answer, is_correct
+from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
 from grass_ray.tasks.rows import Row, RowSet
 from grass_ray.tasks.scores import EvaluationResult, Example
 from grass_ray.tasks.shards import SHARD, split_by_cost
@@ -203,6 +203,7 @@ def _protocol(
         "template": data.template,
         "scoring": evaluation.scoring,
         "extraction": evaluation.extraction,
+        "answer_rules": ANSWER_RULES,
         "num_beams": evaluation.num_beams,
         "max_new_tokens": max_new_tokens,
         "stop": list(task.stop),

@@ -24,6 +24,7 @@ from grass_ray.tasks.suites import STOP, TASKS, Task
 ExtractionName = Literal["published", "strict"]
 
 TOLERANCE = 0.001
+ANSWER_RULES = 2  # one more whenever some text is read otherwise: results under other numbers are not ranked together
 
 _NUMBER = r"-?\d+\.?\d*"
 _STRICT_NUMBER = (

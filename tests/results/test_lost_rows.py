@@ -15,7 +15,7 @@ from grass_ray.results.overview import ranking
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 
-LOST = "38 of 40 training rows were dropped: no answer within 256 tokens (data.max_length_tokens)"
+LOST = "dropped 38 of 40 training rows: no answer within 256 tokens; raise data.max_length_tokens"
 
 
 def with_rows(record: RunRecord, used: int, dropped: int) -> RunRecord:
@@ -46,7 +46,7 @@ def test_rows_are_named_where_others_lost_nothing() -> None:
     ]
     (table,) = build_leaderboard(records)
     (note,) = [note for note in table.notes if "dropped" in note]
-    assert note.startswith("grass: 38 of 40 training rows were dropped: no answer within 32 tokens")
+    assert note.startswith("grass: dropped 38 of 40 training rows: no answer within 32 tokens")
     assert table.budget is not None
     assert "2 rows trained on (grass)" in table.budget or "40 rows trained on (full)" in table.budget
     assert table.budget.startswith("budgets differ")
@@ -61,11 +61,14 @@ def test_nothing_is_said_where_nothing_was_lost() -> None:
 
 def test_broken_rows_that_were_skipped_are_said() -> None:
     record = make_record("grass")
+    record.data |= {"train_rows_empty": 4, "train_rows_truncated": 5, "train_rows_used": 37}
     record.data["train"] = {"rows_skipped": 3, "rows": 37, "rows_available": 37, "rows_sha256": "ab" * 32}
     record.tasks["generated"].protocol["test_rows_skipped"] = 2
     (table,) = build_leaderboard([record])
-    assert "3 broken training rows were skipped (data.broken_rows)" in table.notes
-    assert "2 broken test rows of generated were skipped (data.broken_rows)" in table.notes
+    assert "dropped 4 of 41 training rows: their output is empty" in table.notes
+    assert any(note.startswith("cut 5 of 41 training rows at 256 tokens") for note in table.notes)
+    assert "skipped 3 training rows: they could not be used" in table.notes
+    assert "skipped 2 test rows of generated: they could not be used" in table.notes
 
 
 def test_a_card_says_it_too() -> None:

@@ -56,6 +56,27 @@ def test_the_parent_run_shows_the_ranking_and_each_update_takes_the_place_of_the
     assert list(table["reason"])[2] == "seed 0: loss became nan at step 3"
 
 
+def test_what_must_not_be_missed_is_in_the_description() -> None:
+    other = make_record("grass", correct={"generated": answers(9, 10)}, overrides=["data.source.seed=7"])
+    dropped = records()[1]
+    dropped.data |= {"train_rows_used": 2, "train_rows_dropped": 38}
+    tables = build_leaderboard([*records()[:1], dropped, other])
+    note = describe_sweep("Which is best?", tables, done=3, num_trials=3)
+    assert not note.startswith("Best"), "nothing is best over two tests"
+    for words in ("not to be compared with the other table", "dropped 38 of 40 training rows", "these runs alone"):
+        assert words in note
+
+
+def test_nothing_is_best_over_several_tests(new_tracker: Callable[[], Tracker], tmp_path: Path) -> None:
+    tracker = new_tracker()
+    sweep = tracker.start_sweep("s1", {}, {})
+    other = make_record("lora", correct={"generated": answers(9, 10)}, overrides=["data.source.seed=7"])
+    Overview(tracker, sweep, "Which?", num_trials=3, folder=tmp_path).show([*records()[:2], other], at_once=True)
+    run = MlflowClient(tracker.tracking_uri).get_run(sweep)
+    assert "best" not in run.data.tags
+    assert "sweep/best_accuracy" not in run.data.metrics
+
+
 def test_while_the_store_is_away_only_the_latest_ranking_waits(tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "away")
     tracker.open()
