@@ -319,3 +319,26 @@ def test_rows_and_answers_need_positions(kind: str, plain: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="answers of gsm8k take up to 256"):
         check_lengths(long)
     check_lengths(long.override(["evaluation.test=false"]))
+
+
+COMMIT = "0123456789012345678901234567890123456789"
+
+
+def test_a_hub_model_is_checked_alike_once_it_is_here(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def download(name: str, change: Change) -> ModelConfig:
+        home = tmp_path / f"models--org--{name}"
+        changed(plain, home / "snapshots" / COMMIT, change)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text(COMMIT)
+        return ModelConfig(name=f"org/{name}")
+
+    assert load_model(download("plain", lambda folder: None)).revision == COMMIT
+    check_model(download("weights-to-come", remove("model.safetensors")))
+    for case in ("prefixed", "half-downloaded", "gptq", "adapter", "pad-beyond"):
+        change, said = REFUSED[case]
+        with pytest.raises(ConfigError, match=said):
+            check_model(download(case, change))
