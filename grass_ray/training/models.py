@@ -29,6 +29,7 @@ from grass_ray.training.model_files import (
     check_weights,
     clear_errors,
     hub_revision,
+    refuse_adapters,
     refuse_misfits,
     reports,
 )
@@ -106,10 +107,14 @@ def _read_config(config: ModelConfig) -> Any:
             f"the model {config.name} comes with code of its own; read it, then run it with "
             "--set model.trust_remote_code=true"
         )
-    with _loading(config):
-        loaded = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    try:
+        with _loading(config):
+            loaded = AutoConfig.from_pretrained(
+                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    except ConfigError:
+        refuse_adapters(config, ask_hub=True)  # which have no config.json
+        raise
     quantised = getattr(loaded, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
