@@ -95,9 +95,9 @@ def train_locally(
     from grass_ray.training.without_effect import settings_without_effect
 
     check_run(config)
+    fitted = fit_to_memory(config) if memory_check else config
     for line in () if quiet else settings_without_effect(config):
         print(f"without effect: {line}", file=sys.stderr)
-    fitted = fit_to_memory(config) if memory_check else config
     if dry_run:
         print(config.to_yaml(), end="")
         for line in find_lost_rows(config, tokenizer_to_check(config.model)):
