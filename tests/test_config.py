@@ -43,6 +43,10 @@ def test_names_follow_the_contract() -> None:
         (["training.steps=-1", "method.optimizer.lr=0"], r"lr: .*greater than 0 .*; training.steps: .*given: -1"),
         (["training.batch_size=8", "training.accumulation_steps=3"], r"batch_size 8 cannot be split into 3"),
         (["method.sampler.temperature=cold"], r"method.sampler.temperature: .*given: 'cold'"),
+        (["method.sampler.effective_layers=8"], r"temperature and effective_layers say the same .* both are given"),
+        (["method.sampler.temperature=null"], r"temperature and effective_layers say the same .* both are null"),
+        (["method.sampler.effective_layers=0.5"], r"effective_layers: .*greater than or equal to 1 \(given: 0.5\)"),
+        (["method.sampler.staleness=shrink"], r"staleness: .*'none' or 'level' \(given: 'shrink'\)"),
         (["method.sampler.num_active_layers=0"], r"num_active_layers: .*greater than or equal to 1 \(given: 0\)"),
     ],
 )
@@ -70,3 +74,11 @@ def test_broken_files(text: str, message: str, tmp_path: Path) -> None:
         RunConfig.from_yaml(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         RunConfig.from_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("layers", ["8", "2.5", "{kind: linear, start: 12, end: 4}"])
+def test_a_number_of_effective_layers_takes_the_place_of_the_temperature(layers: str) -> None:
+    row = RunConfig(method=METHODS["grass-fresh"].config)
+    config = row.override([f"method.sampler.effective_layers={layers}", "method.sampler.temperature=null"])
+    assert RunConfig.parse(config.to_dict()) == config
+    assert config.override(["method.sampler.temperature=0.5", "method.sampler.effective_layers=null"]) == row

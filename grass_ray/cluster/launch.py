@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -53,6 +56,9 @@ CPU_ENVIRONMENT = {
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
 _PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
+_SHORT_FOLDER = "/tmp"
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
+_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
 PROBE_FILE = ".seen-by-every-machine"
 
 
@@ -169,16 +175,22 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     """
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    wanted = os.environ.get("RAY_ADDRESS")
+    previous = signal.getsignal(signal.SIGTERM)  # Ray has a handler of its own
     try:
-        context = _connect()
+        if wanted and wanted not in ("auto", "local"):
+            knock(wanted)
+            context = _connect({})
+        else:
+            os.environ.update(token_without_home())
+            context = _connect(short_folders())
     except ConnectionError as error:
-        wanted = os.environ.get("RAY_ADDRESS")
         raise ConfigError(
-            f"cannot join the Ray cluster {'of this machine' if wanted is None else f'of RAY_ADDRESS={wanted}'}: "
+            f"cannot join the Ray cluster {f'of RAY_ADDRESS={wanted}' if wanted else 'of this machine'}: "
             f"{str(error).strip().splitlines()[0]} Is it running (`ray status`)? "
             "RAY_ADDRESS=local starts a Ray of its own on this machine instead"
         ) from None
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         alive = _await_machines(machines, within_s)
         joined = not _is_own(context)
@@ -197,7 +209,56 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         ray.shutdown()
 
 
-def _connect() -> Any:
+def knock(address: str) -> None:
+    """Raise ``ConnectionError`` where RAY_ADDRESS is no address of a cluster, or nobody listens there."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConnectionError(
+            "That is not the address of a cluster's head, HOST:PORT as `ray start --head` prints it (or auto: the "
+            "cluster of this machine). http:// is for `ray job submit`, and Ray Client's ray:// is not supported."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"Nobody answers there ({error.strerror or error}).") from None
+
+
+def short_folders() -> dict[str, str]:
+    """What a Ray that is started must find in its environment to have its sockets where their paths are short enough.
+
+    Raises:
+        ConfigError: ``/tmp`` cannot be written to, or RAY_TMPDIR itself is too long.
+    """
+    given, temporary = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")
+
+    def short(folder: str) -> bool:
+        return len(os.fsencode(os.path.abspath(folder) + _SOCKET)) <= _LONGEST_SOCKET
+
+    if (given and not short(given)) or (not given and not os.access(_SHORT_FOLDER, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"Ray cannot have its sockets in {given or _SHORT_FOLDER}; set RAY_TMPDIR to a folder that can be written "
+            f"to and whose path has at most {_LONGEST_SOCKET - len(_SOCKET)} bytes"
+        )
+    if temporary is None or short(temporary):
+        return {}
+    return dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), given or _SHORT_FOLDER)  # Ray's helpers have sockets in TMPDIR
+
+
+def token_without_home() -> dict[str, str]:
+    """A secret for a Ray that is started, where Ray cannot keep one in the home folder."""
+    if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return {}
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "auth_token").exists() or os.access(folder, os.W_OK):
+            return {}
+    except (OSError, RuntimeError):  # there is no home
+        pass
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _connect(folders: Mapping[str, str]) -> Any:
     """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
 
     Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
@@ -208,20 +269,32 @@ def _connect() -> Any:
         free.bind(("", 0))
         port = free.getsockname()[1]
     chosen = f"{ray.util.get_node_ip_address()}:{port}"
-    os.environ[_PORT] = str(port)
-    try:
-        context = _init(None, chosen)
-    finally:
-        del os.environ[_PORT]
+    kept = {name: os.environ[name] for name in folders if name in os.environ}  # trials write to the user's TMPDIR
+    with _environment({_PORT: str(port), **folders}):
+        context = _init(None, chosen, kept)
     address = context.address_info["gcs_address"]
     if address != chosen and not _is_own(context):
         ray.shutdown()  # leaves it
-        context = _init(address, address)
+        context = _init(address, address, kept)
     return context
 
 
-def _init(address: str | None, known_as: str) -> Any:
-    environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as}
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
+    environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as, **kept}
     return ray.init(
         address=address,
         log_to_driver=False,

@@ -10,6 +10,7 @@ Imports no ray, so that a single local run can show its progress without it::
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler on memory that was there before it
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading and saving, a line for every tick
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home that cannot be written to
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 

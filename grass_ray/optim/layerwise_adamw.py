@@ -239,7 +239,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             if self._meter.witness is not None:
                 # last, so that the places of all others stay: a scaler unscales what is in a group
                 self.param_groups[-1]["params"].append(self._meter.witness)
-        self._never_seen = torch.full((len(units),), torch.nan)
+        self._never_seen = torch.full((len(units),), torch.nan, device=self._device)
         if shards is not None:
             self._handles.extend(shards.watch(managed, _weakly(self._watch_gathered)))
             for parameter in managed:
@@ -443,7 +443,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self._proof is not None:
             moves = any(float(group["lr"]) > 0 for group in self.param_groups)
             self._proof.note(self.active_units if moves else (), skip)
-        return norms.masked_fill(skip.to(norms.device), torch.nan)
+        return norms.masked_fill(skip, torch.nan)
 
     def _update(self, active: list[nn.Parameter], skip: Tensor) -> None:
         """Step every active unit, unless ``skip`` is 1: those on the device at once, streamed ones through the ring."""

@@ -68,7 +68,11 @@ def load_trained_model(folder: Path) -> LoadedModel:
 
 def check_output(folder: Path) -> None:
     """Raise :class:`ConfigError` when ``folder`` has something in it that writing would mix with."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise ConfigError(f"the output {folder} cannot be used: {error.strerror}; name another folder") from None
+    if used:
         raise ConfigError(f"the output {folder} exists and is not empty; name a new folder, or empty this one")
 
 

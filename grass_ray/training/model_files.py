@@ -66,8 +66,7 @@ def check_folder(config: ModelConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{', '.join(sorted(pointers))} in {name}: a Git LFS pointer, not the file itself; run `git lfs pull` there"
         )
-    if "adapter_config.json" in files:
-        raise ConfigError(_adapter(name, files["adapter_config.json"]))
+    refuse_adapters(config, ask_hub=False)
     if "config.json" in files:
         return _read_json(files["config.json"])
     if {"config.yaml", "checkpoint"} <= files.keys():
@@ -100,10 +99,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _adapter(name: str, path: Path) -> str:
-    values = _read_json(path)
+def refuse_adapters(config: ModelConfig, *, ask_hub: bool) -> None:
+    """Raise :class:`ConfigError` on a folder or hub model that is, or has in it, an adapter of another model."""
+    from transformers.utils import find_adapter_config_file
+
+    name = config.name
+    try:
+        found = find_adapter_config_file(name, revision=config.revision, local_files_only=not ask_hub)
+    except (OSError, ValueError):
+        return
+    if found is None:
+        return
+    values = _read_json(Path(found))
     base = values.get("base_model_name_or_path") or "a model it does not name"
-    return (
+    raise ConfigError(
         f"{name} is a {values.get('peft_type', 'peft')} adapter of {base}, not a model; `eval` takes the run that "
         "trained it, and everything the merged model: grass-ray export RUN --output MODEL, or with peft "
         f"PeftModel.from_pretrained(base, {name!r}).merge_and_unload().save_pretrained(MODEL)"

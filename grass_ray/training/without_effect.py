@@ -36,10 +36,11 @@ def _of_the_clock(config: RunConfig) -> Iterator[str]:
                 "reaches its end"
             )
     # a first sweep of MISA switches at every step whatever the period
-    if not isinstance(sampler, AllLayersConfig | MatrixNormSamplerConfig) and len(draw_steps(config)) == 1:
+    period = None if isinstance(sampler, MatrixNormSamplerConfig) else getattr(sampler, "period", None)
+    if period is not None and len(draw_steps(config)) == 1:
         yield (
-            f"method.sampler.period={_shown(sampler.period)}: training ends after {steps} steps, so the first active "
-            "set trains throughout"
+            f"method.sampler.period={_shown(period)}: training ends after {steps} steps, so the first active set "
+            "trains throughout"
         )
     if isinstance(sampler, RewardSamplerConfig) and sampler.refresh_period >= steps:
         yield (

@@ -2,10 +2,20 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.plan import LogUniform, PlanChoices, SweepPlan, TrialSpec, differences, expand
+from grass_ray.cluster.plan import (
+    LogUniform,
+    PlanChoices,
+    SweepPlan,
+    TrialSpec,
+    differences,
+    expand,
+    make_tuning,
+    untrained,
+)
 from grass_ray.config import ConfigError, RunConfig
 
 
@@ -34,6 +44,33 @@ def test_equal_trials_are_one() -> None:
     twice = expand(choices(methods=("full", "grass", "full", "base"), models=("tiny", "tiny"), seeds=(0, 1, 0)))
     assert {spec.key for spec in twice} == {spec.key for spec in once}
     assert len(twice) == len(once) == 5
+
+
+def test_a_relative_model_folder_is_absolute_in_every_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "org" / "model"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    held_out = ("data.validation_rows=4",)
+    for changes in ({}, {"search": "optuna", "num_samples": 2}, {"scheduler": "pbt", "num_samples": 2}):
+        given = choices(models=("org/model",), methods=("full",), settings=held_out, **changes)
+        tuning = make_tuning(given)
+        configs = [spec.config for spec in (expand(given) if tuning is None else untrained(given))]
+        configs += [group.config for group in tuning.groups] if tuning else []
+        assert {config.model.name for config in configs} == {str(folder)}
+        assert all("-model-generated-" in config.name for config in configs)
+    assert expand(choices(models=("org/model", "./org/model"), base_row=False)) == expand(
+        choices(models=(str(folder),), base_row=False)
+    )
+    with pytest.raises(ConfigError, match=r"there is no model folder './model'"):
+        expand(choices(models=("./model",)))
+
+
+@pytest.mark.parametrize(("given", "flag"), [("model.name=gpt2", "--models"), ("seed=1", "--seeds")])
+def test_what_a_sweep_sets_itself_is_not_silently_lost(given: str, flag: str) -> None:
+    key, value = given.split("=")
+    for changes in ({"overrides": (given,)}, {"settings": (given,)}, {"grid": {key: (value,)}}):
+        with pytest.raises(ConfigError, match=f"a sweep sets {key} itself.*{flag}"):
+            expand(choices(**changes))
 
 
 def test_the_untrained_row_can_be_left_out() -> None:
@@ -141,3 +178,10 @@ def test_differences_name_what_varies_inside_a_method() -> None:
     specs = expand(choices(methods=("grass",), seeds=(0, 1), base_row=False))
     assert differences(specs) == ["seed=0", "seed=1"]
     assert RunConfig.parse(specs[0].config.to_dict()).fingerprint == specs[0].key
+
+
+def test_where_effective_layers_are_given_no_temperature_is_searched() -> None:
+    settings = ("method.sampler.effective_layers=8", "method.sampler.temperature=null")
+    specs = expand(choices(methods=("grass",), overrides=settings, num_samples=3, base_row=False))
+    assert len(specs) == 3
+    assert {spec.config.method.sampler.temperature for spec in specs} == {None}  # type: ignore[union-attr]

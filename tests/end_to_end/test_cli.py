@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from grass_ray.cli import main
+from grass_ray.config import ModelConfig
+from grass_ray.training.models import load_model
 
 SMALL = [
     "--model=tiny",
@@ -206,6 +208,43 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert len(rows) == 1, "found again in the store, not doubled"
 
 
+def test_a_model_folder_is_found_from_anywhere_and_never_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_model(ModelConfig(name="tiny"))
+    folder, elsewhere = tmp_path / "org" / "model", tmp_path / "elsewhere"
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(folder)
+    (elsewhere / "org" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(elsewhere))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out + said.err
+
+    small = ["--steps=2", "--limit=2", "--set", "data.source.train_rows=8", "data.source.test_rows=4"]
+    where = ["--output=~/run", "--tracking-uri=sqlite:///~/x.db"]
+    assert run("train", "lora", "--model", "org/model", *where, *small)[0] == 0
+    assert yaml.safe_load((elsewhere / "run" / "config.yaml").read_text())["model"]["name"] == str(folder)
+    assert (elsewhere / "x.db").is_file()
+    monkeypatch.chdir(elsewhere)
+    assert run("export", "run", "--adapter", "--output", "adapter")[0] == 0
+    assert run("reproduce", "~/run", "--quiet")[0] == 0
+    assert run("eval", "--model", "run", "--limit=2", "--quiet")[0] == 0
+    code, said = run("eval", "--model", "adapter")
+    assert code == 2
+    assert f"LORA adapter of {folder}, not a model" in said
+    folder.rename(tmp_path / "org" / "moved")
+    for verb in (["eval", "--model", "run"], ["export", "run", "--output", "out"], ["reproduce", "run"]):
+        code, said = run(*verb)
+        assert code == 2
+        assert f"there is no model folder '{folder}'" in said
+
+
 def write_rows(folder: Path, text: str) -> None:
     for split in ("train", "test"):
         path = folder / "dataset" / "boolq" / f"{split}.json"
@@ -221,6 +260,8 @@ ROW = {"instruction": "Is it?", "input": "", "output": "the correct answer is tr
     [
         (["train", "gras"], ["unknown method 'gras'", "available: base, full", "Did you mean 'grass'?"]),
         (["train", "grass", "--model", "no/such-model"], ["cannot load model 'no/such-model'", "smollm2-135m, tiny"]),
+        (["train", "grass", "--model", "./mine"], ["there is no model folder './mine'", "a hub id is"]),
+        (["plan", "--model=~/nowhere", "--device", "cpu"], ["there is no model folder"]),
         (["train", "grass", "--task", "boolqq"], ["boolqq", "available", "boolq"]),
         (["train", "grass", "--task", "gsm8k", "boolq"], ["gsm8k", "boolq", "suite"]),
         (["train", "grass", "--colour", "red"], ["--colour"]),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 
 from grass_ray import GradNormSampler
+from grass_ray.layerwise.schedules import Linear
 
 NAN = math.nan
 
@@ -110,6 +112,88 @@ def test_very_large_temperature_visits_layers_as_lisa_does() -> None:
     assert chisquare(visits).pvalue > 1e-3
 
 
+# --------------------------------------------------------------------------------------------- a target for the entropy
+
+
+def effective(probabilities: tuple[float, ...]) -> float:
+    return math.exp(-sum(p * math.log(p) for p in probabilities if p))
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.2])
+@pytest.mark.parametrize("target", [1.5, 4.0, 8.0, 21.9])
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e5])
+@pytest.mark.parametrize("normalise", ["mean", "none"])
+def test_effective_layers_are_as_many_as_asked_for(
+    target: float, exploration: float, scale: float, normalise: Literal["mean", "none"]
+) -> None:
+    sampler = GradNormSampler(
+        2, 5, probing_steps=1, effective_layers=target, exploration=exploration, normalise=normalise
+    )
+    sampler.start([1] * 22)
+    sampler.observe(torch.exp(torch.randn(22, generator=torch.Generator().manual_seed(1)) * 0.4) * scale)
+    fewest = effective((1 - exploration * 21 / 22, *[exploration / 22] * 21))
+    assert effective(sampler.probabilities()) == pytest.approx(max(target, fewest), rel=1e-3)
+
+
+def test_effective_layers_at_their_limits() -> None:
+    for target, expected in ((1, [0.0, 0.0, 1.0]), (3, [1 / 3] * 3)):
+        sampler = GradNormSampler(1, 5, probing_steps=1, effective_layers=target)
+        sampler.start([1] * 3)
+        observed(sampler, [1.0, 2.0, 3.0])
+        assert sampler.probabilities() == pytest.approx(expected, abs=1e-6)
+    equal = GradNormSampler(1, 5, probing_steps=1, effective_layers=1)
+    equal.start([1] * 3)
+    observed(equal, [2.0, 2.0, 2.0])
+    assert equal.probabilities() == pytest.approx([1 / 3] * 3), "no temperature tells equal layers apart"
+
+
+def test_effective_layers_follow_a_schedule_and_the_importance() -> None:
+    sampler = GradNormSampler(1, 1, probing_steps=1, refresh_period=1, effective_layers=Linear(6, 2, 10))
+    sampler.start([1] * 8)
+    observed(sampler, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    for step in range(11):
+        assert effective(sampler.probabilities()) == pytest.approx(6 - 0.4 * step, rel=1e-3)
+        observed(sampler, [float(step + 1)] + [NAN] * 7)
+
+
+def test_more_effective_layers_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="effective_layers is 5, but there are 4 layers; choose 1 to 4"):
+        GradNormSampler(1, 5, effective_layers=Linear(1, 5, 10)).start([1] * 4)
+
+
+# ---------------------------------------------------------------------------------------------------------- staleness
+
+
+def test_ages_count_the_steps_since_a_layer_was_last_measured() -> None:
+    sampler = GradNormSampler(1, 5, probing_steps=2, refresh_period=3)
+    sampler.start([1] * 3)
+    assert str(sampler.ages()) == "(nan, nan, nan)"
+    observed(sampler, [1.0, 1.0, math.inf], [1.0, NAN, NAN])
+    assert str(sampler.ages()) == "(0.0, 1.0, nan)"
+    observed(sampler, [NAN, 1.0, NAN], [1.0, NAN, NAN])
+    assert str(sampler.ages()) == "(2.0, 3.0, nan)", "what is in the open window is not in the importance yet"
+    observed(sampler, [math.inf, NAN, NAN])
+    assert str(sampler.ages()) == "(1.0, 2.0, nan)"
+
+
+def test_level_brings_old_values_to_the_level_of_those_measured() -> None:
+    """Layers 0 and 1 grew by 2 and 8, a geometric mean of 4; then ema mixes what was measured."""
+    sampler = GradNormSampler(1, 5, probing_steps=1, refresh_period=1, ema=0.25, staleness="level")
+    sampler.start([1] * 4)
+    observed(sampler, [1.0, 2.0, 3.0, NAN], [2.0, 16.0, NAN, NAN])
+    assert sampler.importance()[:3] == pytest.approx((0.25 * 2 + 0.75 * 4, 0.25 * 16 + 0.75 * 8, 12.0))
+    assert math.isnan(sampler.importance()[3])
+    assert str(sampler.ages()) == "(0.0, 0.0, 1.0, nan)"
+
+
+def test_level_changes_nothing_where_the_measured_layers_stayed_as_they_were() -> None:
+    plain, level = (GradNormSampler(1, 5, probing_steps=1, refresh_period=1, staleness=s) for s in ("none", "level"))
+    for sampler in (plain, level):
+        sampler.start([1] * 3)
+        observed(sampler, [1.0, 2.0, 3.0], [NAN, 2.0, NAN], [NAN, NAN, NAN])
+    assert plain.importance() == level.importance() == (1.0, 2.0, 3.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -121,6 +205,10 @@ def test_very_large_temperature_visits_layers_as_lisa_does() -> None:
         ({"ema": 0.0}, "ema is 0.0; it must be above 0 and at most 1"),
         ({"normalise": "max"}, "normalise is 'max'; it must be 'mean' or 'none'"),
         ({"exploration": 1.5}, "exploration is 1.5; it must be between 0 and 1"),
+        ({"staleness": "shrink"}, "staleness is 'shrink'; it must be 'none' or 'level'"),
+        ({"effective_layers": 0.9}, "effective_layers is 0.9; it must be at least 1"),
+        ({"effective_layers": Linear(4, 0.5, 10)}, "effective_layers is .*; it must be at least 1"),
+        ({"effective_layers": 4, "temperature": 0.5}, "temperature is 0.5; it must be left out where effective_layers"),
     ],
 )
 def test_refuses_bad_settings(settings: dict[str, object], message: str) -> None:

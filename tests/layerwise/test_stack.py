@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from grass_ray import LayerwiseAdamW, UniformSampler
@@ -107,9 +113,26 @@ def test_refuses_encoders_and_encoder_decoders_and_classifiers() -> None:
     bert = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=64)
     t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=64))
     classifier = LlamaForSequenceClassification(make_llama().config)
-    for model in (BertForMaskedLM(bert), BertModel(bert), t5, classifier):
+    no_decoder = (BertForMaskedLM(bert), BertModel(bert), BertLMHeadModel(bert), t5, classifier)
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64))
+    xlm = XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4))
+    for model in (*no_decoder, xlnet, xlm):
         with pytest.raises(ValueError, match=f"{type(model).__name__} is not a decoder-only language model.*AutoModel"):
             find_decoder_stack(model)
+
+
+def test_a_kind_of_model_that_can_be_both_is_taken_as_a_decoder_when_it_says_so() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    assert find_decoder_stack(BertLMHeadModel(BertConfig(**sizes, vocab_size=64, is_decoder=True))).num_layers == 2
+
+
+def test_refuses_quantised_weights_unless_adapters_train_beside_them() -> None:
+    model = make_llama()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match=r"the model is quantised.*bfloat16"):
+        LayerwiseAdamW(model, UniformSampler(num_active_layers=1, period=2))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert find_decoder_stack(adapted).num_layers == 4
 
 
 @pytest.mark.usefixtures("_process_group")

@@ -119,6 +119,18 @@ def test_in_the_middle_of_a_window(kind: str) -> None:
     stopped_and_gone_on(kind, "lazy", "cpu", (2, 9))
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_the_largest_active_set_is_what_a_memory_plan_counts(kind: str) -> None:
+    """In bytes of states: two float32 moments a parameter; no set that was ever drawn is larger."""
+    model, optimizer = build(kind, "none", "cpu")
+    most = 0
+    for step in range(STEPS):
+        train(model, optimizer, step, "cpu")
+        if not optimizer.probing:
+            most = max(most, 8 * sum(p.numel() for p in optimizer.active_parameters()))
+    assert most <= optimizer._largest_active_bytes() < 1.2 * most
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", MODES)
 @pytest.mark.parametrize("kind", SAMPLERS)

@@ -131,3 +131,13 @@ def test_a_run_in_two_stores_counts_once_the_latest() -> None:
         merged = merge_records(stores)
         assert len(merged) == 2
         assert {row.method: row.accuracy for row in shown(Selection(), merged)} == {"grass": 0.7, "lora": 0.5}
+
+
+def test_a_model_folder_is_shown_and_chosen_by_its_short_name_unless_two_share_it() -> None:
+    first, other, twin = (f"model.name={name}" for name in ("/home/a/mine", "/home/a/theirs", "/home/b/mine"))
+    records = [make_record("full", overrides=[first]), make_record("full", overrides=[other])]
+    assert [table.model for table in build_leaderboard(records)] == ["mine", "theirs"]
+    assert [row.model for row in shown(Selection(models=("mine",)), records)] == ["/home/a/mine"]
+    assert [row.model for row in shown(Selection(models=("/home/a/mine",)), records)] == ["/home/a/mine"]
+    records.append(make_record("full", overrides=[twin]))
+    assert [table.model for table in build_leaderboard(records)] == ["/home/a/mine", "theirs", "/home/b/mine"]

@@ -140,6 +140,19 @@ def test_relative_stores_become_absolute(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert Tracker("sqlite:///here.db", "x").tracking_uri == f"sqlite:///{tmp_path}/here.db"
     assert default_tracking_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Tracker("sqlite:///~/x.db", "x").tracking_uri == f"sqlite:///{tmp_path}/home/x.db"
+
+
+def test_a_store_may_be_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "50%20 off? #1 ü"
+    tracker = Tracker(default_tracking_uri(folder), "x")
+    tracker.open()
+    tracker.start_trial("sweep", "trial", "run", {}, {})
+    assert tracker.close() == 0
+    assert (folder / "mlflow.db").is_file()
+    assert not [path for path in tmp_path.iterdir() if path.is_file()], "no database of another name"
+    assert load_records(default_tracking_uri(folder), "x") == []
 
 
 def test_artifacts_lie_under_the_given_root(store: str, tmp_path: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.training.batches import IGNORED
 from grass_ray.training.loop import accumulate_gradients
-from grass_ray.training.report import StepReport, TrainingFailure
+from grass_ray.training.report import Engagement, StepReport, TrainingFailure
 from grass_ray.training.run import Run, check_run
 
 
@@ -39,6 +39,25 @@ def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:
     assert reports[-1].lr == pytest.approx(reports[2].lr / 6)
 
 
+def assert_ages(run: Run, engagement: Engagement) -> None:
+    """At every refresh and in every step's series: how long ago a layer was last active, by the draws themselves."""
+    series, last = run.state.series, run.state.total_steps
+    probed = [(step, (0, 1, 2, 3)) for step in (1, 2)]
+    intervals = [*probed, *engagement.intervals]
+    active = {step: [units for first, units in intervals if first <= step][-1] for step in range(1, last + 1)}
+    refreshed = [step for step, _, _ in engagement.refreshes]
+    assert [step for step, _ in engagement.ages] == refreshed
+    for step, ages in engagement.ages:
+        measured = [max(at for at in range(1, step + 1) if layer in active[at]) for layer in range(4)]
+        assert ages == tuple(float(step - at) for at in measured)
+        assert [dict(series[f"layers/age_{layer:02d}"])[step] for layer in range(4)] == list(ages)
+        for later in range(step, min([at for at in refreshed if at > step], default=last + 1)):
+            assert dict(series["layers/age_max"])[later] == max(ages) + later - step
+            assert dict(series["layers/age_mean"])[later] == pytest.approx(sum(ages) / 4 + later - step)
+    assert f" / {engagement.ages[-1][1][0]:g}" in engagement.describe()
+    assert "importance / probability / age in steps" in engagement.describe()
+
+
 def test_the_engagement_proof_holds_and_would_notice() -> None:
     run = make_run()
     for _ in run.fit():
@@ -50,6 +69,7 @@ def test_the_engagement_proof_holds_and_would_notice() -> None:
     assert sum(engagement.visits) == 6
     assert [step for step, _, _ in engagement.refreshes] == [2, 5, 8]
     assert engagement.trainable_parameters == sum(p.numel() for p in run.state.optimizer.active_parameters())
+    assert_ages(run, engagement)
 
     tampered = make_run()
     for report in tampered.fit():
