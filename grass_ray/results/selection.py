@@ -30,6 +30,7 @@ STATUSES = ("finished", "partial", "failed", "out_of_memory", "stopped")
 _SMALL_FIRST = frozenset(
     {"rank", "peak_allocated_gib", "peak_reserved_gib", "host_pinned_gib", "train_s", "trainable_share", "accuracy_std"}
     | {"p_value", "p_adjusted", "p_value_to_best", "p_adjusted_to_best", "training_steps", "train_tokens"}
+    | {"train_rows_dropped"}
 )
 _UNSORTABLE = frozenset({"tasks", "run_ids", "data_sha256", "contaminated"})
 SORT_KEYS = tuple(key for key in ("label", *LeaderboardRow.__dataclass_fields__) if key not in _UNSORTABLE)

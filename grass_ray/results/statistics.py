@@ -147,11 +147,12 @@ def two_level(
     of both sides' means over their seeds (``s^2 / seeds``, s the spread of the seeds' averages) and of the variance
     over questions that is left when the seeds' own disagreement about each question, which is in the first part
     already, is taken out. With two or three seeds that estimate is rough, and a bootstrap over so few would be far
-    too narrow: limits and p-value are those of Student's t. Its degrees of freedom are, for the seeds, the fewer of
-    Welch's, which sees where one side has most of the spread, and Bell and McCaffrey's for sides of one spread, which
-    sees where one side has few seeds (2 at most for two against two, 4 for three against three); then Satterthwaite's
-    combination with the questions, which are many. Where only few questions differ, t would be too sure: the p-value
-    is never below that of :func:`sign_flip` on the means over seeds.
+    too narrow: limits and p-value are those of Student's t. Its degrees of freedom are, for the seeds, half-way (as
+    harmonic mean) between Welch's, which take the spreads as they were seen and waste much where two or three seeds
+    look more or less alike by chance, and Bell and McCaffrey's for sides of one spread (2 for two against two, 4 for
+    three against three), which are too many where one side has all of it; then Satterthwaite's combination with the
+    questions, which are many. Where only few questions differ, t would be too sure: the p-value is never below that of
+    :func:`sign_flip` on the means over seeds.
 
     ``benchmarks/training_variance.py`` simulates level and power.
 
@@ -171,7 +172,7 @@ def two_level(
     of_seeds = sum(variance / n for n, variance in sides)
     alike = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
     as_seen = sum((variance / n) ** 2 / (n - 1) for n, variance in sides)
-    of_questions, squares = 0.0, max(as_seen, of_seeds**2 / alike)
+    of_questions, squares = 0.0, (as_seen + of_seeds**2 / alike) / 2
     for (first, second), task in zip(tasks, differences, strict=True):
         if len(task) > 1:
             own = task.var(ddof=1) - _disagreement(first) - _disagreement(second)

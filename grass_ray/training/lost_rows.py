@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grass_ray.config import ConfigError, HubSource, RunConfig
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.tasks.templates import render_prompt
-from grass_ray.training.batches import Batches
+
+if TYPE_CHECKING:
+    from grass_ray.training.batches import Batches
 
 MOST_ROWS = 20_000  # rows that are tokenised to count; of more, as many spread over all of them
 
@@ -63,4 +65,6 @@ def describe_lost_rows(data: Mapping[str, Any], max_length_tokens: int) -> list[
 
 
 def _batches(config: RunConfig, tokenizer: Any, rows: Any) -> Batches:
+    from grass_ray.training.batches import Batches  # loads torch, which tables of records do not need
+
     return Batches(rows, tokenizer, config.data, batch_size=1, accumulation_steps=1, seed=0)

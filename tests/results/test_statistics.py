@@ -227,7 +227,8 @@ def test_two_level_by_hand() -> None:
     low, high, p_value = two_level([(first, second)], vary=(True, True))
     variance = 0.02**2 / 3 + (0.03**2 / 2) / 2
     welch = variance**2 / ((0.02**2 / 3) ** 2 / 2 + (0.03**2 / 4) ** 2)
-    degrees = min(welch, (1 / 3 + 1 / 2) ** 2 / (1 / (9 * 2) + 1 / (4 * 1)))
+    alike = (1 / 3 + 1 / 2) ** 2 / (1 / (9 * 2) + 1 / (4 * 1))
+    degrees = 2 / (1 / welch + 1 / alike)
     own = (first.mean(axis=0) - second.mean(axis=0)).var(ddof=1)
     rest = sum(_rest(side) for side in (first, second))
     questions = (own - rest) / 1000
