@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 # what a worker of several holds: the whole model, or shards of it (FSDP2); decides where a run fits, not its numbers
 Parallel = Literal["replicate", "shard"]
@@ -355,6 +356,11 @@ class CustomSource(ConfigPart):
         if isinstance(values, dict) and values.get("answer") == "letter" and not values.get("labels"):
             return {**values, "labels": list("ABCDE")}
         return values
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_composed_unicode(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(unicodedata.normalize("NFC", label) for label in labels)
 
     @model_validator(mode="after")
     def _labels_fit_the_answer(self) -> Self:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from grass_ray.config import ConfigError, CustomSource, DataConfig, SourceConfig
-from grass_ray.tasks.rows import BrokenRows, Row, RowError, hash_file, read_file, row_from_record
+from grass_ray.tasks.rows import BrokenRows, Row, RowError, hash_file, read_file, row_from_record, write_answer
 from grass_ray.tasks.suites import SUITES, TASKS, Task, check_tasks
 from grass_ray.tasks.templates import render_answer
 
@@ -33,11 +34,12 @@ def read_task_file(path: Path) -> CustomSource:
 
     Raises :class:`ConfigError` on a missing or malformed file, a name that is taken, or absent data files.
     """
+    path = Path(os.path.expanduser(path))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the task file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"the task file {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -46,7 +48,7 @@ def read_task_file(path: Path) -> CustomSource:
     values = {key: value for key, value in values.items() if key != "kind"}
     for split in ("train", "test"):
         if isinstance(values.get(split), str):
-            values[split] = str((path.parent / Path(values[split]).expanduser()).resolve())
+            values[split] = str((path.parent / os.path.expanduser(values[split])).resolve())
     source = CustomSource.parse(values, f"the task file {path}")
     check_custom(source)
     return source
@@ -112,11 +114,11 @@ def _row(record: Mapping[str, Any], source: CustomSource, task: Task) -> Row:
         )
     answer = record[fields.answer]
     if isinstance(answer, bool):
-        answer = str(answer).lower()
+        answer = next((label for label in task.labels if label.lower() == str(answer).lower()), str(answer).lower())
     values = {
         "instruction": record.get(fields.instruction) if source.instruction is None else source.instruction,
         "input": record.get(fields.input, ""),
-        "output": record.get(fields.output, render_answer(task, str(answer).strip())),
+        "output": record.get(fields.output) or render_answer(task, write_answer(answer, task)),
         "answer": answer,
     }
     return row_from_record(values, task)

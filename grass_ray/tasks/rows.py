@@ -14,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,10 @@ MAX_SHOWN = 5
 MAX_ROW_CHARACTERS = 1_000_000  # no benchmark comes near; a longer row is a broken file, and would fill the memory
 
 BrokenRows = Literal["refuse", "skip"]
+
+# commas separate thousands (or lakhs): "1,5" is not 15
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_JSON_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +74,32 @@ class Reading:
 
 
 def parse_number(text: str) -> float | None:
-    """The finite number that ``text`` writes (commas between digits are dropped), or None."""
-    try:
-        number = float(text.replace(",", ""))
-    except ValueError:
+    """The finite number that ``text`` writes (commas between thousands are dropped), or None."""
+    if not _NUMBER.fullmatch(text):
         return None
+    number = float(text.replace(",", ""))
     return number if math.isfinite(number) else None
 
 
 def check_answer(answer: str, task: Task) -> None:
     """Raise :class:`RowError` unless ``answer`` is one the task can have."""
     if task.answer == "number" and parse_number(answer) is None:
-        raise RowError(f"the answer {answer!r} is not a number")
+        comma = "; a comma separates thousands, as in 1,500" if "," in answer else ""
+        raise RowError(f"the answer {_shorten(answer)!r} is not a number{comma}")
     if task.labels and answer not in task.labels:
-        raise RowError(f"unknown label {answer!r}; {task.key} has {', '.join(task.labels)}")
+        raise RowError(f"unknown label {_shorten(answer)!r}; {task.key} has {', '.join(task.labels)}")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def write_answer(value: str | int | float, task: Task | None) -> str:
+    """An answer of a record as text, in Unicode's composed form; 1.0 is the label "1" where the task has that."""
+    if task is not None and task.labels and isinstance(value, float) and value.is_integer():
+        whole = str(int(value))
+        return whole if whole in task.labels else str(value)
+    return unicodedata.normalize("NFC", str(value).strip())
 
 
 def row_from_record(record: Mapping[str, Any], task: Task | None) -> Row:
@@ -91,6 +110,8 @@ def row_from_record(record: Mapping[str, Any], task: Task | None) -> Row:
             f"no {' and no '.join(repr(key) for key in missing)}; it has {', '.join(map(repr, record)) or 'no keys'}"
         )
     texts = {key: record.get(key, "") for key in ("instruction", "input", "output")}
+    if texts["input"] is None:
+        texts["input"] = ""
     for key, value in texts.items():
         if not isinstance(value, str):
             raise RowError(f"{key!r} is {type(value).__name__}, not text")
@@ -99,7 +120,7 @@ def row_from_record(record: Mapping[str, Any], task: Task | None) -> Row:
     answer = record["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RowError(f"'answer' is {type(answer).__name__}, not text or a number")
-    row = Row(**texts, answer=str(answer).strip())
+    row = Row(**texts, answer=write_answer(answer, task))
     _check_text(row)
     if task is not None:
         check_answer(row.answer, task)
@@ -169,8 +190,8 @@ def take_rows(rows: Sequence[Row], mistakes: Sequence[str], where: str, broken_r
 
 
 def _row(record: Any, task: Task | None, convert: Callable[[Mapping[str, Any]], Row] | None) -> Row:
-    if isinstance(record, json.JSONDecodeError):
-        raise RowError(f"broken JSON ({record.msg} at column {record.colno})")
+    if isinstance(record, RowError):
+        raise record
     if not isinstance(record, dict):
         raise RowError(f"it is {_json_kind(record)}, not an object")
     if convert is None:
@@ -197,51 +218,81 @@ def hash_rows(rows: Iterable[Row]) -> str:
 
 
 def _records(path: Path) -> Iterable[tuple[int, Any]]:
-    """(row number, value) pairs; a JSON-lines line that does not parse yields its error as the value."""
+    """(row number, value) pairs; what does not parse yields what is wrong with it as the value.
+
+    What a file holds decides how it is read: one that begins with ``[`` is a list, one object a line are JSON lines.
+    """
     try:
         # a byte that is not UTF-8 breaks the row it is in, not the file: it is found when the row is checked
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    if path.suffix == ".jsonl":
-        return _lines(text)
-    if not text.strip():
+    begins, suffix = text.lstrip()[:1], path.suffix.lower()
+    lines = suffix in (".jsonl", ".ndjson")
+    if not begins and not lines:
         raise ConfigError(f"{path} is empty; it must hold a JSON list of rows")
+    if lines and begins == "[" and isinstance(_parse(text), list):
+        # a line of lists alone is a row that is no object
+        raise ConfigError(f"{path} holds a JSON list, and a {suffix} file one JSON object a line; rename it to .json")
+    if (suffix != ".json" and not lines and begins not in "[{") or "\x00" in text[:100]:
+        raise ConfigError(
+            f"{path} is no JSON in UTF-8: it begins with {text[:20]!r}; rows are read from .json (a list) and .jsonl "
+            "(one object a line) files"
+        )
+    if lines or (begins == "{" and _holds_lines(text)):
+        return _lines(text)
+    return _list(text, path)
+
+
+def _holds_lines(text: str) -> bool:
+    """Whether one of the first two lines is a JSON object of its own, beside others."""
+    lines = [line for line in text.split("\n", 20) if line.strip()]
+    return len(lines) > 1 and any(isinstance(_parse(line), dict) for line in lines[:2])
+
+
+def _list(text: str, path: Path) -> list[tuple[int, Any]]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
+        row = 1 + sum(end < error.pos for _, end in _elements(text))
         raise ConfigError(
-            f"{path} is broken JSON: {error.msg} at line {error.lineno} column {error.colno}, "
-            f"about row {_rows_before(text, error.pos)}"
+            f"{path} is broken JSON: {error.msg} at line {error.lineno} column {error.colno}, about row {row}"
         ) from None
+    except (ValueError, RecursionError):  # one row that Python cannot hold; the others are good
+        values = [_parse(text[start:end]) for start, end in _elements(text)]
     if not isinstance(values, list):
         raise ConfigError(f"{path} holds {_json_kind(values)}; it must hold a JSON list of rows")
     return list(enumerate(values, start=1))
 
 
-def _rows_before(text: str, position: int) -> int:
-    """The number of the row that a JSON list breaks in: whole rows before ``position``, plus one."""
-    decoder = json.JSONDecoder()
-    at = text.find("[") + 1
-    count = 0
-    while 0 < at < position:
-        while at < position and text[at] in " \t\r\n,":
-            at += 1
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            break
-        count += 1
-    return count + 1
+def _elements(text: str) -> Iterator[tuple[int, int]]:
+    """Where the elements of a JSON list begin and end."""
+    depth = start = 0
+    for mark in _JSON_MARKS.finditer(text):
+        depth += (mark.group() in "[{") - (mark.group() in "]}")
+        if mark.group() in "[{" and depth == 1:
+            start = mark.end()
+        elif (mark.group() == "," and depth == 1) or (mark.group() in "]}" and depth == 0):
+            yield start, mark.start()
+            start = mark.end()
 
 
 def _lines(text: str) -> Iterable[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, error
+            yield number, _parse(line)
+
+
+def _parse(text: str) -> Any:
+    """The JSON value, or the :class:`RowError` that says why there is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return RowError(f"broken JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return RowError("it is nested too deeply to be read")
+    except ValueError:
+        return RowError(f"it holds a whole number of more than {sys.get_int_max_str_digits():,} digits")
 
 
 def _json_kind(value: object) -> str:
