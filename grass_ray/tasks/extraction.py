@@ -1,9 +1,10 @@
 """Reading an answer out of a model's text, and saying whether it is right. Pure functions.
 
 ``published`` is what the LLM-Adapters evaluation does, its blind spots included: the last number of the text, the first
-capital A-E (so "Answer: D" reads as "A"), the first label word. ``strict`` reads what stands after "answer is" or
-"Answer:" (the first such place), after GSM8K's "####" or in a box, or a text that is nothing but the answer; it reads
-fractions as numbers::
+capital A-E (so "Answer: D" reads as "A"), the first label word. ``strict`` reads what is said to be the answer: after
+"answer is", "Answer:", "The correct option is", GSM8K's "####" or in a box, or a text that is nothing but the answer.
+The first such place counts, unless the same paragraph corrects it ("..., but the correct answer is 4"). It reads
+fractions, sums and LaTeX as numbers. Both read what comes before a text that ends an answer::
 
     extract_answer("The answer is (D).", TASKS["aqua"], "strict")     # "D"
     is_correct("D", "D", TASKS["aqua"])                               # True
@@ -11,31 +12,58 @@ fractions as numbers::
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from grass_ray.tasks.rows import parse_number
-from grass_ray.tasks.suites import TASKS, Task
+from grass_ray.tasks.suites import STOP, TASKS, Task
 
 ExtractionName = Literal["published", "strict"]
 
 TOLERANCE = 0.001
 
 _NUMBER = r"-?\d+\.?\d*"
-_STATED = r"answer[\"'*]*\s*(?:is|:|=)\s*[:=]?\s*[\"'(*$]*\s*"
-_ABOUT = r"(?:(?:approximately|about|exactly|equal to|therefore|thus)\s*)?"
 _STRICT_NUMBER = (
-    r"-?\$?-?(?:(?:\d{1,15}\s+)?\d{1,15}\s*/\s*\d{1,15}(?![\d/])"  # a fraction, before it a whole number
+    r"[-+]?[$€£¥₹]?[-+]?"
+    r"(?:(?:\d{1,15}\s+)?\d{1,15}(?:\.\d{1,15})?\s*/\s*\d{1,15}(?:\.\d{1,15})?(?![\d/])"  # before it a whole number
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
 )
+_QUALITY = r"(?:\b(?P<quality>correct|right|final|actual|true|best|wrong|incorrect|false)\s+)?"
+_VERB = r"[\"'*]*\s*(?:is|was|(?:must|should|would|will)\s+be|:|=)\s*[:=]?\s*"
+_ABOUT = r"(?:(?:approximately|about|exactly|equal to|therefore|thus|simply)\s*)?"
+_NOT_BUT = r"(?:not\s+[^\n.]{1,60}?\bbut\s+(?:rather\s+|it\s+is\s+)?)?"
+_QUOTES = r"[\"'(*$]*\s*"
+_VARIABLE = r"(?:[A-Za-z]\s*=\s*)?"
+_MARK = r"(?:####|\\(?:boxed|fbox)\{)\s*"
+_OPERATION = r"(?:\s*[+*]\s*|\s+[-/x]\s+)"  # "10-15" may be a range, "3x5" a size
+_WRONG = ("wrong", "incorrect", "false")
+_CORRECTION = re.compile(r"\b(?:but|wait|however|actually|sorry|instead|correction)\b", re.IGNORECASE)
+_SIGNS = {
+    "\N{MINUS SIGN}": "-",
+    "\N{FULLWIDTH HYPHEN-MINUS}": "-",
+    "\N{MULTIPLICATION SIGN}": "*",
+    "\N{DIVISION SIGN}": "/",
+    "\N{FRACTION SLASH}": "/",
+}
+_OPERATORS: Mapping[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "x": operator.mul,
+    "/": operator.truediv,
+}
 
 
 def extract_answer(output: str, task: Task, extraction: ExtractionName) -> str | None:
     """The answer that ``output`` gives, or None where it gives none."""
+    ended = re.split("|".join(map(re.escape, STOP)), output, maxsplit=1)[0]
+    text = unicodedata.normalize("NFC", ended)
     if extraction == "published":
-        return _published(output, task)
-    return _strict(output, task)
+        return _published(text, task)
+    return _strict(text, task)
 
 
 def is_correct(extracted: str | None, answer: str, task: Task) -> bool:
@@ -77,60 +105,132 @@ def _published(output: str, task: Task) -> str | None:
     return found.group() if found else None
 
 
-def _strict(output: str, task: Task) -> str | None:
-    text = output.replace("\N{MINUS SIGN}", "-")
+def _strict(text: str, task: Task) -> str | None:
+    plain = _plain_text(text)
     if task.answer == "number":
-        return _strict_number(text)
+        return _strict_number(plain)
     if task.answer == "letter":
-        return _strict_letter(text, task.labels)
-    return _strict_label(text, task.labels)
+        return _strict_letter(plain, task.labels)
+    return _strict_label(plain, task.labels)
+
+
+def _plain_text(text: str) -> str:
+    """The text with signs and LaTeX as one would type them."""
+    text = re.sub(r"\s*([¼-¾⅐-⅞])", lambda found: f" {unicodedata.normalize('NFKC', found[1])}", text)
+    for sign, typed in _SIGNS.items():
+        text = text.replace(sign, typed)
+    text = re.sub(r"(?<![^\s(:=$*\"'])[\N{EN DASH}\N{EM DASH}](?=[$€£]?[\d.])", "-", text)
+    if "\\" in text:
+        text = re.sub(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2", text)
+        text = re.sub(r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2", text)
+        text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"\\(?:left|right|displaystyle|[,;:!()\[\]])", "", text)
+        text = re.sub(r"\\(?:times|cdot)", "*", text).replace("\\div", "/").replace("{,}", ",")
+        text = re.sub(r"\\([$%&#])", r"\1", text)
+        text = re.sub(r"(?<=\{)\s+|(?<=-)\s+(?=\d+/)", "", text)  # what stood before a fraction
+    return re.sub(r"(?<=\d)\s*[x*]\s*10\s*\^\s*\{?([-+]?\d+)\}?", r"e\1", text)
+
+
+def _find_stated(text: str, noun: str, value: str) -> re.Match[str] | None:
+    """The place that says what the answer is: ``value`` behind "the ``noun`` is", or the correction of such a place."""
+    pattern = rf"{_QUALITY}\b(?:{noun}){_VERB}{_NOT_BUT}{_QUOTES}{value}"
+    places = re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE)
+    chosen: re.Match[str] | None = None
+    for place in places:
+        quality = (place["quality"] or "").lower()
+        if quality in _WRONG:
+            continue
+        if chosen is not None:
+            between = text[chosen.end() : place.start()]
+            if "\n\n" in between:
+                break  # another text
+            if not ((quality and not chosen["quality"]) or _CORRECTION.search(between)):
+                continue
+        chosen = place
+    return chosen
 
 
 def _strict_number(text: str) -> str | None:
-    """The stated number, or that of a text which is a number and at most three words of unit."""
-    if marked := re.search(rf"(?:####|\\boxed\{{)\s*({_STRICT_NUMBER})", text):
-        return _plain(marked.group(1))
-    stated = re.search(rf"{_STATED}{_ABOUT}({_STRICT_NUMBER})(?P<rest>[^\n]*)", text, re.IGNORECASE)
-    if stated:
-        # a stated equation ("3 + 4 = 7") means its result
-        result = re.match(rf"[\s\d.,()+*/x$%^-]*=\s*({_STRICT_NUMBER})", stated.group("rest"))
-        return _plain(result.group(1) if result else stated.group(1))
-    alone = re.fullmatch(rf"[\s\"'(*=]*({_STRICT_NUMBER})\s*%?(?:[A-Za-z]+(?:\s+[A-Za-z]+){{0,2}})?[\s\"').*]*", text)
-    return _plain(alone.group(1)) if alone else None
+    """The stated number, or that of a text which is a number and at most three words of unit, or ends in ``x = 4``."""
+    value = rf"{_ABOUT}{_QUOTES}{_VARIABLE}(?P<number>{_STRICT_NUMBER})(?=(?P<rest>[^\n]*))"
+    found = re.search(rf"{_MARK}{value}", text, re.IGNORECASE) or _find_stated(text, "answer", value)
+    if found:
+        return _result(found["number"], found["rest"])
+    unit = r"\s*%?(?:[A-Za-z]+(?:\s+[A-Za-z]+){0,2})?[\s\"').*$]*"
+    alone = re.fullmatch(rf"[\s\"'(*=$]*({_STRICT_NUMBER}){unit}", text) or re.fullmatch(
+        rf"[\s\"'(*$]*[A-Za-z]+\s*=\s*({_STRICT_NUMBER}){unit}", text.strip().rpartition("\n")[2]
+    )
+    return _plain(alone[1]) if alone else None
+
+
+def _result(number: str, rest: str) -> str | None:
+    """What an equation or a calculation that begins with ``number`` comes to; the number where there is none."""
+    equation = re.match(rf"(?!\.\s|,\s)(?:[\s\d.,()+*/x$%^-]*=\s*({_STRICT_NUMBER}))+", rest)
+    if equation:
+        return _plain(equation[1])
+    terms = re.match(rf"(?:{_OPERATION}{_STRICT_NUMBER})*", rest)
+    assert terms is not None
+    if re.match(r"\s*\^|\)?\s*[*/+](?=\s*[\d(])|\)\s*x\s*\d", rest[terms.end() :]):
+        return None  # more than is understood
+    if not terms.group():
+        return _plain(number)
+    signs = [re.sub(r"\s", "", sign) for sign in re.findall(rf"({_OPERATION}){_STRICT_NUMBER}", terms.group())]
+    values = [float(_plain(part)) for part in re.split(rf"{_OPERATION}(?={_STRICT_NUMBER})", number + terms.group())]
+    for kinds in ("*x/", "+-"):
+        while (place := next((at for at, sign in enumerate(signs) if sign in kinds), None)) is not None:
+            if signs[place] == "/" and not values[place + 1]:
+                return None
+            values[place : place + 2] = [_OPERATORS[signs.pop(place)](values[place], values[place + 1])]
+    return f"{values[0]:.10g}"
 
 
 def _strict_letter(text: str, letters: Sequence[str]) -> str | None:
     """The stated option; small letters count where nothing else can be meant: in brackets or at the end."""
-    either = "".join(letters) + "".join(letters).lower()
-    option = rf"(?:option|choice)?\s*[\"'(*]*(?:(?-i:([{''.join(letters)}]))\b|([{either}])(?=\)|[.*\"']*\s*$))"
-    found = re.search(_STATED + option, text, re.IGNORECASE | re.MULTILINE)
-    found = found or re.fullmatch(rf"[\s\"'*]*{option}[\s\"').*]*", text, re.IGNORECASE)
-    if found is None and len(re.findall(rf"(?<!\w)\(?[{''.join(letters)}]\)", text)) == 1:
-        found = re.match(rf"\s*\(?([{''.join(letters)}])()\)", text)  # "(D) 42": one option, with its text
-    return (found.group(1) or found.group(2)).upper() if found else None
+    capitals = "".join(letters)
+    option = (
+        rf"(?:option|choice)?\s*[\"'(*]*(?:(?-i:(?P<capital>[{capitals}]))\b"
+        rf"|(?P<either>[{capitals}{capitals.lower()}])(?=\)|[.*\"']*\s*$))"
+    )
+    listed = re.findall(rf"(?:(?<!\w)\(?[{capitals}]\)|(?:^|\s)[{capitals}]\.\s)", text)
+    found = (
+        re.search(_MARK + option.replace(r"\s*$", r"\s*\}"), text)
+        or _find_stated(text, "answer|option|choice", option)
+        or re.fullmatch(rf"[\s\"'*]*{option}[\s\"').*]*", text, re.IGNORECASE)
+        or (re.match(rf"\s*\(?(?P<capital>[{capitals}])(?:\)|\.\s)", text) if len(listed) == 1 else None)
+        or re.search(
+            rf"(?<!\w)(?:option|choice)?\s*\(?(?-i:(?P<capital>[{capitals}]))\)? is (?:the )?(?:correct|right|best)\b",
+            text,
+            re.IGNORECASE,
+        )
+    )
+    return (found["capital"] or found.groupdict().get("either") or "").upper() or None if found else None
 
 
 def _strict_label(text: str, labels: Sequence[str]) -> str | None:
     """The stated label, or that of a text which is one or says it is the right one; case and "solution 2" are free."""
-    names = {re.sub(r"\s", "", label).lower(): label for label in labels}
-    forms = [re.sub(r"(?<=[a-z])(?=\d)", r"\\s?", re.escape(label)) for label in sorted(labels, key=len, reverse=True)]
-    option = rf"({'|'.join(forms)})(?!\w)"
+    forms = {
+        label: re.sub(r"(?<=[a-z])(?=\d)", r"\\s?", re.escape(label)) for label in sorted(labels, key=len, reverse=True)
+    }
+    option = rf"(?P<label>{'|'.join(forms.values())})(?!\w)"
     found = (
-        re.search(_STATED + option, text, re.IGNORECASE)
+        re.search(_MARK + option, text, re.IGNORECASE)
+        or _find_stated(text, "answer|option|choice|solution|ending|label", option)
         or re.fullmatch(rf"[\s\"'(*]*{option}[\s\"').*]*", text, re.IGNORECASE)
         or re.search(rf"(?<!\w){option} is (?:the )?(?:correct|right|best)\b", text, re.IGNORECASE)
     )
-    return names[re.sub(r"\s", "", found.group(1)).lower()] if found else None
+    if found is None or found["label"] in labels:
+        return found["label"] if found else None
+    return next(label for label, form in forms.items() if re.fullmatch(form, found["label"], re.IGNORECASE))
 
 
 def _plain(number: str) -> str:
     """A number as Python reads it; a fraction as a decimal number."""
-    text = re.sub(r"[,$]", "", number).replace("--", "-")
-    parts = re.fullmatch(r"(?:(-?\d+)\s+)?(-?\d+)\s*/\s*(\d+)", text)
+    text = re.sub(r"[,$€£¥₹]", "", number).lstrip("+").replace("--", "-")
+    parts = re.fullmatch(r"(?:(-?\d+)\s+)?(-?[\d.]+)\s*/\s*([\d.]+)", text)
     if parts is None:
         return re.sub(r"\s", "", text)
     whole, numerator, denominator = parts.groups(default="0")
-    if not int(denominator):
+    if not float(denominator):
         return numerator
-    share = int(numerator) / int(denominator)
+    share = float(numerator) / float(denominator)
     return f"{int(whole) + (-share if whole.startswith('-') else share):.10g}"

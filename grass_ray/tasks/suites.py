@@ -18,7 +18,7 @@ from typing import Literal
 from grass_ray.config import ConfigError
 from grass_ray.methods import unknown
 
-STOP = ("### Instruction:",)
+STOP = ("### Instruction:", "### Response:")  # another question, or another answer to this one
 ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 
 
