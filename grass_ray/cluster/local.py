@@ -19,12 +19,13 @@ from rich.console import Console
 
 from grass_ray.cluster.options import choose_data
 from grass_ray.cluster.progress import RunProgress
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
+from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
 from grass_ray.training.report import StepReport, TrainingFailure
 
@@ -61,6 +62,7 @@ def build_config(
         suite, keys, source = choose_data(tasks, data_dir)
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
+        assignments = [*choose_extraction(source), *assignments]
     return config.override(assignments)
 
 
@@ -81,13 +83,16 @@ def train_locally(
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
     """
+    from grass_ray.training.lost_rows import find_lost_rows
     from grass_ray.training.memory_fit import fit_to_memory
-    from grass_ray.training.run import check_run
+    from grass_ray.training.run import check_run, tokenizer_to_check
 
     check_run(config)
     fitted = fit_to_memory(config) if memory_check else config
     if dry_run:
         print(config.to_yaml(), end="")
+        for line in find_lost_rows(config, tokenizer_to_check(config.model)):
+            print(line, file=sys.stderr)
         return 0
     checkpoint = output / "checkpoint"
     _check_folder(config, output, resume)
@@ -133,6 +138,8 @@ class _LocalRun:
         if self.checkpoint.is_dir():
             run.restore(self.checkpoint)
         self._print_head(run.state.optimizer.active_parameters(), run.state.model, run.state.steps_done)
+        for line in run.lost_rows():
+            self._say(line, always=True)
         status: Status = "finished"
         failure: str | None = None
         every = self.config.training.checkpoint_every_steps
@@ -198,7 +205,7 @@ class _LocalRun:
             self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
-        for line in _skipped_rows(record):
+        for line in _lost_test_rows(record):
             self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
@@ -224,6 +231,8 @@ class _LocalRun:
             "device": hardware(),
             "config": str(self.output / "config.yaml"),
         }
+        if isinstance(config.data.source, CustomSource) and config.evaluation.extraction == "strict":
+            rows["answers"] = "read by strict extraction (evaluation.extraction)"
         if steps_done:
             rows["resumed"] = f"after step {steps_done}"
         for name, text in rows.items():
@@ -248,15 +257,17 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.results.rendering import render
     from grass_ray.tasks.evaluation import check_evaluation, evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
+    from grass_ray.tasks.readback import check_answers
     from grass_ray.tasks.sources import check_data
     from grass_ray.training.export import check_output, load_trained_model
-    from grass_ray.training.models import cache_folder, describe_model, load_model
+    from grass_ray.training.models import cache_folder, describe_model, load_model, load_tokenizer
     from grass_ray.training.report import RunOutcome
     from grass_ray.training.weights import base_model_sha256
 
     describe_model(config.model)
     check_data(config.data, training=False)
     check_evaluation(config.data, config.evaluation)
+    check_answers(config.data, config.evaluation, load_tokenizer(config.model), online=True)
     if output is not None:
         check_output(output)
     started_at = now()
@@ -291,7 +302,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         model_sha256=base_model_sha256(config.model),
     )
     print(render(build_leaderboard([record])))
-    for line in _skipped_rows(record):
+    for line in _lost_test_rows(record):
         print(line)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -304,13 +315,13 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     return 0
 
 
-def _skipped_rows(record: RunRecord) -> list[str]:
-    """A line for each set of rows of which some could not be used and were left out."""
-    train = record.data.get("train", {})
-    counts = {"training rows": train.get("rows_skipped", 0)} | {
-        f"test rows of {task}": score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()
-    }
-    return [f"skipped   {number} {what}: they could not be used" for what, number in counts.items() if number]
+def _lost_test_rows(record: RunRecord) -> list[str]:
+    """A line for each set of test rows of which some could not be used, or not as a whole."""
+    skipped = {task: score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()}
+    said = [f"skipped   {lost} test rows of {task}: they could not be used" for task, lost in skipped.items() if lost]
+    if cut := record.metrics.get("evaluation/prompts_cut"):
+        said.append(f"cut       {cut:.0f} test prompts at their beginning: the model has no room for more tokens")
+    return said
 
 
 def _default_store(output: Path) -> str:

@@ -25,6 +25,7 @@ from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSour
 from grass_ray.methods import METHODS, get_method
 from grass_ray.results.best_settings import read_settings
 from grass_ray.tasks.custom import read_task_file
+from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.suites import resolve_tasks
 
 
@@ -223,7 +224,8 @@ def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
     methods = options.methods or defaults.methods
     for name in methods:
         get_method(name)
-    settings = (*defaults.settings, *([] if options.steps is None else [f"training.steps={options.steps}"]))
+    steps = [] if options.steps is None else [f"training.steps={options.steps}"]
+    settings = (*choose_extraction(source), *defaults.settings, *steps)
     found = read_settings(options.settings) if options.settings is not None else {}
     own = {name: (*defaults.method_settings.get(name, ()), *found.get(name, ())) for name in methods}
     return PlanChoices(
@@ -300,7 +302,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
 
     A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
     """
-    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    files = [name for name in names if name.lower().endswith((".yaml", ".yml"))]
     if not files:
         suite, tasks = resolve_tasks(list(names))
         return suite, tasks, data_source(suite, data_dir)

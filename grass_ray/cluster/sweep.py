@@ -36,7 +36,7 @@ from grass_ray.cluster.space import RandomPicker
 from grass_ray.cluster.space import choose as choose_point
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuning import Tuning
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.results.provenance import redact
 from grass_ray.results.store import default_tracking_uri
@@ -87,9 +87,12 @@ class Sweep:
         storage = root.join(self.name, plan.sweep_id)
         if options.dry_run:
             _print_trials(console, plan)
-            return 0
-        if not options.quiet:
+        elif not options.quiet:
             _print_head(console, plan, storage)
+        for line in _find_lost_rows(plan):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        if options.dry_run:
+            return 0
         from grass_ray.cluster.execution import Execution
 
         execution = Execution(plan, root, storage, options, console)
@@ -158,6 +161,17 @@ class Sweep:
             raise ConfigError("\n  ".join(mistakes))
 
 
+def _find_lost_rows(plan: SweepPlan) -> list[str]:
+    """A line for each way in which the trials lose training rows."""
+    from grass_ray.training.lost_rows import find_lost_rows
+    from grass_ray.training.run import tokenizer_to_check
+
+    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
+    distinct = {(config.model, config.data): config for config in configs if config.training.steps}
+    lines = [find_lost_rows(config, tokenizer_to_check(config.model)) for config in distinct.values()]
+    return list(dict.fromkeys(line for some in lines for line in some))
+
+
 def _same_trials(chosen: tuple[list[TrialSpec], Tuning | None], plan: SweepPlan) -> bool:
     specs, tuning = chosen
     same_search = (tuning and tuning.to_plain()) == (plan.tuning and plan.tuning.to_plain())
@@ -208,6 +222,9 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
         "trials": f"{plan.num_trials}, plan in {storage.uri}/{PLAN_FILE}",
         "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
     }
+    own = [config for config in configs if isinstance(config.data.source, CustomSource)]
+    if any(config.evaluation.extraction == "strict" for config in own):
+        rows["answers"] = "read by strict extraction (evaluation.extraction)"
     for name, text in rows.items():
         console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
     if plan.tuning is not None:

@@ -111,7 +111,7 @@ def _strict(text: str, task: Task) -> str | None:
         return _strict_number(plain)
     if task.answer == "letter":
         return _strict_letter(plain, task.labels)
-    return _strict_label(plain, task.labels)
+    return _strict_label(text, task.labels) or _strict_label(plain, task.labels)  # a label may hold such signs
 
 
 def _plain_text(text: str) -> str:

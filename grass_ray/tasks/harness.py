@@ -130,6 +130,9 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     ) -> list[Score]:
         """Score (texts, context ids, continuation ids); see :mod:`grass_ray.tasks.likelihood`."""
         rows = share_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
+        most = self.max_length + 1  # the last token is only predicted
+        cut = {texts[0] for texts, context, continuation in requests if len(context) + len(continuation) > most}
+        self._count(prompts_cut=len(cut))
         scorer = Scorer(self.model, rows)
         self._count(tokens=scorer.shared, passes=int(scorer.shared > 0))
 
@@ -157,6 +160,8 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         contexts = [request.args[0] for request in requests]
         self._tokenise(contexts)
         room = max(request.args[1]["max_gen_toks"] for request in requests)
+        lengths = [len(self.tok_encode(text)) for text in contexts]
+        self._count(prompts_cut=sum(length > self.max_length - room for length in lengths))
 
         def answer(batch: list[Any]) -> list[str]:
             self.batch_size_per_gpu = len(batch)
@@ -164,7 +169,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
             self.on_batch(len(batch))
             return texts
 
-        return self.scheduler.run(requests, [len(self.tok_encode(text)) for text in contexts], answer, room=room)
+        return self.scheduler.run(requests, lengths, answer, room=room)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Generate from ``context`` (rows, tokens), left-padded, with its attention mask in ``kwargs``."""

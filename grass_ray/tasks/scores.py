@@ -27,13 +27,15 @@ class Workload:
     """What an evaluation took: the same answers may take more or less.
 
     ``tokens`` are those of prompts, options and generated answers that went through the model, ``padding_tokens`` the
-    positions that were computed besides; ``halvings`` counts batches that did not fit into memory.
+    positions that were computed besides; ``halvings`` counts batches that did not fit into memory, ``prompts_cut``
+    prompts that lost their beginning because the model takes no more tokens.
     """
 
     tokens: int = 0
     padding_tokens: int = 0
     passes: int = 0
     halvings: int = 0
+    prompts_cut: int = 0
     seconds: float = 0.0
 
     def __add__(self, other: Workload) -> Workload:
@@ -98,13 +100,14 @@ def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float
     """What evaluating took, under MLflow's names; empty without results.
 
     ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
-    ``evaluation/examples_per_second`` (of one worker).
+    ``evaluation/examples_per_second`` (of one worker); ``evaluation/prompts_cut`` where there are any.
     """
     if not results:
         return {}
     total = sum((result.workload for result in results.values()), Workload())
     examples = sum(len(result.examples) for result in results.values())
-    return {
+    cut = {"evaluation/prompts_cut": float(total.prompts_cut)} if total.prompts_cut else {}
+    return cut | {
         "evaluation/tokens": float(total.tokens),
         "evaluation/padding_share": total.padding_share,
         "evaluation/halvings": float(total.halvings),

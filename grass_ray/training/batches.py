@@ -101,7 +101,9 @@ class Batches:
         self._batching = data.batching
         self.seed = seed
         self._epoch: tuple[int, list[int]] = (-1, [])
-        encoded = [_encode(row, tokenizer, data) for row in rows]
+        teaching = [row for row in rows if render_response(row)]
+        self.empty_rows = len(rows) - len(teaching)
+        encoded = [_encode(row, tokenizer, data) for row in teaching]
         self.truncated_rows = sum(len(ids) > data.max_length_tokens for ids, _ in encoded)
         cut = [(ids[: data.max_length_tokens], labels[: data.max_length_tokens]) for ids, labels in encoded]
         self._rows = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
@@ -127,6 +129,7 @@ class Batches:
             "train_rows_used": len(self._rows),
             "train_rows_truncated": self.truncated_rows,
             "train_rows_dropped": self.dropped_rows,
+            "train_rows_empty": self.empty_rows,
         }
 
     def _row(self, position: int) -> Document:

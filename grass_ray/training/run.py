@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ from grass_ray.config import (
     CosineScheduleConfig,
     CyclicSamplerConfig,
     GaLoreConfig,
+    HubSource,
     LinearScheduleConfig,
     MethodConfig,
+    ModelConfig,
     Parallel,
     PrefixConfig,
     ProjectionConfig,
@@ -50,6 +53,7 @@ from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
+from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.rows import Row, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks, workload_metrics
 from grass_ray.tasks.shards import merge_shards
@@ -59,8 +63,9 @@ from grass_ray.training.batches import Batches
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
+from grass_ray.training.lost_rows import check_some_row_fits, describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model
+from grass_ray.training.models import build_skeleton, cache_folder, describe_model, load_model, load_tokenizer
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sharding import check_shardable, shard_model
@@ -90,7 +95,8 @@ def check_run(
         try:
             check()
         except ConfigError as error:
-            mistakes.append(str(error))
+            if str(error) not in mistakes:  # a model or file that cannot be read stops several checks
+                mistakes.append(str(error))
 
     fewest = workers if fewest_workers is None else fewest_workers
     attempt(lambda: _check_workers(config, fewest, workers))
@@ -101,6 +107,8 @@ def check_run(
         attempt(lambda: check_packed_adapter(config.method.adapter))
     attempt(lambda: check_data(config.data))
     attempt(lambda: check_evaluation(config.data, config.evaluation))
+    attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
+    attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
     if mistakes:
         raise ConfigError("; ".join(mistakes))
 
@@ -144,6 +152,8 @@ class Run:
         torch.manual_seed(config.seed)
         device = device or default_device()
         loaded = load_model(config.model)
+        if isinstance(config.data.source, HubSource) and config.evaluation.test:
+            check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         rows = load_train_rows(config.data)
         training = config.training
         train_rows: Sequence[Row] = rows.rows
@@ -256,6 +266,10 @@ class Run:
         )
         reshard(self.state.model)
         self._results = merge_shards(workers.gather(results)) if shares else results
+
+    def lost_rows(self) -> list[str]:
+        """A line for each way in which training rows were lost."""
+        return describe_lost_rows(self._data, self.config.data.max_length_tokens)
 
     def weights_sha256(self) -> str:
         """The hash of all weights as they are now, trained or not (a second for two gigabytes).
@@ -416,6 +430,12 @@ def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
             f"a run of {fewest} to {most} workers goes on from its last checkpoint whenever their number changes; set "
             "training.checkpoint_every_steps=50, or another number of steps whose loss you can bear"
         )
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_to_check(model: ModelConfig) -> Any:
+    """A model's tokenizer to look at: every trial of a sweep is checked with it."""
+    return load_tokenizer(model)
 
 
 def _check_model(config: RunConfig) -> None:
