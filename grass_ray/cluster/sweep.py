@@ -20,7 +20,7 @@ import random
 import secrets
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -152,9 +152,10 @@ class Sweep:
         from grass_ray.training.run import check_run
 
         mistakes: dict[str, None] = {}
+        checked: set[Hashable] = set()
         for spec in _to_check(plan):
             try:
-                check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers)
+                check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers, checked)
             except ConfigError as mistake:
                 mistakes[str(mistake)] = None
         if mistakes:

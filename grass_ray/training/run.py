@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,7 +76,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def check_run(
-    config: RunConfig, workers: int = 1, parallel: Parallel = "replicate", fewest_workers: int | None = None
+    config: RunConfig,
+    workers: int = 1,
+    parallel: Parallel = "replicate",
+    fewest_workers: int | None = None,
+    checked: set[Hashable] | None = None,
 ) -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
 
@@ -85,6 +89,7 @@ def check_run(
         workers: how many share the micro-batches of every step.
         parallel: what each of them holds of the model.
         fewest_workers: the run may go on with any number of workers from this one up; None never changes it.
+        checked: data and models whose rows were found good, which are not read again; new ones are added.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -105,12 +110,16 @@ def check_run(
     attempt(lambda: _check_model(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
-    attempt(lambda: check_data(config.data))
-    attempt(lambda: check_evaluation(config.data, config.evaluation))
-    attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
-    attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
+    rows = (config.model, config.data, config.evaluation)
+    if checked is None or rows not in checked:
+        attempt(lambda: check_data(config.data))
+        attempt(lambda: check_evaluation(config.data, config.evaluation))
+        attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
+        attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
     if mistakes:
         raise ConfigError("; ".join(mistakes))
+    if checked is not None:
+        checked.add(rows)
 
 
 class Run:
