@@ -14,6 +14,7 @@ whose whole response the model finds likeliest. Importing this module loads no t
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import re
@@ -305,7 +306,8 @@ def _run(
         settings: dict[str, Any] = {
             "include": [str(layer) for layer in layers],
             "task": task.key,
-            "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(folder / "cache")},
+            # what is given is a pattern to datasets, and the temporary folder may have a "[" in its name
+            "dataset_kwargs": {"data_files": {"test": glob.escape(str(rows))}, "cache_dir": str(folder / "cache")},
         }
         if not choosing:
             settings["generation_kwargs"] = generation

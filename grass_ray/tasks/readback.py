@@ -2,7 +2,7 @@
 
 What training teaches ("the correct answer is incorrect") must be read back as the answer it states, by the rule that
 reads generated texts and by the tokenizer that writes them, and must fit into the tokens that a model may write.
-Options that are compared by likelihood must differ in their tokens::
+Of options that are compared by likelihood none may begin another::
 
     check_answers(config.data, config.evaluation, tokenizer)       # ConfigError that names what would be misread
     choose_extraction(source)                                      # ["evaluation.extraction=strict"], or nothing
@@ -10,6 +10,7 @@ Options that are compared by likelihood must differ in their tokens::
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -165,14 +166,14 @@ class _Check:
 
 
 def _check_options(task: Task, tokenizer: Any) -> list[str]:
-    """Options that no likelihood can tell apart."""
-    seen: dict[tuple[int, ...], str] = {}
-    for label in task.labels:
-        ids = tuple(encode_answer(tokenizer, render_answer(task, label)))
-        if (other := seen.setdefault(ids, label)) != label:
+    """Options that no likelihood can tell apart: what begins another option is never less likely than that."""
+    options = sorted((encode_answer(tokenizer, render_answer(task, label)), label) for label in task.labels)
+    for (ids, label), (longer, other) in itertools.pairwise(options):
+        if longer[: len(ids)] == ids:
+            how = "with the same tokens as" if longer == ids else "with the first tokens of"
             return [
-                f"{task.key}: this model's tokenizer writes the labels {other!r} and {label!r} with the same tokens, "
-                "so that log-likelihood cannot tell them apart; give other labels, or a model with another tokenizer"
+                f"{task.key}: this model's tokenizer writes the label {label!r} {how} {other!r}, so that likelihood "
+                f"cannot tell them apart; use evaluation.scoring=generation, or other labels"
             ]
     return []
 

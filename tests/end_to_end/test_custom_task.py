@@ -17,7 +17,7 @@ from grass_ray.config import ConfigError, CustomSource, DataConfig, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.extraction import extract_answer, process_results
-from grass_ray.tasks.sources import check_data, load_train_rows
+from grass_ray.tasks.sources import check_data, load_test_rows, load_train_rows
 
 PAGE = (REPOSITORY / "examples" / "custom_task.md").read_text(encoding="utf-8")
 
@@ -93,6 +93,37 @@ def test_rows_learn_the_answer_where_they_have_no_output(folder: Path) -> None:
     rows = load_train_rows(data_of(folder / "reviews.yaml")).rows
     assert rows[0].output == "the correct answer is positive"
     assert rows[0].input == "I loved every minute of it."
+
+
+def test_rows_without_a_text_learn_the_answer_too(folder: Path) -> None:
+    with (folder / "reviews-train.jsonl").open("a") as file:
+        file.write('{"text": null, "sentiment": "negative", "output": null}\n')
+    row = load_train_rows(data_of(folder / "reviews.yaml")).rows[-1]
+    assert (row.input, row.output) == ("", "the correct answer is negative")
+
+
+def test_files_are_found_at_home_beside_the_task_file_and_in_strange_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    strange = tmp_path_factory.mktemp("x") / "what? #1 [of two] é"
+    folder.rename(strange)
+    monkeypatch.setenv("HOME", str(strange))
+    monkeypatch.chdir(strange.parent)
+    path = strange / "reviews.yaml"
+    path.write_text(path.read_text().replace("test: reviews", "test: ~/reviews"))
+    for name in (str(path), f"{strange.name}/reviews.yaml", "~/reviews.yaml"):
+        data = data_of(Path(name))
+        assert data.source.test == str(strange / "reviews-test.jsonl")
+        assert data.source.train == str(strange / "reviews-train.jsonl")
+        check_data(data)
+
+
+def test_true_and_false_are_labels_in_any_case(folder: Path) -> None:
+    (folder / "reviews-test.jsonl").write_text('{"text": "So?", "sentiment": true}\n')
+    path = folder / "reviews.yaml"
+    path.write_text(path.read_text().replace("[positive, negative]", '["True", "False"]').replace("train:", "#"))
+    (row,) = load_test_rows("reviews", data_of(path)).rows
+    assert row.answer == "True"
 
 
 def test_a_sweep_takes_the_file(folder: Path) -> None:

@@ -247,6 +247,13 @@ def test_evaluation_is_quiet_and_touches_no_network(model, tokenizer, choices, c
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_temporary_folder_may_have_any_name(model, tokenizer, tmp_path, monkeypatch):
+    strange = tmp_path / "t[1]?#x *{a}"
+    strange.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(strange))
+    assert len(evaluate(model, tokenizer, GENERATED, EvaluationConfig(limit=2))["generated"].examples) == 2
+
+
 def test_a_short_context_leaves_room_for_the_question(tokenizer):
     short = make_model(tokenizer, positions=64)
     result = evaluate(short, tokenizer, GENERATED, EvaluationConfig(limit=2))["generated"]

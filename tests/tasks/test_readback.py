@@ -139,9 +139,17 @@ def test_a_tokenizer_that_cannot_write_an_answer_is_named(tmp_path):
     assert "tokenizer writes as 'the correct answer is rome'" in message
     check_answers(data, EvaluationConfig(extraction="strict"), small_letters())
     strange = custom(tmp_path, [{"answer": "oslo"}], answer="labels", labels=("oslo", "bergen"))
-    assert "'oslo' and 'bergen' with the same tokens" in refused(strange, small_letters(), scoring="loglikelihood")
+    assert "'bergen' with the same tokens as 'oslo'" in refused(strange, small_letters(), scoring="loglikelihood")
     ending = custom(tmp_path, [{"answer": "rome"}], answer="labels", labels=("rome", "<end>"))
     assert "taught for the answer '<end>'" in refused(ending, small_letters())
+
+
+def test_an_option_that_begins_another_is_no_matter_of_likelihood(tmp_path, tokenizer):
+    data = custom(tmp_path, [{"answer": "10"}], answer="labels", labels=("2", "10", "1"))
+    message = refused(data, tokenizer, scoring="loglikelihood")
+    assert "label '1' with the first tokens of '10'" in message
+    assert "evaluation.scoring=generation" in message
+    check_answers(data, EvaluationConfig(), tokenizer)
 
 
 def test_every_way_to_start_asks(tmp_path):

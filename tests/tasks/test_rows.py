@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from task_parts import record, write
@@ -48,6 +49,15 @@ def test_line_separators_inside_json_lines_do_not_split_rows(tmp_path):
         (record("F"), TASKS["aqua"], ["row 2", "unknown label 'F'"]),
         (record("twelve"), GSM8K, ["row 2", "'twelve' is not a number"]),
         (record("inf"), GSM8K, ["row 2", "'inf' is not a number"]),
+        (record(float("nan")), GSM8K, ["row 2", "'nan' is not a number"]),
+        (record("1e999999"), GSM8K, ["row 2", "'1e999999' is not a number"]),
+        (record("9" * 6000), GSM8K, ["row 2", "(6,000 characters)' is not a number"]),
+        (record("1,5"), GSM8K, ["row 2", "'1,5' is not a number; a comma separates thousands"]),
+        (record("12,34"), GSM8K, ["row 2", "a comma separates thousands"]),
+        (record("1_000"), GSM8K, ["row 2", "'1_000' is not a number"]),
+        (record("12 %"), GSM8K, ["row 2", "'12 %' is not a number"]),
+        (record(None), GSM8K, ["row 2", "'answer' is NoneType"]),
+        (record({"a": 1}), GSM8K, ["row 2", "'answer' is dict"]),
         (record(instruction="  "), BOOLQ, ["row 2", "'instruction' is empty"]),
         ("text", BOOLQ, ["row 2", "it is text, not an object"]),
     ],
@@ -85,6 +95,57 @@ def test_a_broken_file_is_one_clear_error(tmp_path, content, words):
     assert all(word in message for word in words), message
 
 
+def test_what_a_file_holds_decides_how_it_is_read(tmp_path):
+    records = [record("true"), record("false")]
+    wanted = read_rows(write(tmp_path / "a.json", records), BOOLQ)
+    lines = "\n".join(map(json.dumps, records))
+    for name, content in {
+        "lines.json": lines,
+        "UPPER.JSONL": lines,
+        "UPPER.JSON": records,
+        "a.ndjson": lines,
+        "no_suffix": lines,
+        "a.txt": json.dumps(records, indent=1),
+        "mark.jsonl": b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode(),
+        "mark.json": b"\xef\xbb\xbf\n " + lines.encode(),
+        "a b#c?.jsonl": lines,
+    }.items():
+        assert read_rows(write(tmp_path / name, content), BOOLQ) == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", json.dumps([record()], indent=1), ["holds a JSON list", "rename it to .json"]),
+        ("a.jsonl", json.dumps([record(), record()]), ["holds a JSON list"]),
+        ("a.csv", "text,label\na,good\n", ["begins with 'text,label", ".jsonl (one object a line)"]),
+        ("a.parquet", b"PAR1\x15\x04", ["is no JSON"]),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00", ["is no JSON"]),
+        ("a.json", json.dumps([record()]).encode("utf-16"), ["is no JSON in UTF-8"]),
+        ("a.jsonl", json.dumps(record()).encode("utf-16-le"), ["is no JSON in UTF-8"]),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_it_should_be(tmp_path, name, content, words):
+    message = refused(write(tmp_path / name, content))
+    assert all(word in message for word in words), message
+
+
+def test_answers_that_are_written_differently_are_the_same_label(tmp_path):
+    numbered = replace(BOOLQ, labels=("1", "2.5", "caf\u00e9"))
+    rows = [record(1), record(1.0), record("1"), record(2.5), record("cafe\u0301 "), record("caf\u00e9")]
+    found = [row.answer for row in read_rows(write(tmp_path / "a.json", rows), numbered)]
+    assert found == ["1", "1", "1", "2.5", "caf\u00e9", "caf\u00e9"]
+
+
+def test_an_input_of_null_is_none(tmp_path):
+    assert read_rows(write(tmp_path / "a.json", [record(input=None)]), BOOLQ)[0].input == ""
+
+
+@pytest.mark.parametrize("text", ["1,500", "-1,234,567.25", "1,00,000", "12.", ".5", "+3", "1e-05", "-0"])
+def test_numbers_as_people_write_them(tmp_path, text):
+    assert read_rows(write(tmp_path / "a.json", [record(text)]), GSM8K)[0].answer == text
+
+
 def test_an_empty_json_lines_file(tmp_path):
     assert "holds no rows" in refused(write(tmp_path / "a.jsonl", "\n"))
 
@@ -105,6 +166,12 @@ BROKEN = {
     "lone surrogate": (json.dumps(record(instruction="\ud800?")), "the lone surrogate U+D800"),
     "huge": (json.dumps(record(instruction="x" * (MAX_ROW_CHARACTERS + 1))), "a row may have 1,000,000"),
     "not an object": ("[1, 2]", "it is a list, not an object"),
+    "too many digits": (json.dumps(record())[:-1] + f', "id": {"7" * 5000}}}', "number of more than 4,300 digits"),
+    "nested too deeply": (json.dumps(record())[:-1] + f', "tree": {"[" * 9000}{"]" * 9000}}}', "nested too deeply"),
+    "nested too deeply, with brackets in text": (
+        f'{{"instruction": "a ] \\" }} , [ b", "tree": {"[" * 9000}{"]" * 9000}}}',
+        "nested too deeply",
+    ),
 }
 
 
