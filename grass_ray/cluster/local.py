@@ -320,7 +320,10 @@ def _lost_test_rows(record: RunRecord) -> list[str]:
     skipped = {task: score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()}
     said = [f"skipped   {lost} test rows of {task}: they could not be used" for task, lost in skipped.items() if lost]
     if cut := record.metrics.get("evaluation/prompts_cut"):
-        said.append(f"cut       {cut:.0f} test prompts at their beginning: the model has no room for more tokens")
+        said.append(
+            f"cut       {cut:.0f} test prompts at their beginning: the model has no room for them; take one with more "
+            "positions, or a smaller max_new_tokens"
+        )
     return said
 
 

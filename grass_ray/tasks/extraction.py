@@ -31,16 +31,18 @@ _STRICT_NUMBER = (
     r"(?:(?:\d{1,15}\s+)?\d{1,15}(?:\.\d{1,15})?\s*/\s*\d{1,15}(?:\.\d{1,15})?(?![\d/])"  # before it a whole number
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|\.\d+)"
 )
-_QUALITY = r"(?:\b(?P<quality>correct|right|final|actual|true|best|wrong|incorrect|false)\s+)?"
+_QUALITY = r"(?:\b(?P<quality>correct|right|final|actual|real|best|wrong|incorrect)[ \t]+)?"
 _VERB = r"[\"'*]*\s*(?:is|was|(?:must|should|would|will)\s+be|:|=)\s*[:=]?\s*"
 _ABOUT = r"(?:(?:approximately|about|exactly|equal to|therefore|thus|simply)\s*)?"
-_NOT_BUT = r"(?:not\s+[^\n.]{1,60}?\bbut\s+(?:rather\s+|it\s+is\s+)?)?"
+_NOT_BUT = (
+    r"(?:n[o']t\s+(?:[^\n.]|\.\d){1,60}?(?:\bbut\b|[,;]\s*(?=it\b|rather\b))\s*(?:rather\s+)?(?:it(?:\s+is|'s)\s+)?)?"
+)
 _QUOTES = r"[\"'(*$]*\s*"
 _VARIABLE = r"(?:[A-Za-z]\s*=\s*)?"
 _MARK = r"(?:####|\\(?:boxed|fbox)\{)\s*"
 _OPERATION = r"(?:\s*[+*]\s*|\s+[-/x]\s+)"  # "10-15" may be a range, "3x5" a size
-_WRONG = ("wrong", "incorrect", "false")
-_CORRECTION = re.compile(r"\b(?:but|wait|however|actually|sorry|instead|correction)\b", re.IGNORECASE)
+_WRONG = ("wrong", "incorrect")
+_CORRECTION = re.compile(r"\b(?:wait|actually|sorry|instead|correction)\b", re.IGNORECASE)
 _SIGNS = {
     "\N{MINUS SIGN}": "-",
     "\N{FULLWIDTH HYPHEN-MINUS}": "-",
@@ -133,7 +135,7 @@ def _plain_text(text: str) -> str:
 
 def _find_stated(text: str, noun: str, value: str) -> re.Match[str] | None:
     """The place that says what the answer is: ``value`` behind "the ``noun`` is", or the correction of such a place."""
-    pattern = rf"{_QUALITY}\b(?:{noun}){_VERB}{_NOT_BUT}{_QUOTES}{value}"
+    pattern = rf"{_QUALITY}(?<![A-Za-z])(?:{noun}){_VERB}{_NOT_BUT}{_QUOTES}{value}"
     places = re.finditer(pattern, text, re.IGNORECASE | re.MULTILINE)
     chosen: re.Match[str] | None = None
     for place in places:

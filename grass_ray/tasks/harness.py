@@ -68,6 +68,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         self.scheduler = Scheduler(batch_size, self.device.type)
         self._token_cache = TokenCache(tokenizer, cache)
         self._tokens: dict[str, list[int]] = {}
+        self._answer = functools.lru_cache(maxsize=1024)(functools.partial(encode_answer, tokenizer))
         self._counted = Workload()
 
     def take_workload(self) -> Workload:
@@ -94,7 +95,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode the two as training does. White space before an option counts to the option, as lm-eval has it."""
         prompt = self.tok_encode(context)
-        whole = prompt + encode_answer(self.tokenizer, continuation)
+        whole = prompt + self._answer(continuation)
         start = min(len(self.tok_encode(context.rstrip())), len(prompt))
         return whole[:start], whole[start:]
 
