@@ -30,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grass_ray.config import ConfigError
 from grass_ray.tasks.decoding import Decoder
-from grass_ray.tasks.encoding import encode_answer, encode_prompt, without_end
+from grass_ray.tasks.encoding import encode_pair, encode_prompt, without_end
 from grass_ray.tasks.likelihood import Row, Score, Scorer, share_rows
 from grass_ray.tasks.scheduling import Scheduler
 from grass_ray.tasks.scores import Workload
@@ -68,7 +68,6 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         self.scheduler = Scheduler(batch_size, self.device.type)
         self._token_cache = TokenCache(tokenizer, cache)
         self._tokens: dict[str, list[int]] = {}
-        self._answer = functools.lru_cache(maxsize=1024)(functools.partial(encode_answer, tokenizer))
         self._counted = Workload()
 
     def take_workload(self) -> Workload:
@@ -80,12 +79,12 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     # -- tokens
 
     def _tokenise(self, texts: Sequence[str]) -> None:
-        """Have the tokens of prompts at hand."""
+        """Have the tokens of texts at hand."""
         found = self._token_cache.encode(texts)
         self._tokens = {text: without_end(self.tokenizer, ids) for text, ids in found.items()}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text; those of a prompt, unless told which special tokens to add."""
+        """The token ids of a text as of a prompt, unless told which special tokens to add."""
         if add_special_tokens is not None or kwargs:
             ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
             return ids
@@ -94,10 +93,9 @@ class ObservedLM(HFLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode the two as training does. White space before an option counts to the option, as lm-eval has it."""
-        prompt = self.tok_encode(context)
-        whole = prompt + self._answer(continuation)
+        prompt, answer = encode_pair(self.tokenizer, context, continuation, self.tok_encode)
         start = min(len(self.tok_encode(context.rstrip())), len(prompt))
-        return whole[:start], whole[start:]
+        return prompt[:start], prompt[start:] + answer
 
     def tok_batch_encode(
         self,
@@ -121,8 +119,10 @@ class ObservedLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
         """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
-        contexts = [request.args[0] for request in requests]
-        self._tokenise([*contexts, *(context.rstrip() for context in contexts)])
+        pairs = [request.args for request in requests]
+        contexts = [context for context, _ in pairs]
+        wholes = [context + continuation for context, continuation in pairs]
+        self._tokenise([*contexts, *(context.rstrip() for context in contexts), *wholes])
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, HubSource, SourceConfig
 from grass_ray.tasks.custom import find_task, read_custom
-from grass_ray.tasks.encoding import encode_answer
+from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.extraction import ExtractionName, extract_answer, is_correct
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.sources import load_test_rows
 from grass_ray.tasks.suites import TASKS, Task
-from grass_ray.tasks.templates import render_answer, render_response
+from grass_ray.tasks.templates import render_answer, render_prompt, render_response
 
 MOST_RESPONSES = 1000  # responses of a user's own rows that are looked at, spread over the file
 MOST_MISREAD = 0.1  # share of them that may be misread: responses that people wrote are never all of one form
@@ -45,12 +45,13 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
         online: whether rows may be loaded from the hub; else its tasks are checked as far as their labels say.
     """
     mistakes: list[str] = []
+    prompt = render_prompt(Row(instruction="?", input="", output="", answer=""), data.template)
     for key in data.tasks:
         task = find_task(key, data.source)
         if evaluation.scoring == "loglikelihood":
-            mistakes += _check_options(task, tokenizer)
+            mistakes += _check_options(task, prompt, tokenizer)
             continue
-        check = _Check(task, evaluation.extraction, tokenizer)
+        check = _Check(task, evaluation.extraction, prompt, tokenizer)
         mistakes += check.find_mistakes(_rendered(task, data, online=online), most=0) or check.find_mistakes(
             _own_responses(task, data), most=MOST_MISREAD
         )
@@ -109,15 +110,16 @@ def _reads(text: str, answer: str, task: Task, rule: ExtractionName) -> bool:
 class _Check:
     """What becomes of responses of one task when a model with this tokenizer writes them."""
 
-    def __init__(self, task: Task, rule: ExtractionName, tokenizer: Any) -> None:
+    def __init__(self, task: Task, rule: ExtractionName, prompt: str, tokenizer: Any) -> None:
         self.task = task
         self.rule = rule
+        self._prompt = prompt
         self._tokenizer = tokenizer
 
     def find_mistakes(self, responses: Sequence[_Response], *, most: float) -> list[str]:
         """What is wrong with more than a share of ``most`` of the responses: in one sentence, or none."""
         limit = self.task.max_new_tokens
-        tokens = {response: encode_answer(self._tokenizer, response.text) for response in responses}
+        tokens = {response: encode_pair(self._tokenizer, self._prompt, response.text)[1] for response in responses}
         long = [response for response, ids in tokens.items() if len(ids) > limit]
         if len(long) > most * len(responses):
             longest = max(long, key=lambda response: len(tokens[response]))
@@ -165,9 +167,9 @@ class _Check:
         return f" ({len(some)} of {len(responses)} responses are like that)" if len(some) > 1 else ""
 
 
-def _check_options(task: Task, tokenizer: Any) -> list[str]:
+def _check_options(task: Task, prompt: str, tokenizer: Any) -> list[str]:
     """Options that no likelihood can tell apart: what begins another option is never less likely than that."""
-    options = sorted((encode_answer(tokenizer, render_answer(task, label)), label) for label in task.labels)
+    options = sorted((encode_pair(tokenizer, prompt, render_answer(task, label))[1], label) for label in task.labels)
     for (ids, label), (longer, other) in itertools.pairwise(options):
         if longer[: len(ids)] == ids:
             how = "with the same tokens as" if longer == ids else "with the first tokens of"

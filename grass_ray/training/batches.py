@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grass_ray.config import ConfigError, DataConfig
 from grass_ray.layerwise.generators import keyed_generator
-from grass_ray.tasks.encoding import encode_answer, encode_prompt
+from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.templates import render_prompt, render_response
 
@@ -207,7 +207,7 @@ def pack(documents: Sequence[Document], pad_token: int) -> Batch:
 
 def _encode(row: Row, tokenizer: Any, data: DataConfig) -> Document:
     """Token ids and labels (unshifted) of a row: prompt, response, end token."""
-    prompt = encode_prompt(tokenizer, render_prompt(row, data.template))
-    response = [*encode_answer(tokenizer, render_response(row)), tokenizer.eos_token_id]
+    prompt, answer = encode_pair(tokenizer, render_prompt(row, data.template), render_response(row))
+    response = [*answer, tokenizer.eos_token_id]
     ids = prompt + response
     return ids, list(ids) if data.train_on_inputs else [IGNORED] * len(prompt) + response

@@ -103,8 +103,8 @@ def test_the_tokens_trained_on_are_those_scored_and_generated_from(kind, templat
     assert scores[0][0] == pytest.approx(plain, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "start"])
-def test_ordinary_tokenizers_score_what_lm_eval_itself_scores(kind):
+@pytest.mark.parametrize("kind", ["ordinary", "start", "llama2", "llama2 with start"])
+def test_tokenizers_score_what_lm_eval_itself_scores(kind):
     tokenizer = TOKENIZERS[kind]()
     model = make_model(tokenizer)
     with undisturbed(model, tokenizer):
