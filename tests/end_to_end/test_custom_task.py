@@ -84,6 +84,36 @@ def test_skipped_test_rows_are_said_and_recorded(
     assert (protocol["broken_rows"], protocol["test_rows_skipped"], protocol["test_rows"]) == ("skip", 1, 3)
 
 
+def test_a_model_that_learnt_its_sentences_is_right_and_lost_rows_are_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels that published extraction cannot tell apart, in rows of which some are too long."""
+    rows = [{"text": f"Proof {number}.", "sentiment": "incorrect"} for number in range(8)]
+    long = [{"text": "word " * 400, "sentiment": "correct"}] * 3
+    (folder / "reviews-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + long))
+    (folder / "reviews-test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "reviews.yaml"
+    path.write_text(path.read_text().replace("[positive, negative]", "[correct, incorrect]"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    words = ["train", "full", "--model", "tiny", "--task", "reviews.yaml", "--output", "out", "--steps", "60"]
+    words += ["--lr", "3e-3", "--batch-size", "4", "--set", "training.lr_schedule=constant"]
+    with pytest.raises(SystemExit) as refused:
+        main([*words, "evaluation.extraction=published"])
+    assert refused.value.code == 2
+    assert "evaluation.extraction=strict" in capsys.readouterr().err
+    assert not (folder / "out").exists(), "nothing was started"
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "answers   read by strict extraction" in said
+    assert "dropped   3 of 11 training rows: no answer within 256 tokens; raise data.max_length_tokens" in said
+    record = json.loads((folder / "out" / "record.json").read_text())
+    assert record["metrics"]["eval/reviews/accuracy"] == 1.0
+    assert record["tasks"]["reviews"]["extraction"] == "strict"
+
+
 def data_of(path: Path) -> DataConfig:
     suite, tasks, source = choose_data([str(path)], None)
     return DataConfig(suite=suite, tasks=tasks, source=source)
