@@ -88,6 +88,7 @@ def test_a_folder_as_base_model_is_named_without_its_place(tmp_path: Path) -> No
     assert "fine-tuned from `my base`" in text
     assert "base_model" not in text.split("---")[1]
     assert hub_name(config(make_record(overrides=["model.name=tiny"]))) is None
+    assert hub_name(config(make_record(overrides=["model.name=/gone"]))) is None
     assert hub_name(config(make_record(overrides=["model.name=meta-llama/Llama-3.2-1B"]))) == "meta-llama/Llama-3.2-1B"
 
 
