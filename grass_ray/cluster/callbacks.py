@@ -146,11 +146,11 @@ class Ledger:
     def _write(self, record: RunRecord, spec: TrialSpec) -> None:
         self.storage.write_text(record.model_dump_json(indent=1), spec.folder, RECORD_FILE)
 
-    def stop_running(self) -> None:
-        """The sweep is interrupted: close the runs of the trials that have not ended, without a record in storage."""
+    def stop_running(self, status: Status, reason: str) -> None:
+        """The sweep ends early: close the runs of the trials that have not ended, without a record in storage."""
         for key in self._started_at.keys() - self.records.keys():
             spec = self._specs[key]
-            record = self._record_without_outcome(spec, "stopped", "the sweep was interrupted; --resume goes on")
+            record = self._record_without_outcome(spec, status, reason)
             self.tracker.finish(self._run_ids[key], record, self._fetch(spec))
 
     def has_ended(self, spec: TrialSpec) -> bool:

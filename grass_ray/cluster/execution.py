@@ -7,6 +7,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from grass_ray.cluster.callbacks import Ledger, SweepCallback
 from grass_ray.cluster.launch import Batch, Share, ray_cluster, run_trials
 from grass_ray.cluster.options import SweepOptions
 from grass_ray.cluster.plan import SweepPlan, TrialSpec
+from grass_ray.cluster.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.cluster.progress import SweepProgress
 from grass_ray.cluster.searching import GroupSearch
 from grass_ray.cluster.storage import Storage
@@ -30,7 +35,7 @@ from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
 from grass_ray.training.report import VALIDATION
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+FULL_MIB = 8.0  # less than a trial writes
 TRACKING_WITHIN_S = 300.0
 SUMMARY_FOLDER, BEST_FILE = "summary", "best.yaml"
 
@@ -72,18 +77,37 @@ class Execution:
                 folder=Path(scratch) / SUMMARY_FOLDER,
             )
             ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
-            code = EXIT_INTERRUPTED
-            try:
-                self._run_trials(ledger)
-                code = self._sum_up(sweep_run, list(ledger.records.values()), overview)
-            except KeyboardInterrupt:
-                ledger.stop_running()
-                overview.show(list(ledger.records.values()), at_once=True)
-                self.tracker.finish_sweep(sweep_run, status="stopped")
-                self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
-            finally:
-                self._close_tracker(resume_command, patient=code != EXIT_INTERRUPTED)
+            code = INTERRUPTED
+            with Interrupts() as interrupts:
+                try:
+                    self._run_trials(ledger)
+                    code = self._sum_up(sweep_run, list(ledger.records.values()), overview)
+                except KeyboardInterrupt:
+                    interrupts.ignore()
+                    ledger.stop_running("stopped", "the sweep was interrupted; --resume goes on")
+                    self.tracker.finish_sweep(sweep_run, status="stopped")
+                    self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
+                    overview.show(list(ledger.records.values()), at_once=True)
+                except Exception as error:
+                    code, reason = FAILED, self._refusal(error)
+                    ledger.stop_running("failed", reason or f"{type(error).__name__}: {error}")
+                    self.tracker.finish_sweep(sweep_run, status="failed")
+                    if reason is None:
+                        raise
+                    print(f"error: the sweep cannot go on: {reason}\ngo on with:  {resume_command}", file=sys.stderr)
+                finally:
+                    self._close_tracker(resume_command, patient=code != INTERRUPTED)
         return code
+
+    def _refusal(self, error: Exception) -> str | None:
+        """What the system refused, if that is why; a file that a full disk left half written fails in its own way."""
+        local = self.storage.local_folder
+        free = None if local is None or not local.is_dir() else shutil.disk_usage(local).free / 1024**2
+        where = self.storage.uri + ("" if free is None else f": {free:.1f} MiB are free there")
+        reason = describe_failure(error)
+        if reason is None and free is not None and free < FULL_MIB:
+            reason = os.strerror(errno.ENOSPC)
+        return None if reason is None else f"{reason} ({where})"
 
     def _run_trials(self, ledger: Ledger) -> None:
         tuning = self.plan.tuning
@@ -194,7 +218,7 @@ class Execution:
             self._say(f"settings: {line}")
         if not self.plan.tracking_uri.startswith("http"):
             self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
-        return EXIT_FAILED if failed else 0
+        return FAILED if failed else 0
 
     def _close_tracker(self, resume_command: str, *, patient: bool) -> None:
         """Send what MLflow has not taken yet; ``patient``: its server may be down for minutes when a sweep ends."""

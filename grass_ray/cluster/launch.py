@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import ray
 import torch
 from ray import tune
@@ -55,6 +56,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
+KNOCK_S = 10.0  # Ray itself would wait for many minutes
 _PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 _SHORT_FOLDER = "/tmp"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
@@ -173,8 +175,9 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     Raises:
         ConfigError: When the cluster does not answer, or too few machines join.
     """
-    for name in ("ray", "ray.tune", "ray.train"):
+    for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials' errors as pages; their records say them
     wanted = os.environ.get("RAY_ADDRESS")
     previous = signal.getsignal(signal.SIGTERM)  # Ray has a handler of its own
     try:
@@ -218,9 +221,16 @@ def knock(address: str) -> None:
             "cluster of this machine). http:// is for `ray job submit`, and Ray Client's ray:// is not supported."
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
     except OSError as error:
         raise ConnectionError(f"Nobody answers there ({error.strerror or error}).") from None
+    if "RAY_USE_TLS" in os.environ:
+        return
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray speaks
+        try:
+            grpc.channel_ready_future(channel).result(timeout=KNOCK_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError("What answers there is no head of a Ray cluster; its dashboard, perhaps.") from None
 
 
 def short_folders() -> dict[str, str]:

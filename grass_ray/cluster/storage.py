@@ -9,6 +9,7 @@ Worker and driver may sit on different machines; both see a trial only through i
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,13 @@ class Storage:
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
         # an object store shows an object once it is whole; moving one would copy it
         written = f"{path}.part" if isinstance(filesystem, fs.LocalFileSystem) else path
-        with filesystem.open_output_stream(written) as file:
-            file.write(text.encode("utf-8"))
+        try:
+            with filesystem.open_output_stream(written) as file:
+                file.write(text.encode("utf-8"))
+        except OSError:
+            with suppress(OSError):
+                filesystem.delete_file(written)
+            raise
         if written != path:
             filesystem.move(written, path)
 

@@ -18,6 +18,7 @@ next call and at :meth:`Tracker.close`; each can be repeated without counting an
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 import uuid
@@ -288,6 +289,15 @@ class Tracker:
                 self._set_tags(known, tags)
                 client.set_terminated(known, RUN_STATUS[record.status], ended)
             self._log_metrics(known, rows)
+            try:
+                upload(client, known)
+            except OSError as error:
+                if record.status == "finished" or error.errno != errno.ENOSPC:
+                    raise  # else there is no room for the files; what is behind this call must not wait for it
+            self._set_tags(known, tags)
+            client.set_terminated(known, RUN_STATUS[record.status], ended)
+
+        def upload(client: MlflowClient, known: str) -> None:
             client.log_text(known, record.model_dump_json(indent=1), "record.json")
             files = [folder / name for name in _FILES if name != "record.json"]
             files += [path for pattern in _PICTURES for path in sorted(folder.glob(pattern))]
@@ -295,8 +305,6 @@ class Tracker:
                 if path.is_file():
                     inside = path.parent.relative_to(folder).as_posix()
                     client.log_artifact(known, str(path), None if inside == "." else inside)
-            self._set_tags(known, tags)
-            client.set_terminated(known, RUN_STATUS[record.status], ended)
 
         self._do(f"end of {record.name}", act)
 

@@ -6,16 +6,18 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from grass_ray.cli import main
-from grass_ray.config import ModelConfig
+from grass_ray.config import ConfigError, ModelConfig
 from grass_ray.training.models import load_model
 
 SMALL = [
@@ -243,6 +245,73 @@ def test_a_model_folder_is_found_from_anywhere_and_never_on_the_hub(
         code, said = run(*verb)
         assert code == 2
         assert f"there is no model folder '{folder}'" in said
+
+
+def test_interrupt_while_evaluating_stops_and_can_go_on(tmp_path: Path) -> None:
+    arguments = ["train", "full", "--model=tiny", "--steps=2", "--limit=100", "--output", "run", "--set"]
+    arguments += ["data.source.train_rows=40", "data.source.test_rows=100", "evaluation.batch_size=1"]
+    code = "from grass_ray.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " evaluating " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert err == "stopped: interrupted while it was evaluated, after all 2 steps\n"
+    assert f"go on     grass-ray {' '.join(arguments)} --resume" in out
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "stopped"
+    assert statuses(tmp_path / "mlflow.db") == ["KILLED"]
+    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "after step 2" in resumed.stdout
+    assert statuses(tmp_path / "mlflow.db") == ["FINISHED"]
+
+
+def statuses(database: Path) -> list[str]:
+    """Of the runs in a store, those that group others left out."""
+    with closing(sqlite3.connect(database)) as connection:
+        return [status for (status,) in connection.execute("SELECT status FROM runs WHERE name != 'train-train'")]
+
+
+def test_files_that_cannot_be_written_are_one_message_and_a_run_that_can_go_on(tmp_path: Path) -> None:
+    """A full disk, by a limit on the size of files: the store fits into it and the optimizer's states do not."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))"
+    code = f"{limit}\nfrom grass_ray.cli import main; main()"
+    arguments = ["train", "full", *SMALL, "--output", "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(
+        r"failed: a file could not be written whole \(after step 6 of 6; .* free in run\)\n", done.stderr
+    )
+    assert "--resume" in done.stdout
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+    assert statuses(tmp_path / "mlflow.db") == ["FAILED"]
+    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert statuses(tmp_path / "mlflow.db") == ["FINISHED"]
+
+
+def test_an_output_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    from grass_ray.cluster.local import claimed
+
+    again, below = claimed(tmp_path / "run"), claimed(tmp_path / "file" / "run")
+    with claimed(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing"), again:
+        pass
+    assert not (tmp_path / "run").exists(), "nothing was written"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write to the output .*file/run: Not a directory"), below:
+        pass
 
 
 def write_rows(folder: Path, text: str) -> None:
