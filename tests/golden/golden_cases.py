@@ -23,7 +23,7 @@ from grass_ray.methods import METHODS
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
 from grass_ray.results.card import render_card, write_card, write_delta_card
 from grass_ray.results.commands import reproduce_command
-from grass_ray.results.figures import MISSING, draw_kind
+from grass_ray.results.figures import FIGURES, draw_kind
 from grass_ray.results.kinds import Kind
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
 from grass_ray.results.overview import describe_sweep, ranking, write_summary
@@ -166,7 +166,7 @@ def numbers_behind_figures(folder: Path, run: Run) -> Files:
             for picture in draw_kind(kind, tables, records):
                 files[f"{name}.{picture.name}.csv"] = shortened(rounded(picture.csv()))
                 said.append(f"{name} {picture.name}: {picture.title}\n    {picture.description}")
-    missing = [f"nothing to draw, {kind}: {reason}" for kind, reason in MISSING.items()]
+    missing = [f"nothing to draw, {kind}: {FIGURES[kind].missing}" for kind in get_args(Kind)]
     return {**files, "figures.txt": "\n".join([*said, *missing])}
 
 
