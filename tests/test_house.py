@@ -97,6 +97,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
     done = run_python(
         "import sys\n"
@@ -117,6 +118,7 @@ def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
     assert done.stdout.split()[-1] == "3"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", ["", "train", "sweep", "eval", "leaderboard", "export", "reproduce", "plan", "ls"])
 def test_help_loads_no_torch(verb: str) -> None:
     arguments = [*([verb] if verb else []), "--help"]
@@ -130,6 +132,7 @@ def test_help_loads_no_torch(verb: str) -> None:
         assert done.stdout.count("\n  grass-ray ") + done.stdout.count("\n  python ") == 3, "three worked examples"
 
 
+@pytest.mark.long
 def test_sweep_help_loads_no_torch() -> None:
     for script in sorted((REPOSITORY / "sweeps").glob("*.py")):
         done = run_python(

@@ -92,6 +92,7 @@ def test_a_data_folder_without_the_task_and_a_broken_one(capsys: pytest.CaptureF
     assert "answer" in fails(capsys, tmp_path, "--tasks", "boolq", *data, sweep=sweep)
 
 
+@pytest.mark.long
 def test_an_unknown_flag_and_a_value_that_is_no_number_end_with_2_and_no_traceback() -> None:
     for flags in (["--seed", "0"], ["--seeds", "one"], ["--scheduler", "asha"]):
         done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
@@ -100,6 +101,7 @@ def test_an_unknown_flag_and_a_value_that_is_no_number_end_with_2_and_no_traceba
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_help_shows_three_examples_and_loads_no_torch() -> None:
     script = f"import sys, runpy; sys.argv = [{str(SCRIPT)!r}, '--help']\n"
     script += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"

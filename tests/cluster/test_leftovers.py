@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from machines import Machines
 
+pytestmark = pytest.mark.long
+
 # Ray Train's controllers do the same, less often; a loop makes the race certain
 DRIVER = """
 import sys, ray

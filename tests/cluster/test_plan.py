@@ -77,6 +77,7 @@ def test_the_untrained_row_can_be_left_out() -> None:
     assert names(expand(choices(base_row=False))) == ["full-tiny-generated-s0", "grass-tiny-generated-s0"]
 
 
+@pytest.mark.long
 def test_keys_are_the_same_in_a_fresh_process() -> None:
     script = (
         "from grass_ray.cluster.plan import *\n"
@@ -88,6 +89,7 @@ def test_keys_are_the_same_in_a_fresh_process() -> None:
     assert fresh.stdout.split() == [spec.key for spec in expand(choices(seeds=(0, 1), num_samples=3))]
 
 
+@pytest.mark.long
 def test_planning_loads_neither_ray_nor_torch() -> None:
     script = "import sys, grass_ray.cluster.plan, grass_ray.cluster.options, grass_ray.cluster.progress\n"
     script += "print([name for name in ('ray', 'torch', 'mlflow') if name in sys.modules])"

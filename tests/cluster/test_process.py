@@ -14,6 +14,8 @@ import pytest
 
 from grass_ray.cluster.process import Interrupts, describe_failure
 
+pytestmark = pytest.mark.long
+
 SAY = """
 from grass_ray.cluster.process import leave, prepare_output
 prepare_output()

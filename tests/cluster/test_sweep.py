@@ -23,6 +23,8 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.store import load_records
 from grass_ray.training.run import Run
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("mini_sweep.py")
 
 

@@ -191,6 +191,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[object, li
     return {method: (whole[method], resumed[method]) for method in TRAINED}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", TRAINED)
 def test_resume_at_every_step_in_a_new_process_is_bitwise(
     method: str, runs: dict[str, tuple[object, list[object]]]

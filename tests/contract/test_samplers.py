@@ -122,6 +122,7 @@ def test_draws_valid_distinct_layers_and_probabilities(make: Callable[[int], Sam
             assert min(probabilities) >= 0
 
 
+@pytest.mark.long
 def test_same_seed_same_sequence_in_a_fresh_process(make: Callable[[int], Sampler], request) -> None:
     name = request.node.callspec.params["make"]
     sampler = make(7)

@@ -20,6 +20,8 @@ from grass_ray.cli import main
 from grass_ray.config import ConfigError, ModelConfig
 from grass_ray.training.models import load_model
 
+pytestmark = pytest.mark.long
+
 SMALL = [
     "--model=tiny",
     "--steps=6",

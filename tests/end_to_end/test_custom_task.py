@@ -19,6 +19,8 @@ from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.extraction import extract_answer, process_results
 from grass_ray.tasks.sources import check_data, load_test_rows, load_train_rows
 
+pytestmark = pytest.mark.long
+
 PAGE = (REPOSITORY / "examples" / "custom_task.md").read_text(encoding="utf-8")
 
 

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grass_ray.config import ModelConfig
 from grass_ray.training.models import load_model
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = REPOSITORY / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "word_problems.py")
 PROBING, STEPS, PERIOD = 4, 26, 5

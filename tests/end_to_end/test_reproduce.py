@@ -15,6 +15,8 @@ from grass_ray.cli import main
 from grass_ray.cluster.local import train_locally
 from grass_ray.results.record import RunRecord
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

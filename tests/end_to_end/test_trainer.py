@@ -13,6 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from grass_ray import GradNormSampler, LayerwiseAdamW
 from grass_ray.optim.holding import hold_while_probing
 
+pytestmark = pytest.mark.long
+
 PROBING, STEPS = 2, 10
 
 

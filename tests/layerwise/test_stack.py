@@ -217,6 +217,7 @@ def replace_by_compiled(layers: Any) -> None:
         layers[index] = torch.compile(layers[index], backend="eager")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compile_layers", [compile_in_place, replace_by_compiled])
 def test_layers_compiled_one_by_one_train_as_uncompiled_ones(compile_layers: Any) -> None:
     torch._dynamo.reset()

@@ -27,6 +27,8 @@ from grass_ray import (
 )
 from grass_ray.optim.data_parallel import Workers
 
+pytestmark = pytest.mark.long
+
 LAYERS = 4
 STEPS = 9
 CASES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {

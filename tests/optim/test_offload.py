@@ -614,6 +614,7 @@ def test_lazy_lets_updates_go_on_under_the_next_forward() -> None:
     assert free == {"lazy": True, "overlap": False}
 
 
+@pytest.mark.long
 def test_the_cuda_kernel_is_the_reference_under_tritons_interpreter() -> None:
     """Runs the kernel's own source without a GPU, where triton is installed (it comes with CUDA builds of torch)."""
     pytest.importorskip("triton", reason="triton comes with CUDA builds of torch; pip install triton to run this")

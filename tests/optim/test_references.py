@@ -46,6 +46,7 @@ def rounded(master: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- badam
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:BAdam expect model")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_cyclic_in_exact_precision_is_badam(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

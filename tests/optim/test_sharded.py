@@ -31,6 +31,8 @@ from grass_ray import (
     UniformSampler,
 )
 
+pytestmark = pytest.mark.long
+
 LAYERS = 4
 STEPS = 9
 RESUMED_AFTER = (1, 2, 3, 5, 6)

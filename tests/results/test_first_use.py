@@ -15,6 +15,8 @@ from sqlalchemy import create_engine
 from grass_ray.config import ConfigError
 from grass_ray.results.tracking import Tracker, default_tracking_uri
 
+pytestmark = pytest.mark.long
+
 # imports first, so that both come to the store at the same time
 FIRST_USE = """
 import sys, time

@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 from small import REPOSITORY
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:

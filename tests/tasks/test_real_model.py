@@ -9,6 +9,8 @@ from grass_ray.config import ConfigError, DataConfig, EvaluationConfig, FolderSo
 from grass_ray.tasks.evaluation import evaluate, merge_shards
 from grass_ray.training.models import load_model
 
+pytestmark = pytest.mark.long
+
 FORMAT = "\n\nAnswer format: answer1/answer2/answer3"
 QUESTIONS = [
     ("What do bees make?", ("honey", "paper", "glass"), 1),

@@ -55,6 +55,7 @@ def test_a_request_longer_than_the_most_goes_alone():
     assert run(Scheduler("auto", "cpu"), [100_000, 3]) == [[100_000], [3]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [64, "auto"])
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(batch_size):
     """A pass over more than 900 tokens fails, as one on a small device would."""
@@ -71,6 +72,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(batch_size):
     assert len(sizes) < 200
 
 
+@pytest.mark.long
 def test_what_fits_not_even_alone_and_other_errors_are_raised():
     def too_big(batch: list[int]) -> list[int]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -87,6 +89,7 @@ def test_what_fits_not_even_alone_and_other_errors_are_raised():
     assert scheduler.halvings == 3
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux")
 @pytest.mark.parametrize("scoring", ["generation", "loglikelihood"])
 def test_an_evaluation_outlives_a_machine_with_little_memory(scoring):

@@ -23,6 +23,8 @@ from grass_ray.optim.sharded import whole
 from grass_ray.training.run import Run, check_run
 from grass_ray.training.weights import parameters_sha256
 
+pytestmark = pytest.mark.long
+
 QUICK = ("full", "lisa", "grass", "misa", "lora")
 REFUSED = ("galore", "ows-galore", "apollo", "prompt", "prefix")
 SLOW = [name for name, row in METHODS.items() if row.trains and name not in (*QUICK, *REFUSED)]

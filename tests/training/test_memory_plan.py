@@ -316,6 +316,7 @@ def test_what_cannot_be_followed_starts_unchecked(monkeypatch: pytest.MonkeyPatc
         fit_to_memory(short_run("full"), CPU)
 
 
+@pytest.mark.long
 def test_training_refuses_and_can_be_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:
     huge = ["train", "full", "--model", "tiny", "--batch-size", "200000", "--steps", "1", "--dry-run"]
     with pytest.raises(SystemExit) as stopped:
@@ -342,6 +343,7 @@ def test_built_in_shapes_have_the_published_sizes_and_no_weights() -> None:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.long
 def test_the_command_plans_seven_billion_parameters_in_little_memory() -> None:
     program = [sys.executable, "-c", "from grass_ray.cli import main; main()", "plan", "--format", "json"]
     flags = ["--model", "llama2-7b", "--gpu-memory", "24", "--batch-size", "4", "--methods", "full", "grass"]

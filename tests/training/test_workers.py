@@ -26,6 +26,8 @@ from grass_ray.training.memory_plan import Planner
 from grass_ray.training.report import GIB
 from grass_ray.training.run import Run, check_run
 
+pytestmark = pytest.mark.long
+
 # one of each kind of sampler, adapter and state; the others only with --slow
 QUICK = ("full", "lora", "ist", "misa", "apollo", "grass")
 SLOW = [name for name, row in METHODS.items() if row.trains and name not in QUICK]
