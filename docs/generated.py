@@ -19,16 +19,17 @@ HEAD = "\n| key | type | default | meaning |\n|---|---|---|---|\n"
 
 def command_line() -> str:
     """The help of every verb, and of the flags that all sweeps share."""
-    (verbs,) = re.findall(r"usage: grass-ray .*\{([a-z,\s]+)\}", help_of(), flags=re.DOTALL)
-    pages = {"grass-ray": []} | {f"grass-ray {verb}": [verb] for verb in re.findall(r"[a-z]+", verbs)}
-    pages["python sweeps/quickstart.py"] = ["sweep", "sweeps/quickstart.py"]
-    return "\n\n".join(f"## `{name}`\n\n```text\n{help_of(*words).strip()}\n```" for name, words in pages.items())
+    (verbs,) = re.findall(r"usage: grass-ray .*\{([a-z,\s]+)\}", help_of("grass-ray"), flags=re.DOTALL)
+    programs = ["grass-ray", *(f"grass-ray {verb}" for verb in re.findall(r"[a-z]+", verbs))]
+    programs.append("python sweeps/quickstart.py")
+    return "\n\n".join(f"## `{name}`\n\n```text\n{help_of(*name.split()).strip()}\n```" for name in programs)
 
 
-def help_of(*arguments: str) -> str:
-    """What ``grass-ray ARGUMENTS --help`` prints."""
-    environment = os.environ | {"COLUMNS": "92", "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from grass_ray.cli import main; main()", *arguments, "--help"]
+def help_of(program: str, *arguments: str) -> str:
+    """What ``grass-ray VERB --help`` or ``python SCRIPT --help`` prints."""
+    environment = os.environ | {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+    main = ["-c", "from grass_ray.cli import main; main()"] if program == "grass-ray" else []
+    command = [sys.executable, *main, *arguments, "--help"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
@@ -58,9 +59,7 @@ def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Itera
         inside += [(f"{prefix}{name}.", inner) for inner in nested]
         if name == "kind" or len(nested) == len(leaves):
             continue
-        types = " or ".join(
-            dict.fromkeys("a part, below" if leaf.get("$ref") in parts else _type(leaf) for leaf in leaves)
-        )
+        types = " or ".join(dict.fromkeys(map(_type, leaves)))
         default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
         meaning = next((said["description"] for said in (field, *leaves) if "description" in said), "")
         rows.append(f"| `{prefix}{name}` | {types} | {default} | {meaning.replace('|', chr(92) + '|')} |\n")

@@ -81,7 +81,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     """Write ``llms.txt``: what this is, and every page as Markdown with its first sentence."""
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""]
     for page in config.extra["pages"]:
-        first = re.search(r"^[A-Z`*][^\n]*(?:\n[^\n]+)*", re.sub(r"<!--.*?-->", "", page.markdown or ""), re.MULTILINE)
-        sentence = re.split(r"(?<=[.:])\s", " ".join(first[0].split()))[0] if first else ""
+        first = re.search(r"^# .*\n\n((?:\S.*\n)+)", page.markdown or "")
+        sentence = re.split(r"(?<=\.)\s", " ".join(first[1].split()))[0] if first else ""
         lines.append(f"- [{page.title}]({posixpath.normpath(page.file.src_uri)}): {sentence}")
     Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
