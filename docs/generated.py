@@ -60,7 +60,8 @@ def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Itera
         if name == "kind" or len(nested) == len(leaves):
             continue
         types = " or ".join(dict.fromkeys(map(_type, leaves)))
-        default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        types += "" if default else ", required"
         meaning = next((said["description"] for said in (field, *leaves) if "description" in said), "")
         rows.append(f"| `{prefix}{name}` | {types} | {default} | {meaning.replace('|', chr(92) + '|')} |\n")
     title = f"`{prefix.removesuffix('.')}`" if prefix else "A run"
