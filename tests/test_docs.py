@@ -128,7 +128,7 @@ def test_commands_and_settings_exist(page: Path) -> None:
     )
     for words in commands_in("\n".join([*shell, *inline])):
         check_command(words)
-    for settings in re.findall(r"`--set ([^`]+)`", text):
+    for settings in re.findall(r"`--set ([^`]+)`", prose):
         if "key=value" not in settings.lower():
             check_settings(shlex.split(settings))
 
