@@ -28,6 +28,7 @@ from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
 from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
+from grass_ray.optim.hooks import WeakHook, remove
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import Precision, adamw, state_layout
 from grass_ray.optim.lanes import Lanes, make_lanes
@@ -221,7 +222,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._model = weakref.ref(model)
         # hooks on the model, which must not outlive the optimizer
         self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        weakref.finalize(self, remove, self._handles).atexit = False
         self.stats = OffloadStats()
         self.offload = self._choose_offload(offload)
         self._streamer: Streamer | None = None
@@ -241,7 +242,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 self.param_groups[-1]["params"].append(self._meter.witness)
         self._never_seen = torch.full((len(units),), torch.nan, device=self._device)
         if shards is not None:
-            self._handles.extend(shards.watch(managed, _weakly(self._watch_gathered)))
+            self._handles.extend(shards.watch(managed, weakref.WeakMethod(self._watch_gathered)))
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
         elif sampler.probing:
@@ -296,7 +297,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Take every hook away: another optimizer is built on the model, and ``step`` raises from now on."""
         self.synchronize()
         self._retired = True
-        _remove(self._handles)
+        remove(self._handles)
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -733,24 +734,17 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             by_layer.setdefault(unit.layer, []).append(unit.name)
         for layer, names in by_layer.items():
             module = model if layer is None else self.stack.modules[layer]
-            self._handles.append(module.register_forward_pre_hook(self._gate_of(names)))
+            self._handles.append(module.register_forward_pre_hook(WeakHook(self._wait_for, names)))
         # the model must not hold the optimizer, which holds the ring and all states
-        synchronize = _weakly(self.synchronize)
+        synchronize = WeakHook(self.synchronize)
         if self._shards is not None:
             self._handles.extend(self._shards.before_forward(synchronize))
-        self._handles.append(model.register_state_dict_pre_hook(lambda *_: synchronize()))  # type: ignore[no-untyped-call]
+        self._handles.append(model.register_state_dict_pre_hook(synchronize))  # type: ignore[no-untyped-call]
 
-    def _gate_of(self, names: list[str]) -> Callable[[nn.Module, Any], None]:
-        assert self._streamer is not None
-        me = weakref.ref(self)
-
-        def wait(module: nn.Module, inputs: Any) -> None:
-            optimizer = me()
-            if optimizer is not None and optimizer._streamer is not None:
-                for name in names:
-                    optimizer._streamer.gate(name)
-
-        return wait
+    def _wait_for(self, names: list[str]) -> None:
+        if self._streamer is not None:
+            for name in names:
+                self._streamer.gate(name)
 
     def _prefetch_unit(self, parameter: Tensor) -> None:
         unit = self._unit_of[parameter]
@@ -990,24 +984,6 @@ def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
 
 # which optimizer a sampler serves
 _SAMPLERS: weakref.WeakKeyDictionary[Sampler, weakref.ref[LayerwiseAdamW]] = weakref.WeakKeyDictionary()
-
-
-def _remove(handles: list[Any]) -> None:
-    """Take hooks away from a model."""
-    while handles:
-        handles.pop().remove()
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A method of an optimizer that does nothing once the optimizer is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*arguments)
-
-    return call
 
 
 def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
