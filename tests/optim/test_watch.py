@@ -295,11 +295,11 @@ def test_deleting_the_optimizer_frees_its_memory_while_the_model_lives(offload: 
     optimizer = build(model, offload=offload, chunk_bytes=65536)
     train(model, optimizer, range(5))
     gone = weakref.ref(optimizer)
-    ring = None if optimizer._streamer is None else weakref.ref(optimizer._streamer)
+    placement = weakref.ref(optimizer._placement)
     del optimizer
     gc.collect()
     assert gone() is None
-    assert ring is None or ring() is None
+    assert placement() is None
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     backward(model, 0)
