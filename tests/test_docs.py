@@ -123,9 +123,8 @@ def check_settings(assignments: list[str]) -> None:
 def test_commands_and_settings_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     shell = [block for _, language, block in blocks_of(page) if language == "bash"]
-    inline = re.findall(
-        r"`((?:grass-ray [a-z]|python sweeps/(?!yours)|make )[^`]+)`", FENCE.sub("", text).replace("\n", " ")
-    )
+    prose = FENCE.sub("", text).replace("\n", " ")
+    inline = re.findall(r"`((?:grass-ray [a-z]|python sweeps/(?!yours)|make )[^`]+)`", prose)
     for words in commands_in("\n".join([*shell, *inline])):
         check_command(words)
     for settings in re.findall(r"`--set ([^`]+)`", prose):
