@@ -242,7 +242,7 @@ class Plot:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.results.figures import MISSING, draw_kind
+        from grass_ray.results.figures import FIGURES, draw_kind
         from grass_ray.results.leaderboard import build_leaderboard
         from grass_ray.results.pictures import check_suffix
 
@@ -252,7 +252,7 @@ class Plot:
         records = selection.records(self.chosen.load())
         pictures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
         if not pictures:
-            raise ConfigError(f"there is nothing to draw: {MISSING[self.kind]}")
+            raise ConfigError(f"there is nothing to draw: {FIGURES[self.kind].missing}")
         for picture in pictures:
             suffix = picture.name.removeprefix(self.kind) if len(pictures) > 1 else ""
             written = picture.save(output.with_stem(output.stem + suffix))

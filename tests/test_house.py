@@ -1,11 +1,12 @@
-"""The rooms: each imports only from rooms above it, heavy libraries stay where they belong, help is instant."""
+"""The rooms: each imports only from rooms above it, no circles, heavy libraries where they belong, instant help."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,51 @@ def test_rooms_import_only_from_rooms_above(path: Path) -> None:
             assert ROOMS.index(parts[1]) <= room, f"{path} imports {module}, a room below it"
         if parts[0] in HOMES:
             assert room_of(path) == HOMES[parts[0]], f"{path} imports {parts[0]}"
+
+
+def uses_of(path: Path, modules: Collection[str]) -> Iterator[str]:
+    """Which of the modules a file imports: at the top, in functions, for types."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:  # a module of a package, or a name in a module
+                yield from [name for name in (f"{node.module}.{alias.name}", node.module) if name in modules][:1]
+
+
+def circle_in(root: Path, package: Path) -> list[str] | None:
+    """Modules that import each other in a circle; an import inside a function hides one and does not cut it."""
+    paths = {".".join(path.relative_to(root).with_suffix("").parts): path for path in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    try:
+        TopologicalSorter({name: set(uses_of(path, modules)) for name, path in modules.items()}).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    circle = circle_in(REPOSITORY, PACKAGE)
+    assert circle is None, " -> ".join(circle)
+
+
+@pytest.mark.parametrize("inner", ["from made.one import name", "from made import one", "import made.one"])
+def test_a_circle_is_found(inner: str, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "__init__.py").touch()
+    (tmp_path / "made" / "one.py").write_text("from made.two import other\n")
+    (tmp_path / "made" / "two.py").write_text(f"def late():\n    {inner}\n")
+    assert set(circle_in(tmp_path, tmp_path / "made") or ()) == {"made.one", "made.two"}
+    (tmp_path / "made" / "two.py").write_text("import json\n")
+    assert circle_in(tmp_path, tmp_path / "made") is None
+
+
+def test_every_file_of_the_package_is_named_by_another() -> None:
+    paths = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    others = {path.name for path in paths if path.suffix != ".py"} - {"py.typed"}
+    assert {name for name in others if f'"{name}"' not in text} == set()
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

@@ -217,7 +217,7 @@ class _LocalRun:
 
     def _conclude(self, status: Status, failure: str | None, interrupts: Interrupts) -> RunRecord:
         """Write the record and what goes with it, and close the run in the store, however much of it still can be."""
-        from grass_ray.results.plots import write_run_plots
+        from grass_ray.results.figures import write_run_plots
 
         # after a second Ctrl-C a step may have been cut in two
         outcome = None if self.run is None or interrupts.heard > 1 else self.run.outcome()

@@ -101,7 +101,7 @@ def train_worker(values: dict[str, Any]) -> None:
     """Train and evaluate one run, write its folder, and report on the way."""
     import torch
 
-    from grass_ray.results.plots import write_run_plots
+    from grass_ray.results.figures import write_run_plots
     from grass_ray.training.export import CHECKPOINT_FOLDER
     from grass_ray.training.memory_fit import fit_to_memory
     from grass_ray.training.run import Run

@@ -4,7 +4,7 @@ Precision says what a parameter's state is:
 
 - ``"weights"``: two moments in the weight's own dtype, torch's fused AdamW as it is;
 - ``"rem16"``: bfloat16 moments, and the low 16 bits of the weight's float32 master copy (``remainder``). The second
-  moment is rounded stochastically (:func:`round_stochastically`): rounded to the nearest, a mean with
+  moment is rounded stochastically (:mod:`grass_ray.optim.rounding`): rounded to the nearest, a mean with
   ``beta2 = 0.999`` could neither decay (a step changes it by less than half a unit in the last place) nor keep up;
 - ``"exact"``: float32 moments and the remainder: bit for bit AdamW on a float32 master copy, at 10 bytes a parameter.
 
@@ -23,10 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from grass_ray.optim.rounding import round_stochastically
+
 Precision = Literal["weights", "rem16", "exact"]
 REMAINDER = "remainder"
-# odd multipliers of the hash behind stochastic rounding: of an element's place, the step, and two rounds of mixing
-PLACE, STEP, MIX_1, MIX_2 = 0x9E3779B1, 0x85EBCA77, 0x7FEB352D, 0x846CA68B
 
 
 @dataclass(frozen=True)
@@ -126,44 +126,6 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
     upper = (bits + 0x8000) >> 16
     remainder = (bits - (upper << 16)).to(torch.int16)
     return upper.to(torch.int16).view(torch.bfloat16), remainder
-
-
-def round_stochastically(values: Tensor, step: Tensor, first: int = 0) -> Tensor:
-    """Round to one of the two nearest bfloat16 values, up with the probability that makes the mean right.
-
-    The random bits are a hash of the element's place in its parameter and the step: the same on every device, for
-    pieces of any size, and after a resume. A value that bfloat16 can hold stays as it is.
-
-    Args:
-        values: float32, not negative, any shape.
-        step: scalar, the number of the update.
-        first: place of the first element in its flattened parameter.
-
-    Returns:
-        bfloat16 tensor of the shape of ``values``.
-    """
-    bits = _hash(values.numel(), step, first, values.device).bitwise_and_(0xFFFF)
-    bits += values.contiguous().view(torch.int32).flatten()
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16).view(values.shape)
-
-
-def _hash(count: int, step: Tensor, first: int, device: torch.device) -> Tensor:
-    """32 random-looking bits for each of ``count`` places from ``first`` on, as int32 (which wraps around)."""
-    h = torch.arange(count, dtype=torch.int32, device=device)
-    h += _signed(first)
-    h *= _signed(PLACE)
-    h += step.to(torch.int32) * _signed(STEP)
-    for shift, factor in ((16, MIX_1), (15, MIX_2)):
-        # int32 shifts drag the sign along
-        h ^= (h >> shift) & ((1 << (32 - shift)) - 1)
-        h *= _signed(factor)
-    h ^= (h >> 16) & 0xFFFF
-    return h
-
-
-def _signed(value: int) -> int:
-    """The int32 with the lowest 32 bits of ``value``."""
-    return (value + 2**31) % 2**32 - 2**31
 
 
 def _fused(

@@ -17,30 +17,31 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from grass_ray.layerwise.importance import GradNormMeter
-from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
-from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
+from grass_ray.layerwise.samplers import Measure, Sampler
 from grass_ray.optim.chunks import CHUNK_BYTES
-from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
+from grass_ray.optim.data_parallel import Reduction, Workers
 from grass_ray.optim.hooks import WeakHook, remove
 from grass_ray.optim.kernels import Precision
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.ownership import Takeover
+from grass_ray.optim.parts import take_apart
 from grass_ray.optim.placement import STEP, Offload, States, make_placement
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.proof import Proof
-from grass_ray.optim.refusals import refuse_checkpoint_api, refuse_half
-from grass_ray.optim.sharded import check_sharded, clip, find_shards
+from grass_ray.optim.refusals import refuse_checkpoint_api
+from grass_ray.optim.sharded import clip
 from grass_ray.optim.state_dict import adamw_layout, check_fits, check_shard, gather, of_unit, rows_of, saved_states
 from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.streams import Streams
-from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
+from grass_ray.optim.sync import GradientSync, ShardedGradients, WholeGradients
+from grass_ray.optim.units import Granularity, Unit
 from grass_ray.optim.watch import Watch, has_gradient
 
 # "auto" keeps the active states resident while they take less than this share of the free device memory
@@ -146,45 +147,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             raise ValueError(f"inactive_states is {inactive_states!r}; available: keep, reset")
         if granularity == "block" and (train_embeddings or train_head or train_norm):
             raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
+        always = {"embeddings": train_embeddings, "head": train_head, "norm": train_norm}
         with Takeover(model) as takeover:
-            shards = find_shards(model)
-            if shards is not None and projection is not None:
-                raise ValueError(
-                    f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of "
-                    "each; pass the bare model, or a method without a projection"
-                )
-            stack = find_decoder_stack(model, layers)
-            decayed = decay_parameters(model)
-            units = sampled_units(stack, granularity, decayed)
-            if not isinstance(sampler, AllLayersSampler):
-                units = [unit for unit in units if unit.parameters]
-                if not units:
-                    raise ValueError(
-                        f"none of the {stack.num_layers} layers has a parameter that requires a gradient, so there is "
-                        "nothing to draw from; thaw those that should train, then build the optimizer"
-                    )
-            sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
-            always = {
-                "embeddings": stack.embeddings if train_embeddings else (),
-                "head": stack.head if train_head else (),
-                "norm": stack.norm if train_norm else (),
-                # what peft adds outside the model: virtual tokens
-                "adapter": _outside_of_the_base(model),
-            }
-            constant = constant_units(always, decayed)
-            managed = [p for unit in (*units, *constant) for p in unit.parameters]
-            names = {p: name for name, p in model.named_parameters()}
-            refuse_half([names[p] for p in managed if p.dtype == torch.float16])
-            if shards is not None:
-                check_sharded(names, managed)
-            given = [p for p in model.parameters() if p.requires_grad]
-            unmanaged = [names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)]
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in managed if p in decayed]},
-            {"params": [p for p in managed if p not in decayed], "weight_decay": 0.0},
-        ]
-        super().__init__(groups, defaults)
+            parts = take_apart(
+                model,
+                sampler,
+                granularity=granularity,
+                layers=layers,
+                train=[name for name, trains in always.items() if trains],
+                projection=projection,
+            )
+        stack, shards, units, constant, managed = parts.stack, parts.shards, parts.units, parts.constant, parts.managed
+        super().__init__(parts.groups(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.sampler = sampler
         self.max_grad_norm = max_grad_norm
         self.inactive_states = inactive_states
@@ -208,7 +182,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         # whether backward brought a gradient that probing did not keep
         self._dropped = False
         self._dtype = managed[0].dtype
-        self._watch = Watch(model, unmanaged)
+        self._watch = Watch(model, parts.unmanaged)
         self._proof: Proof | None = None
         self._model = weakref.ref(model)
         # hooks on the model, which must not outlive the optimizer
@@ -239,17 +213,19 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 # last, so that the places of all others stay: a scaler unscales what is in a group
                 self.param_groups[-1]["params"].append(self._meter.witness)
         self._never_seen = torch.full((len(units),), torch.nan, device=self._device)
+        self._sync: GradientSync = (
+            WholeGradients(self.workers, units, constant)
+            if shards is None
+            else ShardedGradients(self.workers, shards, self._device)
+        )
         if shards is not None:
             self._handles.extend(shards.watch(managed, weakref.WeakMethod(self._watch_gathered)))
-            for parameter in managed:
-                self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
         elif sampler.probing:
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._drop_while_probing)
-        self._exchange = Exchange(self.workers, units, constant)
-        if self.workers.count > 1 and shards is None:
+        if self.workers.count > 1:
             for parameter in managed:
-                self._after_gradient(parameter, LayerwiseAdamW._exchange_unit)
+                self._after_gradient(parameter, LayerwiseAdamW._reduce)
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
@@ -264,7 +240,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         else:
             self._activate(sampler.sample() if sampler.due else ())
         self.workers.check_agreement(self.active_units)
-        takeover.complete(self, given)
+        takeover.complete(self, parts.given)
         _SAMPLERS[sampler] = weakref.ref(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -392,7 +368,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: they were averaged over workers that may have different scales.
         """
-        if self._shards is not None or self._exchange.under_way:
+        if self._shards is not None or self._sync.under_way:
             raise RuntimeError(
                 "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
                 "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
@@ -420,15 +396,12 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 "step, or give the sampler its scores"
             )
         active = self.active_parameters()
-        under_way = self._exchange.under_way
+        under_way = self._sync.under_way
         self._watch.without_gradient(
             [unit for unit in self._active() if unit.name not in under_way and not has_gradient(unit.parameters)]
         )
-        if self._shards is None:
-            self._exchange.finish(self._active())
-        else:
-            self._shards.finish(active, summed=self.workers.reduction == "sum")
-        (norm,) = self._norms([active])
+        self._sync.finish(self._active())
+        (norm,) = self._sync.norms([active])
         self.grad_norm = norm
         self._watch.first_step(lambda: float(norm))
         if self.max_grad_norm is not None:
@@ -512,14 +485,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _exchange_unit(self, parameter: Tensor) -> None:
-        if self.last_micro_batch and not self.sampler.probing:
-            self._exchange.arrived(self._unit_of[parameter], self._active())
-
-    def _count_reduced(self, parameter: Tensor) -> None:
-        """FSDP2 has reduced the gradient of a sharded parameter."""
-        if self.workers.count > 1:
-            self.workers.sent_bytes += parameter.numel() * parameter.element_size()
+    def _reduce(self, parameter: Tensor) -> None:
+        if self.sharded or (self.last_micro_batch and not self.sampler.probing):
+            self._sync.arrived(parameter, self._unit_of[parameter], self._active())
 
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,); NaN where none was measured."""
@@ -530,16 +498,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """RMS of each active unit's accumulated and clipped gradient, shape (units,), NaN elsewhere."""
         norms = torch.full((len(self.units),), torch.nan, device=self._device)
         active = [self.units[index] for index in self.active_units]
-        for index, norm in zip(self.active_units, self._norms([unit.parameters for unit in active]), strict=True):
+        for index, norm in zip(self.active_units, self._sync.norms([unit.parameters for unit in active]), strict=True):
             norms[index] = norm.float() / self.units[index].size ** 0.5
         return norms
-
-    def _norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-        """The norm of each group's gradients."""
-        gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-        if self._shards is not None:
-            return list(self._shards.norms(gradients, self._device))
-        return [torch.nn.utils.get_total_norm(own) for own in gradients]
 
     def _watch_gathered(self, parameter: nn.Parameter, gathered: nn.Parameter) -> None:
         """Measure, and drop while probing, the gradients of a sharded parameter before they are reduced."""
@@ -748,14 +709,6 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         for unit in self.constant_units:
             self._placement.hold(of_unit(states, unit, self._index))
         self._placement.host.synchronize(self._device)
-
-
-def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
-    """Parameters of a peft model that its base model does not hold."""
-    if not hasattr(model, "get_base_model"):
-        return []
-    base = set(model.get_base_model().parameters())
-    return [p for p in model.parameters() if p not in base]
 
 
 # which optimizer a sampler serves

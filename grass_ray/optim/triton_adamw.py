@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grass_ray.optim import kernels
+from grass_ray.optim import rounding
 
 BLOCK = 1024
 # a kernel sees globals only as constants
-PLACE, STEP = tl.constexpr(kernels.PLACE), tl.constexpr(kernels.STEP)
-MIX_1, MIX_2 = tl.constexpr(kernels.MIX_1), tl.constexpr(kernels.MIX_2)
+PLACE, STEP = tl.constexpr(rounding.PLACE), tl.constexpr(rounding.STEP)
+MIX_1, MIX_2 = tl.constexpr(rounding.MIX_1), tl.constexpr(rounding.MIX_2)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _adamw_kernel(
 ):
     """AdamW on ``count`` bfloat16 weights; ``weight`` and ``remainder`` are seen as int16 bit patterns.
 
-    With ``stochastic``, ``exp_avg_sq`` is as well, and is rounded as in :func:`kernels.round_stochastically`.
+    With ``stochastic``, ``exp_avg_sq`` is as well, and is rounded as in :func:`rounding.round_stochastically`.
     """
     places = tl.program_id(0) * size + tl.arange(0, size)
     inside = places < count

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from grass_ray.results.colours import colour_of
+from grass_ray.results.figures import write_sweep_plots
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.pairing import scope
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, render
-from grass_ray.results.sweep_plots import write_sweep_plots
 from grass_ray.results.tracking import Tracker
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000

@@ -2,16 +2,14 @@
 
 ::
 
-    write_run_plots(record, folder)             # sampling.png, loss.png, importance.png, ages.png, where they apply
-    write_sweep_plots(records, folder)                    # accuracy_memory.png, loss_comparison.png, ...
+    picture = draw_sampling(record)             # None where all layers train always
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from matplotlib.ticker import MaxNLocator
 from grass_ray.results.colours import colour_of, smooth
 from grass_ray.results.pictures import HOLE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import RunRecord
-from grass_ray.results.sweep_plots import write_sweep_plots as write_sweep_plots
 from grass_ray.results.units import MOST_NAMED, UnitRows, unit_rows
 
 _MOST_COLUMNS = 200
@@ -35,22 +32,6 @@ _MEASURES = {
     "outlier": "outlier score",
     "reward": "learnt importance",
 }
-
-
-def write_run_plots(record: RunRecord, folder: Path) -> list[Path]:
-    """Draw what applies to the run into ``folder``; returns the files written."""
-    drawings: dict[str, Callable[[RunRecord], Picture | None]] = {
-        "sampling.png": draw_sampling,
-        "loss.png": draw_loss,
-        "importance.png": draw_importance,
-        "ages.png": draw_ages,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for name, draw in drawings.items():
-        if (picture := draw(record)) is not None:
-            written += picture.save(folder / name, with_csv=False)
-    return written
 
 
 # ------------------------------------------------------------------------------------------------------ layers drawn

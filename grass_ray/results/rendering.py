@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -33,6 +32,7 @@ from grass_ray.results.columns import (
     task_columns,
 )
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
+from grass_ray.results.leaderboard_csv import leaderboard_csv
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sweep_comparison import (
     COMPARISON_HEADER,
@@ -152,26 +152,3 @@ def _markdown_text(text: str) -> str:
     for mark in "\\|*_`#[":
         text = text.replace(mark, "\\" + mark)
     return escape(" ".join(text.split()), quote=False)
-
-
-def leaderboard_csv(tables: Sequence[LeaderboardTable]) -> str:
-    """One line a row, a column a task."""
-    rows = [row.to_dict() for table in tables for row in table.rows]
-    tasks = list(dict.fromkeys(task for row in rows for task in row["tasks"]))
-    lines: list[dict[str, Any]] = []
-    for row in rows:
-        line = {key: value for key, value in row.items() if key not in ("tasks", "task_intervals")}
-        for key in ("seeds", "run_ids", "contaminated", "data_sha256"):
-            line[key] = " ".join(map(str, row[key]))
-        for task in tasks:
-            low, high = row["task_intervals"].get(task) or (None, None)
-            line[f"eval/{task}/accuracy"] = row["tasks"].get(task)
-            line |= {f"eval/{task}/accuracy_low": low, f"eval/{task}/accuracy_high": high}
-        lines.append(line)
-    if not lines:
-        return ""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue().rstrip("\n")

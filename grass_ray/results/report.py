@@ -32,10 +32,10 @@ from grass_ray.results.columns import (
 )
 from grass_ray.results.commands import reproduce_command
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
+from grass_ray.results.leaderboard_csv import leaderboard_csv
 from grass_ray.results.pictures import Picture
 from grass_ray.results.plots import draw_ages, draw_importance, draw_sampling
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rendering import leaderboard_csv
 from grass_ray.results.report_style import SCRIPT, STYLE
 from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
 

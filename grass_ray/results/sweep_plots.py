@@ -3,13 +3,11 @@
 ::
 
     picture = draw_accuracy_memory(build_leaderboard(records))
-    write_sweep_plots(records, folder)                    # every picture of a sweep that applies, as PNG
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,40 +17,13 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks
 from grass_ray.results.colours import smooth, style_of
-from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
+from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.pictures import EDGE, SOFT, Picture, plain, tidy
 from grass_ray.results.record import RunRecord
-from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 
 _MOST_LABELS = 24
 _UNFILLED = "x+1234"
-
-
-_WITH_NUMBERS = ("search", "rungs", "population")  # the leaderboard's files have what is behind the others
-
-
-def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Draw what applies to the sweep into ``folder``; returns the files written."""
-    tables = build_leaderboard(records)
-    drawings: dict[str, Callable[[], Picture | None]] = {
-        "accuracy_memory.png": lambda: draw_accuracy_memory(tables),
-        "loss_comparison.png": lambda: draw_loss_comparison(tables, records),
-        "tasks.png": lambda: draw_tasks(tables),
-        "step_time.png": lambda: draw_step_time(tables, records),
-        "sensitivity.png": lambda: draw_sensitivity(tables, records),
-        "search.png": lambda: draw_search(records),
-        "rungs.png": lambda: draw_rungs(records),
-        "population.png": lambda: draw_population(records),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for name, draw in drawings.items():
-        if (picture := draw()) is not None:
-            written += picture.save(folder / name, with_csv=picture.name in _WITH_NUMBERS)
-    return written
-
 
 # --------------------------------------------------------------------------------------------- accuracy against memory
 

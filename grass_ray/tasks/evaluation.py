@@ -1,7 +1,7 @@
 """Evaluation through lm-eval: accuracy and every example of every task of a run.
 
-The tasks are lm-eval task files (``yaml/<task>.yaml``); rows of any source reach them as JSON lines in a temporary
-folder, so one path serves all::
+All tasks share two lm-eval task files (``yaml/``); rows of any source reach them as JSON lines in a temporary folder,
+so one path serves all::
 
     check_evaluation(config.data, config.evaluation)            # before any model is loaded
     results = evaluate(model, tokenizer, config.data, config.evaluation)
@@ -302,10 +302,9 @@ def _run(
         folder = Path(name)
         rows = folder / f"{task.key}.jsonl"
         rows.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-        own = f"{task.key}.yaml" if task.key in TASKS else "_generation.yaml"
-        layers = [YAML_FOLDER / own, *([YAML_FOLDER / "_loglikelihood.yaml"] if choosing else [])]
+        layers = ["generation.yaml", *(["loglikelihood.yaml"] if choosing else [])]
         settings: dict[str, Any] = {
-            "include": [str(layer) for layer in layers],
+            "include": [str(YAML_FOLDER / layer) for layer in layers],
             "task": task.key,
             # what is given is a pattern to datasets, and the temporary folder may have a "[" in its name
             "dataset_kwargs": {"data_files": {"test": glob.escape(str(rows))}, "cache_dir": str(folder / "cache")},

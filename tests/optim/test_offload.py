@@ -23,7 +23,8 @@ from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW,
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.optim import host_store, streaming
 from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
-from grass_ray.optim.kernels import MIX_1, MIX_2, PLACE, STEP, adamw, join, round_stochastically, split, state_layout
+from grass_ray.optim.kernels import adamw, join, split, state_layout
+from grass_ray.optim.rounding import MIX_1, MIX_2, PLACE, STEP, round_stochastically
 
 MODES = ("none", "resident", "blocking", "overlap", "lazy")
 STREAMED = MODES[2:]

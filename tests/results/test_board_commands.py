@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from result_records import answers, asha, make_history, make_record, make_series, members
 
 from grass_ray.cli import Plot, main
-from grass_ray.results import figures
+from grass_ray.results.figures import FIGURES
 from grass_ray.results.kinds import Kind
+from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.record import RunRecord
+from grass_ray.results.rendering import render
 from grass_ray.results.tracking import Tracker
 
 
@@ -135,9 +138,17 @@ def test_the_page_is_written(grass_ray: Callable[..., str], tmp_path: Path) -> N
 
 
 def test_every_picture_of_the_registry_can_be_asked_for_and_says_what_it_lacks() -> None:
-    kinds = set(get_args(Kind))
-    assert kinds == {*figures._OF_A_SWEEP, *figures._OF_A_RUN} == set(figures.MISSING)
     assert get_type_hints(Plot)["kind"] == Kind, "the command line's choices are the registry's"
+    assert set(get_args(Kind)) == set(FIGURES)
+    assert all(figure.missing for figure in FIGURES.values())
+
+
+def test_the_page_has_no_figure_that_is_not_in_the_registry() -> None:
+    records = [*sweep("first", "board"), *sensitive()]
+    page = render(build_leaderboard(records), "html", records=records)
+    shown = set(re.findall(r'download="([a-z-]+)-\d+\.csv"', page))
+    assert shown <= set(FIGURES), "not in the registry"
+    assert shown >= {"pareto", "loss", "sensitivity", "sampling"}
 
 
 @pytest.mark.parametrize("kind", ["search", "rungs", "population", "sensitivity", "tasks"])

@@ -12,12 +12,12 @@ from result_records import answers, asha, make_history, make_record, make_series
 from grass_ray.config import ConfigError
 from grass_ray.results.breakdown_plots import draw_sensitivity, draw_step_time, draw_tasks, spent_time
 from grass_ray.results.colours import smooth
-from grass_ray.results.figures import MISSING, draw_kind
+from grass_ray.results.figures import FIGURES, draw_kind, write_run_plots, write_sweep_plots
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.pictures import Picture
-from grass_ray.results.plots import draw_importance, draw_loss, draw_sampling, write_run_plots
+from grass_ray.results.plots import draw_importance, draw_loss, draw_sampling
 from grass_ray.results.record import LayerHistory, RunRecord
-from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison, write_sweep_plots
+from grass_ray.results.sweep_plots import draw_accuracy_memory, draw_loss_comparison
 
 
 def drawn(path: Path) -> bool:
@@ -166,12 +166,12 @@ def test_nothing_to_compare_draws_nothing(tmp_path: Path) -> None:
     nothing = [make_record("base", status="failed", failure="no")]
     assert write_sweep_plots(nothing, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
-    for kind in MISSING:
+    for kind in FIGURES:
         assert draw_kind(kind, build_leaderboard(nothing), nothing) == []
         assert draw_kind(kind, [], []) == []
 
 
-@pytest.mark.parametrize("kind", list(MISSING))
+@pytest.mark.parametrize("kind", list(FIGURES))
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_every_kind_is_written_with_its_numbers(kind: str, suffix: str, tmp_path: Path) -> None:
     records = {"search": asha, "rungs": asha, "population": members}.get(kind, sweep)()

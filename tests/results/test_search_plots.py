@@ -6,11 +6,10 @@ from pathlib import Path
 
 from result_records import asha, make_record, members, searching
 
-from grass_ray.results.figures import draw_kind
+from grass_ray.results.figures import draw_kind, write_sweep_plots
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.search_plots import draw_population, draw_rungs, draw_search
 from grass_ray.results.searches import rung_losses, searched, winner
-from grass_ray.results.sweep_plots import write_sweep_plots
 
 
 def test_a_search_is_its_trials_in_order_and_the_lowest_finished_loss_wins() -> None:

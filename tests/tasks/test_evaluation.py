@@ -5,12 +5,11 @@ import socket
 import peft
 import pytest
 import torch
-import yaml
 from task_parts import make_model, make_tokenizer, record, write
 from transformers import GenerationConfig
 
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig, FolderSource, GeneratedSource
-from grass_ray.tasks.evaluation import YAML_FOLDER, check_evaluation, evaluate
+from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.extraction import extract_answer, is_correct
 from grass_ray.tasks.generated import generate
 from grass_ray.tasks.suites import TASKS
@@ -44,13 +43,20 @@ def outputs(result) -> list[str]:
     return [example.output for example in result.examples]
 
 
-def test_yaml_files_agree_with_the_tasks():
-    for key, task in TASKS.items():
-        settings = yaml.safe_load((YAML_FOLDER / f"{key}.yaml").read_text())
-        assert settings["task"] == key
-        generation = settings["generation_kwargs"]
-        assert generation == {"do_sample": False, "max_gen_toks": task.max_new_tokens, "until": list(task.stop)}
-    assert len(list(YAML_FOLDER.glob("*.yaml"))) == len(TASKS) + 2
+def test_lm_eval_is_told_what_the_task_says(model, tokenizer, choices):
+    outcomes = []
+    for data, scoring in ((GENERATED, "generation"), (choices, "loglikelihood")):
+        evaluate(model, tokenizer, data, EvaluationConfig(scoring=scoring), on_outcome=outcomes.append)
+    configs = {task: config for outcome in outcomes for task, config in outcome["configs"].items()}
+    assert configs["generated"]["output_type"] == "generate_until"
+    assert configs["generated"]["generation_kwargs"] == {
+        "do_sample": False,
+        "max_gen_toks": TASKS["generated"].max_new_tokens,
+        "num_beams": 1,
+        "until": list(TASKS["generated"].stop),
+    }
+    assert {configs[task]["output_type"] for task in choices.tasks} == {"multiple_choice"}
+    assert {version for outcome in outcomes for version in outcome["versions"].values()} == {1.0}
 
 
 @pytest.mark.parametrize("beams", [1, 3])
