@@ -90,10 +90,11 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "grass-ray":
         said = help_of("grass-ray", words[1])
         check_flags(words, words[2:], said)
-        if words[1] in ("plot", "ls"):
-            assert words[2] in re.findall(r"[\w-]+", said), f"{words}: {words[2]} is not in its help"
-        if words[1] == "train" and len(words) > 2:
-            assert words[2] in METHODS or words[2].isupper(), f"{words}: there is no method {words[2]}"
+        for named in words[2:3]:
+            if words[1] in ("plot", "ls"):
+                assert named in re.findall(r"[\w-]+", said), f"{words}: {named} is not in its help"
+            if words[1] == "train":
+                assert named in METHODS or named.isupper(), f"{words}: there is no method {named}"
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text(encoding="utf-8"), words
     else:
