@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.data_parallel import Exchange, Workers
+from grass_ray.optim.data_parallel import GradientReducer, Workers
 from grass_ray.optim.sharded import Shards
 from grass_ray.optim.units import Unit
 
@@ -40,20 +40,20 @@ class WholeGradients:
     """
 
     def __init__(self, workers: Workers, units: Sequence[Unit], constant: Sequence[Unit]) -> None:
-        self._exchange = Exchange(workers, units, constant)
+        self._reducer = GradientReducer(workers, units, constant)
 
     @property
     def under_way(self) -> frozenset[str]:
         """Names of units whose gradients are on their way."""
-        return self._exchange.under_way
+        return self._reducer.under_way
 
     def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit]) -> None:
         """Reduce the unit's gradients when all are there."""
-        self._exchange.arrived(unit, active)
+        self._reducer.arrived(unit, active)
 
     def finish(self, active: Sequence[Unit]) -> None:
         """Reduce what is left, and wait for all."""
-        self._exchange.finish(active)
+        self._reducer.finish(active)
 
     def norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
         """The norm of each group's gradients."""
