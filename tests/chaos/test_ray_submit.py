@@ -1,4 +1,4 @@
-"""``ray up`` and ``ray submit`` over real SSH, on this machine: deploy/cluster.local.yaml, its address, port, home changed.
+"""``ray up`` and ``ray submit`` over real SSH, on this machine: deploy/cluster.local.yaml at another address and port.
 
 What is changed for the test: this machine's loopback with an SSH server of its own on a high port and a home of its
 own; free ports; an existing environment (GRASS_RAY_VENV, by default the running one) in the place of ``pip install``;
