@@ -1,10 +1,10 @@
-"""Where results arrive in the driver: Tune's callback, and the ledger that writes MLflow and the display.
+"""Where results arrive in the driver: Tune's callback, and the trial_store that writes MLflow and the display.
 
 Workers never write MLflow: one writer, the driver, finds or creates each trial's run by tag, so that nothing is doubled
 when a sweep is resumed::
 
-    ledger = Ledger(plan, storage, tracker, progress)
-    Tuner(..., run_config=tune.RunConfig(callbacks=[SweepCallback(ledger)]))
+    trial_store = TrialStore(plan, storage, tracker, progress)
+    Tuner(..., run_config=tune.RunConfig(callbacks=[SweepCallback(trial_store)]))
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grass_ray.results.tracking import Tracker
 from grass_ray.training.report import VALIDATION
 
 
-class Ledger:
+class TrialStore:
     """One sweep's books, kept by the driver: which trials ended and how, in MLflow and on the terminal."""
 
     def __init__(
@@ -214,29 +214,29 @@ class Ledger:
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
-    """Passes what Tune sees to the ledger. Tune pickles its callbacks; the ledger stays in the driver."""
+    """Passes what Tune sees to the trial_store. Tune pickles its callbacks; the trial_store stays in the driver."""
 
-    def __init__(self, ledger: Ledger, scheduler: TrialScheduler | None = None) -> None:
-        self._ledger: Ledger | None = ledger
+    def __init__(self, trial_store: TrialStore, scheduler: TrialScheduler | None = None) -> None:
+        self._trial_store: TrialStore | None = trial_store
         self._verdicts = scheduler.verdicts if isinstance(scheduler, Asha) else {}
         self._crashes: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_ledger": None, "_verdicts": {}, "_crashes": {}}
+        return {"_trial_store": None, "_verdicts": {}, "_crashes": {}}
 
     @property
-    def ledger(self) -> Ledger:
-        """The driver's ledger."""
-        assert self._ledger is not None, "a callback that was pickled is used outside the driver"
-        return self._ledger
+    def trial_store(self) -> TrialStore:
+        """The driver's trial_store."""
+        assert self._trial_store is not None, "a callback that was pickled is used outside the driver"
+        return self._trial_store
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Let plain lines come while nothing is reported."""
-        self.ledger.progress.tick()
+        self.trial_store.progress.tick()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's actor starts."""
-        self.ledger.start(_key(trial))
+        self.trial_store.start(_key(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -244,10 +244,10 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         """A report arrived from the worker."""
         if result.get("phase") == "crashed":
             self._crashes[_key(trial)] = result["failure"]
-        self.ledger.result(_key(trial), result)
+        self.trial_store.result(_key(trial), result)
         # the scheduler has decided before this is called
         if TIME in result and result["phase"] != "generation" and _key(trial) not in self._verdicts:
-            self.ledger.let_pass(_key(trial), result[TIME])
+            self.trial_store.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's function returned, or the scheduler stopped it."""
@@ -255,15 +255,15 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         if key in self._verdicts:
             verdict = self._verdicts[key]
             reason = verdict.describe(trial.config["job"]["config"]["training"]["steps"])
-            self.ledger.stop_early(key, verdict.updates, reason)
+            self.trial_store.stop_early(key, verdict.updates, reason)
         else:
-            self.ledger.end(key, self._crashes.get(key))
+            self.trial_store.end(key, self._crashes.get(key))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's own actor died."""
         error = trial.get_pickled_error()
         reason = str(error).strip().splitlines() if error is not None else []
-        self.ledger.end(_key(trial), f"the trial's driver died: {reason[-1] if reason else 'no reason known'}")
+        self.trial_store.end(_key(trial), f"the trial's driver died: {reason[-1] if reason else 'no reason known'}")
 
 
 def _key(trial: Any) -> str:

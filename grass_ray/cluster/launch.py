@@ -5,7 +5,8 @@
     with ray_cluster() as cluster:
         cluster.check_storage(storage)
         share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
-        run_trials(Batch(name="tune", jobs=jobs), share, storage, callbacks=[SweepCallback(ledger)], max_failures=2)
+        run_trials(Batch(name="tune", jobs=jobs), share, storage, callbacks=[SweepCallback(trial_store)],
+                   max_failures=2)
 
 Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
 On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
@@ -36,7 +37,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grass_ray.cluster.leftovers import free_leftovers
+from grass_ray.cluster.orphans import free_orphans
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job, drive_trial
 from grass_ray.config import ConfigError
@@ -65,7 +66,7 @@ PROBE_FILE = ".seen-by-every-machine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class TrialResources:
     """What each worker of a trial gets, and how many trials run at once."""
 
     cpus: int
@@ -75,7 +76,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterView:
+class ClusterInfo:
     """The machines of the Ray cluster that was joined or started."""
 
     address: str
@@ -130,7 +131,7 @@ class ClusterView:
         max_concurrent: int | None,
         workers: int = 1,
         fewest_workers: int | None = None,
-    ) -> Share:
+    ) -> TrialResources:
         """What each worker of a trial gets; by default a GPU where there is one, and the CPUs that come with it.
 
         An elastic trial needs room for its ``fewest_workers`` only, and others run beside it where there is room for
@@ -161,11 +162,11 @@ class ClusterView:
                 "lower --cpus-per-trial or --gpus-per-trial"
             )
         slots = max(room // workers, 1)
-        return Share(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
+        return TrialResources(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
 
 
 @contextmanager
-def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S) -> Iterator[ClusterView]:
+def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S) -> Iterator[ClusterInfo]:
     """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end.
 
     Args:
@@ -198,14 +199,14 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         alive = _await_machines(machines, within_s)
         joined = not _is_own(context)
         held = [node["Resources"] for node in alive]
-        yield ClusterView(
+        yield ClusterInfo(
             address=context.address_info["gcs_address"],
             machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
             joined=joined,
             node_ids=tuple(str(node["NodeID"]) for node in alive),
             memories=tuple(int(node.get("memory", 0)) for node in held),
             dashboard=bool(context.dashboard_url),
-            freed=free_leftovers() if joined and context.dashboard_url else 0,
+            freed=free_orphans() if joined and context.dashboard_url else 0,
         )
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -352,7 +353,9 @@ class Batch:
     driver_memory: int = 1  # bytes
 
 
-def run_trials(batch: Batch, share: Share, storage: Storage, callbacks: list[tune.Callback], max_failures: int) -> None:
+def run_trials(
+    batch: Batch, share: TrialResources, storage: Storage, callbacks: list[tune.Callback], max_failures: int
+) -> None:
     """Run every trial of a batch; a failed one does not stop the others.
 
     Args:

@@ -35,7 +35,7 @@ _PAUSED_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class MemberState:
     """Where a member stands: updates done, the checkpoint of them, whose it is, and how it came there."""
 
     updates: int
@@ -48,7 +48,7 @@ class Standing:
         return to_json(self, keep=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Standing:
+    def from_json(cls, text: str) -> MemberState:
         """The standing again."""
         return cls(**from_json(text))
 
@@ -63,7 +63,7 @@ def drive_member(tune_config: dict[str, Any]) -> None:
     if not ended:
         return
     kept = from_json(storage.read_text(GENERATIONS_FOLDER, job.train_name))
-    reached = Standing(**kept["standing"])
+    reached = MemberState(**kept["standing"])
     if kept["loss"] is None:  # the last one
         return
     with tempfile.TemporaryDirectory(prefix="grass_ray-standing-") as name:
@@ -75,14 +75,14 @@ def drive_member(tune_config: dict[str, Any]) -> None:
     raise RuntimeError(f"{job.key} was not put to sleep after {reached.updates} updates")
 
 
-def _train(job: Job, storage: Storage, standing: Standing) -> bool:
+def _train(job: Job, storage: Storage, standing: MemberState) -> bool:
     """Train a generation, and keep what came of it; False where its workers died too often."""
     result = train(job, storage)
     if result is None:
         return False
     lineage = job.search["lineage"] if job.search else []
     checkpoint = _uri(storage, job, result)
-    reached = Standing(updates=job.until or 0, checkpoint=checkpoint, key=job.key, lineage=lineage)
+    reached = MemberState(updates=job.until or 0, checkpoint=checkpoint, key=job.key, lineage=lineage)
     loss: float | None = None
     if storage.exists(job.folder, RECORD_FILE):  # trained to its end, or failed with a reason
         storage.write_text(reached.to_json(), job.folder, STANDING_FILE)
@@ -94,7 +94,7 @@ def _train(job: Job, storage: Storage, standing: Standing) -> bool:
     return True
 
 
-def next_generation(given: Job, standing: Standing) -> Job:
+def next_generation(given: Job, standing: MemberState) -> Job:
     """The job of the generation that begins at a standing, with the settings that the member has now."""
     assert given.space is not None
     assert given.picks is not None
@@ -117,13 +117,13 @@ def next_generation(given: Job, standing: Standing) -> Job:
     )
 
 
-def _standing(key: str) -> Standing:
+def _standing(key: str) -> MemberState:
     """What the scheduler woke the member with; at first nothing."""
     checkpoint = ray.tune.get_checkpoint()
     if checkpoint is None:
-        return Standing(updates=0, checkpoint=None, key=key)
+        return MemberState(updates=0, checkpoint=None, key=key)
     with checkpoint.as_directory() as folder:
-        return Standing.from_json((Path(folder) / STANDING_FILE).read_text(encoding="utf-8"))
+        return MemberState.from_json((Path(folder) / STANDING_FILE).read_text(encoding="utf-8"))
 
 
 def _uri(storage: Storage, job: Job, result: ray.train.Result) -> str | None:

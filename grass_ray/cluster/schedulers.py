@@ -21,7 +21,7 @@ from grass_ray.training.report import VALIDATION
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class EarlyStop:
     """Why ASHA stopped a trial."""
 
     updates: int
@@ -47,7 +47,7 @@ class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
             max_t=steps + 1,
             reduction_factor=REDUCTION,
         )
-        self.verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[str, EarlyStop] = {}
 
     def remember(self, name: str, losses: Mapping[int, float]) -> None:
         """Count a trial of an earlier process; ``losses`` on held-out rows are by updates."""
@@ -59,7 +59,7 @@ class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
         """Go on or stop."""
         decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision == TrialScheduler.STOP:
-            self.verdicts[trial.config["job"]["key"]] = Verdict(updates=result[TIME], loss=result[VALIDATION])
+            self.verdicts[trial.config["job"]["key"]] = EarlyStop(updates=result[TIME], loss=result[VALIDATION])
         return decision
 
 

@@ -3,7 +3,7 @@
 Nothing is kept that a new process could not read again: known points are in the plan, points that Optuna chose are
 files of the sweep's folder, and what came of them are records::
 
-    search = GroupSearch(tuning, group, ledger, storage, make_job)
+    search = MethodSearch(tuning, group, trial_store, storage, make_job)
     if search.is_left():
         run_trials(search.batch(share, memories), ...)
     finals = search.finals()
@@ -18,13 +18,13 @@ from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.callbacks import Ledger
-from grass_ray.cluster.launch import Batch, Share, driver_memory
-from grass_ray.cluster.population import STANDING_FILE, Standing, drive_member
+from grass_ray.cluster.callbacks import TrialStore
+from grass_ray.cluster.launch import Batch, TrialResources, driver_memory
+from grass_ray.cluster.population import STANDING_FILE, MemberState, drive_member
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
 from grass_ray.cluster.space import Picks, to_plain
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.suggest import Tried, suggest
+from grass_ray.cluster.suggest import Observation, suggest
 from grass_ray.cluster.trial_spec import TrialSpec
 from grass_ray.cluster.tuning import Group, Tuning, rungs
 from grass_ray.cluster.worker import Job
@@ -36,21 +36,23 @@ MakeJob = Callable[..., Job]
 SEARCH_FOLDER = "search"
 
 
-class GroupSearch:
+class MethodSearch:
     """One method's search.
 
     Args:
         tuning: how the sweep searches.
         group: the method.
-        ledger: the sweep's books.
+        trial_store: the sweep's books.
         storage: the sweep's folder.
         make_job: makes a job of a trial; takes further fields of :class:`Job` by name.
     """
 
-    def __init__(self, tuning: Tuning, group: Group, ledger: Ledger, storage: Storage, make_job: MakeJob) -> None:
+    def __init__(
+        self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage, make_job: MakeJob
+    ) -> None:
         self.tuning = tuning
         self.group = group
-        self._ledger = ledger
+        self._trial_store = trial_store
         self._storage = storage
         self._make_job = make_job
         self.points: list[Picks] = []
@@ -64,7 +66,7 @@ class GroupSearch:
 
     def ended(self) -> list[TrialSpec]:
         """The trials that came to an end of their own; of a population all or none, since they depend on each other."""
-        ended = [spec for spec in self.specs if self._ledger.has_ended(spec)]
+        ended = [spec for spec in self.specs if self._trial_store.has_ended(spec)]
         return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
 
     def is_left(self) -> bool:
@@ -74,10 +76,10 @@ class GroupSearch:
 
     def records(self) -> list[RunRecord]:
         """What came of the trials, in their order."""
-        records = self._ledger.records
+        records = self._trial_store.records
         return [records[spec.key] for spec in self.specs if spec.key in records]
 
-    def batch(self, share: Share, memories: Sequence[int]) -> Batch:
+    def batch(self, share: TrialResources, memories: Sequence[int]) -> Batch:
         """What is left, as one Tuner runs it.
 
         Args:
@@ -114,7 +116,7 @@ class GroupSearch:
         if spec not in self.specs:  # a grid may say the same in two ways
             self.points.append(picks)
             self.specs.append(spec)
-            self._ledger.add(spec, self._search_part(len(self.specs) - 1, "search"))
+            self._trial_store.add(spec, self._search_part(len(self.specs) - 1, "search"))
         return spec
 
     def _search_part(self, number: int, stage: str) -> dict[str, Any]:
@@ -149,12 +151,12 @@ class GroupSearch:
         self._add(picks)
         return self._job(number)
 
-    def _tried(self, picks: Picks, spec: TrialSpec) -> Tried:
-        record = self._ledger.records.get(spec.key)
+    def _tried(self, picks: Picks, spec: TrialSpec) -> Observation:
+        record = self._trial_store.records.get(spec.key)
         if record is None:
-            return Tried(picks=picks, loss=None)
+            return Observation(picks=picks, loss=None)
         stopped = record.status == "stopped"
-        return Tried(
+        return Observation(
             picks=picks,
             loss=math.nan if stopped else trial_loss(record),
             rungs=rung_losses(record),
@@ -192,6 +194,6 @@ class GroupSearch:
             return [(spec, search, {}) for spec in specs]
         search["lineage"] = [step.model_dump() for step in best.search.lineage]
         folder = self.specs[best.search.number].folder
-        standing = Standing.from_json(self._storage.read_text(folder, STANDING_FILE))
+        standing = MemberState.from_json(self._storage.read_text(folder, STANDING_FILE))
         config = RunConfig.parse(best.config).override(["evaluation.test=true"])
         return [(TrialSpec(config=config), search, {"start_from": standing.checkpoint})]

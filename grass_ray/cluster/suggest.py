@@ -3,7 +3,7 @@
 A suggestion depends on nothing but what is known - the space, the trials so far and their losses, the seed. So a search
 that was interrupted goes on as if it had not been, and one that runs a trial at a time comes out the same again::
 
-    picks = suggest(space, [Tried(picks=..., loss=0.61)], number=1, seed=0, num_samples=20)
+    picks = suggest(space, [Observation(picks=..., loss=0.61)], number=1, seed=0, num_samples=20)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ATTEMPTS_OF_TPE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class Observation:
     """A trial of the search: what was picked and what came of it.
 
     ``loss`` is the loss on held-out rows; None while the trial runs, NaN where it failed. ``rungs`` are the losses on
@@ -39,7 +39,7 @@ class Tried:
 
 
 def suggest(
-    space: Space, tried: Sequence[Tried], *, number: int, seed: int, num_samples: int
+    space: Space, tried: Sequence[Observation], *, number: int, seed: int, num_samples: int
 ) -> dict[str, Pick] | None:
     """The picks of trial ``number`` (from 0), none of which were tried; None where the space seems exhausted.
 
@@ -62,7 +62,7 @@ def suggest(
     return None
 
 
-def _ask(space: Space, tried: Sequence[Tried], seed: int, num_samples: int) -> _Asking:
+def _ask(space: Space, tried: Sequence[Observation], seed: int, num_samples: int) -> _Asking:
     """A new trial of a study that holds what is known."""
     import optuna
 
@@ -96,7 +96,7 @@ class _Asking:
         return str(self._trial.suggest_categorical(name, list(labels)))
 
 
-def _frozen(space: Space, tried: Tried) -> optuna.trial.FrozenTrial:
+def _frozen(space: Space, tried: Observation) -> optuna.trial.FrozenTrial:
     """A trial as Optuna keeps it."""
     import optuna
     from optuna.trial import TrialState

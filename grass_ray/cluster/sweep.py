@@ -89,9 +89,9 @@ class Sweep:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
         if options.dry_run:
             return 0
-        from grass_ray.cluster.execution import Execution
+        from grass_ray.cluster.runner import SweepRunner
 
-        execution = Execution(plan, root, storage, options, console)
+        execution = SweepRunner(plan, root, storage, options, console)
         execution.open()
         if not options.resume:
             try:

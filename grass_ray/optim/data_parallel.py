@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
-class Flight:
+class PendingAllReduce:
     """Gradients under way: ``flat`` is their concatenation, to be divided by ``divisor`` when ``work`` is done."""
 
     parameters: list[nn.Parameter]
@@ -33,7 +33,7 @@ class Flight:
     work: Any
     divisor: int
 
-    def land(self) -> None:
+    def wait(self) -> None:
         """Wait, and give every parameter its reduced gradient.
 
         In memory of its own, so that no gradient keeps the whole buffer alive.
@@ -114,15 +114,15 @@ class Workers:
         """
         if self.count == 1:
             return
-        for flight in self.start(parameters):
-            flight.land()
+        for reduction in self.start(parameters):
+            reduction.wait()
 
-    def start(self, parameters: Iterable[nn.Parameter]) -> list[Flight]:
-        """Begin to reduce gradients, one call a dtype; the parameters have none until their flight lands."""
+    def start(self, parameters: Iterable[nn.Parameter]) -> list[PendingAllReduce]:
+        """Begin to reduce gradients, one call a dtype; the parameters have none until their reduction lands."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        flights = []
+        pending = []
         for same in by_dtype.values():
             gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in same]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -130,8 +130,8 @@ class Workers:
                 parameter.grad = None
             work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
             self.sent_bytes += flat.nbytes
-            flights.append(Flight(same, flat, work, self.count if self.reduction == "mean" else 1))
-        return flights
+            pending.append(PendingAllReduce(same, flat, work, self.count if self.reduction == "mean" else 1))
+        return pending
 
     def average(self, values: Tensor, *, summed: bool = False) -> Tensor:
         """The mean of ``values`` over the workers, or their sum; NaN where one of them has NaN."""
@@ -174,7 +174,7 @@ class Workers:
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-class Exchange:
+class GradientReducer:
     """Reduces the gradients of the active units over the workers, each unit's as soon as backward has completed it.
 
     All workers reduce in one order, that of backward; a unit that is complete waits for those before it.
@@ -193,7 +193,7 @@ class Exchange:
         self._place = {unit.name: place for place, unit in enumerate(order)}
         self._waiting: deque[Unit] | None = None
         self._arrived: Counter[str] = Counter()
-        self._flights: deque[Flight] = deque()
+        self._pending: deque[PendingAllReduce] = deque()
 
     @property
     def under_way(self) -> frozenset[str]:
@@ -205,16 +205,16 @@ class Exchange:
         self._arrived[unit.name] += 1
         waiting = self._open(active)
         while waiting and self._arrived[waiting[0].name] >= len(waiting[0].parameters):
-            self._flights += self._workers.start(waiting.popleft().parameters)
+            self._pending += self._workers.start(waiting.popleft().parameters)
 
     def finish(self, active: Sequence[Unit]) -> None:
         """Reduce what is left, and wait for all."""
         if self._workers.count == 1:
             return
         for unit in self._open(active):
-            self._flights += self._workers.start(unit.parameters)
-        while self._flights:
-            self._flights.popleft().land()
+            self._pending += self._workers.start(unit.parameters)
+        while self._pending:
+            self._pending.popleft().wait()
         self._waiting = None
         self._arrived.clear()
 

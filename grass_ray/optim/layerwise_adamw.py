@@ -17,33 +17,33 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from grass_ray.layerwise.importance import GradNormMeter
-from grass_ray.layerwise.samplers import AllLayersSampler, Measure, Sampler
-from grass_ray.layerwise.stack import decay_parameters, find_decoder_stack
+from grass_ray.layerwise.samplers import Measure, Sampler
 from grass_ray.optim.chunks import CHUNK_BYTES
-from grass_ray.optim.data_parallel import Exchange, Reduction, Workers
-from grass_ray.optim.host_store import HostStore
-from grass_ray.optim.kernels import Precision, adamw, state_layout
-from grass_ray.optim.lanes import Lanes, make_lanes
+from grass_ray.optim.data_parallel import Reduction, Workers
+from grass_ray.optim.hooks import WeakHook, remove
+from grass_ray.optim.kernels import Precision
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.ownership import Takeover
+from grass_ray.optim.parts import take_apart
+from grass_ray.optim.placement import STEP, Offload, States, make_placement
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.proof import Proof
-from grass_ray.optim.refusals import described, refuse_checkpoint_api, refuse_half
-from grass_ray.optim.sharded import check_sharded, clip, find_shards, first_element, local
-from grass_ray.optim.streaming import OffloadStats, Streamer
-from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
+from grass_ray.optim.refusals import refuse_checkpoint_api
+from grass_ray.optim.sharded import clip
+from grass_ray.optim.state_dict import adamw_layout, check_fits, check_shard, gather, of_unit, rows_of, saved_states
+from grass_ray.optim.streaming import OffloadStats
+from grass_ray.optim.streams import Streams
+from grass_ray.optim.sync import GradientSync, ShardedGradients, WholeGradients
+from grass_ray.optim.units import Granularity, Unit
 from grass_ray.optim.watch import Watch, has_gradient
 
-# the Adam step counter: part of a state, but no memory worth moving
-STEP = "step"
-Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
 # "auto" keeps the active states resident while they take less than this share of the free device memory
 RESIDENT_SHARE = 0.25
 
@@ -87,7 +87,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             loop has divided each loss by the labels of all workers.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: slots of the ring.
-        lanes: where streamed work runs; None takes CUDA streams, or one thing after another on a CPU.
+        streams: where streamed work runs; None takes CUDA streams, or one thing after another on a CPU.
 
     Attributes:
         active_units: indices of the units that train now.
@@ -132,7 +132,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         gradient_reduction: Reduction = "mean",
         chunk_bytes: int = CHUNK_BYTES,
         ring_slots: int = 4,
-        lanes: Lanes | None = None,
+        streams: Streams | None = None,
     ) -> None:
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         if offload not in get_args(Offload):
@@ -147,45 +147,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             raise ValueError(f"inactive_states is {inactive_states!r}; available: keep, reset")
         if granularity == "block" and (train_embeddings or train_head or train_norm):
             raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
+        always = {"embeddings": train_embeddings, "head": train_head, "norm": train_norm}
         with Takeover(model) as takeover:
-            shards = find_shards(model)
-            if shards is not None and projection is not None:
-                raise ValueError(
-                    f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of "
-                    "each; pass the bare model, or a method without a projection"
-                )
-            stack = find_decoder_stack(model, layers)
-            decayed = decay_parameters(model)
-            units = sampled_units(stack, granularity, decayed)
-            if not isinstance(sampler, AllLayersSampler):
-                units = [unit for unit in units if unit.parameters]
-                if not units:
-                    raise ValueError(
-                        f"none of the {stack.num_layers} layers has a parameter that requires a gradient, so there is "
-                        "nothing to draw from; thaw those that should train, then build the optimizer"
-                    )
-            sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
-            always = {
-                "embeddings": stack.embeddings if train_embeddings else (),
-                "head": stack.head if train_head else (),
-                "norm": stack.norm if train_norm else (),
-                # what peft adds outside the model: virtual tokens
-                "adapter": _outside_of_the_base(model),
-            }
-            constant = constant_units(always, decayed)
-            managed = [p for unit in (*units, *constant) for p in unit.parameters]
-            names = {p: name for name, p in model.named_parameters()}
-            refuse_half([names[p] for p in managed if p.dtype == torch.float16])
-            if shards is not None:
-                check_sharded(names, managed)
-            given = [p for p in model.parameters() if p.requires_grad]
-            unmanaged = [names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)]
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in managed if p in decayed]},
-            {"params": [p for p in managed if p not in decayed], "weight_decay": 0.0},
-        ]
-        super().__init__(groups, defaults)
+            parts = take_apart(
+                model,
+                sampler,
+                granularity=granularity,
+                layers=layers,
+                train=[name for name, trains in always.items() if trains],
+                projection=projection,
+            )
+        stack, shards, units, constant, managed = parts.stack, parts.shards, parts.units, parts.constant, parts.managed
+        super().__init__(parts.groups(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.sampler = sampler
         self.max_grad_norm = max_grad_norm
         self.inactive_states = inactive_states
@@ -201,34 +174,34 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             process_group = shards.of_all(process_group)
         self.workers = Workers(process_group, gradient_reduction)
         self._shards = shards
-        self._projection = projection
-        self._projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
-        self._precision = precision
         self._unit_of: dict[Tensor, Unit] = {p: unit for unit in (*units, *constant) for p in unit.parameters}
         self._index = {p: index for index, p in enumerate(self._parameters_in_order())}
         self._device = managed[0].device
-        self._chunk_bytes = chunk_bytes
-        self._host = HostStore(self._device, chunk_bytes)
-        # names of units whose states are on the host now; those of all others are in self.state
-        self._away: set[str] = set()
-        self._torn = False
+        self._interrupted = False
         self._retired = False
         # whether backward brought a gradient that probing did not keep
         self._dropped = False
         self._dtype = managed[0].dtype
-        self._watch = Watch(model, unmanaged)
+        self._watch = Watch(model, parts.unmanaged)
         self._proof: Proof | None = None
         self._model = weakref.ref(model)
         # hooks on the model, which must not outlive the optimizer
         self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        weakref.finalize(self, remove, self._handles).atexit = False
         self.stats = OffloadStats()
+        projected = {p for layer in stack.layers for p in layer if projection is not None and p.ndim == 2}
+        self._states = States(self.state, precision, projection, projected, self._index)
         self.offload = self._choose_offload(offload)
-        self._streamer: Streamer | None = None
+        self._placement = make_placement(
+            self.offload,
+            self._states,
+            self._device,
+            self.stats,
+            chunk_bytes=chunk_bytes,
+            ring_slots=ring_slots,
+            streams=streams,
+        )
         if self.offload in ("blocking", "overlap", "lazy"):
-            self._lanes = lanes or make_lanes(self._device, merged=self.offload == "blocking")
-            self._ring_slots = ring_slots
-            self._start_streaming()
             self._install_gates(model)
         measures = sampler.grad_norms == "arriving" or sampler.probing
         layerwise = [unit.parameters for unit in units]
@@ -240,17 +213,19 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 # last, so that the places of all others stay: a scaler unscales what is in a group
                 self.param_groups[-1]["params"].append(self._meter.witness)
         self._never_seen = torch.full((len(units),), torch.nan, device=self._device)
+        self._sync: GradientSync = (
+            WholeGradients(self.workers, units, constant)
+            if shards is None
+            else ShardedGradients(self.workers, shards, self._device)
+        )
         if shards is not None:
-            self._handles.extend(shards.watch(managed, _weakly(self._watch_gathered)))
-            for parameter in managed:
-                self._after_gradient(parameter, LayerwiseAdamW._count_reduced)
+            self._handles.extend(shards.watch(managed, weakref.WeakMethod(self._watch_gathered)))
         elif sampler.probing:
             for parameter in managed:
                 self._after_gradient(parameter, LayerwiseAdamW._drop_while_probing)
-        self._exchange = Exchange(self.workers, units, constant)
-        if self.workers.count > 1 and shards is None:
+        if self.workers.count > 1:
             for parameter in managed:
-                self._after_gradient(parameter, LayerwiseAdamW._exchange_unit)
+                self._after_gradient(parameter, LayerwiseAdamW._reduce)
         if self.offload == "lazy":
             for unit in units:
                 for parameter in unit.parameters:
@@ -265,7 +240,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         else:
             self._activate(sampler.sample() if sampler.due else ())
         self.workers.check_agreement(self.active_units)
-        takeover.complete(self, given)
+        takeover.complete(self, parts.given)
         _SAMPLERS[sampler] = weakref.ref(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -296,7 +271,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Take every hook away: another optimizer is built on the model, and ``step`` raises from now on."""
         self.synchronize()
         self._retired = True
-        _remove(self._handles)
+        remove(self._handles)
 
     # ------------------------------------------------------------------------------------------------ the step
 
@@ -393,7 +368,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: they were averaged over workers that may have different scales.
         """
-        if self._shards is not None or self._exchange.under_way:
+        if self._shards is not None or self._sync.under_way:
             raise RuntimeError(
                 "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
                 "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
@@ -421,15 +396,12 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 "step, or give the sampler its scores"
             )
         active = self.active_parameters()
-        under_way = self._exchange.under_way
+        under_way = self._sync.under_way
         self._watch.without_gradient(
             [unit for unit in self._active() if unit.name not in under_way and not has_gradient(unit.parameters)]
         )
-        if self._shards is None:
-            self._exchange.finish(self._active())
-        else:
-            self._shards.finish(active, summed=self.workers.reduction == "sum")
-        (norm,) = self._norms([active])
+        self._sync.finish(self._active())
+        (norm,) = self._sync.norms([active])
         self.grad_norm = norm
         self._watch.first_step(lambda: float(norm))
         if self.max_grad_norm is not None:
@@ -446,23 +418,21 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         return norms.masked_fill(skip, torch.nan)
 
     def _update(self, active: list[nn.Parameter], skip: Tensor) -> None:
-        """Step every active unit, unless ``skip`` is 1: those on the device at once, streamed ones through the ring."""
-        trained: list[Tensor] = [p for p in active if p.grad is not None]
-        states = {p: self._state_of(p) for p in trained}
-        self._torn = True
-        counters = [states[p][STEP] for p in trained if p not in self._projected]
+        """Step every active unit, unless ``skip`` is 1."""
+        self._interrupted = True
+        counters = []
+        for parameter in active:
+            if parameter.grad is not None:
+                state = self._states.start(parameter, counter_only=self._placement.offloaded(self._unit_of[parameter]))
+                if parameter not in self._states.projected:
+                    counters.append(state[STEP])
         if counters:
             # a list: a scalar tensor would be read by the host
             torch._foreach_add_(counters, [1.0 - skip] * len(counters))
         # units further up first: backward reached them first, and their states may be on their way
         units = sorted(self._active(), key=lambda unit: -1 if unit.layer is None else unit.layer, reverse=True)
-        for unit in units:
-            if unit.name not in self._away:
-                self._update_resident(unit, skip)
-        if self._streamer is not None:
-            streamed = [unit for unit in units if unit.name in self._away]
-            self._streamer.update(streamed, {p: states[p][STEP] for p in trained}, self.param_groups, skip)
-        self._torn = False
+        self._placement.update(units, self.param_groups, skip)
+        self._interrupted = False
 
     @property
     def sharded(self) -> bool:
@@ -486,16 +456,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
     def resident_states(self) -> Iterator[Tensor]:
         """The state tensors that are on the device now, and the ring that others are streamed through."""
-        for unit in (*self.units, *self.constant_units):
-            if unit.name not in self._away:
-                for parameter in unit.parameters:
-                    yield from _tensors(self.state.get(parameter, {})).values()
-        if self._streamer is not None:
-            yield self._streamer.ring
+        return self._placement.on_device((*self.units, *self.constant_units))
 
     def state_bytes(self) -> tuple[int, int]:
         """Bytes of optimizer states (on the device, on the host)."""
-        return sum(t.numel() * t.element_size() for t in self.resident_states()), self._host.bytes
+        return sum(t.numel() * t.element_size() for t in self.resident_states()), self._placement.host.bytes
 
     def synchronize(self) -> None:
         """Let the current stream wait for updates that are still under way (``offload="lazy"``).
@@ -503,44 +468,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Forward passes of the model and its ``state_dict`` do this by themselves; call it before reading weights in any
         other way.
         """
-        if self._streamer is not None:
-            self._streamer.synchronize()
-
-    def _update_resident(self, unit: Unit, skip: Tensor) -> None:
-        """AdamW on one unit whose states are on the device."""
-        for index, parameters in unit.groups:
-            group = self.param_groups[index]
-            trained = [p for p in parameters if p.grad is not None]
-            for parameter in (p for p in trained if p in self._projected):
-                if not bool(skip):
-                    assert self._projection is not None
-                    self._projection.update(parameter, self._state_of(parameter), group, key=self._index[parameter])
-            plain: list[Tensor] = [p for p in trained if p not in self._projected]
-            states = [self._state_of(p) for p in plain]
-            gradients = [local(p.grad) for p in plain if p.grad is not None]
-            steps = [state[STEP] for state in states]
-            adamw([local(p) for p in plain], gradients, states, steps, group, skip, [first_element(p) for p in plain])
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter that trains now, zero before its first update; only a counter when streamed."""
-        state: dict[str, Tensor] = self.state[parameter]
-        if state:
-            return state
-        if self._projection is not None and parameter in self._projected:
-            state.update(self._projection.start(parameter))
-            return state
-        state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        if self._unit_of[parameter].name not in self._away:
-            state.update(self._zeros(parameter, parameter.device))
-        return state
-
-    def _zeros(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The state tensors of a parameter (of its rows here) before its first update."""
-        layout = state_layout(parameter.dtype, self._precision)
-        return {
-            name: torch.zeros_like(local(parameter), dtype=dtype, device=device, memory_format=torch.preserve_format)
-            for name, dtype in layout.dtypes
-        }
+        self._placement.synchronize()
 
     def _after_gradient(self, parameter: nn.Parameter, react: Callable[[LayerwiseAdamW, Tensor], None]) -> None:
         """Call ``react`` whenever the parameter's gradient was accumulated, as long as this optimizer lives.
@@ -557,14 +485,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _exchange_unit(self, parameter: Tensor) -> None:
-        if self.last_micro_batch and not self.sampler.probing:
-            self._exchange.arrived(self._unit_of[parameter], self._active())
-
-    def _count_reduced(self, parameter: Tensor) -> None:
-        """FSDP2 has reduced the gradient of a sharded parameter."""
-        if self.workers.count > 1:
-            self.workers.sent_bytes += parameter.numel() * parameter.element_size()
+    def _reduce(self, parameter: Tensor) -> None:
+        if self.sharded or (self.last_micro_batch and not self.sampler.probing):
+            self._sync.arrived(parameter, self._unit_of[parameter], self._active())
 
     def _total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,); NaN where none was measured."""
@@ -575,16 +498,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """RMS of each active unit's accumulated and clipped gradient, shape (units,), NaN elsewhere."""
         norms = torch.full((len(self.units),), torch.nan, device=self._device)
         active = [self.units[index] for index in self.active_units]
-        for index, norm in zip(self.active_units, self._norms([unit.parameters for unit in active]), strict=True):
+        for index, norm in zip(self.active_units, self._sync.norms([unit.parameters for unit in active]), strict=True):
             norms[index] = norm.float() / self.units[index].size ** 0.5
         return norms
-
-    def _norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-        """The norm of each group's gradients."""
-        gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-        if self._shards is not None:
-            return list(self._shards.norms(gradients, self._device))
-        return [torch.nn.utils.get_total_norm(own) for own in gradients]
 
     def _watch_gathered(self, parameter: nn.Parameter, gathered: nn.Parameter) -> None:
         """Measure, and drop while probing, the gradients of a sharded parameter before they are reduced."""
@@ -606,19 +522,20 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         """Make ``units`` the active ones: states of those that leave go first, so that both never add up."""
         self._check_proof()
         started = time.perf_counter()
-        self._torn = True
+        self._interrupted = True
         self.switches += 1
         self.workers.check_agreement(units)
+        leave = self._placement.forget if self.inactive_states == "reset" else self._placement.leave
         for index in sorted(set(self.active_units) - set(units)):
-            self._release(self.units[index])
-        self._host.synchronize(self._device)
+            leave(self.units[index])
+        self._placement.host.synchronize(self._device)
         for index in sorted(set(units) - set(self.active_units)):
-            self._reclaim(self.units[index])
+            self._placement.enter(self.units[index])
         self._activate(units)
-        self._torn = False
+        self._interrupted = False
         self.stats.switch_s += time.perf_counter() - started
         self.stats.exposed_s += time.perf_counter() - started
-        self.stats.pinned = self._host.pinned
+        self.stats.pinned = self._placement.host.pinned
 
     def _activate(self, units: tuple[int, ...]) -> None:
         """Let exactly ``units`` and the always-trained parts require gradients; frozen ones hold none."""
@@ -629,68 +546,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 parameter.requires_grad_(index in units)
                 if index not in units:
                     parameter.grad = None
-        if self._streamer is not None and not self.sampler.probing:
-            for index in units:
-                self._allocate(self.units[index])
-                self._away.add(self.units[index].name)
-
-    def _release(self, unit: Unit) -> None:
-        """A unit leaves the active set: forget its states, leave them, or move them to the host."""
-        if self.inactive_states == "reset":
-            for parameter in unit.parameters:
-                self.state.pop(parameter, None)
-            if self._streamer is not None:
-                self._streamer.wait_for_host()
-                self._host.clear(unit.name)
-        elif self.offload == "resident" and self._has_states(unit):
-            self._to_host(unit, {p: _tensors(self.state.get(p, {})) for p in unit.parameters})
-            self._host.synchronize(self._device)
-            for parameter in unit.parameters:
-                for name in _tensors(self.state.get(parameter, {})):
-                    del self.state[parameter][name]
-            self._away.add(unit.name)
-
-    def _reclaim(self, unit: Unit) -> None:
-        """A unit enters the active set: bring its states back."""
-        if self.offload != "resident" or unit.name not in self._away:
-            return
-        self._away.remove(unit.name)
-        for parameter in unit.parameters:
-            state = self.state.get(parameter, {})
-            if state:
-                state.update(self._from_host(unit, parameter, self._device))
-            self.stats.bytes_in += sum(t.nbytes for t in _tensors(state).values())
-
-    def _has_states(self, unit: Unit) -> bool:
-        return any(_tensors(self.state.get(p, {})) for p in unit.parameters)
-
-    def _to_host(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
-        if self._projected.isdisjoint(unit.parameters):
-            self._allocate(unit)
-        for parameter, tensors in states.items():
-            if not tensors:
-                continue
-            if self._projected.isdisjoint(unit.parameters):
-                self._host.write(unit.name, parameter, tensors)
-            else:
-                self._host.put(unit.name, parameter, tensors)
-            self.stats.bytes_out += sum(t.nbytes for t in tensors.values())
-
-    def _from_host(self, unit: Unit, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
-        if not self._projected.isdisjoint(unit.parameters):
-            return self._host.take(unit.name, parameter, device)
-        if not local(parameter).numel():
-            return self._zeros(parameter, device)
-        return self._host.read(unit.name, parameter, device)
-
-    def _allocate(self, unit: Unit) -> None:
-        """Host blocks for the unit's states, its parameters in the order of backward and by dtype."""
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in reversed(unit.parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        parts = [(own, state_layout(dtype, self._precision)) for dtype, own in by_dtype.items()]
-        self._host.allocate(unit.name, parts)
+        if not self.sampler.probing:
+            self._placement.activate([self.units[index] for index in units])
 
     def _active(self) -> list[Unit]:
         return [self.units[index] for index in self.active_units] + self.constant_units
@@ -700,31 +557,16 @@ class LayerwiseAdamW(torch.optim.Optimizer):
     def _choose_offload(self, offload: Offload) -> Offload:
         if offload != "auto":
             return offload
-        if self._device.type != "cuda" or self._projection is not None:
+        if self._device.type != "cuda" or self._states.projection is not None:
             return "resident"
         free, _ = torch.cuda.mem_get_info(self._device)
         return "resident" if self._largest_active_bytes() <= RESIDENT_SHARE * free else "lazy"
 
     def _largest_active_bytes(self) -> int:
         """Bytes of the states of the largest set of units that the sampler may draw."""
-        weights = [
-            sum(local(p).numel() * state_layout(p.dtype, self._precision).bytes_per_parameter for p in unit.parameters)
-            for unit in self.units
-        ]
+        weights = [self._states.unit_bytes(unit) for unit in self.units]
         active_sets = self.sampler.largest_active_sets(weights)
         return max(sum(weights[unit] for unit in active) for active in active_sets)
-
-    def _start_streaming(self) -> None:
-        if self.offload == "blocking" or self.offload == "overlap" or self.offload == "lazy":
-            self._streamer = Streamer(
-                self._host,
-                self._lanes,
-                self._device,
-                self.offload,
-                chunk_bytes=self._chunk_bytes,
-                slots=self._ring_slots,
-                stats=self.stats,
-            )
 
     def _install_gates(self, model: nn.Module) -> None:
         """Forward passes wait for updates still under way: each layer for its own, the model for all outside layers."""
@@ -733,33 +575,20 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             by_layer.setdefault(unit.layer, []).append(unit.name)
         for layer, names in by_layer.items():
             module = model if layer is None else self.stack.modules[layer]
-            self._handles.append(module.register_forward_pre_hook(self._gate_of(names)))
+            self._handles.append(module.register_forward_pre_hook(WeakHook(self._placement.wait_for, names)))
         # the model must not hold the optimizer, which holds the ring and all states
-        synchronize = _weakly(self.synchronize)
+        synchronize = WeakHook(self._placement.synchronize)
         if self._shards is not None:
             self._handles.extend(self._shards.before_forward(synchronize))
-        self._handles.append(model.register_state_dict_pre_hook(lambda *_: synchronize()))  # type: ignore[no-untyped-call]
-
-    def _gate_of(self, names: list[str]) -> Callable[[nn.Module, Any], None]:
-        assert self._streamer is not None
-        me = weakref.ref(self)
-
-        def wait(module: nn.Module, inputs: Any) -> None:
-            optimizer = me()
-            if optimizer is not None and optimizer._streamer is not None:
-                for name in names:
-                    optimizer._streamer.gate(name)
-
-        return wait
+        self._handles.append(model.register_state_dict_pre_hook(synchronize))  # type: ignore[no-untyped-call]
 
     def _prefetch_unit(self, parameter: Tensor) -> None:
-        unit = self._unit_of[parameter]
-        if self._streamer is not None and not self.sampler.probing and unit.name in self._away:
-            self._streamer.prefetch(unit)
+        if not self.sampler.probing:
+            self._placement.prefetch(self._unit_of[parameter])
 
     def _refuse_misuse(self) -> None:
         """What a step must find: its model and its sampler as they were."""
-        self._refuse_torn()
+        self._refuse_interrupted()
         self._refuse_late_shards()
         refuse_checkpoint_api()
         if self._retired:
@@ -773,8 +602,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
             self._watch.check_active(self._active(), self._device, self._dtype)
             self._watch.check_strangers(self._active())
 
-    def _refuse_torn(self) -> None:
-        if self._torn:
+    def _refuse_interrupted(self) -> None:
+        if self._interrupted:
             raise RuntimeError(
                 "an earlier step was interrupted in the middle of its update or switch, so weights and states do not "
                 "belong to one step any more; go back to the last checkpoint (load_state_dict)"
@@ -804,28 +633,18 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: an earlier step was interrupted in the middle of its update.
         """
-        self._refuse_torn()
+        self._refuse_interrupted()
         refuse_checkpoint_api()
-        if self._streamer is not None:
-            self._streamer.synchronize()
-            self._streamer.wait_for_host()
+        self._placement.synchronize_host()
         state = super().state_dict()
         for group in state["param_groups"]:
             group["params"] = [index for index in group["params"] if index < len(self._index)]
-        for unit in self.units:
-            if unit.name in self._away:
-                for parameter in unit.parameters:
-                    index = self._index[parameter]
-                    if index in state["state"]:
-                        held = self._from_host(unit, parameter, torch.device("cpu"))
-                        state["state"][index] = {**state["state"][index], **held}
-        # the same order whatever happened first: equal states are equal files
-        state["state"] = dict(sorted(state["state"].items()))
+        state["state"] = saved_states(state["state"], self.units, self._placement, self._index)
         state["layerwise"] = {
             "sampler": self.sampler.state_dict(),
             "active_units": list(self.active_units),
             "switches": self.switches,
-            "on_host": self._host.units,
+            "on_host": self._placement.host.units,
         }
         if self._shards is not None:
             state["layerwise"]["shard"] = self._shards.saved.to_dict()
@@ -843,15 +662,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if self._shards is None:
             return state if self.workers.rank == 0 else {}
         del state["layerwise"]["shard"]
-        ordered = self._parameters_in_order()
         first = self.workers.rank == 0
-        for index, saved in state["state"].items():
-            whole = {STEP: saved[STEP]}
-            for name, rows in sorted(_tensors(saved).items()):
-                gathered = self._shards.gather(rows.to(self._device), ordered[index].shape)
-                if first:
-                    whole[name] = gathered.cpu()
-            state["state"][index] = whole
+        state["state"] = gather(state["state"], self._parameters_in_order(), self._shards, keep=first)
         return state if first else {}
 
     def adamw_state_dict(self) -> dict[str, Any]:
@@ -861,17 +673,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         Of a sharded model the whole states on the first worker, and nothing elsewhere; every worker must call it.
         """
         state = self.state_dict() if self._shards is None else self.full_state_dict()
-        if not state:
-            return state
-        del state["layerwise"]
-        options = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
-        fused = {"fused": self._device.type in ("cpu", "cuda"), "decoupled_weight_decay": True}
-        state["param_groups"] = [{**group, **options, **fused} for group in state["param_groups"]]
-        names = (STEP, "exp_avg", "exp_avg_sq")
-        state["state"] = {
-            index: {name: saved[name] for name in names if name in saved} for index, saved in state["state"].items()
-        }
-        return state
+        return adamw_layout(state, fused=self._device.type in ("cpu", "cuda")) if state else state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -886,133 +688,31 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if "layerwise" not in state_dict:
             raise ValueError("this state was not saved by LayerwiseAdamW: it has no 'layerwise' entry")
         own = state_dict["layerwise"]
-        self._check_shard(own.get("shard"))
-        self._check_fits(state_dict, whole="shard" not in own)
+        whole = "shard" not in own
+        check_shard(own.get("shard"), self._shards)
+        check_fits(state_dict, self.param_groups, self._index, self._states, units=len(self.units), whole=whole)
         self.sampler.load_state_dict(own["sampler"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         self.synchronize()
         self.switches = own["switches"]
-        self._torn = False
-        self._streamer = None
-        self.state.clear()
-        self._away.clear()
-        self._host = HostStore(self._device, self._chunk_bytes)
-        self._start_streaming()
+        self._interrupted = False
+        self._placement.clear()
         self._activate(tuple(own["active_units"]))
         states = state_dict["state"]
-        if self._shards is not None and "shard" not in own:
-            states = {index: self._rows_of(saved) for index, saved in states.items()}
-        self._load_states(states, set(own["on_host"]))
-
-    def _check_fits(self, state_dict: Mapping[str, Any], *, whole: bool) -> None:
-        """Compare a state with this optimizer before anything is overwritten.
-
-        Raises:
-            ValueError: it is of a model with other parameters, or of another precision or projection.
-        """
-        ordered = self._parameters_in_order()
-        sizes = [sum(p in self._unit_of for p in group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        if saved_sizes != sizes:
-            raise ValueError(f"the saved state has parameter groups of {saved_sizes}, this optimizer of {sizes}")
-        active = state_dict["layerwise"]["active_units"]
-        if not set(active) <= set(range(len(self.units))):
-            raise ValueError(
-                f"the saved state has active units {list(active)}, this optimizer only {len(self.units)} units"
-            )
-        for index, saved in state_dict["state"].items():
-            parameter = ordered[index]
-            if not (held := _tensors(saved)):
-                continue
-            if parameter in self._projected:
-                assert self._projection is not None
-                expected = dict.fromkeys(_tensors(self._projection.start(parameter)))
-                given = dict.fromkeys(held)
-            else:
-                shape = parameter.shape if whole else local(parameter).shape
-                layout = state_layout(parameter.dtype, self._precision)
-                expected = {name: (tuple(shape), dtype) for name, dtype in layout.dtypes}
-                given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
-            if given != expected:
-                raise ValueError(
-                    f"the saved state of parameter {index} has {described(given)}, this optimizer keeps "
-                    f"{described(expected)}; give the model and the settings (precision, projection) it was saved with"
-                )
-
-    def _check_shard(self, saved: Mapping[str, int] | None) -> None:
-        here = None if self._shards is None else self._shards.saved.to_dict()
-        if saved is not None and saved != here:
-            place = "this model is not sharded" if here is None else "this is worker {rank} of {count}".format(**here)
-            raise ValueError(
-                "the state has the rows of worker {rank} of {count}, and ".format(**saved)
-                + f"{place}; full_state_dict() makes a state for any number of workers"
-            )
-
-    def _rows_of(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self._shards is not None
-        return {name: t if name == STEP else self._shards.own_rows(t) for name, t in saved.items()}
-
-    def _load_states(self, states: Mapping[int, Mapping[str, Tensor]], on_host: set[str]) -> None:
-        for index, unit in enumerate(self.units):
-            own = {p: states[self._index[p]] for p in unit.parameters if self._index[p] in states}
-            to_host = bool(own) and (
-                self._streamer is not None or (self.offload == "resident" and index not in self.active_units)
-            )
-            if self.offload != "none" and unit.name in on_host:
-                self._allocate(unit)
-            for parameter, saved in own.items():
-                self._load_state(parameter, saved, to_device=not to_host)
-            if to_host:
-                self._to_host(unit, {p: _tensors(dict(saved)) for p, saved in own.items()})
-                self._away.add(unit.name)
+        if self._shards is not None and whole:
+            states = {index: rows_of(saved, self._shards) for index, saved in states.items()}
+        for place, unit in enumerate(self.units):
+            saved = of_unit(states, unit, self._index)
+            active, on_host = place in self.active_units, unit.name in own["on_host"]
+            self._placement.load(unit, saved, active=active, on_host=on_host)
         for unit in self.constant_units:
-            for parameter in unit.parameters:
-                if self._index[parameter] in states:
-                    self._load_state(parameter, states[self._index[parameter]], to_device=True)
-        self._host.synchronize(self._device)
-
-    def _load_state(self, parameter: nn.Parameter, saved: Mapping[str, Tensor], *, to_device: bool) -> None:
-        place = "cpu" if parameter in self._projected else parameter.device
-        state = {STEP: saved[STEP].to(place, copy=True)}
-        if to_device:
-            state |= {name: t.to(parameter.device, copy=True) for name, t in _tensors(dict(saved)).items()}
-        self.state[parameter] = state
-
-
-def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
-    """Parameters of a peft model that its base model does not hold."""
-    if not hasattr(model, "get_base_model"):
-        return []
-    base = set(model.get_base_model().parameters())
-    return [p for p in model.parameters() if p not in base]
+            self._placement.hold(of_unit(states, unit, self._index))
+        self._placement.host.synchronize(self._device)
 
 
 # which optimizer a sampler serves
 _SAMPLERS: weakref.WeakKeyDictionary[Sampler, weakref.ref[LayerwiseAdamW]] = weakref.WeakKeyDictionary()
-
-
-def _remove(handles: list[Any]) -> None:
-    """Take hooks away from a model."""
-    while handles:
-        handles.pop().remove()
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """A method of an optimizer that does nothing once the optimizer is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*arguments)
-
-    return call
-
-
-def _tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a parameter's state that cost memory."""
-    return {name: tensor for name, tensor in state.items() if name != STEP}
 
 
 def _check(

@@ -8,6 +8,7 @@ hooks on the gathered weights, whose gradients are the worker's own until they a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from grass_ray.optim.hooks import WeakHook
 
 WRAP = "for layer in model.model.layers: fully_shard(layer); fully_shard(model)"
 
@@ -147,16 +150,16 @@ class Shards:
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    def before_forward(self, wait: Callable[[], None]) -> list[Any]:
+    def before_forward(self, wait: WeakHook) -> list[Any]:
         """Call ``wait`` before a forward gathers any weight: FSDP2 gathers on a stream that waits here alone.
 
         Returns:
             Handles that take the hooks away.
         """
-        return [root.register_forward_pre_hook(lambda *_: wait(), prepend=True) for root in self._roots]
+        return [root.register_forward_pre_hook(wait, prepend=True) for root in self._roots]
 
     def watch(
-        self, parameters: Sequence[nn.Parameter], hook: Callable[[nn.Parameter, nn.Parameter], None]
+        self, parameters: Sequence[nn.Parameter], hook: weakref.WeakMethod[Callable[[nn.Parameter, nn.Parameter], None]]
     ) -> list[Any]:
         """Call ``hook(sharded, gathered)`` once for every parameter, when it is first gathered while it trains.
 
@@ -182,7 +185,7 @@ class _Watcher:
     def __init__(
         self,
         places: list[tuple[nn.Module, str, nn.Parameter]],
-        hook: Callable[[nn.Parameter, nn.Parameter], None],
+        hook: weakref.WeakMethod[Callable[[nn.Parameter, nn.Parameter], None]],
     ) -> None:
         self._places = places
         self._hook = hook
@@ -193,7 +196,8 @@ class _Watcher:
             gathered = getattr(owner, name)
             if gathered.requires_grad and gathered is not sharded and self._seen.get(sharded) is not gathered:
                 self._seen[sharded] = gathered
-                self._hook(sharded, gathered)
+                if (hook := self._hook()) is not None:
+                    hook(sharded, gathered)
 
 
 def find_shards(model: nn.Module) -> Shards | None:

@@ -23,8 +23,8 @@ from torch import Tensor
 from grass_ray.optim.chunks import CHUNK_BYTES, Chunk
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import adamw
-from grass_ray.optim.lanes import Lanes
 from grass_ray.optim.sharded import first_element, local
+from grass_ray.optim.streams import Streams
 from grass_ray.optim.units import Unit
 
 StreamMode = Literal["blocking", "overlap", "lazy"]
@@ -81,7 +81,7 @@ class Streamer:
 
     Args:
         store: the host blocks.
-        lanes: where the work runs.
+        streams: where the work runs.
         device: of the weights.
         mode: when updates must be done.
         chunk_bytes: size of a slot.
@@ -92,7 +92,7 @@ class Streamer:
     def __init__(
         self,
         store: HostStore,
-        lanes: Lanes,
+        streams: Streams,
         device: torch.device,
         mode: StreamMode,
         *,
@@ -104,7 +104,7 @@ class Streamer:
         self.mode = mode
         self.stats = stats
         self._store = store
-        self._lanes = lanes
+        self._streams = streams
         self._free = deque(
             Slot(index, self.ring[index * chunk_bytes : (index + 1) * chunk_bytes]) for index in range(slots)
         )
@@ -126,14 +126,14 @@ class Streamer:
     def _fetch(self, chunk: Chunk) -> None:
         slot = self._free.popleft()
         if slot.written is not None:
-            self._lanes.wait("fetch", slot.written, "a slot is filled again after it was written back")
+            self._streams.wait("fetch", slot.written, "a slot is filled again after it was written back")
         if chunk.written is not None:
-            self._lanes.wait("fetch", chunk.written, "a block is fetched again after it was written back")
+            self._streams.wait("fetch", chunk.written, "a block is fetched again after it was written back")
         started = time.perf_counter()
-        with self._lanes.on("fetch", reads=[("block", chunk.name)], writes=[("slot", slot.index)]):
+        with self._streams.on("fetch", reads=[("block", chunk.name)], writes=[("slot", slot.index)]):
             slot.memory[: chunk.nbytes].copy_(self._store.block(chunk), non_blocking=True)
         self.stats.exposed_s += time.perf_counter() - started
-        self._fetched[chunk.name] = (slot, self._lanes.record("fetch"))
+        self._fetched[chunk.name] = (slot, self._streams.record("fetch"))
         self.stats.bytes_in += chunk.nbytes
         self.stats.chunks += 1
 
@@ -154,8 +154,8 @@ class Streamer:
             groups: the optimizer's parameter groups.
             skip: see :func:`grass_ray.optim.kernels.adamw`.
         """
-        ready = self._lanes.record("compute")
-        self._lanes.wait("update", ready, "gradients are complete before an update reads them")
+        ready = self._streams.record("compute")
+        self._streams.wait("update", ready, "gradients are complete before an update reads them")
         for unit in units:
             group_of: dict[Tensor, Mapping[str, Any]] = {
                 p: groups[index] for index, parameters in unit.groups for p in parameters
@@ -163,7 +163,7 @@ class Streamer:
             gradients: dict[Tensor, Tensor] = {p: p.grad for p in unit.parameters if p.grad is not None}
             for chunk in self._store.chunks(unit.name):
                 self._update_chunk(unit, chunk, gradients, steps, group_of, skip)
-            self._gates[unit.name] = Gate(self._lanes.record("update"), list(gradients.values()))
+            self._gates[unit.name] = Gate(self._streams.record("update"), list(gradients.values()))
             for parameter in gradients:
                 parameter.grad = None
         if self.mode != "lazy":
@@ -183,14 +183,14 @@ class Streamer:
                 self._forget_a_prefetch()
             self._fetch(chunk)
         slot, fetched = self._fetched.pop(chunk.name)
-        self._lanes.wait("update", fetched, "states are on the device before an update reads them")
+        self._streams.wait("update", fetched, "states are on the device before an update reads them")
         pieces = [
             (segment, state)
             for segment, state in zip(chunk.segments, chunk.views(slot.memory), strict=True)
             if segment.parameter in gradients
         ]
         touched = [("weights", unit.name), ("slot", slot.index)]
-        with self._lanes.on("update", reads=[("gradients", unit.name)], writes=touched):
+        with self._streams.on("update", reads=[("gradients", unit.name)], writes=touched):
             for group in {id(group): group for group in group_of.values()}.values():
                 own = [(segment, state) for segment, state in pieces if group_of[segment.parameter] is group]
                 adamw(
@@ -202,13 +202,13 @@ class Streamer:
                     skip,
                     [first_element(segment.parameter) + segment.start for segment, _ in own],
                 )
-        updated = self._lanes.record("update")
-        self._lanes.wait("write", updated, "states are updated before they are written back")
+        updated = self._streams.record("update")
+        self._streams.wait("write", updated, "states are updated before they are written back")
         started = time.perf_counter()
-        with self._lanes.on("write", reads=[("slot", slot.index)], writes=[("block", chunk.name)]):
+        with self._streams.on("write", reads=[("slot", slot.index)], writes=[("block", chunk.name)]):
             self._store.block(chunk).copy_(slot.memory[: chunk.nbytes], non_blocking=True)
         self.stats.exposed_s += time.perf_counter() - started
-        slot.written = chunk.written = self._lanes.record("write")
+        slot.written = chunk.written = self._streams.record("write")
         self._free.append(slot)
         self.stats.bytes_out += chunk.nbytes
 
@@ -225,7 +225,7 @@ class Streamer:
         """Before a forward uses the unit's weights: wait for its update, and let its gradients go."""
         gate = self._gates.pop(unit, None)
         if gate is not None:
-            self._lanes.wait("compute", gate.updated, "weights are updated before a forward reads them")
+            self._streams.wait("compute", gate.updated, "weights are updated before a forward reads them")
 
     def synchronize(self) -> None:
         """Let the training's stream wait for every update under way."""
@@ -237,4 +237,4 @@ class Streamer:
         for unit in self._store.units:
             for chunk in self._store.chunks(unit):
                 if chunk.written is not None:
-                    self._lanes.wait_on_host(chunk.written, "blocks are written before the host reads them")
+                    self._streams.wait_on_host(chunk.written, "blocks are written before the host reads them")

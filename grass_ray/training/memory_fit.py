@@ -60,7 +60,7 @@ def find_fit(
 ) -> Fit | None:
     """The first settings with which ``method`` fits into ``memory`` bytes; those that change and cost least come first.
 
-    Tried in this order: another offload mode, gradient checkpointing, smaller micro-batches of the same step, one
+    Observation in this order: another offload mode, gradient checkpointing, smaller micro-batches of the same step, one
     active layer, embeddings and head frozen. Raises :class:`ConfigError` as :meth:`Planner.plan_modes`.
     """
     for changed, of_method in _changes_of_method(method):

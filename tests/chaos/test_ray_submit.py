@@ -1,4 +1,4 @@
-"""``ray up`` and ``ray submit`` over real SSH, on this machine: cluster.local.yaml with another address, port and home.
+"""``ray up`` and ``ray submit`` over real SSH, on this machine: deploy/cluster.local.yaml at another address and port.
 
 What is changed for the test: this machine's loopback with an SSH server of its own on a high port and a home of its
 own; free ports; an existing environment (GRASS_RAY_VENV, by default the running one) in the place of ``pip install``;
@@ -90,7 +90,7 @@ def ssh_server(folder: Path, home: Path, port: int) -> Iterator[None]:
 
 def cluster_file(folder: Path, home: Path, ssh_port: int, mlflow_port: int) -> Path:
     config: dict[str, Any] = yaml.safe_load(
-        (REPOSITORY / "cluster.local.yaml").read_text().replace(":5000", f":{mlflow_port}")
+        (REPOSITORY / "deploy/cluster.local.yaml").read_text().replace(":5000", f":{mlflow_port}")
         .replace("--port 5000", f"--port {mlflow_port}")
     )  # fmt: skip
     config["cluster_name"] = folder.name

@@ -10,7 +10,7 @@ from small import REPOSITORY
 
 from grass_ray.cluster.options import parse_options
 
-LAUNCHED = ("cluster.yaml", "cluster.local.yaml")
+LAUNCHED = ("cluster.yaml", "deploy/cluster.local.yaml")
 
 
 def launched(name: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_the_head_serves_mlflow_where_sweeps_look_for_it_with_absolute_places(na
 
 
 def test_the_kubernetes_job_runs_a_sweep_on_the_ray_that_is_tested_here() -> None:
-    volume, job = yaml.safe_load_all((REPOSITORY / "cluster.kuberay.yaml").read_text())
+    volume, job = yaml.safe_load_all((REPOSITORY / "deploy/cluster.kuberay.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     spec = job["spec"]
     cluster = spec["rayClusterSpec"]
@@ -71,3 +71,10 @@ def test_the_kubernetes_job_runs_a_sweep_on_the_ray_that_is_tested_here() -> Non
     (server,) = [container["command"] for container in head["containers"] if container["name"] == "mlflow"]
     assert tracking == "http://127.0.0.1:5000"
     assert {"--host=127.0.0.1", "--port=5000"} <= set(server)
+
+
+def test_the_image_is_of_the_ray_that_is_tested_here_and_holds_what_the_job_runs() -> None:
+    lines = (REPOSITORY / "deploy" / "Dockerfile").read_text().splitlines()
+    assert f"FROM rayproject/ray:{version('ray')}-py311-gpu" in lines
+    assert any(line.startswith("COPY") and line.endswith(". /app") for line in lines)
+    assert "deploy/Dockerfile" in (REPOSITORY / "deploy" / "cluster.kuberay.yaml").read_text()

@@ -7,7 +7,7 @@ import pytest
 from mini_search import SWEEP
 from mlflow import MlflowClient
 
-from grass_ray.cluster.callbacks import Ledger
+from grass_ray.cluster.callbacks import TrialStore
 from grass_ray.cluster.options import SweepOptions, choose
 from grass_ray.cluster.plan import SweepPlan, TrialSpec, make_tuning
 from grass_ray.cluster.progress import SweepProgress
@@ -23,7 +23,7 @@ REASON = "stopped early at step 4 of 36 by ASHA: its validation loss 1.5000 was 
 
 
 @pytest.fixture
-def books(tmp_path: Path) -> tuple[Ledger, TrialSpec]:
+def books(tmp_path: Path) -> tuple[TrialStore, TrialSpec]:
     tuning = make_tuning(choose(SWEEP.defaults, SweepOptions(scheduler="asha", num_samples=2)))
     assert tuning is not None
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -34,10 +34,10 @@ def books(tmp_path: Path) -> tuple[Ledger, TrialSpec]:
     run = tracker.start_sweep("s", {}, {})
     overview = Overview(tracker, run, "?", num_trials=2, folder=tmp_path / "summary")
     progress = SweepProgress("mini", [], quiet=True, expected=plan.num_trials)
-    ledger = Ledger(plan, storage, tracker, progress, tmp_path, overview)
+    trial_store = TrialStore(plan, storage, tracker, progress, tmp_path, overview)
     spec = tuning.trials[0]
-    ledger.add(spec, {"search": "random", "scheduler": "asha", "stage": "search", "number": 0})
-    return ledger, spec
+    trial_store.add(spec, {"search": "random", "scheduler": "asha", "stage": "search", "number": 0})
+    return trial_store, spec
 
 
 def steps(first: int, last: int, loss: float | None = None) -> dict[str, Any]:
@@ -49,15 +49,15 @@ def steps(first: int, last: int, loss: float | None = None) -> dict[str, Any]:
 
 
 def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
-    books: tuple[Ledger, TrialSpec], tmp_path: Path
+    books: tuple[TrialStore, TrialSpec], tmp_path: Path
 ) -> None:
-    ledger, spec = books
-    ledger.start(spec.key)
-    ledger.result(spec.key, steps(1, 6, 1.5))  # two of the six only measured
-    ledger.stop_early(spec.key, 4, REASON)
-    late = ledger.records[spec.key].model_copy(update={"status": "finished"})
-    ledger.storage.write_text(late.model_dump_json(), spec.folder, "record.json")  # a process in its last moments
-    ledger.settle()
+    trial_store, spec = books
+    trial_store.start(spec.key)
+    trial_store.result(spec.key, steps(1, 6, 1.5))  # two of the six only measured
+    trial_store.stop_early(spec.key, 4, REASON)
+    late = trial_store.records[spec.key].model_copy(update={"status": "finished"})
+    trial_store.storage.write_text(late.model_dump_json(), spec.folder, "record.json")  # a process in its last moments
+    trial_store.settle()
 
     record = RunRecord.load(tmp_path / "mini" / "s" / spec.folder / "record.json")
     assert (record.status, record.failure) == ("stopped", REASON)
@@ -66,8 +66,8 @@ def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
     assert [step for step, _ in record.series["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert rung_losses(record) == {4: 1.5}
     assert (record.hardware, record.threads) == ("A worker's CPU", 1)
-    assert ledger.has_ended(spec), "a resumed search does not run it again"
-    assert ledger.progress.summary().startswith("1 of 3 done, 0 running, 0 failed, 1 stopped early")
+    assert trial_store.has_ended(spec), "a resumed search does not run it again"
+    assert trial_store.progress.summary().startswith("1 of 3 done, 0 running, 0 failed, 1 stopped early")
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("mini").experiment_id], "tags.stage = 'search'")

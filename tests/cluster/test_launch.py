@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.launch import ClusterView, knock, ray_cluster, short_folders, token_without_home
+from grass_ray.cluster.launch import ClusterInfo, knock, ray_cluster, short_folders, token_without_home
 from grass_ray.config import ConfigError
 
 
-def view(*machines: tuple[int, int], joined: bool = True) -> ClusterView:
-    return ClusterView(address="10.0.0.1:6379", machines=machines, joined=joined)
+def view(*machines: tuple[int, int], joined: bool = True) -> ClusterInfo:
+    return ClusterInfo(address="10.0.0.1:6379", machines=machines, joined=joined)
 
 
 def test_a_sweep_says_whether_it_joined_a_cluster_or_started_a_ray_of_its_own() -> None:

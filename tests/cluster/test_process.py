@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_what_the_system_refuses_is_one_sentence_and_a_mistake_of_the_program_no
     wrapped.__cause__ = OSError(errno.EROFS, os.strerror(errno.EROFS))
     assert describe_failure(wrapped) == os.strerror(errno.EROFS)
     assert describe_failure(KeyError("model")) is None
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal() -> Iterator[None]:
+    """Under nohup and in the background a process starts with these signals ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def interrupt(times: int = 1) -> None:

@@ -10,7 +10,7 @@ from mini_search import SWEEP
 from grass_ray.cluster.launch import driver_memory
 from grass_ray.cluster.options import SweepOptions, choose
 from grass_ray.cluster.plan import SweepPlan, make_tuning, untrained
-from grass_ray.cluster.population import Standing, next_generation
+from grass_ray.cluster.population import MemberState, next_generation
 from grass_ray.cluster.space import to_plain
 from grass_ray.cluster.tuning import MUTABLE, Tuning, generation_ends, rungs
 from grass_ray.cluster.worker import Job
@@ -123,22 +123,22 @@ def member() -> Job:
 
 
 def test_a_member_goes_on_from_its_own_checkpoint_without_a_new_entry_in_its_lineage() -> None:
-    first = next_generation(member(), Standing(updates=0, checkpoint=None, key="a" * 12))
+    first = next_generation(member(), MemberState(updates=0, checkpoint=None, key="a" * 12))
     assert (first.until, first.validate_at, first.start_from) == (9, (9,), None)
     assert first.search is not None
     lineage = first.search["lineage"]
     assert [(step["step"], step["weights_of"]) for step in lineage] == [(0, "a" * 12)]
-    own = next_generation(member(), Standing(updates=9, checkpoint="/c", key="a" * 12, lineage=lineage))
+    own = next_generation(member(), MemberState(updates=9, checkpoint="/c", key="a" * 12, lineage=lineage))
     assert own.search is not None
     assert (own.until, own.start_from, own.search["lineage"]) == (18, "/c", lineage)
-    last = next_generation(member(), Standing(updates=27, checkpoint="/d", key="a" * 12, lineage=lineage))
+    last = next_generation(member(), MemberState(updates=27, checkpoint="/d", key="a" * 12, lineage=lineage))
     assert (last.until, last.validate_at) == (36, ())
     assert len({job.train_name for job in (first, own, last)}) == 3
 
 
 def test_taking_over_another_members_weights_is_written_down_with_the_changed_settings() -> None:
     before = [{"step": 0, "weights_of": "b" * 12, "settings": {"method.optimizer.lr": 0.5}}]
-    job = next_generation(member(), Standing(updates=9, checkpoint="/c", key="b" * 12, lineage=before))
+    job = next_generation(member(), MemberState(updates=9, checkpoint="/c", key="b" * 12, lineage=before))
     assert job.search is not None
     assert job.search["lineage"][0] == before[0]
     assert job.search["lineage"][1]["step"] == 9

@@ -252,6 +252,7 @@ def test_a_model_folder_is_found_from_anywhere_and_never_on_the_hub(
 def test_interrupt_while_evaluating_stops_and_can_go_on(tmp_path: Path) -> None:
     arguments = ["train", "full", "--model=tiny", "--steps=2", "--limit=100", "--output", "run", "--set"]
     arguments += ["data.source.train_rows=40", "data.source.test_rows=100", "evaluation.batch_size=1"]
+    arguments += ["training.warmup_steps=0"]
     code = "from grass_ray.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],

@@ -493,14 +493,14 @@ def test_projected_states_travel_whole(offload: Any) -> None:
 class Operation:
     """One piece of work: where it ran, what it touched, and the operations it is certain to come after."""
 
-    lane: str
+    stream: str
     reads: set[Hashable]
     writes: set[Hashable]
     after: set[int]
 
 
 @dataclass
-class RecordingLanes:
+class RecordingStreams:
     """Runs everything at once like a CPU, and notes what CUDA streams would be free to reorder."""
 
     without: str | None = None
@@ -509,19 +509,19 @@ class RecordingLanes:
     _behind: dict[str, set[int]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def on(self, lane: str, *, reads: Iterable[Hashable] = (), writes: Iterable[Hashable] = ()) -> Iterator[None]:
-        behind = self._behind.setdefault(lane, set())
-        self.operations.append(Operation(lane, set(reads), set(writes), set(behind)))
+    def on(self, stream: str, *, reads: Iterable[Hashable] = (), writes: Iterable[Hashable] = ()) -> Iterator[None]:
+        behind = self._behind.setdefault(stream, set())
+        self.operations.append(Operation(stream, set(reads), set(writes), set(behind)))
         behind.add(len(self.operations) - 1)
         yield
 
-    def record(self, lane: str) -> frozenset[int]:
-        return frozenset(self._behind.setdefault(lane, set()))
+    def record(self, stream: str) -> frozenset[int]:
+        return frozenset(self._behind.setdefault(stream, set()))
 
-    def wait(self, lane: str, event: frozenset[int], reason: str) -> None:
+    def wait(self, stream: str, event: frozenset[int], reason: str) -> None:
         self.reasons.add(reason)
         if reason != self.without:
-            self._behind.setdefault(lane, set()).update(event)
+            self._behind.setdefault(stream, set()).update(event)
 
     def wait_on_host(self, event: frozenset[int], reason: str) -> None:
         self.wait("host", event, reason)
@@ -538,21 +538,21 @@ class RecordingLanes:
         return found
 
 
-def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None = None) -> RecordingLanes:
+def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None = None) -> RecordingStreams:
     """A short training with switches, in which the training's own work is noted too."""
     model = make_odd_llama()
-    lanes = RecordingLanes(without=without)
+    streams = RecordingStreams(without=without)
 
     def noting_forward(name: str) -> Callable[..., None]:
         def note(module: nn.Module, inputs: Any) -> None:
-            with lanes.on("compute", reads=[("weights", name)]):
+            with streams.on("compute", reads=[("weights", name)]):
                 pass
 
         return note
 
     def noting_backward(name: str) -> Callable[..., None]:
         def note(gradient: torch.Tensor) -> None:
-            with lanes.on("compute", reads=[("weights", name)], writes=[("gradients", name)]):
+            with streams.on("compute", reads=[("weights", name)], writes=[("gradients", name)]):
                 pass
 
         return note
@@ -566,7 +566,7 @@ def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None
         offload=mode,
         chunk_bytes=chunk_bytes,
         ring_slots=slots,
-        lanes=lanes,
+        streams=streams,
     )
     for module, unit in zip(optimizer.stack.modules, optimizer.units, strict=True):
         module.register_forward_pre_hook(noting_forward(unit.name))
@@ -575,10 +575,11 @@ def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None
         optimizer.step()
         optimizer.zero_grad()
     optimizer.state_dict()
-    blocks = [("block", chunk.name) for unit in optimizer._host.units for chunk in optimizer._host.chunks(unit)]
-    with lanes.on("host", reads=blocks):
+    host = optimizer._placement.host
+    blocks = [("block", chunk.name) for unit in host.units for chunk in host.chunks(unit)]
+    with streams.on("host", reads=blocks):
         pass
-    return lanes
+    return streams
 
 
 SCENES = [("lazy", CHUNK, 2), ("lazy", 1024 * 1024, 8), ("overlap", CHUNK, 2), ("overlap", 1024 * 1024, 8)]
@@ -586,10 +587,10 @@ SCENES = [("lazy", CHUNK, 2), ("lazy", 1024 * 1024, 8), ("overlap", CHUNK, 2), (
 
 @pytest.mark.parametrize(("mode", "chunk_bytes", "slots"), SCENES)
 def test_no_two_accesses_can_collide(mode: Any, chunk_bytes: int, slots: int) -> None:
-    lanes = record_training(mode, chunk_bytes, slots)
-    assert len(lanes.operations) > 60
-    assert {operation.lane for operation in lanes.operations} == {"compute", "fetch", "update", "write", "host"}
-    assert not lanes.collisions()
+    streams = record_training(mode, chunk_bytes, slots)
+    assert len(streams.operations) > 60
+    assert {operation.stream for operation in streams.operations} == {"compute", "fetch", "update", "write", "host"}
+    assert not streams.collisions()
 
 
 def test_every_wait_is_needed() -> None:
@@ -606,10 +607,10 @@ def test_lazy_lets_updates_go_on_under_the_next_forward() -> None:
     for mode in ("lazy", "overlap"):
         operations = record_training(mode, CHUNK, 2).operations
         free[mode] = any(
-            operations[earlier].lane == "update" and earlier not in operation.after
+            operations[earlier].stream == "update" and earlier not in operation.after
             for later, operation in enumerate(operations)
             for earlier in range(later)
-            if operation.lane == "compute" and not operation.writes
+            if operation.stream == "compute" and not operation.writes
         )
     assert free == {"lazy": True, "overlap": False}
 
@@ -682,8 +683,8 @@ def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precisi
             batch = make_batch(step, vocabulary=61).to(device)
             model(input_ids=batch, labels=batch).loss.backward()
             if each == mode and mode != "blocking":
-                for lane in ("fetch", "update", "write"):
-                    with optimizer._lanes.on(lane):  # type: ignore[arg-type]
+                for name in ("fetch", "update", "write"):
+                    with optimizer._placement.streams.on(name):  # type: ignore[arg-type]
                         torch.cuda._sleep(int(torch.randint(0, 2_000_000, (), generator=chance)))
             optimizer.step()
             optimizer.zero_grad()

@@ -741,8 +741,8 @@ def test_gpu_shards_train_as_the_whole_model_whatever_the_streams_do(mode: Any, 
         for step in range(30):
             backward_on(model, make_batch(step).cuda())
             if sharded and mode in ("overlap", "lazy"):
-                for lane in ("fetch", "update", "write"):
-                    with optimizer._lanes.on(lane):
+                for name in ("fetch", "update", "write"):
+                    with optimizer._placement.streams.on(name):
                         torch.cuda._sleep(int(torch.randint(0, 2_000_000, (), generator=chance)))
             optimizer.step()
             optimizer.zero_grad()

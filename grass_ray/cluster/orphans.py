@@ -15,7 +15,7 @@ from ray.util.state.exception import RayStateApiException
 LIMIT = 10_000  # the most that Ray's dashboard lists
 
 
-def free_leftovers() -> int:
+def free_orphans() -> int:
     """Remove the placement groups whose job has ended, except detached ones, which are meant to stay.
 
     Returns:
@@ -30,7 +30,7 @@ def free_leftovers() -> int:
     except RayStateApiException:
         return 0
     ended = {job.job_id for job in jobs if job.status not in ("RUNNING", "PENDING")}
-    leftovers = [group for group in groups if group.creator_job_id in ended and not group.is_detached]
-    for group in leftovers:
+    orphans = [group for group in groups if group.creator_job_id in ended and not group.is_detached]
+    for group in orphans:
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))))
-    return len(leftovers)
+    return len(orphans)

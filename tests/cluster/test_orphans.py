@@ -111,4 +111,4 @@ def test_what_a_killed_driver_left_behind_is_free_when_the_next_sweep_joins() ->
                 assert f"({leaked} placement groups of dead jobs freed)" in found["said"]
                 assert found["free"] == 0.998
                 return
-    pytest.fail("Ray frees them by itself now: leftovers.py can go")
+    pytest.fail("Ray frees them by itself now: orphans.py can go")

@@ -2,7 +2,7 @@
 
 ::
 
-    code = Execution(plan, root, storage, options, console).run("python sweeps/quickstart.py --resume")
+    code = SweepRunner(plan, root, storage, options, console).run("python sweeps/quickstart.py --resume")
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from rich.console import Console
 
-from grass_ray.cluster.callbacks import Ledger, SweepCallback
-from grass_ray.cluster.launch import Batch, Share, ray_cluster, run_trials
+from grass_ray.cluster.callbacks import SweepCallback, TrialStore
+from grass_ray.cluster.launch import Batch, TrialResources, ray_cluster, run_trials
 from grass_ray.cluster.options import SweepOptions
 from grass_ray.cluster.plan import SweepPlan, TrialSpec
 from grass_ray.cluster.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.cluster.progress import SweepProgress
-from grass_ray.cluster.searching import GroupSearch
+from grass_ray.cluster.searching import MethodSearch
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import Job
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
@@ -40,7 +40,7 @@ TRACKING_WITHIN_S = 300.0
 SUMMARY_FOLDER, BEST_FILE = "summary", "best.yaml"
 
 
-class Execution:
+class SweepRunner:
     """Runs what is left of a plan in this process."""
 
     def __init__(
@@ -76,21 +76,21 @@ class Execution:
                 num_trials=self.plan.num_trials,
                 folder=Path(scratch) / SUMMARY_FOLDER,
             )
-            ledger = Ledger(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
+            trial_store = TrialStore(self.plan, self.storage, self.tracker, self.progress, Path(scratch), overview)
             code = INTERRUPTED
             with Interrupts() as interrupts:
                 try:
-                    self._run_trials(ledger)
-                    code = self._sum_up(sweep_run, list(ledger.records.values()), overview)
+                    self._run_trials(trial_store)
+                    code = self._sum_up(sweep_run, list(trial_store.records.values()), overview)
                 except KeyboardInterrupt:
                     interrupts.ignore()
-                    ledger.stop_running("stopped", "the sweep was interrupted; --resume goes on")
+                    trial_store.stop_running("stopped", "the sweep was interrupted; --resume goes on")
                     self.tracker.finish_sweep(sweep_run, status="stopped")
                     self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
-                    overview.show(list(ledger.records.values()), at_once=True)
+                    overview.show(list(trial_store.records.values()), at_once=True)
                 except Exception as error:
                     code, reason = FAILED, self._refusal(error)
-                    ledger.stop_running("failed", reason or f"{type(error).__name__}: {error}")
+                    trial_store.stop_running("failed", reason or f"{type(error).__name__}: {error}")
                     self.tracker.finish_sweep(sweep_run, status="failed")
                     if reason is None:
                         raise
@@ -109,15 +109,15 @@ class Execution:
             reason = os.strerror(errno.ENOSPC)
         return None if reason is None else f"{reason} ({where})"
 
-    def _run_trials(self, ledger: Ledger) -> None:
+    def _run_trials(self, trial_store: TrialStore) -> None:
         tuning = self.plan.tuning
-        searches: list[GroupSearch] = []
+        searches: list[MethodSearch] = []
         if tuning is not None:
-            searches = [GroupSearch(tuning, group, ledger, self.storage, self._job) for group in tuning.groups]
+            searches = [MethodSearch(tuning, group, trial_store, self.storage, self._job) for group in tuning.groups]
         for spec in [*self.plan.specs, *(spec for search in searches for spec in search.ended())]:
-            if ledger.has_ended(spec):
-                ledger.end(spec.key, None, earlier=True)
-        if not self._is_left(ledger, searches):
+            if trial_store.has_ended(spec):
+                trial_store.end(spec.key, None, earlier=True)
+        if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
             return
         with ray_cluster(self.options.machines) as cluster:
@@ -140,42 +140,42 @@ class Execution:
             with self.progress:
                 for search in searches:
                     if search.is_left():
-                        self._run(search.batch(share, cluster.memories), share, ledger)
+                        self._run(search.batch(share, cluster.memories), share, trial_store)
                 for search in searches:
                     if not search.finals():
                         self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
-                finals = self._finals(ledger, searches)
-                jobs = [self._job(spec, **fields) for spec, fields in finals if not ledger.has_ended(spec)]
+                finals = self._finals(trial_store, searches)
+                jobs = [self._job(spec, **fields) for spec, fields in finals if not trial_store.has_ended(spec)]
                 if jobs:
-                    self._run(Batch(name="tune", jobs=jobs), share, ledger)
+                    self._run(Batch(name="tune", jobs=jobs), share, trial_store)
 
-    def _is_left(self, ledger: Ledger, searches: list[GroupSearch]) -> bool:
+    def _is_left(self, trial_store: TrialStore, searches: list[MethodSearch]) -> bool:
         if any(search.is_left() for search in searches):
             return True
-        finals = self._finals(ledger, searches)
+        finals = self._finals(trial_store, searches)
         for spec, _ in finals[len(self.plan.specs) :]:
-            if ledger.has_ended(spec):
-                ledger.end(spec.key, None, earlier=True)
-        return any(not ledger.has_ended(spec) for spec, _ in finals)
+            if trial_store.has_ended(spec):
+                trial_store.end(spec.key, None, earlier=True)
+        return any(not trial_store.has_ended(spec) for spec, _ in finals)
 
-    def _finals(self, ledger: Ledger, searches: list[GroupSearch]) -> list[tuple[TrialSpec, dict[str, Any]]]:
+    def _finals(self, trial_store: TrialStore, searches: list[MethodSearch]) -> list[tuple[TrialSpec, dict[str, Any]]]:
         """The trials that meet the test, with further fields of their jobs: those of the plan, then the winners'."""
         finals: list[tuple[TrialSpec, dict[str, Any]]] = [(spec, {}) for spec in self.plan.specs]
         for search in searches:
             for spec, part, fields in search.finals():
-                ledger.add(spec, part)
+                trial_store.add(spec, part)
                 finals.append((spec, {"search": part, **fields}))
         return finals
 
-    def _run(self, batch: Batch, share: Share, ledger: Ledger) -> None:
+    def _run(self, batch: Batch, share: TrialResources, trial_store: TrialStore) -> None:
         run_trials(
             batch,
             share,
             self.storage,
-            callbacks=[SweepCallback(ledger, batch.scheduler)],
+            callbacks=[SweepCallback(trial_store, batch.scheduler)],
             max_failures=self.options.max_failures,
         )
-        ledger.settle()
+        trial_store.settle()
 
     def _job(self, spec: TrialSpec, **fields: Any) -> Job:
         return Job(

@@ -1,0 +1,99 @@
+"""Pages written from the code itself: the command line's help and the keys of a run's configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+SCHEDULE = "ScheduleConfig"
+HEAD = "\n| key | type | default | meaning |\n|---|---|---|---|\n"
+
+
+def command_line() -> str:
+    """The help of every verb, and of the flags that all sweeps share."""
+    (verbs,) = re.findall(r"usage: grass-ray .*\{([a-z,\s]+)\}", help_of("grass-ray"), flags=re.DOTALL)
+    programs = ["grass-ray", *(f"grass-ray {verb}" for verb in re.findall(r"[a-z]+", verbs))]
+    programs.append("python sweeps/quickstart.py")
+    return "\n\n".join(f"## `{name}`\n\n```text\n{help_of(*name.split()).strip()}\n```" for name in programs)
+
+
+def help_of(program: str, *arguments: str) -> str:
+    """What ``grass-ray VERB --help`` or ``python SCRIPT --help`` prints."""
+    environment = os.environ | {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+    main = ["-c", "from grass_ray.cli import main; main()"] if program == "grass-ray" else []
+    command = [sys.executable, *main, *arguments, "--help"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def configuration() -> str:
+    """Every key of a run's configuration, from the JSON schema of ``RunConfig``."""
+    from grass_ray.config import RunConfig
+
+    schema = RunConfig.model_json_schema()
+    parts = {f"#/$defs/{name}": part for name, part in schema["$defs"].items()}
+    # what many keys take is explained once, at the end
+    schedules = {place: part for place, part in parts.items() if place.endswith(SCHEDULE)}
+    own = {place: part for place, part in parts.items() if place not in schedules}
+    sections = [
+        *_sections("", schema, own),
+        *(text for part in schedules.values() for text in _sections("SCHEDULE.", part, own)),
+    ]
+    return "\n".join(sections)
+
+
+def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Iterator[str]:
+    """The table of ``part``, whose keys begin with ``prefix``, then those of the parts inside it."""
+    kind = part["properties"].get("kind", {}).get("const")
+    rows, inside = [], []
+    for name, field in part["properties"].items():
+        leaves = list(_leaves(field))
+        nested = [parts[leaf["$ref"]] for leaf in leaves if leaf.get("$ref") in parts]
+        inside += [(f"{prefix}{name}.", inner) for inner in nested]
+        if name == "kind" or len(nested) == len(leaves):
+            continue
+        types = " or ".join(dict.fromkeys(map(_type, leaves)))
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        types += "" if default else ", required"
+        meaning = next((said["description"] for said in (field, *leaves) if "description" in said), "")
+        rows.append(f"| `{prefix}{name}` | {types} | {default} | {meaning.replace('|', chr(92) + '|')} |\n")
+    title = f"`{prefix.removesuffix('.')}`" if prefix else "A run"
+    said = part.get("description", "").replace("``", "`")
+    yield (
+        f"## {title}"
+        + (f" of kind `{kind}`" if kind else "")
+        + f"\n\n{said}\n"
+        + (HEAD if rows else "")
+        + "".join(rows)
+    )
+    for key, inner in inside:
+        yield from _sections(key, inner, parts)
+
+
+def _leaves(field: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The alternatives of a field, those inside alternatives too."""
+    branches = field.get("anyOf") or field.get("oneOf")
+    if branches is None:
+        yield field
+    else:
+        for branch in branches:
+            yield from _leaves(branch)
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        is_schedule = field["$ref"].endswith(SCHEDULE)
+        return "[schedule](#schedule-of-kind-linear)" if is_schedule else "a part with keys of its own"
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if field.get("type") == "array":
+        return f"list of {_type(field.get('items') or field['prefixItems'][0])}"
+    limits = (f" {sign} {field[limit]:g}" for limit, sign in LIMITS.items() if limit in field)
+    return field.get("type", "any") + ",".join(limits)

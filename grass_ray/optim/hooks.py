@@ -1,0 +1,37 @@
+"""Hooks on a model that do not hold the optimizer they belong to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class WeakHook:
+    """Calls a method as long as its object lives; whatever a hook is called with is left out.
+
+    Copies, and what a pickled model brings back, do nothing: they belong to no optimizer.
+
+    Args:
+        method: a bound method.
+        given: its arguments.
+    """
+
+    def __init__(self, method: Callable[..., None] | None = None, *given: Any) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+        self._given = given
+
+    def __call__(self, *_: Any) -> None:
+        """Call the method, if its object lives."""
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*self._given)
+
+    def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
+        return WeakHook, ()
+
+
+def remove(handles: list[Any]) -> None:
+    """Take hooks away from a model."""
+    while handles:
+        handles.pop().remove()

@@ -1,0 +1,112 @@
+"""Take a model apart for an optimizer: what its sampler picks from, what always trains, what nobody trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_ray.layerwise.samplers import AllLayersSampler, Sampler
+from grass_ray.layerwise.stack import DecoderStack, decay_parameters, find_decoder_stack
+from grass_ray.optim.projection import Projection
+from grass_ray.optim.refusals import refuse_half
+from grass_ray.optim.sharded import Shards, check_sharded, find_shards
+from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model as an optimizer sees it.
+
+    ``units`` are what the sampler picks from, ``constant`` what trains at every step, ``managed`` the parameters of
+    both; ``decayed`` are those that weight decay applies to; ``given`` required a gradient when the model was taken
+    apart, and ``unmanaged`` names those of them that are outside the language model.
+    """
+
+    stack: DecoderStack
+    shards: Shards | None
+    units: list[Unit]
+    constant: list[Unit]
+    managed: list[nn.Parameter]
+    decayed: set[nn.Parameter]
+    given: list[nn.Parameter]
+    unmanaged: list[str]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Two parameter groups: matrices, and what weight decay never applies to."""
+        return [
+            {"params": [p for p in self.managed if p in self.decayed]},
+            {"params": [p for p in self.managed if p not in self.decayed], "weight_decay": 0.0},
+        ]
+
+
+def take_apart(
+    model: nn.Module,
+    sampler: Sampler,
+    *,
+    granularity: Granularity,
+    layers: str | None,
+    train: Sequence[str],
+    projection: Projection | None,
+) -> Parts:
+    """Take ``model`` apart, and start the sampler with its units.
+
+    Args:
+        model: a decoder language model.
+        sampler: picks among the units.
+        granularity: what a unit is.
+        layers: the name of the list of decoder layers; found when None.
+        train: which of ``"embeddings"``, ``"head"`` and ``"norm"`` always train.
+        projection: of moments, where there is one.
+
+    Raises:
+        ValueError: no decoder stack, no trainable layer, more active layers than trainable ones, float16 weights that
+            should train, or a model sharded in a way that cannot train layer-wise.
+    """
+    shards = find_shards(model)
+    if shards is not None and projection is not None:
+        raise ValueError(
+            f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of each; "
+            "pass the bare model, or a method without a projection"
+        )
+    stack = find_decoder_stack(model, layers)
+    decayed = decay_parameters(model)
+    units = sampled_units(stack, granularity, decayed)
+    if not isinstance(sampler, AllLayersSampler):
+        units = [unit for unit in units if unit.parameters]
+        if not units:
+            raise ValueError(
+                f"none of the {stack.num_layers} layers has a parameter that requires a gradient, so there is nothing "
+                "to draw from; thaw those that should train, then build the optimizer"
+            )
+    sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
+    ends = {"embeddings": stack.embeddings, "head": stack.head, "norm": stack.norm}
+    # and what peft adds outside the model: virtual tokens
+    always = {name: parameters for name, parameters in ends.items() if name in train}
+    constant = constant_units(always | {"adapter": tuple(_outside_of_the_base(model))}, decayed)
+    managed = [p for unit in (*units, *constant) for p in unit.parameters]
+    names = {p: name for name, p in model.named_parameters()}
+    refuse_half([names[p] for p in managed if p.dtype == torch.float16])
+    if shards is not None:
+        check_sharded(names, managed)
+    return Parts(
+        stack=stack,
+        shards=shards,
+        units=units,
+        constant=constant,
+        managed=managed,
+        decayed=decayed,
+        given=[p for p in model.parameters() if p.requires_grad],
+        unmanaged=[names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)],
+    )
+
+
+def _outside_of_the_base(model: Any) -> list[nn.Parameter]:
+    """Parameters of a peft model that its base model does not hold."""
+    if not hasattr(model, "get_base_model"):
+        return []
+    base = set(model.get_base_model().parameters())
+    return [p for p in model.parameters() if p not in base]
