@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow-test lint docs setup
+.PHONY: demo test test-fast slow-test lint docs setup
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -22,6 +22,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not slow"
 
 slow-test: setup
 	$(BIN)/python -m pytest --slow
