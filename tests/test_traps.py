@@ -18,11 +18,13 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import grass_ray.layerwise.stack as stack_module
-import grass_ray.optim.layerwise_adamw as optimizer_module
+import grass_ray.optim.parts as parts_module
 import grass_ray.training.models as models_module
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
 from grass_ray.config import ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.optim.placement import Resident, States
+from grass_ray.optim.watch import Watch
 from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
 
@@ -49,23 +51,22 @@ def check_every_drawn_layer_is_really_trained() -> None:
     assert engagement is not None
     assert all(engagement.visits)
     assert engagement.only_active_layers_changed
-    frozen = make_llama()
-    frozen.model.layers[1:].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"layers \[1, 2, 3\] have no parameter that requires a gradient"):
+    frozen = make_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 4 layers has a parameter that requires a gradient"):
         LayerwiseAdamW(frozen, UniformSampler(1, 2))
 
 
 def only_update_the_first_set(patch: pytest.MonkeyPatch) -> None:
-    update = LayerwiseAdamW._update_resident
+    update = States.update
     seen: list[str] = []
 
-    def first_only(self: LayerwiseAdamW, unit: Any, skip: torch.Tensor) -> None:
+    def first_only(self: States, unit: Any, groups: Any, skip: torch.Tensor) -> None:
         if len(seen) < 2:
             seen.append(unit.name)
         if unit.name in seen:
-            update(self, unit, skip)
+            update(self, unit, groups, skip)
 
-    patch.setattr(LayerwiseAdamW, "_update_resident", first_only)
+    patch.setattr(States, "update", first_only)
 
 
 # ------------------------------------------------------------------------------ 2. states of visited layers never freed
@@ -82,8 +83,8 @@ def check_states_on_the_device_stay_within_gamma_layers() -> None:
 
 
 def never_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LayerwiseAdamW, "_release", lambda self, unit: None)
-    patch.setattr(LayerwiseAdamW, "_reclaim", lambda self, unit: None)
+    for method in ("leave", "forget", "enter"):
+        patch.setattr(Resident, method, lambda self, unit: None)
 
 
 # ----------------------------------------------------------------------- 3. a resume in mid-interval trains another set
@@ -171,6 +172,7 @@ def update_whatever_has_a_gradient(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(LayerwiseAdamW, "_activate", leave_gradients)
     patch.setattr(LayerwiseAdamW, "_active", lambda self: [*self.units, *self.constant_units])
+    patch.setattr(Watch, "check_active", lambda self, units, device, dtype: None)
 
 
 # ---------------------------------------------------------------------------- 7. a switch in the middle of accumulation
@@ -282,12 +284,12 @@ def check_tied_embeddings_are_one_tensor() -> None:
 
 
 def count_the_head_again(patch: pytest.MonkeyPatch) -> None:
-    constant = optimizer_module.constant_units
+    constant = parts_module.constant_units
 
     def twice(parts: Any, decayed: Any) -> Any:
         return constant({**parts, "again": parts["embeddings"]}, decayed)
 
-    patch.setattr(optimizer_module, "constant_units", twice)
+    patch.setattr(parts_module, "constant_units", twice)
 
 
 # ----------------------------------------------------------------- 12. decay on norms; step counters that do not travel
@@ -312,7 +314,7 @@ def check_decay_spares_norms_and_counters_travel() -> None:
 
 
 def decay_everything(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(optimizer_module, "decay_parameters", lambda model: set(model.parameters()))
+    patch.setattr(parts_module, "decay_parameters", lambda model: set(model.parameters()))
 
 
 # ------------------------------------------------------------------- 13. frameworks that fix the trainable set at start

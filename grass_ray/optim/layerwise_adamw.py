@@ -390,11 +390,6 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
     def _train(self, norms: Tensor, scale: LossScale | None) -> Tensor:
         """Average over the workers, clip and update; the norms to be observed, all NaN where nothing was updated."""
-        if not self.active_units and self.units:
-            raise RuntimeError(
-                f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
-                "step, or give the sampler its scores"
-            )
         active = self.active_parameters()
         under_way = self._sync.under_way
         self._watch.without_gradient(
@@ -597,6 +592,11 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         if owner is None or owner() is not self:
             raise RuntimeError(
                 "the sampler was given to another optimizer after this one; give each a sampler of its own"
+            )
+        if self.units and not self.active_units:
+            raise RuntimeError(
+                f"{type(self.sampler).__name__} has not drawn yet: call optimizer.probe(measure) before the first "
+                "step, or give the sampler its scores"
             )
         if self._shards is None:
             self._watch.check_active(self._active(), self._device, self._dtype)
