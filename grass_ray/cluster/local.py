@@ -96,6 +96,8 @@ def train_locally(
 
     check_run(config)
     fitted = fit_to_memory(config) if memory_check else config
+    if not dry_run:
+        _check_folder(config, output, resume)
     for line in () if quiet else settings_without_effect(config):
         print(f"without effect: {line}", file=sys.stderr)
     if dry_run:
@@ -103,7 +105,6 @@ def train_locally(
         for line in find_lost_rows(config, tokenizer_to_check(config.model)):
             print(line, file=sys.stderr)
         return 0
-    _check_folder(config, output, resume)
     with claimed(output):
         _check_folder(config, output, resume)  # again, now that nobody else can write there
         tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT)
