@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.samplers import Measure, Sampler
@@ -588,8 +589,8 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         refuse_checkpoint_api()
         if self._retired:
             raise RuntimeError("another LayerwiseAdamW was built on this model after this one; step that one")
-        owner = _SAMPLERS.get(self.sampler)
-        if owner is None or owner() is not self:
+        owner = _SAMPLERS[self.sampler]
+        if owner() is not self:
             raise RuntimeError(
                 "the sampler was given to another optimizer after this one; give each a sampler of its own"
             )
@@ -712,7 +713,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
 
 # which optimizer a sampler serves
-_SAMPLERS: weakref.WeakKeyDictionary[Sampler, weakref.ref[LayerwiseAdamW]] = weakref.WeakKeyDictionary()
+_SAMPLERS = WeakIdKeyDictionary()
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -287,6 +288,18 @@ def test_a_sampler_serves_one_optimizer() -> None:
     backward(model, 5)
     with pytest.raises(RuntimeError, match="the sampler was given to another optimizer after this one"):
         first.step()
+
+
+def test_a_sampler_may_be_of_any_class() -> None:
+    """One that compares by value has no hash, as a dataclass."""
+
+    @dataclasses.dataclass
+    class Own(UniformSampler):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+
+    model = make_llama()
+    train(model, LayerwiseAdamW(model, Own(), lr=1e-3), range(4))
 
 
 @pytest.mark.parametrize("offload", ["none", "resident", "blocking", "overlap", "lazy"])
