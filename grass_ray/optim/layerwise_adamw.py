@@ -589,10 +589,10 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         refuse_checkpoint_api()
         if self._retired:
             raise RuntimeError("another LayerwiseAdamW was built on this model after this one; step that one")
-        owner = _SAMPLERS[self.sampler]
-        if owner() is not self:
+        if self.sampler not in _SAMPLERS or _SAMPLERS[self.sampler]() is not self:
             raise RuntimeError(
-                "the sampler was given to another optimizer after this one; give each a sampler of its own"
+                "the sampler was given to another optimizer after this one, or put here after it was built; build each "
+                "optimizer with a sampler of its own"
             )
         if self.units and not self.active_units:
             raise RuntimeError(
