@@ -58,16 +58,19 @@ except ValueError:
 # on a busy machine the dead driver's actors live longer, and make groups while these are counted
 while any(actor.class_name == "Controller" and actor.state != "DEAD" for actor in state.list_actors()):
     time.sleep(0.1)
-before = held()
+time.sleep(1)  # what is free is told a little later
+before, free_before = held(), ray.available_resources()["CPU"]
 ray.shutdown()
 with ray_cluster() as cluster:
     after, said = held(), cluster.describe()
+    # Ray itself loses a bundle now and then while it cleans up behind a job; what a listed group holds is ours to free
+    expected = round(free_before + 0.001 * (len(before) - len(after)), 3)
     for _ in range(100):
         free = ray.available_resources()["CPU"]
-        if free == 0.998:
+        if free == expected:
             break
         time.sleep(0.1)
-print(json.dumps({"before": before, "after": after, "said": said, "free": free}))
+print(json.dumps({"before": before, "after": after, "said": said, "free": free, "expected": expected}))
 """
 
 
@@ -112,6 +115,6 @@ def test_what_a_killed_driver_left_behind_is_free_when_the_next_sweep_joins() ->
             assert len(found["after"]) == 2, "a living job's group stays, and a detached one"
             if leaked:
                 assert f"({leaked} placement groups of dead jobs freed)" in found["said"]
-                assert found["free"] == 0.998
+                assert found["free"] == found["expected"]
                 return
     pytest.fail("Ray frees them by itself now: orphans.py can go")
