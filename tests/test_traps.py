@@ -172,7 +172,7 @@ def update_whatever_has_a_gradient(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(LayerwiseAdamW, "_activate", leave_gradients)
     patch.setattr(LayerwiseAdamW, "_active", lambda self: [*self.units, *self.constant_units])
-    patch.setattr(Watch, "check_active", lambda self, units, device, dtype: None)
+    patch.setattr(Watch, "check_active", lambda self, units: None)
 
 
 # ---------------------------------------------------------------------------- 7. a switch in the middle of accumulation

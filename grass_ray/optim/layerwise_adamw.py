@@ -182,7 +182,6 @@ class LayerwiseAdamW(torch.optim.Optimizer):
         self._retired = False
         # whether backward brought a gradient that probing did not keep
         self._dropped = False
-        self._dtype = managed[0].dtype
         self._watch = Watch(model, parts.unmanaged)
         self._proof: Proof | None = None
         self._model = weakref.ref(model)
@@ -316,8 +315,9 @@ class LayerwiseAdamW(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nothing is active (a sampler that must measure first got no ``probe``), the workers
-                disagree about what is, an earlier step was interrupted in the middle of its update, or the model was
-                sharded after the optimizer was built.
+                disagree about what is, an earlier step was interrupted in the middle of its update or switch, the model
+                was sharded, wrapped, frozen, moved or cast after the optimizer was built, or another optimizer has
+                taken over the model or the sampler.
         """
         self._refuse_misuse()
         loss = None
@@ -600,7 +600,7 @@ class LayerwiseAdamW(torch.optim.Optimizer):
                 "step, or give the sampler its scores"
             )
         if self._shards is None:
-            self._watch.check_active(self._active(), self._device, self._dtype)
+            self._watch.check_active(self._active())
             self._watch.check_strangers(self._active())
 
     def _refuse_interrupted(self) -> None:

@@ -30,6 +30,8 @@ class Watch:
 
     def __init__(self, model: nn.Module, unmanaged: Sequence[str]) -> None:
         self._model = weakref.ref(model)
+        # each parameter's own: models may lie on several devices, or keep some parts in another dtype
+        self._built = {p: (p.device, p.dtype) for p in model.parameters()}
         self._said: set[str] = set()
         self._settled = False
         self._first = True
@@ -40,7 +42,7 @@ class Watch:
                 "freezes them; train them with an optimizer of their own, thawed after this one is built",
             )
 
-    def check_active(self, units: Sequence[Unit], device: object, dtype: object) -> None:
+    def check_active(self, units: Sequence[Unit]) -> None:
         """Make sure that what trains now can train.
 
         Raises:
@@ -54,7 +56,8 @@ class Watch:
                 "build the optimizer"
             )
         first = next((p for unit in units for p in unit.parameters), None)
-        if first is not None and (first.device, first.dtype) != (device, dtype):
+        if first is not None and (first.device, first.dtype) != self._built[first]:
+            device, dtype = self._built[first]
             raise RuntimeError(
                 f"the model is {first.dtype} on {first.device} now, but was {dtype} on {device} when the optimizer was "
                 "built; move and cast the model first, then build the optimizer"

@@ -18,7 +18,7 @@ from small import backward, make_batch, make_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grass_ray import GradNormSampler, LayerwiseAdamW, UniformSampler
+from grass_ray import CyclicSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
 from grass_ray.optim import host_store
 
 
@@ -175,6 +175,31 @@ def test_a_model_cast_afterwards_is_refused() -> None:
     backward(model, 3)
     with pytest.raises(RuntimeError, match=r"the model is torch.bfloat16 on cpu now, but was torch.float32 on cpu"):
         optimizer.step()
+
+
+def test_parts_of_another_dtype_are_no_cast() -> None:
+    """Embeddings in bfloat16 under layers in float32, each trained in its turn."""
+
+    class Mixed(Blocks):
+        def __init__(self) -> None:
+            super().__init__(reentrant=False)
+            self.embedding.to(torch.bfloat16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            h = self.embedding(ids).float()
+            for layer in self.layers:
+                h = h + layer(h)
+            return self.head(h)
+
+    model = Mixed()
+    before = weights(model)
+    optimizer = LayerwiseAdamW(model, CyclicSampler(1, 1), lr=1e-2, granularity="block")
+    for step in range(len(optimizer.units)):
+        ids = make_batch(step, vocabulary=32)
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert changed(before, model) == set(before)
 
 
 def test_float16_weights_are_refused_and_frozen_ones_are_not() -> None:
