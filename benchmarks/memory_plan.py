@@ -27,18 +27,18 @@ from torch import Tensor
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.layerwise.samplers import AllLayersSampler
+from grass_ray.memory.plan import MemoryPlan, Mode, Planner
+from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
 from grass_ray.training.loop import accumulate_gradients
-from grass_ray.training.memory_plan import MemoryPlan, Mode, Planner
 from grass_ray.training.metrics import MemoryMeter, default_device, storage_bytes
 from grass_ray.training.models import SHAPES, build_shape, load_model
 from grass_ray.training.report import GIB
 from grass_ray.training.run import build_optimizer
 from grass_ray.training.sampling import build_sampler
-from grass_ray.training.step_memory import StepShape
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2

@@ -24,8 +24,8 @@ from typing import Annotated
 import torch
 import tyro
 
-from grass_ray.cluster.options import SweepDefaults, SweepOptions
-from grass_ray.cluster.sweep import Sweep
+from grass_ray.experiment.flags import SweepDefaults, SweepOptions
+from grass_ray.experiment.sweep import Sweep
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.record import RunRecord
 from grass_ray.results.tracking import Tracker
@@ -74,7 +74,7 @@ def make_sweep(options: Options, *, seeds: int, checkpoint_every: int | None = N
 
 def loop(sweep: Sweep) -> dict[str, float]:
     """The trials one after another; the first one's imports and downloads are warmed up before."""
-    specs = sweep.plan(SweepOptions(base=False))
+    specs = sweep.plan(SweepOptions(base=False))[0]
     Run.prepare(specs[0].config)
     started = time.perf_counter()
     for spec in specs:

@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
-from grass_ray.results.kinds import Kind as PictureKind
+from grass_ray.results.figures.kinds import Kind as PictureKind
 
 if TYPE_CHECKING:
     from grass_ray.results.record import RunRecord
@@ -55,7 +55,7 @@ class Train:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.cluster.local import build_config, train_locally
+        from grass_ray.commands.train import build_config, train_locally
 
         config = build_config(
             self.method,
@@ -121,7 +121,7 @@ class Eval:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.cluster.local import build_config, evaluate_locally
+        from grass_ray.commands.train import build_config, evaluate_locally
 
         run_folder = Path(self.model) if (Path(self.model) / "checkpoint").is_dir() else None
         given = {
@@ -242,9 +242,9 @@ class Plot:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.results.figures import FIGURES, draw_kind
+        from grass_ray.results.figures.figure import check_suffix
+        from grass_ray.results.figures.registry import FIGURES, draw_kind
         from grass_ray.results.leaderboard import build_leaderboard
-        from grass_ray.results.pictures import check_suffix
 
         output = self.output or Path(f"{self.kind}.png")
         check_suffix(output)
@@ -276,9 +276,9 @@ class Export:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.results.card import Kind, write_delta_card
-        from grass_ray.training.delta import export_delta, export_from_delta, is_delta
-        from grass_ray.training.export import export_adapter, export_run
+        from grass_ray.export.card import Kind, write_delta_card
+        from grass_ray.export.delta import export_delta, export_from_delta, is_delta
+        from grass_ray.export.model import export_adapter, export_run
 
         folder = self._folder()
         kind: Kind = "delta" if self.delta else "adapter" if self.adapter else "model"
@@ -324,7 +324,7 @@ class Export:
 
     def _write_card(self, folder: Path, kind: Literal["model", "adapter", "delta"], said: str | None = None) -> None:
         from grass_ray.config import RunConfig
-        from grass_ray.results.card import find_record, write_card
+        from grass_ray.export.card import find_record, write_card
 
         write_card(self.output, kind, RunConfig.from_yaml(folder / "config.yaml"), find_record(folder), written=said)
 
@@ -357,7 +357,7 @@ class Reproduce:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.cluster.reproduce import find_original, reproduce
+        from grass_ray.commands.reproduce import find_original, reproduce
 
         return reproduce(
             find_original(self.run_or_record, _tracking_uri(self.tracking_uri)),
@@ -390,7 +390,7 @@ class Plan:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.training.memory_report import make_report, make_request, render_report
+        from grass_ray.memory.report import make_report, make_request, render_report
 
         request = make_request(
             model=self.model,
@@ -425,7 +425,7 @@ class Ls:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.listing import list_methods, list_models, list_tasks
+        from grass_ray.commands.ls import list_methods, list_models, list_tasks
 
         if self.what == "runs":
             from grass_ray.results.store import load_records
@@ -553,7 +553,7 @@ Verb = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
-    from grass_ray.cluster.process import leave, prepare_output
+    from grass_ray.process import leave, prepare_output
 
     prepare_output()
     verb, rest = tyro.cli(
@@ -564,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    from grass_ray.cluster.progress import quiet_libraries
+    from grass_ray.progress import quiet_libraries
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()

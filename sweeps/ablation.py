@@ -7,8 +7,9 @@ they live on, and whether embeddings train.
 python sweeps/ablation.py
 """
 
-from grass_ray.cluster.options import SweepDefaults
-from grass_ray.cluster.sweep import Sweep
+from grass_ray.commands.sweep import main
+from grass_ray.experiment.flags import SweepDefaults
+from grass_ray.experiment.sweep import Sweep
 
 SWEEP = Sweep(
     name="ablation",
@@ -41,4 +42,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    SWEEP.main()
+    main(SWEEP)

@@ -3,8 +3,9 @@
 python sweeps/quickstart.py
 """
 
-from grass_ray.cluster.options import SweepDefaults
-from grass_ray.cluster.sweep import Sweep
+from grass_ray.commands.sweep import main
+from grass_ray.experiment.flags import SweepDefaults
+from grass_ray.experiment.sweep import Sweep
 
 # Thirty steps are few: GRASS measures for three steps first, draws layers every five and measures again every ten.
 SHORT_SCHEDULE = ("method.sampler.period=5", "method.sampler.probing_steps=3", "method.sampler.refresh_period=10")
@@ -29,4 +30,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    SWEEP.main()
+    main(SWEEP)

@@ -8,9 +8,10 @@ python sweeps/schedules.py --search optuna --num-samples 24 --scheduler asha
 python sweeps/schedules.py --scheduler pbt --num-samples 8             # schedules that change in mid-training
 """
 
-from grass_ray.cluster.options import SweepDefaults
-from grass_ray.cluster.space import LogUniform, OneOf
-from grass_ray.cluster.sweep import Sweep
+from grass_ray.commands.sweep import main
+from grass_ray.experiment.flags import SweepDefaults
+from grass_ray.experiment.space import LogUniform, OneOf
+from grass_ray.experiment.sweep import Sweep
 
 SHARP = LogUniform(low=0.1, high=1.0)
 SPACE = {
@@ -64,4 +65,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    SWEEP.main()
+    main(SWEEP)

@@ -8,9 +8,9 @@ import pytest
 from small import short_run
 
 from grass_ray.cli import Chosen, Export, Leaderboard, Train
-from grass_ray.cluster.local import build_config
-from grass_ray.cluster.options import parse_options
+from grass_ray.commands.train import build_config
 from grass_ray.config import ConfigError
+from grass_ray.experiment.flags import parse_options
 from grass_ray.paths import at_home, find_model, model_label, with_absolute_paths
 
 

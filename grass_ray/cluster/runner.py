@@ -17,15 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
-from grass_ray.cluster.callbacks import SweepCallback, TrialStore
-from grass_ray.cluster.launch import Batch, TrialResources, ray_cluster, run_trials
-from grass_ray.cluster.options import SweepOptions
-from grass_ray.cluster.plan import SweepPlan, TrialSpec
-from grass_ray.cluster.process import FAILED, INTERRUPTED, Interrupts, describe_failure
-from grass_ray.cluster.progress import SweepProgress
-from grass_ray.cluster.searching import MethodSearch
+from grass_ray.cluster.reporter import SweepCallback, TrialStore
+from grass_ray.cluster.search import MethodSearch
+from grass_ray.cluster.session import Batch, TrialResources, ray_cluster, run_trials
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.worker import Job
+from grass_ray.cluster.trial import Job
+from grass_ray.experiment.flags import SweepOptions
+from grass_ray.experiment.plan import SweepPlan, TrialSpec
+from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
+from grass_ray.progress import SweepProgress
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview

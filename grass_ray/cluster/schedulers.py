@@ -14,9 +14,9 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from grass_ray.cluster.space import Mutation, choose, from_plain
-from grass_ray.cluster.tuning import REDUCTION, generation_ends, rungs
-from grass_ray.cluster.worker import TIME, Job
+from grass_ray.cluster.trial import TIME, Job
+from grass_ray.experiment.space import Mutation, choose, from_plain
+from grass_ray.experiment.tuning import REDUCTION, generation_ends, rungs
 from grass_ray.training.report import VALIDATION
 
 
@@ -67,7 +67,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     """PBT in step: all members end a generation before any begins the next, so that it comes out the same again.
 
     The worst quarter goes on from the checkpoints of the best quarter, with changed settings
-    (:class:`grass_ray.cluster.space.Mutation`).
+    (:class:`grass_ray.experiment.space.Mutation`).
 
     Args:
         steps: updates of a member.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.colours import colour_of
-from grass_ray.results.figures import write_sweep_plots
+from grass_ray.results.figures.colours import colour_of
+from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.pairing import scope
 from grass_ray.results.record import RunRecord

@@ -67,7 +67,7 @@ def render(
     if format == "csv":
         return leaderboard_csv(tables)
     if format == "html":
-        from grass_ray.results.report import render_page  # loads matplotlib
+        from grass_ray.results.page.page import render_page  # loads matplotlib
 
         return render_page(tables, records)
     if not tables:
@@ -84,7 +84,7 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
     cells, notes = comparison_cells(comparison), comparison_notes(comparison)
     title = f"{comparison.first} against {comparison.second}"
     if format == "html":
-        from grass_ray.results.report import render_comparison_page
+        from grass_ray.results.page.page import render_comparison_page
 
         return render_comparison_page(title, COMPARISON_HEADER, cells, notes)
     if format == "markdown":

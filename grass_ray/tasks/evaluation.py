@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from grass_ray.tasks.harness import ObservedLM
+    from grass_ray.tasks.inference.harness import ObservedLM
 
 LIMIT_SEED = 20_240_531  # which examples a limit keeps: the same in every run, and fewer are among more
 YAML_FOLDER = Path(__file__).parent / "yaml"
@@ -109,7 +109,7 @@ def evaluate(
         One result a task, in the order of ``data.tasks``; its examples are in the order of the test file.
     """
     check_evaluation(data, evaluation)
-    from grass_ray.tasks.harness import ObservedLM, quiet, undisturbed
+    from grass_ray.tasks.inference.harness import ObservedLM, quiet, undisturbed
 
     results = {}
     with undisturbed(model, tokenizer), quiet():

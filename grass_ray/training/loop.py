@@ -25,9 +25,9 @@ from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.sharded import local
 from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
 from grass_ray.training.batches import IGNORED, Batch, Batches
-from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.metrics import MemoryMeter
 from grass_ray.training.report import GIB, StepReport, TrainingFailure
+from grass_ray.training.trace import EngagementLog
 
 # the first steps of training warm up caches and are watched closely for memory; they never count as speed
 WARM_UP_STEPS = 3

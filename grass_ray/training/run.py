@@ -47,7 +47,6 @@ from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
-from grass_ray.training.engagement import EngagementLog
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import check_some_row_fits, describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
@@ -63,6 +62,7 @@ from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
+from grass_ray.training.trace import EngagementLog
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
 from grass_ray.training.without_effect import settings_without_effect

@@ -1,7 +1,8 @@
 """The sweep that is disturbed: the built-in random model on made-up problems, long enough to be killed in it."""
 
-from grass_ray.cluster.options import SweepDefaults
-from grass_ray.cluster.sweep import Sweep
+from grass_ray.commands.sweep import main
+from grass_ray.experiment.flags import SweepDefaults
+from grass_ray.experiment.sweep import Sweep
 
 SWEEP = Sweep(
     name="chaos",
@@ -28,4 +29,4 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
-    SWEEP.main()
+    main(SWEEP)

@@ -8,7 +8,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from small import REPOSITORY
 
-from grass_ray.cluster.options import parse_options
+from grass_ray.experiment.flags import parse_options
 
 LAUNCHED = ("cluster.yaml", "deploy/cluster.local.yaml")
 

@@ -7,11 +7,11 @@ import pytest
 from mini_search import SWEEP
 from mlflow import MlflowClient
 
-from grass_ray.cluster.callbacks import TrialStore
-from grass_ray.cluster.options import SweepOptions, choose
-from grass_ray.cluster.plan import SweepPlan, TrialSpec, make_tuning
-from grass_ray.cluster.progress import SweepProgress
+from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.storage import Storage
+from grass_ray.experiment.flags import SweepOptions, choose
+from grass_ray.experiment.plan import SweepPlan, TrialSpec, make_tuning
+from grass_ray.progress import SweepProgress
 from grass_ray.results.best_settings import best_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview

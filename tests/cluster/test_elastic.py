@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from machines import Machines
+from small import REPOSITORY
 
 from grass_ray.config import RunConfig
 from grass_ray.results.record import RunRecord
 from grass_ray.training.run import Run
 
-SWEEP = Path(__file__).parent / "mini_sweep.py"
+SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
 STEPS, CHECKPOINT_EVERY = 1000, 20
 SETTINGS = (
     f"training.steps={STEPS}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.worker import FAILURE_FILE, Job, ending_together
+from grass_ray.cluster.trial import FAILURE_FILE, Job, ending_together
 from grass_ray.config import ConfigError
 from grass_ray.training.report import TrainingFailure
 

@@ -44,7 +44,7 @@ sys.stdin.read()
 NEXT = """
 import json, sys, time, ray
 from ray.util import state
-from grass_ray.cluster.launch import ray_cluster
+from grass_ray.cluster.session import ray_cluster
 
 def held():
     groups = state.list_placement_groups(detail=True, filters=[("state", "!=", "REMOVED")])

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow_server import free_port, server
+from small import REPOSITORY
 
 from grass_ray.results.record import RunRecord
 
-SWEEP = Path(__file__).parent / "mini_sweep.py"
+SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
 PATIENCE_S = 300
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from machines import Machines
+from small import REPOSITORY
 
 from grass_ray.config import RunConfig
 from grass_ray.results.record import RunRecord
 from grass_ray.training.run import Run
 
-SWEEP = Path(__file__).parent / "mini_sweep.py"
+SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
 SETTINGS = ("training.steps=500", "training.batch_size=64", "training.checkpoint_every_steps=null")
 PATIENCE_S = 300
 # where the worker is, through Ray's own state API, in a process that joins the cluster

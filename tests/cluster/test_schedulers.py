@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pbt import _PBTTrialState
 
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
-from grass_ray.cluster.space import LogUniform, to_plain
+from grass_ray.experiment.space import LogUniform, to_plain
 
 SPACE = to_plain({"method.optimizer.lr": LogUniform(low=1e-4, high=1e-2)})
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
+from small import REPOSITORY
 
 from grass_ray.results.record import RunRecord
 from grass_ray.results.searches import rung_losses, searched, trial_loss, winner
 from grass_ray.results.store import load_records
 
-SCRIPT = Path(__file__).with_name("mini_search.py")
+SCRIPT = REPOSITORY / "tests" / "mini_search.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import REPOSITORY
 
 from grass_ray.config import RunConfig
+from grass_ray.export.model import CHECKPOINT_FOLDER
 from grass_ray.results.record import RunRecord
 from grass_ray.training.checkpoint import load_weights
-from grass_ray.training.export import CHECKPOINT_FOLDER
 from grass_ray.training.run import Run
 from grass_ray.training.weights import parameters_sha256
 
-SWEEP = Path(__file__).parent / "mini_sweep.py"
+SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
 SETTINGS = ("training.accumulation_steps=2", "training.checkpoint_every_steps=4", "training.steps=9")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from small import REPOSITORY
 
 from grass_ray.config import RunConfig
 from grass_ray.results.record import RunRecord
@@ -25,7 +26,7 @@ from grass_ray.training.run import Run
 
 pytestmark = pytest.mark.long
 
-SCRIPT = Path(__file__).with_name("mini_sweep.py")
+SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
 
 
 @dataclass(frozen=True, kw_only=True)

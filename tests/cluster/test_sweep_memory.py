@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import REPOSITORY
 
 from grass_ray.results.record import RunRecord
 
-SCRIPT = Path(__file__).with_name("mini_sweep.py")
+SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
 
 
 @pytest.mark.slow

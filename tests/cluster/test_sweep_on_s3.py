@@ -10,11 +10,12 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from small import REPOSITORY
 
 from grass_ray.cluster.storage import Storage
 from grass_ray.results.record import RunRecord
 
-SCRIPT = Path(__file__).with_name("mini_sweep.py")
+SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from small import short_run
 from transformers import AutoModelForCausalLM
 
 from grass_ray.config import LoraConfig, RunConfig
+from grass_ray.export.model import export_adapter, export_run
 from grass_ray.methods import METHODS
-from grass_ray.training.export import export_adapter, export_run
 from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
 

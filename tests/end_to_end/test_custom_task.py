@@ -12,8 +12,8 @@ import pytest
 from small import REPOSITORY
 
 from grass_ray.cli import main
-from grass_ray.cluster.options import choose_data
 from grass_ray.config import ConfigError, CustomSource, DataConfig, RunConfig
+from grass_ray.experiment.flags import choose_data
 from grass_ray.methods import get_method
 from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.extraction import extract_answer, process_results
@@ -159,7 +159,7 @@ def test_true_and_false_are_labels_in_any_case(folder: Path) -> None:
 
 
 def test_a_sweep_takes_the_file(folder: Path) -> None:
-    from grass_ray.cluster.options import SweepDefaults, SweepOptions, choose
+    from grass_ray.experiment.flags import SweepDefaults, SweepOptions, choose
 
     defaults = SweepDefaults(models=("tiny",), methods=("grass",), tasks=("generated",), seeds=(0,))
     choices = choose(defaults, SweepOptions(tasks=(str(folder / "reviews.yaml"),)))

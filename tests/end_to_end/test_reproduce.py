@@ -12,7 +12,7 @@ import yaml
 from small import short_run
 
 from grass_ray.cli import main
-from grass_ray.cluster.local import train_locally
+from grass_ray.commands.train import train_locally
 from grass_ray.results.record import RunRecord
 
 pytestmark = pytest.mark.long

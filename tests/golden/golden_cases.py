@@ -19,14 +19,14 @@ from small import REPOSITORY
 from synthetic import synthetic_records
 
 from grass_ray.config import RunConfig, to_json
+from grass_ray.export.card import render_card, write_card, write_delta_card
 from grass_ray.methods import METHODS
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
-from grass_ray.results.card import render_card, write_card, write_delta_card
-from grass_ray.results.commands import reproduce_command
-from grass_ray.results.figures import FIGURES, draw_kind
-from grass_ray.results.kinds import Kind
+from grass_ray.results.figures.kinds import Kind
+from grass_ray.results.figures.registry import FIGURES, draw_kind
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
 from grass_ray.results.overview import describe_sweep, ranking, write_summary
+from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render, render_comparison
 from grass_ray.results.reproduction import compare_records

@@ -8,9 +8,9 @@ import pytest
 from small import make_llama
 
 from grass_ray import LayerwiseAdamW, UniformSampler
+from grass_ray.memory import fit as memory_fit
 from grass_ray.optim import host_store
 from grass_ray.optim.host_memory import available_bytes
-from grass_ray.training import memory_fit
 
 MACHINE = 1000 * 1024
 

@@ -13,8 +13,8 @@ import pytest
 from result_records import answers, asha, make_history, make_record, make_series, members
 
 from grass_ray.cli import Plot, main
-from grass_ray.results.figures import FIGURES
-from grass_ray.results.kinds import Kind
+from grass_ray.results.figures.kinds import Kind
+from grass_ray.results.figures.registry import FIGURES
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render

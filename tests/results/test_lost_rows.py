@@ -9,7 +9,7 @@ import json
 from result_records import make_record
 
 from grass_ray.config import RunConfig
-from grass_ray.results.card import render_card
+from grass_ray.export.card import render_card
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import ranking
 from grass_ray.results.record import RunRecord

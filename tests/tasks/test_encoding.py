@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from grass_ray.config import DataConfig
-from grass_ray.tasks.harness import ObservedLM, undisturbed
+from grass_ray.tasks.inference.harness import ObservedLM, undisturbed
 from grass_ray.tasks.rows import row_from_record
 from grass_ray.tasks.suites import TASKS
 from grass_ray.tasks.templates import render_answer, render_prompt

@@ -7,7 +7,7 @@ from task_parts import make_tokenizer, record, write
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grass_ray.cluster.local import build_config
+from grass_ray.commands.train import build_config
 from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, FolderSource, RunConfig
 from grass_ray.methods import get_method
 from grass_ray.tasks.readback import check_answers, choose_extraction

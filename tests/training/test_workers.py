@@ -19,10 +19,10 @@ import torch.distributed as dist
 from small import short_run
 
 from grass_ray.config import ConfigError, RunConfig
+from grass_ray.memory.fit import real_shape
+from grass_ray.memory.plan import Planner
 from grass_ray.methods import METHODS
 from grass_ray.training.loop import accumulate_gradients
-from grass_ray.training.memory_fit import real_shape
-from grass_ray.training.memory_plan import Planner
 from grass_ray.training.report import GIB
 from grass_ray.training.run import Run, check_run
 

@@ -1,0 +1,199 @@
+"""A method's search while it runs: which trials it has, what is left, which point comes next, who won.
+
+Nothing is kept that a new process could not read again: known points are in the plan, points that Optuna chose are
+files of the sweep's folder, and what came of them are records::
+
+    search = MethodSearch(tuning, group, trial_store, storage, make_job)
+    if search.is_left():
+        run_trials(search.batch(share, memories), ...)
+    finals = search.finals()
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.tune.schedulers import TrialScheduler
+
+from grass_ray.cluster.pbt import STANDING_FILE, MemberState, drive_member
+from grass_ray.cluster.reporter import TrialStore
+from grass_ray.cluster.schedulers import Asha, OneByOne, Population
+from grass_ray.cluster.session import Batch, TrialResources, driver_memory
+from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.trial import Job
+from grass_ray.config import RunConfig
+from grass_ray.experiment.space import Picks, to_plain
+from grass_ray.experiment.suggest import Observation, suggest
+from grass_ray.experiment.trial_spec import TrialSpec
+from grass_ray.experiment.tuning import Group, Tuning, rungs
+from grass_ray.results.record import RunRecord
+from grass_ray.results.searches import rung_losses, trial_loss, winner
+
+MakeJob = Callable[..., Job]
+SEARCH_FOLDER = "search"
+
+
+class MethodSearch:
+    """One method's search.
+
+    Args:
+        tuning: how the sweep searches.
+        group: the method.
+        trial_store: the sweep's books.
+        storage: the sweep's folder.
+        make_job: makes a job of a trial; takes further fields of :class:`Job` by name.
+    """
+
+    def __init__(
+        self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage, make_job: MakeJob
+    ) -> None:
+        self.tuning = tuning
+        self.group = group
+        self._trial_store = trial_store
+        self._storage = storage
+        self._make_job = make_job
+        self.points: list[Picks] = []
+        self.specs: list[TrialSpec] = []
+        self._waiting: list[int] = []
+        self.exhausted = storage.exists(*self._exhausted_file)
+        for picks in [*group.points, *self._saved()]:
+            self._add(picks)
+
+    # -- what there is, and what is left
+
+    def ended(self) -> list[TrialSpec]:
+        """The trials that came to an end of their own; of a population all or none, since they depend on each other."""
+        ended = [spec for spec in self.specs if self._trial_store.has_ended(spec)]
+        return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
+
+    def is_left(self) -> bool:
+        """Whether trials are to be run."""
+        more = self.tuning.search == "optuna" and len(self.specs) < (self.tuning.num_samples or 0)
+        return len(self.ended()) < len(self.specs) or (more and not self.exhausted)
+
+    def records(self) -> list[RunRecord]:
+        """What came of the trials, in their order."""
+        records = self._trial_store.records
+        return [records[spec.key] for spec in self.specs if spec.key in records]
+
+    def batch(self, share: TrialResources, memories: Sequence[int]) -> Batch:
+        """What is left, as one Tuner runs it.
+
+        Args:
+            share: what a trial gets.
+            memories: bytes that each machine offers.
+        """
+        ended = {spec.key for spec in self.ended()}
+        self._waiting = [place for place, spec in enumerate(self.specs) if spec.key not in ended]
+        name = f"tune-{self.group.method}"
+        if self.tuning.search == "optuna":
+            left = (self.tuning.num_samples or 0) - len(self.specs) + len(self._waiting)
+            return Batch(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=self._scheduler())
+        jobs = [self._job(place) for place in self._waiting]
+        if self.tuning.scheduler != "pbt":
+            return Batch(name=name, jobs=jobs, scheduler=self._scheduler())
+        memory = driver_memory(memories, share.slots)
+        return Batch(name=name, jobs=jobs, scheduler=self._scheduler(), trainable=drive_member, driver_memory=memory)
+
+    def _scheduler(self) -> TrialScheduler | None:
+        steps = self.group.steps
+        if self.tuning.scheduler == "pbt":
+            return Population(steps, self.group.config.seed)
+        if self.tuning.scheduler == "none":
+            return None
+        asha = Asha(steps)
+        for record in self.records():
+            asha.remember(record.run_id, rung_losses(record))
+        return asha
+
+    # -- a trial
+
+    def _add(self, picks: Picks) -> TrialSpec:
+        spec = self.group.trial(picks)
+        if spec not in self.specs:  # a grid may say the same in two ways
+            self.points.append(picks)
+            self.specs.append(spec)
+            self._trial_store.add(spec, self._search_part(len(self.specs) - 1, "search"))
+        return spec
+
+    def _search_part(self, number: int, stage: str) -> dict[str, Any]:
+        search, scheduler = self.tuning.search, self.tuning.scheduler
+        return {"search": search, "scheduler": scheduler, "stage": stage, "number": number}
+
+    def _job(self, place: int) -> Job:
+        search = self._search_part(place, "search")
+        if self.tuning.scheduler == "asha":
+            return self._make_job(self.specs[place], search=search, validate_at=rungs(self.group.steps))
+        if self.tuning.scheduler == "pbt":
+            space = to_plain(self.group.space)
+            return self._make_job(self.specs[place], search=search, space=space, picks=dict(self.points[place]))
+        return self._make_job(self.specs[place], search=search)
+
+    # -- Optuna
+
+    def _next_job(self) -> Job | None:
+        """The next trial's job: one that was chosen before and did not end, else a new one; None when all are made."""
+        if self._waiting:
+            return self._job(self._waiting.pop(0))
+        number, wanted = len(self.specs), self.tuning.num_samples or 0
+        if number >= wanted:
+            return None
+        tried = [self._tried(picks, spec) for picks, spec in zip(self.points, self.specs, strict=True)]
+        picks = suggest(self.group.space, tried, number=number, seed=self.group.config.seed, num_samples=wanted)
+        if picks is None:
+            self.exhausted = True
+            self._storage.write_text("", *self._exhausted_file)
+            return None
+        self._storage.write_text(json.dumps(picks), *self._file(number))
+        self._add(picks)
+        return self._job(number)
+
+    def _tried(self, picks: Picks, spec: TrialSpec) -> Observation:
+        record = self._trial_store.records.get(spec.key)
+        if record is None:
+            return Observation(picks=picks, loss=None)
+        stopped = record.status == "stopped"
+        return Observation(
+            picks=picks,
+            loss=math.nan if stopped else trial_loss(record),
+            rungs=rung_losses(record),
+            stopped=stopped,
+        )
+
+    def _saved(self) -> list[Picks]:
+        """The points that Optuna chose in an earlier process."""
+        found: list[Picks] = []
+        while self.tuning.search == "optuna" and self._storage.exists(*self._file(len(found))):
+            found.append(json.loads(self._storage.read_text(*self._file(len(found)))))
+        return found
+
+    @property
+    def _exhausted_file(self) -> tuple[str, str, str]:
+        return SEARCH_FOLDER, self.group.method, "exhausted"
+
+    def _file(self, number: int) -> tuple[str, str, str]:
+        return SEARCH_FOLDER, self.group.method, f"{number:04d}.json"
+
+    # -- the winner
+
+    def finals(self) -> list[tuple[TrialSpec, dict[str, Any], dict[str, Any]]]:
+        """The winner's trials with the test: (trial, part of its record, further fields of its job); maybe none.
+
+        A population's winner is not trained again: its last checkpoint is tested, since no configuration could say
+        what it went through.
+        """
+        best = winner(self.records())
+        if best is None or best.search is None:
+            return []
+        search = self._search_part(best.search.number, "winner")
+        if self.tuning.scheduler != "pbt":
+            specs = self.group.finals(self.points[best.search.number], self.tuning.seeds)
+            return [(spec, search, {}) for spec in specs]
+        search["lineage"] = [step.model_dump() for step in best.search.lineage]
+        folder = self.specs[best.search.number].folder
+        standing = MemberState.from_json(self._storage.read_text(folder, STANDING_FILE))
+        config = RunConfig.parse(best.config).override(["evaluation.test=true"])
+        return [(TrialSpec(config=config), search, {"start_from": standing.checkpoint})]

@@ -1,0 +1,411 @@
+"""Joining or starting Ray, checking that trials fit, and running them through Ray Tune.
+
+::
+
+    with ray_cluster() as cluster:
+        cluster.check_storage(storage)
+        share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
+        run_trials(Batch(name="tune", jobs=jobs), share, storage, callbacks=[SweepCallback(trial_store)],
+                   max_failures=2)
+
+Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
+On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
+the cluster's is down.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from grass_ray.cluster.orphans import free_orphans
+from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.trial import Job, drive_trial
+from grass_ray.config import ConfigError
+
+WORKER_ENVIRONMENT = {
+    # a report waits up to this long; Ray's own 2 s would slow the loop, and much less would wake too many processes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Ray Train's loop runs in a thread, where glibc gives every large tensor fresh pages; keeping freed memory in one arena
+# made a step of full fine-tuning on two CPU cores about a tenth faster.
+CPU_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
+KNOCK_S = 10.0  # Ray itself would wait for many minutes
+_PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
+_SHORT_FOLDER = "/tmp"
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
+_LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
+PROBE_FILE = ".seen-by-every-machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """What each worker of a trial gets, and how many trials run at once."""
+
+    cpus: int
+    gpus: int
+    slots: int
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """The machines of the Ray cluster that was joined or started."""
+
+    address: str
+    machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
+    joined: bool = False  # a Ray that was there; otherwise one that was started and ends with this process
+    node_ids: tuple[str, ...] = ()  # Ray's names of the machines
+    memories: tuple[int, ...] = ()  # bytes that each offers to tasks
+    dashboard: bool = True
+    freed: int = 0  # what dead sweeps still held
+
+    def describe(self) -> str:
+        """One line for the head of a sweep."""
+        cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
+        how = "joined" if self.joined else "started"
+        freed = f" ({self.freed} placement groups of dead jobs freed)" if self.freed else ""
+        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs{freed}"
+
+    def check_storage(self, storage: Storage) -> None:
+        """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
+
+        Raises:
+            ConfigError: When a machine does not see the file.
+        """
+        if len(self.machines) < 2:
+            return
+        storage.write_text("", PROBE_FILE)
+        looks = [
+            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(storage.uri)
+            for node in self.node_ids
+        ]
+        blind = [place for sees, place in ray.get(looks) if not sees]
+        storage.remove(PROBE_FILE)
+        if blind:
+            raise ConfigError(
+                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
+                f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
+            )
+
+    def check_dashboard(self) -> None:
+        """Raise :class:`ConfigError` where what a stopped trial held would never be free again."""
+        if not self.dashboard:
+            raise ConfigError(
+                f"the Ray at {self.address} runs without its dashboard, through which Ray Train frees the resources of "
+                "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
+            )
+
+    def share(
+        self,
+        *,
+        cpus: int | None,
+        gpus: int | None,
+        max_concurrent: int | None,
+        workers: int = 1,
+        fewest_workers: int | None = None,
+    ) -> TrialResources:
+        """What each worker of a trial gets; by default a GPU where there is one, and the CPUs that come with it.
+
+        An elastic trial needs room for its ``fewest_workers`` only, and others run beside it where there is room for
+        all ``workers`` of each.
+
+        Raises:
+            ConfigError: When the machines cannot hold a trial's workers; Ray would wait for ever.
+        """
+        if gpus is None:
+            gpus = 1 if any(machine[1] for machine in self.machines) else 0
+        able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
+        if able and cpus is None:
+            on_one = -(-workers // len(able))  # workers that must share a machine
+            cpus = min(
+                max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
+            )
+        room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
+        fewest = workers if fewest_workers is None else fewest_workers
+        if room < fewest:
+            held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
+            if fewest > 1:
+                raise ConfigError(
+                    f"the cluster cannot hold {fewest} workers of {cpus or 1} CPUs and {gpus} GPUs each; "
+                    f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
+                )
+            raise ConfigError(
+                f"no machine can hold a trial of {cpus or 1} CPUs and {gpus} GPUs; the cluster has {held}; "
+                "lower --cpus-per-trial or --gpus-per-trial"
+            )
+        slots = max(room // workers, 1)
+        return TrialResources(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
+
+
+@contextmanager
+def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S) -> Iterator[ClusterInfo]:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end.
+
+    Args:
+        machines: wait until so many have joined; None takes those that are there.
+        within_s: how long to wait for them, in seconds.
+
+    Raises:
+        ConfigError: When the cluster does not answer, or too few machines join.
+    """
+    for name in ("ray", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials' errors as pages; their records say them
+    wanted = os.environ.get("RAY_ADDRESS")
+    previous = signal.getsignal(signal.SIGTERM)  # Ray has a handler of its own
+    try:
+        if wanted and wanted not in ("auto", "local"):
+            knock(wanted)
+            context = _connect({})
+        else:
+            os.environ.update(token_without_home())
+            context = _connect(short_folders())
+    except ConnectionError as error:
+        raise ConfigError(
+            f"cannot join the Ray cluster {f'of RAY_ADDRESS={wanted}' if wanted else 'of this machine'}: "
+            f"{str(error).strip().splitlines()[0]} Is it running (`ray status`)? "
+            "RAY_ADDRESS=local starts a Ray of its own on this machine instead"
+        ) from None
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        alive = _await_machines(machines, within_s)
+        joined = not _is_own(context)
+        held = [node["Resources"] for node in alive]
+        yield ClusterInfo(
+            address=context.address_info["gcs_address"],
+            machines=tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in held),
+            joined=joined,
+            node_ids=tuple(str(node["NodeID"]) for node in alive),
+            memories=tuple(int(node.get("memory", 0)) for node in held),
+            dashboard=bool(context.dashboard_url),
+            freed=free_orphans() if joined and context.dashboard_url else 0,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raise ``ConnectionError`` where RAY_ADDRESS is no address of a cluster, or nobody listens there."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConnectionError(
+            "That is not the address of a cluster's head, HOST:PORT as `ray start --head` prints it (or auto: the "
+            "cluster of this machine). http:// is for `ray job submit`, and Ray Client's ray:// is not supported."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    except OSError as error:
+        raise ConnectionError(f"Nobody answers there ({error.strerror or error}).") from None
+    if "RAY_USE_TLS" in os.environ:
+        return
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray speaks
+        try:
+            grpc.channel_ready_future(channel).result(timeout=KNOCK_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError("What answers there is no head of a Ray cluster; its dashboard, perhaps.") from None
+
+
+def short_folders() -> dict[str, str]:
+    """What a Ray that is started must find in its environment to have its sockets where their paths are short enough.
+
+    Raises:
+        ConfigError: ``/tmp`` cannot be written to, or RAY_TMPDIR itself is too long.
+    """
+    given, temporary = os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR")
+
+    def short(folder: str) -> bool:
+        return len(os.fsencode(os.path.abspath(folder) + _SOCKET)) <= _LONGEST_SOCKET
+
+    if (given and not short(given)) or (not given and not os.access(_SHORT_FOLDER, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"Ray cannot have its sockets in {given or _SHORT_FOLDER}; set RAY_TMPDIR to a folder that can be written "
+            f"to and whose path has at most {_LONGEST_SOCKET - len(_SOCKET)} bytes"
+        )
+    if temporary is None or short(temporary):
+        return {}
+    return dict.fromkeys(("RAY_TMPDIR", "TMPDIR"), given or _SHORT_FOLDER)  # Ray's helpers have sockets in TMPDIR
+
+
+def token_without_home() -> dict[str, str]:
+    """A secret for a Ray that is started, where Ray cannot keep one in the home folder."""
+    if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return {}
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "auth_token").exists() or os.access(folder, os.W_OK):
+            return {}
+    except (OSError, RuntimeError):  # there is no home
+        pass
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _connect(folders: Mapping[str, str]) -> Any:
+    """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
+
+    Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
+    several run on one machine: the resources would never be free again. So the address of a Ray that is started here is
+    chosen beforehand; one that was joined is joined again with its address known.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    chosen = f"{ray.util.get_node_ip_address()}:{port}"
+    kept = {name: os.environ[name] for name in folders if name in os.environ}  # trials write to the user's TMPDIR
+    with _environment({_PORT: str(port), **folders}):
+        context = _init(None, chosen, kept)
+    address = context.address_info["gcs_address"]
+    if address != chosen and not _is_own(context):
+        ray.shutdown()  # leaves it
+        context = _init(address, address, kept)
+    return context
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
+    environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as, **kept}
+    return ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment if torch.cuda.is_available() else environment | CPU_ENVIRONMENT},
+    )
+
+
+def _is_own(context: Any) -> bool:
+    """Whether this process started the Ray: a session is named after the process that did."""
+    return str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
+
+
+def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
+    """The machines that are alive, once there are enough of them. Raises :class:`ConfigError`."""
+    deadline = time.monotonic() + within_s
+    while True:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        if len(alive) >= (number or 1):
+            return alive
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--machines {number}, but after {within_s:.0f} seconds the Ray cluster has {len(alive)}; "
+                "see `ray status` and /tmp/ray/session_latest/logs/monitor.log on the head, or give a smaller number"
+            )
+        time.sleep(1)
+
+
+@ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
+def _sees(uri: str) -> tuple[bool, str]:
+    """Whether this machine sees the storage's file, and this machine's address."""
+    return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Trials that one Tuner runs: known jobs, or ``num_samples`` of a searcher's, under a scheduler or none."""
+
+    name: str
+    jobs: Sequence[Job] = ()
+    searcher: Searcher | None = None
+    num_samples: int = 1
+    scheduler: TrialScheduler | None = None
+    trainable: Callable[[dict[str, Any]], None] = drive_trial
+    driver_memory: int = 1  # bytes
+
+
+def run_trials(
+    batch: Batch, share: TrialResources, storage: Storage, callbacks: list[tune.Callback], max_failures: int
+) -> None:
+    """Run every trial of a batch; a failed one does not stop the others.
+
+    Args:
+        batch: the trials.
+        share: what each gets, and how many run at once.
+        storage: the sweep's folder.
+        callbacks: what Tune calls in this process.
+        max_failures: how often a trial's driver may die, beside the deaths of its workers that Train counts.
+    """
+    population = batch.trainable is not drive_trial
+    tuner = tune.Tuner(
+        # Memory alone, and mostly one byte: the driver of a trial must hold no CPU that its own worker waits for.
+        tune.with_resources(batch.trainable, {"memory": batch.driver_memory}),
+        param_space={"job": tune.grid_search([asdict(job) for job in batch.jobs])} if batch.jobs else None,
+        tune_config=tune.TuneConfig(
+            search_alg=batch.searcher,
+            num_samples=batch.num_samples,
+            scheduler=batch.scheduler,
+            # a population's sleeping members count, too: the memory of the drivers limits it instead
+            max_concurrent_trials=None if population else share.slots,
+            reuse_actors=False if population else None,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=batch.name,
+            storage_path=storage.join("ray").uri,
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def driver_memory(machines: Sequence[int], slots: int) -> int:
+    """How much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
+
+    Args:
+        machines: bytes that each offers.
+        slots: how many trials may run at once.
+    """
+    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
+    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["job"]["key"])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Make a termination end like Ctrl-C: children stopped, a message on how to resume."""
+    raise KeyboardInterrupt

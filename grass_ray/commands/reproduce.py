@@ -1,0 +1,280 @@
+"""Run a record again and say whether its numbers agree: what ``grass-ray reproduce`` does. Needs no ray.
+
+The original is only read. A rerun is written only where ``--output`` says, and that must be a new folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from grass_ray.commands.train import claimed
+from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.paths import find_model
+from grass_ray.process import INTERRUPTED
+from grass_ray.progress import RunProgress
+from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
+from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
+from grass_ray.results.store import download, is_run_id
+from grass_ray.training.report import VALIDATION, RunOutcome, TrainingFailure
+
+RECORD = "record.json"
+EXAMPLES = "examples.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Original:
+    """A record, where it was read, and what was extracted from its examples' outputs, where that is still there."""
+
+    record: RunRecord
+    where: str
+    answers: Answers | None
+
+
+def find_original(run: str, tracking_uri: str) -> Original:
+    """The record behind a run's folder, a record file, or a run id of the store at ``tracking_uri``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(run)
+    if path.is_dir():
+        path = path / RECORD
+        if not path.is_file():
+            raise ConfigError(f"{run} has no {RECORD}; give the folder of a run that came to an end")
+    if path.is_file():
+        examples = path.with_name(EXAMPLES)
+        answers = read_answers(examples) if examples.is_file() else None
+        return Original(record=RunRecord.load(path), where=str(path), answers=answers)
+    if not is_run_id(run):
+        raise ConfigError(
+            f"there is no run {run!r}: give a run's folder, a {RECORD}, or an MLflow run id (32 hexadecimal digits)"
+        )
+    with tempfile.TemporaryDirectory(prefix="grass_ray-original-") as folder:
+        found = download(tracking_uri, run, (RECORD, EXAMPLES), Path(folder))
+        if RECORD not in found:
+            raise ConfigError(f"the MLflow run {run} has no {RECORD}; has it come to an end?")
+        return Original(
+            record=RunRecord.load(found[RECORD]),
+            where=f"MLflow run {run}",
+            answers=read_answers(found[EXAMPLES]) if EXAMPLES in found else None,
+        )
+
+
+def read_answers(path: Path) -> Answers:
+    """What was extracted from every example's output, by task and example id."""
+    answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            answers[row["task"], row["id"]].append(row["extracted"])
+    return answers
+
+
+def reproduce(
+    original: Original,
+    *,
+    model: str | None = None,
+    data_dir: Path | None = None,
+    output: Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run the original's configuration again and compare; returns 0 when everything agrees and 1 when not.
+
+    Args:
+        original: what to run again.
+        model: where the base model is here, when not where the record says.
+        data_dir: where the data folder is here, when not where the record says.
+        output: new or empty folder for the rerun's record and the comparison.
+        dry_run: only say what would be run, and how this machine differs.
+        quiet: only the verdict and what differs.
+
+    Raises:
+        ConfigError: the record cannot be run here.
+    """
+    from grass_ray.export.model import check_output
+    from grass_ray.training.run import check_run
+
+    record = original.record
+    if record.world_size != 1:
+        raise ConfigError(f"{record.name} ran on {record.world_size} workers; reproduce runs in one process")
+    if record.search is not None and record.search.lineage:
+        raise ConfigError(
+            f"{record.name} is a member of a population: it went on from others' weights and changed its settings on "
+            "the way, as its record's lineage says; run the search again instead (--scheduler pbt with the same flags)"
+        )
+    config = _config_here(record, model, data_dir)
+    check_run(config)
+    if output is not None:
+        check_output(output)
+        with claimed(output):
+            pass  # it can be written to
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    if not quiet:
+        say(f"original  {record.name}, {record.status} on {record.started_at[:10]}, from {original.where}")
+        say(f"runs      {_steps(record, config)}")
+        say(f"writes    {output or 'nothing'}")
+    warnings = compare_environments(record, _environment(config))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not warnings and not quiet:
+        say("same      versions, hardware, commit, model and data as recorded")
+    if dry_run:
+        return 0
+    try:
+        rerun, outcome = _run_again(record, config, console, quiet=quiet)
+    except KeyboardInterrupt:
+        say("stopped; nothing was compared and nothing written")
+        return INTERRUPTED
+    with tempfile.TemporaryDirectory(prefix="grass_ray-rerun-") as folder:
+        write_examples(Path(folder) / EXAMPLES, {} if outcome is None else outcome.tasks)
+        new_answers = read_answers(Path(folder) / EXAMPLES)
+    checks = compare_records(record, rerun, original.answers, new_answers)
+    if output is not None:
+        _write(output, config, rerun, outcome, checks, warnings)
+    return _report(checks, say, quiet=quiet)
+
+
+def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) -> RunConfig:
+    """The recorded configuration, with model and data where they are on this machine."""
+    config = RunConfig.parse(record.config)
+    name = config.model.name
+    changes = [] if model is None else [f"model.name={json.dumps(find_model(model))}"]
+    if model is None and record.model_revision is not None and find_model(name) != name:
+        raise ConfigError(
+            f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
+            "directory, or give --model"
+        )
+    if data_dir is not None:
+        if config.data.source.kind != "folder":
+            raise ConfigError(
+                f"--data-dir {data_dir} has no effect: the original's data come from '{config.data.source.kind}'"
+            )
+        changes.append(f"data.source.path={json.dumps(str(data_dir.resolve()))}")
+    return config.override(changes)
+
+
+def _steps(record: RunRecord, config: RunConfig) -> str:
+    what = f"{config.method.name} on {config.model.name}, seed {config.seed}"
+    if not config.training.steps:
+        return f"{what}: no training, {len(config.data.tasks)} task(s)"
+    last = max((points[-1][0] for points in record.series.values() if points), default=0)
+    return f"{what}: {last or config.training.steps} steps" + ("" if record.status == "stopped" else ", then evaluates")
+
+
+def _environment(config: RunConfig) -> Environment:
+    from grass_ray.tasks.sources import load_test_rows, load_train_rows
+    from grass_ray.training.metrics import default_device
+    from grass_ray.training.weights import base_model_sha256
+
+    git = git_state()
+    tests = {task: load_test_rows(task, config.data).provenance for task in config.data.tasks}
+    return Environment(
+        versions=versions(),
+        hardware=hardware(default_device().type),
+        git_commit=git.commit,
+        git_dirty=git.dirty,
+        model_sha256=base_model_sha256(config.model),
+        train_sha256=load_train_rows(config.data).provenance["rows_sha256"],
+        test_sha256={task: provenance["files"][0]["sha256"] for task, provenance in tests.items()},
+    )
+
+
+def _run_again(
+    record: RunRecord, config: RunConfig, console: Console, *, quiet: bool
+) -> tuple[RunRecord, RunOutcome | None]:
+    """The run once more, to where the original came."""
+    import torch
+
+    from grass_ray.training.run import Run
+    from grass_ray.training.weights import base_model_sha256
+
+    started_at, threads = now(), torch.get_num_threads()
+    torch.set_num_threads(record.threads or threads)  # sums over other parts differ in their last bits
+    stop_after = None
+    if record.status == "stopped":
+        stop_after = max((points[-1][0] for points in record.series.values() if points), default=0)
+    measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, while it was searched
+    run: Run | None = None
+    status: Status = "finished"
+    failure: str | None = None
+    try:
+        run = Run.prepare(config)
+        with RunProgress(config.name, console=console, quiet=quiet) as progress:
+            for report in run.fit():
+                progress.step(report)
+                if report.step in measured:
+                    run.validate()
+                if report.step == stop_after:
+                    break
+            if stop_after is None:
+                run.evaluate(on_progress=progress.evaluating)
+            else:
+                status = "stopped"
+    except TrainingFailure as problem:
+        status, failure = problem.status, problem.reason
+    except ConfigError as problem:
+        if record.status != "failed":
+            raise
+        status, failure = "failed", str(problem)
+    finally:
+        used = torch.get_num_threads()
+        torch.set_num_threads(threads)
+    outcome = None if run is None else run.outcome()
+    rerun = build_record(
+        run_id=f"reproduce-{record.run_id}",
+        sweep="reproduce",
+        sweep_id="reproduce",
+        config=config,
+        status=status,
+        failure=failure,
+        outcome=outcome,
+        started_at=started_at,
+        model_sha256=base_model_sha256(config.model),
+        threads=used,
+    )
+    return rerun, outcome
+
+
+def _write(
+    output: Path,
+    config: RunConfig,
+    rerun: RunRecord,
+    outcome: RunOutcome | None,
+    checks: Iterable[Check],
+    warnings: list[str],
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    config.save(output / "config.yaml")
+    rerun.save(output / RECORD)
+    write_examples(output / EXAMPLES, {} if outcome is None else outcome.tasks)
+    values = {"warnings": warnings, "checks": list(checks)}
+    (output / "reproduction.json").write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _report(checks: list[Check], say: Callable[[str], None], *, quiet: bool) -> int:
+    words = {True: "agrees", False: "DIFFERS", None: "-"}
+    width = max(len(check.what) for check in checks)
+    for check in checks:
+        if check.agrees is False or not quiet:
+            say(f"{words[check.agrees]:8} {check.what:{width}}  {check.detail}")
+    differing = sum(check.agrees is False for check in checks)
+    decided = sum(check.agrees is not None for check in checks)
+    if differing:
+        say(f"not reproduced: {differing} of {decided} numbers differ")
+        return 1
+    say(f"reproduced: all {decided} numbers agree in every bit")
+    return 0

@@ -1,0 +1,255 @@
+"""Run a sweep: every trial a Ray Train run under Ray Tune.
+
+Imports ray and torch only when trials are about to run, so that ``--help`` and wrong flags answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shlex
+import sys
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from grass_ray.cluster.storage import Storage
+from grass_ray.config import ConfigError, CustomSource, RunConfig
+from grass_ray.experiment.flags import SweepOptions, default_tracking, parse_options
+from grass_ray.experiment.plan import SweepPlan, TrialSpec, differences
+from grass_ray.experiment.space import RandomPicker
+from grass_ray.experiment.space import choose as choose_point
+from grass_ray.experiment.sweep import Sweep
+from grass_ray.experiment.tuning import Tuning
+from grass_ray.methods import get_method
+from grass_ray.process import leave, prepare_output
+from grass_ray.progress import quiet_libraries
+from grass_ray.results.provenance import redact
+from grass_ray.results.store import default_tracking_uri
+
+PLAN_FILE = "sweep.yaml"
+# Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
+# handler would swallow Ctrl-C; the raylet warns of the processes that every trial needs.
+DRIVER_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # schedulers look at a few reports, not at all
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
+}
+
+
+def main(sweep: Sweep, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+    prepare_output()
+    options = parse_options(script_name(), sweep.question, argv)
+    leave(lambda: run(sweep, options))
+
+
+def run(sweep: Sweep, options: SweepOptions) -> int:
+    """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
+    for name, value in DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    quiet_libraries()
+    console = Console()
+    root = Storage.at(options.storage_path)
+    plan = _resumed_plan(sweep, root, options) if options.resume else _new_plan(sweep, root, options)
+    _check(plan, options)
+    storage = root.join(sweep.name, plan.sweep_id)
+    if options.dry_run:
+        _print_trials(console, plan)
+    elif not options.quiet:
+        _print_head(console, plan, storage)
+    for line in _find_lost_rows(plan):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if options.dry_run:
+        return 0
+    from grass_ray.cluster.runner import SweepRunner
+
+    execution = SweepRunner(plan, root, storage, options, console)
+    execution.open()
+    if not options.resume:
+        try:
+            storage.write_text(plan.to_yaml(), PLAN_FILE)
+        except OSError as error:
+            raise ConfigError(f"cannot write to the storage path {root.uri}: {error}") from None
+    return execution.run(resume_command())
+
+
+def _new_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
+    specs, tuning = sweep.plan(options)
+    sweep_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    tracking_uri = default_tracking(options) or _embedded_store(root)
+    return SweepPlan(
+        name=sweep.name,
+        sweep_id=sweep_id,
+        question=sweep.question,
+        specs=tuple(specs),
+        tracking_uri=tracking_uri,
+        tuning=tuning,
+    )
+
+
+def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
+    """The newest saved plan; flags that would make other trials are refused, not ignored."""
+    folder = root.join(sweep.name)
+    saved = [sweep_id for sweep_id in folder.folders() if folder.exists(sweep_id, PLAN_FILE)]
+    if not saved:
+        raise ConfigError(
+            f"nothing to resume: no {sweep.name!r} sweep under {root.uri}; leave --resume out to start one, "
+            "or give the --storage-path it was started with"
+        )
+    where = folder.join(saved[-1])
+    plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
+    chosen = options.chosen()
+    if chosen and not _same_trials(sweep.plan(options), plan):
+        raise ConfigError(
+            f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
+            "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
+        )
+    uri = options.tracking_uri
+    return replace(plan, tracking_uri=uri) if uri else plan
+
+
+def _check(plan: SweepPlan, options: SweepOptions) -> None:
+    """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
+    from grass_ray.training.run import check_run
+
+    mistakes: dict[str, None] = {}
+    checked: set[Hashable] = set()
+    for spec in _to_check(plan):
+        try:
+            check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers, checked)
+        except ConfigError as mistake:
+            mistakes[str(mistake)] = None
+    if mistakes:
+        raise ConfigError("\n  ".join(mistakes))
+
+
+def _find_lost_rows(plan: SweepPlan) -> list[str]:
+    """A line for each way in which the trials lose training rows."""
+    from grass_ray.training.lost_rows import find_lost_rows
+    from grass_ray.training.run import tokenizer_to_check
+
+    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
+    distinct = {(config.model, config.data): config for config in configs if config.training.steps}
+    lines = [find_lost_rows(config, tokenizer_to_check(config.model)) for config in distinct.values()]
+    return list(dict.fromkeys(line for some in lines for line in some))
+
+
+def _same_trials(chosen: tuple[list[TrialSpec], Tuning | None], plan: SweepPlan) -> bool:
+    specs, tuning = chosen
+    same_search = (tuning and tuning.to_plain()) == (plan.tuning and plan.tuning.to_plain())
+    return {spec.key for spec in specs} == {spec.key for spec in plan.specs} and same_search
+
+
+def _to_check(plan: SweepPlan) -> list[TrialSpec]:
+    """The trials that are known, and where Optuna will choose them a few from all over its space."""
+    if plan.tuning is None or plan.tuning.search != "optuna":
+        return plan.known_trials
+    rng = random.Random(0)
+    drawn = [
+        group.trial(choose_point(group.space, RandomPicker(rng))) for group in plan.tuning.groups for _ in range(8)
+    ]
+    return [*plan.known_trials, *drawn]
+
+
+def _embedded_store(root: Storage) -> str:
+    """MLflow's own database beside the results; a bucket cannot hold one, so then it is in the current folder."""
+    return default_tracking_uri(root.local_folder or Path.cwd())
+
+
+def resume_command() -> str:
+    """The command that goes on with this process's sweep: the same line with ``--resume``."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["python", script_name(), *words, "--resume"])
+
+
+def script_name() -> str:
+    """The running script as one types it."""
+    path = Path(sys.argv[0])
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
+    """First lines: the question, how many trials of what, and where everything goes."""
+
+    def distinct(values: Iterable[str]) -> str:
+        return " ".join(dict.fromkeys(values))
+
+    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
+    rows = {
+        "sweep": f"{plan.name} {plan.sweep_id}: {plan.question}",
+        "models": distinct(config.model.name for config in configs),
+        "methods": distinct(config.method.name for config in configs),
+        "suite": distinct(config.data.suite for config in configs),
+        "tasks": distinct(task for config in configs for task in config.data.tasks),
+        "trials": f"{plan.num_trials}, plan in {storage.uri}/{PLAN_FILE}",
+        "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
+    }
+    own = [config for config in configs if isinstance(config.data.source, CustomSource)]
+    if any(config.evaluation.extraction == "strict" for config in own):
+        rows["answers"] = "read by strict extraction (evaluation.extraction)"
+    for name, text in rows.items():
+        console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+    if plan.tuning is not None:
+        for line in _describe_search(plan.tuning):
+            console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+    for line in _without_effect(plan):
+        console.print(f"no effect {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _without_effect(plan: SweepPlan) -> list[str]:
+    """A line for each setting that changes nothing in some trials, with the methods of these."""
+    from grass_ray.training.without_effect import settings_without_effect
+
+    found: dict[str, dict[str, None]] = {}
+    for config in [spec.config for spec in plan.known_trials] + _templates(plan):
+        for line in settings_without_effect(config):
+            found.setdefault(line, {})[config.method.name] = None
+    return [f"{', '.join(methods)}: {line}" for line, methods in found.items()]
+
+
+def _templates(plan: SweepPlan) -> list[RunConfig]:
+    return [group.config for group in plan.tuning.groups] if plan.tuning else []
+
+
+def _describe_search(tuning: Tuning) -> list[str]:
+    """What is searched for each method, and what becomes of the winners."""
+    lines = []
+    for group in tuning.groups:
+        number = tuning.num_samples if tuning.search == "optuna" else len(group.points)
+        keys = ", ".join(key.removeprefix("method.") for key in group.space)
+        lines.append(
+            f"{group.method}: {number} trials of {group.steps} steps by {tuning.how} over {keys}; judged by "
+            f"{group.config.data.validation_rows} held-out rows"
+        )
+    seeds = " ".join(map(str, tuning.seeds[:1] if tuning.scheduler == "pbt" else tuning.seeds))
+    return [*lines, f"the winner of each method is then tested once with each seed: {seeds}"]
+
+
+def _print_trials(console: Console, plan: SweepPlan) -> None:
+    """The trials as a table; every row whole, also where nothing is a terminal."""
+    table = Table(box=None, header_style="bold")
+    for column in ("name", "key", "method", "lr", "steps", "differs in"):
+        table.add_column(column, justify="right" if column in ("lr", "steps") else "left", no_wrap=True)
+    for spec, text in zip(plan.known_trials, differences(plan.known_trials), strict=True):
+        config = spec.config
+        lr = f"{config.method.optimizer.lr:g}" if get_method(config.method.name).trains else "-"
+        table.add_row(config.name, spec.key, config.method.name, lr, str(config.training.steps), text)
+    console.print(f"{plan.name}: {plan.num_trials} trials; none is run", highlight=False)
+    if plan.tuning is not None:
+        for line in _describe_search(plan.tuning):
+            console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
+    wide = Console(width=None if console.is_terminal else 240)
+    wide.print(table)
+    for line in _without_effect(plan):
+        console.print(f"without effect: {line}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""Trained weights as others load them: models, adapters, deltas and their cards."""

@@ -1,0 +1,1 @@
+"""The planner: how much memory a run will need."""

@@ -1,0 +1,293 @@
+"""What ``grass-ray plan`` prints: every method's memory part by part, what fits, and settings that make it fit.
+
+::
+
+    print(render_report(make_report(request), "table"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from grass_ray.config import ConfigError, ModelConfig, RunConfig, to_json
+from grass_ray.memory.allocations import DeviceKind
+from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, total_bytes
+from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
+from grass_ray.memory.step import StepShape
+from grass_ray.methods import METHODS, get_method
+from grass_ray.paths import find_model
+from grass_ray.training.metrics import default_device
+from grass_ray.training.report import GIB
+
+Verdict = Literal["yes", "tight", "no"]
+HEADER = (
+    *("method", "offload", "weights", "gradients", "states", "staging", "activations", "logits", "other"),
+    *("peak", "host", "peak in", "fits"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is asked: a model on a device with ``memory_bytes``, a step, and some methods with settings on top."""
+
+    model: ModelConfig
+    device: DeviceKind
+    memory_bytes: int
+    shape: StepShape
+    methods: tuple[str, ...] = tuple(METHODS)
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """The answer to a :class:`PlanRequest`.
+
+    ``plans`` are those of every method and mode, ``fits`` each method's first settings that fit (None where none that
+    were tried do), ``least_bytes`` what its weights, gradients and states take at least, ``refused`` why a method has
+    no plan.
+    """
+
+    request: PlanRequest
+    plans: tuple[MemoryPlan, ...]
+    fits: dict[str, Fit | None]
+    least_bytes: dict[str, int]
+    refused: dict[str, str]
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory without what a process takes besides its tensors."""
+        return self.request.memory_bytes - RESERVE_BYTES
+
+    def verdict(self, plan: MemoryPlan) -> Verdict:
+        """Whether a plan fits; ``tight`` is nearer to the limit than predictions are to measurements."""
+        needed = needed_bytes(plan, self.request.device)
+        if needed > self.usable_bytes:
+            return "no"
+        return "yes" if needed * (1 + TOLERANCE) <= self.usable_bytes else "tight"
+
+
+def make_request(
+    *,
+    model: str,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    memory_gib: float | None,
+    device: DeviceKind | None,
+    batch_size: int,
+    seq_len: int,
+    labelled: int | None,
+    accumulation_steps: int,
+    checkpointing: bool,
+    methods: tuple[str, ...] | None,
+    settings: tuple[str, ...],
+) -> PlanRequest:
+    """A request from what the command line said; the memory and the device of this machine where it said nothing.
+
+    Raises:
+        ConfigError: a number out of range, all of them at once.
+    """
+    rules = [
+        (memory_gib is None or memory_gib > 0, f"--gpu-memory {memory_gib}: give more than 0 GiB"),
+        (batch_size >= 1, f"--batch-size {batch_size}: give 1 or more rows"),
+        (seq_len >= 1, f"--seq-len {seq_len}: give 1 or more tokens"),
+        (labelled is None or 1 <= labelled <= seq_len, f"--labelled {labelled}: give 1 to {seq_len} positions"),
+        (
+            accumulation_steps >= 1 and batch_size % max(accumulation_steps, 1) == 0,
+            f"--accumulation-steps {accumulation_steps}: give a divisor of the {batch_size} rows",
+        ),
+    ]
+    mistakes = [message for holds, message in rules if not holds]
+    if mistakes:
+        raise ConfigError("; ".join(mistakes))
+    here = default_device()
+    kind: DeviceKind = device or ("cuda" if memory_gib is not None or here.type == "cuda" else "cpu")
+    memory = None if memory_gib is None else int(memory_gib * GIB)
+    if memory is None and kind == here.type:
+        memory = total_bytes(here)
+    if memory is None:
+        raise ConfigError(f"this machine does not say how much memory {kind} has; give --gpu-memory GIB")
+    return PlanRequest(
+        model=ModelConfig(name=find_model(model), dtype=dtype),
+        device=kind,
+        memory_bytes=memory,
+        shape=StepShape(
+            rows=batch_size // accumulation_steps,
+            tokens=seq_len,
+            labelled=labelled,
+            micro_batches=accumulation_steps,
+            checkpointing=checkpointing,
+        ),
+        methods=tuple(METHODS) if methods is None else methods,
+        settings=settings,
+    )
+
+
+def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda name: None) -> MemoryReport:
+    """Plan every method in every offload mode that can serve it, and look for settings that fit.
+
+    Args:
+        request: what is asked.
+        on_method: called with a method's name before it is planned; a large model takes a second or two a method.
+
+    Raises:
+        ConfigError: an unknown model or method, a setting that no method has, memory that holds nothing, or no method
+            that can train this model.
+    """
+    if request.memory_bytes <= RESERVE_BYTES:
+        raise ConfigError(
+            f"memory is {request.memory_bytes / GIB:g} GiB; it must be more than the {RESERVE_BYTES / GIB:g} GiB that "
+            "a process takes besides its tensors"
+        )
+    configs = _configure(request)
+    planner = Planner(request.model, request.device)
+    plans: list[MemoryPlan] = []
+    fits: dict[str, Fit | None] = {}
+    least: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for name, config in configs.items():
+        on_method(name)
+        try:
+            trains = planner.put_on(config.method)
+            modes = applicable_modes(config.method)
+            own = [planner.plan(trains, request.shape, mode) for mode in modes]
+            least[name] = min(planner.least_bytes(trains, mode) for mode in modes)
+            fits[name] = find_fit(planner, config.method, request.shape, request.memory_bytes - RESERVE_BYTES)
+        except CannotPlanError:
+            raise
+        except ConfigError as error:
+            refused[name] = str(error)
+            continue
+        plans += own
+    if not plans:
+        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    return MemoryReport(request=request, plans=tuple(plans), fits=fits, least_bytes=least, refused=refused)
+
+
+def _configure(request: PlanRequest) -> dict[str, RunConfig]:
+    """The configuration of every method that trains; settings go to the methods that have their keys."""
+    configs: dict[str, RunConfig] = {}
+    reached: set[str] = set()
+    for name in request.methods:
+        row = get_method(name)
+        if not row.trains:
+            continue
+        config = RunConfig(method=row.config, model=request.model)
+        known = config.flatten()
+        own = [text for text in request.settings if text.partition("=")[0] in known]
+        reached |= set(own)
+        configs[name] = config.override(own)
+    lost = [text for text in request.settings if text not in reached]
+    if lost:
+        raise ConfigError(f"none of these methods has the setting {', '.join(lost)}; give dotted.key=value")
+    if not configs:
+        raise ConfigError(f"{', '.join(request.methods)}: nothing trains, so there is nothing to plan")
+    return configs
+
+
+# --------------------------------------------------------------------------------------------------------- as text
+
+
+def render_report(report: MemoryReport, format: Literal["table", "json", "markdown"] = "table") -> str:
+    """The report as text: a table with advice below, Markdown, or JSON with all sizes in bytes."""
+    if format == "json":
+        return to_json(_values(report), indent=1)
+    rows = [_cells(report, plans) for plans in _alike(report.plans)]
+    if format == "markdown":
+        lines = [f"**{_heading(report)}**", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([*lines, "", *(f"- {line}" for line in _advice(report)), "", _note(report)])
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in HEADER:
+        words = column in ("method", "offload", "peak in", "fits")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    text = "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return "\n".join([_heading(report), "", text, "", *_advice(report), "", _note(report)])
+
+
+def _values(report: MemoryReport) -> dict[str, object]:
+    request = report.request
+    return {
+        "model": request.model.name,
+        "dtype": request.model.dtype,
+        "device": request.device,
+        "memory_bytes": request.memory_bytes,
+        "usable_bytes": report.usable_bytes,
+        "tolerance": TOLERANCE,
+        "plans": [plan.to_dict() | {"fits": report.verdict(plan)} for plan in report.plans],
+        "advice": {
+            name: None if fit is None else {"settings": list(fit.settings), "plan": fit.plan.to_dict()}
+            for name, fit in report.fits.items()
+        },
+        "refused": report.refused,
+    }
+
+
+def _alike(plans: Sequence[MemoryPlan]) -> list[list[MemoryPlan]]:
+    """Modes of a method that take the same are one row."""
+    groups: dict[tuple[object, ...], list[MemoryPlan]] = {}
+    for plan in plans:
+        groups.setdefault((plan.method, plan.peak_bytes, plan.states, plan.host_bytes), []).append(plan)
+    return list(groups.values())
+
+
+def _cells(report: MemoryReport, plans: Sequence[MemoryPlan]) -> tuple[str, ...]:
+    plan = plans[0]
+    sizes = (plan.weights, plan.gradients, plan.states, plan.staging, plan.activations, plan.logits, plan.workspace)
+    return (
+        plan.method,
+        " ".join(plan.offload for plan in plans),
+        *(_gib(size) for size in sizes),
+        _gib(plan.peak_bytes),
+        _gib(plan.host_bytes),
+        plan.phase,
+        report.verdict(plan),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _heading(report: MemoryReport) -> str:
+    request, shape = report.request, report.request.shape
+    words = [f"{request.model.name} in {request.model.dtype} on {request.device}: {shape.rows} rows x {shape.tokens}"]
+    if shape.label_positions < shape.tokens:
+        words.append(f"{shape.label_positions} of them labelled")
+    if shape.micro_batches > 1:
+        words.append(f"{shape.micro_batches} micro-batches")
+    if shape.checkpointing:
+        words.append("gradient checkpointing")
+    words[0] += " tokens"
+    return ", ".join(words) + f"; {request.memory_bytes / GIB:.4g} GiB (all sizes in GiB)"
+
+
+def _advice(report: MemoryReport) -> list[str]:
+    """One line a method: the first settings that fit."""
+    width = max(map(len, report.fits), default=0)
+    lines = [f"what fits {report.request.memory_bytes / GIB:.4g} GiB, the least change first:"]
+    for name, fit in report.fits.items():
+        if fit is None:
+            said = f"no setting tried: weights, gradients and states take at least {_gib(report.least_bytes[name])} GiB"
+        else:
+            size = f"{needed_bytes(fit.plan, report.request.device) / GIB:.2f} GiB"
+            said = f"{size}  " + (f"--set {' '.join(fit.settings)}" if fit.settings else "as it is")
+        lines.append(f"  {name:{width}}  {said}")
+    lines += [f"  {name:{width}}  not possible: {reason}" for name, reason in report.refused.items()]
+    return lines
+
+
+def _note(report: MemoryReport) -> str:
+    return (
+        f"tight: within {100 * TOLERANCE:.0f} % of the limit; {RESERVE_BYTES / GIB:g} GiB are left to what a process "
+        "takes besides tensors. The worst case: the lowest layer active, every layer visited, every row full. "
+        f"host: states in {'pinned ' if report.request.device == 'cuda' else ''}host memory"
+    )

@@ -1,0 +1,175 @@
+"""What one training step allocates, found without allocating it: the step runs on torch's meta device.
+
+The model's own forward, the loop's own loss and autograd's own backward run on tensors that have shapes and no memory,
+and :mod:`grass_ray.memory.allocations` notes when each storage begins and ends. So every rule that decides memory
+(what autograd keeps for which trained layer, where backward stops, what checkpointing recomputes, which copies a loss
+makes) is torch's and transformers' own and not a formula beside them::
+
+    model = build_skeleton(config)                      # on the meta device
+    profile = profile_step(model, StepShape(rows=4, tokens=1024), device="cuda")
+    print(profile.peak.activations, profile.peak.logits)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
+from grass_ray.training.batches import Batch
+from grass_ray.training.loop import summed_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The shape of an optimizer step's work.
+
+    ``rows`` and ``tokens`` are those of one micro-batch; ``labelled`` positions have a label (None: all of them);
+    ``padded`` says whether rows differ in length, so that attention needs a mask (None: with more than one row).
+    """
+
+    rows: int
+    tokens: int
+    labelled: int | None = None
+    padded: bool | None = None
+    micro_batches: int = 1
+    checkpointing: bool = False
+
+    @property
+    def label_positions(self) -> int:
+        """Positions whose logits are computed."""
+        return self.tokens if self.labelled is None else min(self.labelled, self.tokens)
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask."""
+        return self.rows > 1 if self.padded is None else self.padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """``peak``: the moment of forward and backward with most bytes; ``gradients``: bytes alive when they ended."""
+
+    peak: Parts
+    gradients: int
+
+
+def profile_step(
+    model: nn.Module,
+    shape: StepShape,
+    *,
+    device: DeviceKind,
+    drop_gradients: bool = False,
+) -> StepProfile:
+    """Run forward and backward of one optimizer step on the meta device.
+
+    Args:
+        model: on the meta device; its parameters' ``requires_grad`` say what trains.
+        shape: rows, tokens and micro-batches.
+        device: whose kernels to assume.
+        drop_gradients: free each gradient as soon as it is complete, as a probing step does.
+    """
+    vocabulary = _vocabulary(model)
+    positions = shape.rows * shape.label_positions
+    log = AllocationLog(device, logits=None if vocabulary is None else (positions, vocabulary))
+    handles = [
+        p.register_post_accumulate_grad_hook(_drop if drop_gradients else log.mark_gradient)  # type: ignore[no-untyped-call]
+        for p in model.parameters()
+        if p.requires_grad
+    ]
+    model.train()
+    log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        with _checkpointing(model, shape.checkpointing), kernel_stand_ins(device, log), log:
+            for _ in range(shape.micro_batches):
+                batch = _PlannedBatch.of(shape)
+                with _MaskAnswers(shape.masked):
+                    loss = summed_loss(model, batch) / batch.num_labels
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del loss, batch
+    finally:
+        for handle in handles:
+            handle.remove()
+    left = sum(log.size_of(p.grad) for p in model.parameters() if p.grad is not None)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return StepProfile(peak=log.peak(), gradients=left)
+
+
+def profile_block(block: Callable[[], object], *, device: DeviceKind, inputs: Iterable[Tensor] = ()) -> int:
+    """Most bytes that ``block`` holds at a time on the meta device, ``inputs`` left out."""
+    log = AllocationLog(device)
+    log.adopt(inputs)
+    with log:
+        result = block()
+    del result
+    return log.peak().total
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+class _PlannedBatch(Batch):
+    """A batch without values: on the meta device, with as many labelled positions as planned."""
+
+    @classmethod
+    def of(cls, shape: StepShape) -> _PlannedBatch:
+        ids = torch.empty(shape.rows, shape.tokens, dtype=torch.long, device="meta")
+        batch = cls(ids, torch.empty_like(ids), torch.empty_like(ids), tokens=shape.rows * shape.tokens)
+        object.__setattr__(batch, "positions", shape.label_positions)
+        return batch
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens the loss is taken over."""
+        return int(self.input_ids.shape[0] * self._positions)
+
+    @property
+    def _positions(self) -> int:
+        return int(self.__dict__["positions"])
+
+    def labelled_positions(self) -> Tensor:
+        """Positions at which a row has a label, shape (positions,), on the meta device."""
+        return torch.empty(self._positions, dtype=torch.long, device="meta")
+
+
+@contextmanager
+def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing as the run switches it on, for the block."""
+    if not wanted:
+        yield
+        return
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+class _MaskAnswers(TorchFunctionMode):
+    """Answers questions about the values of a mask, which a meta tensor does not have: there is padding, or none."""
+
+    def __init__(self, padded: bool) -> None:
+        super().__init__()
+        self._padded = padded
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return not self._padded if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
+
+
+def _vocabulary(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return getattr(get_text_config(decoder=True), "vocab_size", None) if get_text_config else None
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,1 @@
+"""A fast backend for lm-eval: batches, log-likelihood, decoding."""

@@ -1,0 +1,149 @@
+"""Bad input to a sweep: one readable message, exit code 2, no traceback, nothing started and nothing written."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mini_sweep import SWEEP
+from small import REPOSITORY
+
+from grass_ray.commands.sweep import main
+from grass_ray.experiment.flags import SweepDefaults, SweepOptions
+from grass_ray.experiment.sweep import Sweep
+
+SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
+ROWS = [{"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}]
+
+
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep: Sweep = SWEEP) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(sweep, ["--storage-path", str(tmp_path / "results"), *flags])
+    assert stop.value.code == 2
+    assert not (tmp_path / "results" / sweep.name).exists()
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "gras"], "unknown method 'gras'; available: base, full"),
+        (["--models", "tinny"], "tinny"),
+        (["--tasks", "boolk"], "boolk"),
+        (["--tasks", "boolq", "gsm8k"], "arithmetic"),
+        (["--set", "method.sampler.num_active_layers=0"], "greater than or equal to 1"),
+        (["--set", "method.sampler.num_active_layers=5"], "4"),
+        (["--set", "method.sampler.perod=5"], "no method of this sweep has the key"),
+        (["--set", "training.steps"], "write it as dotted.key=value"),
+        (["--num-samples", "0"], "--num-samples 0: give 1 or more"),
+        (["--machines", "0"], "--machines 0: give 1 or more"),
+        (["--parallel", "shard"], "--parallel shard needs --workers-per-trial 2 or more"),
+        (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore projects whole matrices"),
+        (["--min-workers-per-trial", "0"], "--min-workers-per-trial 0: give 1 or more"),
+        (["--min-workers-per-trial", "2"], "--min-workers-per-trial 2: give at most --workers-per-trial, which is 1"),
+        (
+            ["--parallel", "shard", "--workers-per-trial", "2", "--min-workers-per-trial", "1"],
+            "--parallel shard needs --min-workers-per-trial 2 or more",
+        ),
+        (
+            ["--workers-per-trial", "4", "--min-workers-per-trial", "2", "--set", "training.accumulation_steps=4"],
+            "2 to 4 workers share the micro-batches of every step, so training.accumulation_steps must be a multiple "
+            "of 12, not 4",
+        ),
+        (
+            [
+                "--workers-per-trial",
+                "2",
+                "--min-workers-per-trial",
+                "1",
+                "--set",
+                "training.accumulation_steps=2",
+                "training.checkpoint_every_steps=null",
+            ],
+            "set training.checkpoint_every_steps=50",
+        ),
+        (["--max-failures", "-1"], "--max-failures -1: give 0 or more"),
+        (["--search", "random"], "--search random needs --num-samples"),
+        (["--data-dir", "/nowhere"], "has no effect"),
+        (["--tasks", "boolq", "--data-dir", "/nowhere"], "--data-dir /nowhere is not a folder"),
+        (["--storage-path", "nonsense://x"], "cannot use the storage path"),
+        (["--resume"], "nothing to resume"),
+        (["--tracking-uri", "http://127.0.0.1:9"], "does not answer"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = fails(capsys, tmp_path, *flags)
+    assert text.startswith("error: ")
+    assert message in text
+
+
+def test_a_data_folder_without_the_task_and_a_broken_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "dataset" / "boolq"
+    folder.mkdir(parents=True)
+    (folder / "test.json").write_text(json.dumps(ROWS))
+    (folder / "train.json").write_text("[{")
+    data = ["--data-dir", str(tmp_path / "data")]
+    sweep = Sweep("mini", "?", replace(SWEEP.defaults, settings=()))
+    assert "piqa" in fails(capsys, tmp_path, "--tasks", "piqa", *data, sweep=sweep)
+    assert "train.json" in fails(capsys, tmp_path, "--tasks", "boolq", *data, sweep=sweep)
+    (folder / "train.json").write_text(json.dumps([{key: ROWS[0][key] for key in ("instruction", "input", "output")}]))
+    assert "answer" in fails(capsys, tmp_path, "--tasks", "boolq", *data, sweep=sweep)
+
+
+@pytest.mark.long
+def test_an_unknown_flag_and_a_value_that_is_no_number_end_with_2_and_no_traceback() -> None:
+    for flags in (["--seed", "0"], ["--seeds", "one"], ["--scheduler", "asha"]):
+        done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert flags[0] in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_the_help_shows_three_examples_and_loads_no_torch() -> None:
+    script = f"import sys, runpy; sys.argv = [{str(SCRIPT)!r}, '--help']\n"
+    script += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    script += "except SystemExit as stop: print('code', stop.code, 'torch' in sys.modules, 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.count("mini_sweep.py --") == 3
+    assert "code 0 False False" in done.stdout
+
+
+def test_a_dry_run_prints_every_trial_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(SWEEP, ["--dry-run", "--seeds", "0", "1", "--steps", "3", "--storage-path", str(tmp_path / "results")])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in ("base-tiny-generated-s0", "full-tiny-generated-s0", "grass-tiny-generated-s1"):
+        assert name in out
+    assert "mini: 7 trials" in out
+    assert not (tmp_path / "results").exists()
+
+
+def test_settings_from_a_search_reach_their_method_and_the_user_has_the_last_word(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "best.yaml"
+    file.write_text("methods: {grass: [method.optimizer.lr=0.00042, method.sampler.temperature=0.7]}")
+    found = SWEEP.plan(SweepOptions(settings=file, seeds=(0,)))[0]
+    by_method = {spec.config.method.name: spec.config for spec in found}
+    assert by_method["grass"].method.optimizer.lr == 0.00042
+    assert by_method["full"].method.optimizer.lr != 0.00042
+    found = SWEEP.plan(SweepOptions(settings=file, set=("method.optimizer.lr=0.1",)))[0]
+    assert {spec.config.method.optimizer.lr for spec in found if spec.config.training.steps} == {0.1}
+    file.write_text("methods: {grass: [method.optimizer.learning_rate=1]}")
+    assert "learning_rate" in fails(capsys, tmp_path, "--settings", str(file))
+
+
+def test_a_preset_goes_on_top_of_the_defaults() -> None:
+    defaults = SweepDefaults(
+        models=("a",), tasks=("t",), settings=("x=1",), method_settings={"lisa": ("p=1",), "full": ("q=1",)}
+    )
+    preset = SweepDefaults(tasks=("u",), settings=("x=2",), method_settings={"lisa": ("p=2",)})
+    merged = defaults.with_preset(preset)
+    assert (merged.models, merged.tasks, merged.settings) == (("a",), ("u",), ("x=1", "x=2"))
+    assert merged.method_settings == {"lisa": ("p=1", "p=2"), "full": ("q=1",)}

@@ -1,0 +1,428 @@
+"""The memory plan against real runs: exact where parts are sums of shapes, close where a step was followed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from small import REPOSITORY, short_run
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grass_ray.cli import main
+from grass_ray.config import ConfigError, ModelConfig
+from grass_ray.memory import fit as memory_fit
+from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shape, real_shape
+from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
+from grass_ray.memory.step import StepShape, profile_step
+from grass_ray.methods import METHODS
+from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.metrics import MemoryMeter
+from grass_ray.training.models import SHAPES, build_shape, describe_model
+from grass_ray.training.report import GIB
+from grass_ray.training.run import Run
+
+MIB = 2**20
+CPU = torch.device("cpu")
+SHAPE = StepShape(rows=4, tokens=48)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    """benchmarks/memory_plan.py, whose measurements the recorded table holds."""
+    spec = importlib.util.spec_from_file_location("memory_benchmark", REPOSITORY / "benchmarks" / "memory_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Planner:
+    return Planner(ModelConfig(name="tiny"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def tinyllama() -> Planner:
+    return Planner(ModelConfig(name="tinyllama-1.1b", dtype="bfloat16"), "cuda")
+
+
+# ----------------------------------------------------------------------------------------------- against real runs
+
+
+@pytest.mark.parametrize(
+    ("method", "offload", "dtype"),
+    [
+        ("full", "none", "float32"),
+        ("full", "none", "bfloat16"),
+        ("lora", "none", "bfloat16"),
+        ("prefix", "none", "float32"),
+        ("prompt", "none", "float32"),
+        ("lisa", "none", "float32"),
+        ("lisa-keep", "none", "float32"),
+        ("ows-galore", "resident", "float32"),
+        ("hift", "resident", "float32"),
+        ("badam", "none", "bfloat16"),
+        ("misa", "none", "float32"),
+        ("apollo", "none", "float32"),
+        ("grass", "none", "float32"),
+        ("grass", "resident", "bfloat16"),
+        ("grass", "lazy", "float32"),
+    ],
+)
+def test_weights_and_states_are_exact_and_the_peak_is_close(
+    benchmark: ModuleType, method: str, offload: str, dtype: str
+) -> None:
+    row = benchmark.run_case(
+        benchmark.Case(model="tiny", method=method, offload=offload, dtype=dtype, shape=SHAPE), CPU
+    )
+    assert row.plan.weights == row.weights
+    if row.plan.phase != "probing":  # at a probing step's peak there are no states yet
+        assert row.plan.states + row.plan.staging == row.states
+    assert row.plan.host_bytes == row.host
+    assert row.plan.peak_bytes == pytest.approx(row.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        StepShape(rows=1, tokens=100),
+        StepShape(rows=4, tokens=100, padded=False),
+        StepShape(rows=4, tokens=100, labelled=5),
+        StepShape(rows=4, tokens=100, checkpointing=True),
+        StepShape(rows=2, tokens=64, micro_batches=3),
+        StepShape(rows=1, tokens=2),  # the update is the peak
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["full", "grass"])
+def test_peaks_are_close_in_every_shape(benchmark: ModuleType, method: str, shape: StepShape) -> None:
+    offload = METHODS[method].config.offload
+    row = benchmark.run_case(
+        benchmark.Case(model="tiny", method=method, offload=offload, dtype="bfloat16", shape=shape), CPU
+    )
+    assert row.plan.peak_bytes == pytest.approx(row.peak, rel=0.02)
+
+
+def test_gradients_are_exact(tiny: Planner) -> None:
+    run = Run.prepare(short_run("lisa"))
+    accumulate_gradients(run.state.model, run.state.batches[0], CPU)
+    held = sum(p.grad.nbytes for p in run.state.model.parameters() if p.grad is not None)
+    trains = tiny.put_on(METHODS["lisa"].config)
+    (active,) = trains.active_sets()
+    assert tiny.least_bytes(trains, "none") == sum(
+        (
+            sum(p.nbytes for p in run.state.model.parameters()),
+            sum(b.nbytes for b in run.state.model.buffers()),
+            held,
+            trains.state_bytes(trains.trained(active)),
+        )
+    )
+
+
+def test_a_run_stays_below_the_plan_of_its_own_rows(tiny: Planner) -> None:
+    config = short_run("lisa")
+    shape = real_shape(config)
+    assert shape.tokens < longest_shape(config).tokens
+    assert shape.labelled is not None
+    assert shape.labelled < shape.tokens
+    run = Run.prepare(config)
+    for _ in run.fit():
+        pass
+    (plan,) = tiny.plan_modes(config.method, shape, modes=["none"])
+    measured = run.outcome().metrics["memory/peak_allocated_gib"] * GIB
+    assert 0.7 * plan.peak_bytes < measured <= 1.02 * plan.peak_bytes  # its first rows need not be its longest
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 16, "num_key_value_heads": 1},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 32},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 128},
+    "gpt_neox": {},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_other_families_is_followed_too(benchmark: ModuleType, family: str, rows: int) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, vocab_size=300, **({} if family == "gpt2" else sizes), **FAMILIES[family])
+    shape = StepShape(rows=rows, tokens=80)
+    with torch.device("meta"):
+        predicted = profile_step(AutoModelForCausalLM.from_config(config), shape, device="cpu").peak.total
+    model = AutoModelForCausalLM.from_config(config).train()
+    meter = MemoryMeter(CPU)
+    with meter.watch((), closely=True):
+        accumulate_gradients(model, benchmark.make_batches(shape, 300, CPU), CPU)
+    assert predicted == pytest.approx(meter.peak_allocated_gib * GIB, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------- order and growth
+
+
+def test_methods_and_modes_come_in_the_order_that_their_states_give(tinyllama: Planner) -> None:
+    least = {
+        (name, mode): tinyllama.least_bytes(trains, mode)
+        for name in ("full", "galore", "apollo", "lora", "lisa", "lisa-keep", "grass", "badam")
+        for trains in (tinyllama.put_on(METHODS[name].config),)
+        for mode in applicable_modes(METHODS[name].config)
+    }
+    assert least["grass", "lazy"] < least["grass", "resident"] < least["lisa", "none"] < least["full", "none"]
+    assert least["grass", "resident"] < least["grass", "none"] < least["full", "none"]
+    assert least["lisa-keep", "resident"] == least["lisa", "none"] < least["lisa-keep", "none"]
+    assert least["full", "lazy"] < least["full", "none"]
+    assert least["lora", "none"] < least["galore", "none"] < least["apollo", "none"] < least["full", "none"]
+    assert least["grass", "lazy"] == least["grass", "overlap"] == least["grass", "blocking"]
+
+
+def test_states_take_what_their_precision_says(tinyllama: Planner) -> None:
+    one_layer = 44_044_288
+    for precision, size in (("weights", 4), ("rem16", 6), ("exact", 10)):
+        optimizer = METHODS["grass"].config.optimizer.model_copy(update={"precision": precision})
+        trains = tinyllama.put_on(METHODS["grass"].config.model_copy(update={"optimizer": optimizer}))
+        assert trains.state_bytes([trains.units[0]]) == one_layer * size
+
+
+def trained_only(layers: tuple[int, ...]) -> nn.Module:
+    model: nn.Module = build_shape(ModelConfig(name="tiny"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"model.layers.{layer}.") for layer in layers))
+    return model
+
+
+def test_activations_are_kept_down_to_the_lowest_active_layer() -> None:
+    top, bottom, both = (
+        profile_step(trained_only(layers), SHAPE, device="cpu").peak.activations for layers in ((3,), (0,), (0, 3))
+    )
+    assert top < bottom < both
+
+
+def test_no_other_active_set_takes_more_than_the_planned_one(tiny: Planner) -> None:
+    (planned,) = tiny.put_on(METHODS["grass"].config).active_sets()
+    for shape in (SHAPE, StepShape(rows=1, tokens=2), StepShape(rows=4, tokens=48, checkpointing=True)):
+        peaks = {
+            layers: profile_step(trained_only(layers), shape, device="cpu").peak.total
+            for layers in itertools.combinations(range(4), 2)
+        }
+        assert peaks[planned] == max(peaks.values())
+
+
+def test_a_dropped_gradient_is_not_held() -> None:
+    shape = StepShape(rows=1, tokens=2)
+    held = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu")
+    dropped = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu", drop_gradients=True)
+    assert dropped.gradients == 0
+    assert dropped.peak.total < held.gradients / 4
+
+
+def test_no_matrix_of_scores_is_kept_and_logits_grow_with_labels_alone() -> None:
+    def parts(device: Any, tokens: int, **settings: Any) -> Any:
+        return profile_step(
+            trained_only((0,)), StepShape(rows=2, tokens=tokens, padded=False, **settings), device=device
+        ).peak
+
+    for device in ("cpu", "cuda"):
+        assert parts(device, 2000).activations == pytest.approx(2 * parts(device, 1000).activations, rel=0.01)
+    assert parts("cpu", 500, labelled=20, checkpointing=False).logits < parts("cpu", 500).logits / 10
+
+
+def test_checkpointing_saves_and_rows_cost(tiny: Planner) -> None:
+    def peak(**settings: Any) -> int:
+        (plan,) = tiny.plan_modes(METHODS["full"].config, StepShape(tokens=128, **settings), modes=["none"])
+        return plan.peak_bytes
+
+    assert peak(rows=8, checkpointing=True) < peak(rows=8) / 1.5
+    # a step in two micro-batches holds half the activations, and the first one's gradients
+    assert peak(rows=4) < peak(rows=4, micro_batches=2) < peak(rows=8)
+
+
+# ---------------------------------------------------------------------------------------------- before a run starts
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, nbytes: float) -> None:
+    """Let this machine have so much memory."""
+    monkeypatch.setattr(memory_fit, "total_bytes", lambda device: int(nbytes) + memory_fit.RESERVE_BYTES)
+
+
+def test_a_run_that_fits_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_run("grass", "method.offload=resident")
+    with_memory(monkeypatch, 1 * GIB)
+    assert fit_to_memory(config, CPU) == config
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_run("full", "training.batch_size=64")
+    with_memory(monkeypatch, 40 * MIB)
+    with pytest.raises(MemoryRefusalError) as refused:
+        fit_to_memory(config, CPU)
+    message = str(refused.value)
+    assert "cannot fit: predicted to need 0." in message
+    assert "activations 0." in message
+    assert "leaves it 0.04 GiB" in message
+    assert "--no-memory-check" in message
+    settings = message.partition("--set ")[2].partition(" (")[0].split()
+    assert "training.gradient_checkpointing=true" in settings
+    assert fit_to_memory(config.override(settings), CPU).training.gradient_checkpointing
+
+
+def test_rows_shorter_than_the_cut_off_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_run("full", "data.max_length_tokens=1000", "training.batch_size=8")
+    with_memory(monkeypatch, 40 * MIB)  # ten times less than rows of 1000 tokens would take
+    assert fit_to_memory(config, CPU) == config
+
+
+def test_auto_becomes_lazy_where_resident_states_do_not_fit(monkeypatch: pytest.MonkeyPatch, tiny: Planner) -> None:
+    monkeypatch.setattr("grass_ray.memory.plan.RING_BYTES", MIB // 16)
+    method = "method.sampler.num_active_layers=4"
+    config = short_run(
+        "grass", method, "method.offload=auto", "training.batch_size=1", "method.sampler.probing_steps=0"
+    )
+    by_mode = {p.offload: p for p in tiny.plan_modes(config.method, real_shape(config), modes=["resident", "lazy"])}
+    between = (by_mode["resident"].peak_bytes + by_mode["lazy"].peak_bytes) / 2 / (1 + memory_fit.TOLERANCE)
+    monkeypatch.setattr(memory_fit, "needed_bytes", lambda plan, device: plan.peak_bytes)
+    with_memory(monkeypatch, between)
+    assert fit_to_memory(config, CPU).method.offload == "lazy"
+    with_memory(monkeypatch, 10 * between)
+    assert fit_to_memory(config, CPU).method.offload == "resident"
+    with_memory(monkeypatch, by_mode["lazy"].peak_bytes / 1.3)
+    with pytest.raises(MemoryRefusalError, match="offload lazy"):
+        fit_to_memory(config, CPU)
+
+
+def test_what_cannot_be_followed_starts_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr("grass_ray.memory.plan.profile_step", fail)
+    with pytest.raises(CannotPlanError, match="cannot predict the memory of a step of LlamaForCausalLM"):
+        Planner(ModelConfig(name="tiny"), "cpu").plan_modes(METHODS["full"].config, SHAPE)
+    with pytest.warns(UserWarning, match="the run starts unchecked"):
+        fit_to_memory(short_run("full"), CPU)
+
+
+@pytest.mark.long
+def test_training_refuses_and_can_be_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ["train", "full", "--model", "tiny", "--batch-size", "200000", "--steps", "1", "--dry-run"]
+    with pytest.raises(SystemExit) as stopped:
+        main(huge)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "full-tiny-generated-s0 cannot fit" in error
+    with pytest.raises(SystemExit) as stopped:
+        main([*huge, "--no-memory-check"])
+    assert stopped.value.code == 0
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_built_in_shapes_have_the_published_sizes_and_no_weights() -> None:
+    sizes = {"tinyllama-1.1b": 1_100_048_384, "gemma-2b": 2_506_172_416, "llama2-7b": 6_738_415_616}
+    assert set(sizes) == set(SHAPES)
+    for name, size in sizes.items():
+        model = build_shape(ModelConfig(name=name, dtype="bfloat16"))
+        assert sum(p.numel() for p in model.parameters()) == size
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.long
+def test_the_command_plans_seven_billion_parameters_in_little_memory() -> None:
+    program = [sys.executable, "-c", "from grass_ray.cli import main; main()", "plan", "--format", "json"]
+    flags = ["--model", "llama2-7b", "--gpu-memory", "24", "--batch-size", "4", "--methods", "full", "grass"]
+    done = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    plans = {(plan["method"], plan["offload"]): plan for plan in values["plans"]}
+    weights = 6_738_415_616 * 2
+    assert all(plan["weights"] == pytest.approx(weights, rel=1e-4) for plan in plans.values())
+    assert plans["full", "none"]["states"] == 6_738_415_616 * 6
+    assert plans["grass", "none"]["fits"] == "no"
+    assert values["advice"]["full"] is None
+    advice = values["advice"]["grass"]
+    assert "training.gradient_checkpointing=true" in advice["settings"]
+    assert advice["plan"]["peak_gib"] < 23.5
+    # the largest process this one ever started held less than a quarter of the weights
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < weights / 4
+
+
+def run_verb(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[object, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *flags])
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+def test_table_and_markdown_say_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "tiny", "--gpu-memory", "0.6", "--batch-size", "16", "--methods", "full", "lisa", "misa")
+    code, table, _ = run_verb(capsys, *flags)
+    assert code == 0
+    assert "activations" in table
+    assert "what fits 0.6 GiB, the least change first:" in table
+    assert "lisa" in table
+    assert "misa  not possible: budget is 0.03" in table
+    code, markdown, _ = run_verb(capsys, *flags, "--format", "markdown")
+    assert code == 0
+    assert "| method | offload | weights |" in markdown
+
+
+def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def states(*flags: str) -> dict[str, int]:
+        flags = ("--model", "tiny", "--gpu-memory", "2", "--seq-len", "32", "--format", "json", *flags)
+        _, out, _ = run_verb(capsys, "--methods", "full", "lisa", *flags)
+        return {plan["method"]: plan["states"] for plan in json.loads(out)["plans"] if plan["offload"] == "none"}
+
+    one, two = states("--set", "method.sampler.num_active_layers=1"), states()
+    assert one["full"] == two["full"]
+    assert one["lisa"] < two["lisa"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model", "no/such-model", "--gpu-memory", "24"), "llama2-7b"),
+        (("--model", "tiny", "--gpu-memory", "0"), "--gpu-memory 0.0: give more than 0 GiB"),
+        (("--model", "tiny", "--gpu-memory", "-3"), "--gpu-memory -3.0"),
+        (("--model", "tiny", "--gpu-memory", "0.25"), "must be more than the 0.5 GiB"),
+        (("--model", "tiny", "--gpu-memory", "8", "--methods", "gras"), "Did you mean 'grass'?"),
+        (("--model", "tiny", "--gpu-memory", "8", "--methods", "base"), "nothing trains"),
+        (("--model", "tiny", "--gpu-memory", "8", "--methods", "ows"), "num_active_layers (gamma) is 5"),
+        (("--model", "tiny", "--gpu-memory", "8", "--batch-size", "0", "--seq-len", "0"), "; --seq-len 0"),
+        (("--model", "tiny", "--gpu-memory", "8", "--accumulation-steps", "3"), "a divisor of the 4 rows"),
+        (("--model", "tiny", "--gpu-memory", "8", "--labelled", "2000"), "give 1 to 1024"),
+        (("--model", "tiny", "--gpu-memory", "8", "--set", "method.sampler.tau=1"), "method.sampler.tau=1"),
+    ],
+)
+def test_mistakes_get_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, error = run_verb(capsys, *flags)
+    assert code == 2
+    assert out == ""
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_shape_is_not_a_model_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="cannot load model 'tinyllama-1"):
+        describe_model(ModelConfig(name="tinyllama-1.1b"))
