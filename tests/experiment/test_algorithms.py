@@ -2,8 +2,9 @@
 
 import math
 
-from grass_ray.experiment.space import LogUniform, OneOf, Picks, Space
 from grass_ray.experiment.suggest import Observation, suggest
+
+from grass_ray.experiment.space import LogUniform, OneOf, Picks, Space
 
 SPACE: Space = {
     "lr": LogUniform(low=1e-5, high=1e-3),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from grass_ray.experiment.tuning import MUTABLE, Tuning, generation_ends, rungs
 from mini_search import SWEEP
 
 from grass_ray.cluster.pbt import MemberState, next_generation
@@ -15,7 +16,6 @@ from grass_ray.config import ConfigError
 from grass_ray.experiment.flags import SweepOptions, choose
 from grass_ray.experiment.plan import SweepPlan, make_tuning, untrained
 from grass_ray.experiment.space import to_plain
-from grass_ray.experiment.tuning import MUTABLE, Tuning, generation_ends, rungs
 
 
 def tuning(**flags: Any) -> Tuning:
