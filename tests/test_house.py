@@ -14,8 +14,8 @@ from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
-    *("config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training", "progress", "memory"),
-    *("results", "export", "experiment", "cluster", "commands", "cli"),
+    *("config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training", "memory"),
+    *("results", "export", "experiment", "execute", "progress", "cluster", "commands", "cli"),
 ]
 HOMES = {"ray": "cluster", "mlflow": "results"}
 LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"
