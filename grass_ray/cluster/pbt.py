@@ -25,7 +25,7 @@ from pydantic import AliasChoices, Field
 from grass_ray.cluster.job import RECORD_FILE, TIME, Job
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import train
-from grass_ray.experiment.space import assignments, from_plain, values
+from grass_ray.experiment.space import from_plain, values
 from grass_ray.experiment.tuning import generation_ends
 from grass_ray.results.record import LineageStep, RecordPart
 from grass_ray.training.report import VALIDATION
@@ -106,8 +106,8 @@ def next_generation(given: Job, state: MemberState) -> Job:
     assert given.picks is not None
     assert given.search is not None
     space = from_plain(given.space)
-    config = given.config.override(assignments(space, given.picks))
     settings = values(space, given.picks)
+    config = given.config.override(settings)
     lineage = list(state.lineage)
     if not lineage or state.key != given.key or lineage[-1].settings != settings:
         lineage.append(LineageStep(step=state.train_step, weights_of=state.key, settings=settings))

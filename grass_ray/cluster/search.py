@@ -205,6 +205,6 @@ class MethodSearch:
             specs = self.group.finals(self.points[number], self.tuning.seeds)
             return [Final(spec=spec, search=search) for spec in specs]
         state = MemberState.model_validate_json(self._storage.read_text(self.specs[number].folder, STATE_FILE))
-        config = RunConfig.parse(best.config).override(["evaluation.test=true"])
+        config = RunConfig.parse(best.config).override({"evaluation.test": True})
         search = search.model_copy(update={"lineage": best.search.lineage})
         return [Final(spec=TrialSpec(config=config), search=search, start_from=state.checkpoint)]
