@@ -3,7 +3,7 @@
 A :class:`RunConfig` holds everything that determines the numbers of a run, and reads the YAML it writes::
 
     config = RunConfig.from_yaml(path)
-    config = config.override(["method.sampler.temperature=0.2", "training.steps=100"])
+    config = config.override({"method.sampler.temperature": 0.2, "training.steps": 100})
     config.save(folder / "config.yaml")
 
 Importing this package loads no torch, so that command lines start at once.
@@ -12,7 +12,7 @@ Importing this package loads no torch, so that command lines start at once.
 from __future__ import annotations
 
 from grass_ray.config.adapters import AdapterConfig, AnyAdapterConfig, LoraConfig, PrefixConfig, PromptConfig
-from grass_ray.config.base import ConfigError, ConfigPart
+from grass_ray.config.base import ConfigPart
 from grass_ray.config.data import (
     CustomFields,
     CustomSource,
@@ -24,7 +24,7 @@ from grass_ray.config.data import (
 )
 from grass_ray.config.files import from_json, to_json, whole_file
 from grass_ray.config.method import ApolloConfig, GaLoreConfig, MethodConfig, OptimizerConfig, ProjectionConfig
-from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, assignment, slug
+from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, slug
 from grass_ray.config.samplers import (
     AllLayersConfig,
     CyclicSamplerConfig,
@@ -36,6 +36,7 @@ from grass_ray.config.samplers import (
     UniformSamplerConfig,
 )
 from grass_ray.config.schedules import CosineScheduleConfig, LinearScheduleConfig, ScheduleConfig, StepScheduleConfig
+from grass_ray.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
@@ -74,7 +75,6 @@ __all__ = [
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
-    "assignment",
     "from_json",
     "slug",
     "to_json",

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from grass_ray.config.base import ConfigError, ConfigPart, Decay, PositiveFloat, PositiveInt
+from grass_ray.config.base import ConfigPart, Decay, PositiveFloat, PositiveInt
+from grass_ray.errors import ConfigError
 
 
 class AdapterConfig(ConfigPart):

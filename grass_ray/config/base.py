@@ -1,4 +1,4 @@
-"""What every part of a configuration shares: the base class, limits of numbers, and the error that users see."""
+"""What every part of a configuration shares: the base class, limits of numbers, and messages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(ValueError):
-    """A mistake of the user: what was given, the rule, what is available. Command lines exit with code 2 on it."""
 
 
 class ConfigPart(BaseModel):

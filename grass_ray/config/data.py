@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from grass_ray.config.base import ConfigError, ConfigPart, PositiveInt, explain
+from grass_ray.config.base import ConfigPart, PositiveInt, explain
+from grass_ray.errors import ConfigError
 
 
 class GeneratedSource(ConfigPart):

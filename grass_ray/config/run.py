@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import ValidationError, model_validator
 
-from grass_ray.config.base import ConfigError, ConfigPart, NonNegativeInt, PositiveInt, explain
+from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
 from grass_ray.config.data import DataConfig
 from grass_ray.config.files import whole_file
 from grass_ray.config.method import MethodConfig
+from grass_ray.errors import ConfigError
+from grass_ray.overrides import Changes, apply, flatten
 
 # what each data-parallel worker holds: the whole model, or a shard of it (FSDP2); changes memory, not the numbers
 Parallel = Literal["replicate", "shard"]
@@ -128,18 +130,15 @@ class RunConfig(ConfigPart):
         return self.model_dump(mode="json")
 
     def flatten(self) -> dict[str, str]:
-        """Dotted keys to text, as MLflow params want them."""
-        return dict(_flatten("", self.to_dict()))
+        """Return dotted keys and their values as text, as MLflow params want them."""
+        flat = flatten(self.to_dict())
+        return {
+            key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat.items()
+        }
 
-    def override(self, assignments: Iterable[str]) -> RunConfig:
-        """A copy with ``dotted.key=value`` assignments applied; values are read as YAML."""
-        values = self.to_dict()
-        for assignment in assignments:
-            key, separator, text = assignment.partition("=")
-            if not separator or not key:
-                raise ConfigError(f"cannot read the override {assignment!r}; write it as dotted.key=value")
-            _assign(values, key.split("."), yaml.safe_load(text), assignment)
-        return RunConfig.parse(values)
+    def override(self, changes: Changes) -> RunConfig:
+        """Return a copy with the values of dotted keys changed. Raises :class:`ConfigError`."""
+        return RunConfig.parse(apply(self.to_dict(), changes))
 
     # -- names
 
@@ -154,34 +153,6 @@ class RunConfig(ConfigPart):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def assignment(key: str, value: object) -> str:
-    """``key=value`` as :meth:`RunConfig.override` reads it; the value as one line of YAML that reads back equal."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
-
-
 def slug(name: str) -> str:
     """A model's or suite's name as one word: the last path component, ``-`` and odd characters as ``_``."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("_")
-
-
-def _flatten(prefix: str, value: object) -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
-    elif isinstance(value, list):
-        yield prefix, ",".join(str(item) for item in value)
-    else:
-        yield prefix, str(value)
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: object, assignment: str) -> None:
-    part: Any = values
-    for depth, key in enumerate(keys):
-        if not isinstance(part, dict) or key not in part:
-            where = ".".join(keys[:depth]) or "the configuration"
-            available = ", ".join(part) if isinstance(part, dict) else "no keys"
-            raise ConfigError(f"cannot apply {assignment!r}: {where} has no key {key!r}; it has {available}")
-        if depth == len(keys) - 1:
-            part[key] = value
-        part = part[key]
