@@ -62,7 +62,7 @@ def test_an_adapter_answers_what_it_can_be_combined_with(
 
 
 def test_a_refusal_of_peft_names_the_adapter_and_the_model() -> None:
-    with pytest.raises(ConfigError, match="cannot put LoRA on nowhere: .* Name the model's own linear layers with"):
+    with pytest.raises(ConfigError, match=r"cannot put LoRA on nowhere: .* Name the model's own linear layers with"):
         add_adapter(make_llama(), LoraConfig(targets=("nowhere",)))
     with pytest.raises(ConfigError, match="peft cannot put vera tuning on LlamaForCausalLM: "):
         add_adapter(make_llama(), VeraConfig(target_modules=("nowhere",)))
