@@ -1,11 +1,11 @@
 """A method's search while it runs: which trials it has, what is left, which point comes next, who won.
 
-Nothing is kept that a new process could not read again: known points are in the plan, points that Optuna chose are
-files of the sweep's folder, and what came of them are records::
+Nothing is kept that a new process could not read again: known points are in the plan, points that an adaptive algorithm
+chose are files of the sweep's folder, and what came of them are records::
 
-    search = MethodSearch(tuning, group, trial_store, storage, make_job)
+    search = MethodSearch(plan, spec, trial_store, storage)
     if search.is_left():
-        run_trials(search.batch(share, memories), ...)
+        run_trials(search.tune_run(context, memories), context, ...)
     finals = search.finals()
 """
 
@@ -13,96 +13,109 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.pbt import STANDING_FILE, MemberState, drive_member
+from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.pbt import STATE_FILE, MemberState, drive_member
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
-from grass_ray.cluster.session import Batch, TrialResources, driver_memory
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.trial import Job
+from grass_ray.cluster.tuner import TuneRun, driver_memory
 from grass_ray.config import RunConfig
-from grass_ray.experiment.space import Picks, to_plain
-from grass_ray.experiment.suggest import Observation, suggest
-from grass_ray.experiment.trial_spec import TrialSpec
-from grass_ray.experiment.tuning import Group, Tuning, rungs
-from grass_ray.results.record import RunRecord
+from grass_ray.experiment.algorithms import make_algorithm
+from grass_ray.experiment.observation import Observation
+from grass_ray.experiment.search import SearchPlan, SearchSpec
+from grass_ray.experiment.space import Params
+from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.searches import rung_losses, trial_loss, winner
 
-MakeJob = Callable[..., Job]
 SEARCH_FOLDER = "search"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """A trial that meets the test: one of the plan, or a search's winner with one of the seeds.
+
+    Attributes:
+        config: the trial.
+        search: the search that it won.
+        start_from: URI of the checkpoint that is tested, if nothing is trained.
+    """
+
+    config: RunConfig
+    search: SearchPart | None = None
+    start_from: str | None = None
 
 
 class MethodSearch:
     """One method's search.
 
     Args:
-        tuning: how the sweep searches.
-        group: the method.
-        trial_store: the sweep's books.
+        plan: how the sweep searches.
+        spec: the method, and where it is searched.
+        trial_store: where the trials' records are.
         storage: the sweep's folder.
-        make_job: makes a job of a trial; takes further fields of :class:`Job` by name.
     """
 
-    def __init__(
-        self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage, make_job: MakeJob
-    ) -> None:
-        self.tuning = tuning
-        self.group = group
+    def __init__(self, plan: SearchPlan, spec: SearchSpec, trial_store: TrialStore, storage: Storage) -> None:
+        self.plan = plan
+        self.spec = spec
         self._trial_store = trial_store
         self._storage = storage
-        self._make_job = make_job
-        self.points: list[Picks] = []
-        self.specs: list[TrialSpec] = []
+        self._context: SweepContext | None = None  # known once the machines are
+        self.points: list[Params] = []
+        self.trials: list[RunConfig] = []
         self._waiting: list[int] = []
         self.exhausted = storage.exists(*self._exhausted_file)
-        for picks in [*group.points, *self._saved()]:
-            self._add(picks)
+        for params in [*spec.points, *self._saved()]:
+            self._add(params)
 
     # -- what there is, and what is left
 
-    def ended(self) -> list[TrialSpec]:
+    def ended(self) -> list[RunConfig]:
         """The trials that came to an end of their own; of a population all or none, since they depend on each other."""
-        ended = [spec for spec in self.specs if self._trial_store.has_ended(spec)]
-        return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
+        ended = [config for config in self.trials if self._trial_store.has_ended(config)]
+        return ended if self.plan.scheduler != "pbt" or len(ended) == len(self.trials) else []
 
     def is_left(self) -> bool:
-        """Whether trials are to be run."""
-        more = self.tuning.search == "optuna" and len(self.specs) < (self.tuning.num_samples or 0)
-        return len(self.ended()) < len(self.specs) or (more and not self.exhausted)
+        """Whether there are trials to run."""
+        more = self.plan.adaptive and len(self.trials) < (self.plan.num_samples or 0)
+        return len(self.ended()) < len(self.trials) or (more and not self.exhausted)
 
     def records(self) -> list[RunRecord]:
-        """What came of the trials, in their order."""
+        """The trials' records, in the order of the trials."""
         records = self._trial_store.records
-        return [records[spec.key] for spec in self.specs if spec.key in records]
+        return [records[key] for key in (config.fingerprint for config in self.trials) if key in records]
 
-    def batch(self, share: TrialResources, memories: Sequence[int]) -> Batch:
+    def tune_run(self, context: SweepContext, memories: Sequence[int]) -> TuneRun:
         """What is left, as one Tuner runs it.
 
         Args:
-            share: what a trial gets.
+            context: what the sweep's trials share.
             memories: bytes that each machine offers.
         """
-        ended = {spec.key for spec in self.ended()}
-        self._waiting = [place for place, spec in enumerate(self.specs) if spec.key not in ended]
-        name = f"tune-{self.group.method}"
-        if self.tuning.search == "optuna":
-            left = (self.tuning.num_samples or 0) - len(self.specs) + len(self._waiting)
-            return Batch(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=self._scheduler())
+        self._context = context
+        ended = self.ended()
+        self._waiting = [place for place, config in enumerate(self.trials) if config not in ended]
+        name, scheduler = f"tune-{self.spec.method}", self._scheduler()
+        if self.plan.adaptive:
+            left = (self.plan.num_samples or 0) - len(self.trials) + len(self._waiting)
+            return TuneRun(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=scheduler)
         jobs = [self._job(place) for place in self._waiting]
-        if self.tuning.scheduler != "pbt":
-            return Batch(name=name, jobs=jobs, scheduler=self._scheduler())
-        memory = driver_memory(memories, share.slots)
-        return Batch(name=name, jobs=jobs, scheduler=self._scheduler(), trainable=drive_member, driver_memory=memory)
+        if self.plan.scheduler != "pbt":
+            return TuneRun(name=name, jobs=jobs, scheduler=scheduler)
+        memory = driver_memory(memories, context.resources.slots)
+        return TuneRun(name=name, jobs=jobs, scheduler=scheduler, trainable=drive_member, driver_memory=memory)
 
     def _scheduler(self) -> TrialScheduler | None:
-        steps = self.group.steps
-        if self.tuning.scheduler == "pbt":
-            return Population(steps, self.group.config.seed)
-        if self.tuning.scheduler == "none":
+        steps = self.spec.steps
+        if self.plan.scheduler == "pbt":
+            return Population(steps, self.spec.config.seed)
+        if self.plan.scheduler == "none":
             return None
         asha = Asha(steps)
         for record in self.records():
@@ -111,76 +124,73 @@ class MethodSearch:
 
     # -- a trial
 
-    def _add(self, picks: Picks) -> TrialSpec:
-        spec = self.group.trial(picks)
-        if spec not in self.specs:  # a grid may say the same in two ways
-            self.points.append(picks)
-            self.specs.append(spec)
-            self._trial_store.add(spec, self._search_part(len(self.specs) - 1, "search"))
-        return spec
+    def _add(self, params: Params) -> None:
+        config = self.spec.trial(params)
+        if config not in self.trials:  # a grid may say the same in two ways
+            self.points.append(params)
+            self.trials.append(config)
+            self._trial_store.add(config, self._search_part(len(self.trials) - 1, "search"))
 
-    def _search_part(self, number: int, stage: str) -> dict[str, Any]:
-        search, scheduler = self.tuning.search, self.tuning.scheduler
-        return {"search": search, "scheduler": scheduler, "stage": stage, "number": number}
+    def _search_part(self, number: int, stage: Literal["search", "winner"]) -> SearchPart:
+        return SearchPart(search=self.plan.search, scheduler=self.plan.scheduler, stage=stage, number=number)
 
     def _job(self, place: int) -> Job:
-        search = self._search_part(place, "search")
-        if self.tuning.scheduler == "asha":
-            return self._make_job(self.specs[place], search=search, validate_at=rungs(self.group.steps))
-        if self.tuning.scheduler == "pbt":
-            space = to_plain(self.group.space)
-            return self._make_job(self.specs[place], search=search, space=space, picks=dict(self.points[place]))
-        return self._make_job(self.specs[place], search=search)
+        assert self._context is not None
+        config, search = self.trials[place], self._search_part(place, "search")
+        if self.plan.scheduler != "pbt":
+            return Job.of(config, self._context, search=search)
+        return Job.of(config, self._context, search=search, space=self.spec.space, params=self.points[place])
 
-    # -- Optuna
+    # -- points of an adaptive algorithm
 
     def _next_job(self) -> Job | None:
-        """The next trial's job: one that was chosen before and did not end, else a new one; None when all are made."""
+        """The next trial's job: one that was chosen before and did not end, else a new one. None if all are made."""
         if self._waiting:
             return self._job(self._waiting.pop(0))
-        number, wanted = len(self.specs), self.tuning.num_samples or 0
-        if number >= wanted:
+        number = len(self.trials)
+        if number >= (self.plan.num_samples or 0):
             return None
-        tried = [self._tried(picks, spec) for picks, spec in zip(self.points, self.specs, strict=True)]
-        picks = suggest(self.group.space, tried, number=number, seed=self.group.config.seed, num_samples=wanted)
-        if picks is None:
+        # made anew for each point, as by a process that continues the sweep
+        algorithm = make_algorithm(self.plan.search, self.spec.space, self.spec.config, self.plan.num_samples)
+        params = algorithm.ask([self._observation(*trial) for trial in zip(self.points, self.trials, strict=True)])
+        if params is None:
             self.exhausted = True
             self._storage.write_text("", *self._exhausted_file)
             return None
-        self._storage.write_text(json.dumps(picks), *self._file(number))
-        self._add(picks)
+        self._storage.write_text(json.dumps(params), *self._file(number))
+        self._add(params)
         return self._job(number)
 
-    def _tried(self, picks: Picks, spec: TrialSpec) -> Observation:
-        record = self._trial_store.records.get(spec.key)
+    def _observation(self, params: Params, config: RunConfig) -> Observation:
+        record = self._trial_store.records.get(config.fingerprint)
         if record is None:
-            return Observation(picks=picks, loss=None)
+            return Observation(params=params)
         stopped = record.status == "stopped"
         return Observation(
-            picks=picks,
+            params=params,
             loss=math.nan if stopped else trial_loss(record),
             rungs=rung_losses(record),
             stopped=stopped,
         )
 
-    def _saved(self) -> list[Picks]:
-        """The points that Optuna chose in an earlier process."""
-        found: list[Picks] = []
-        while self.tuning.search == "optuna" and self._storage.exists(*self._file(len(found))):
+    def _saved(self) -> list[Params]:
+        """The points that were chosen in an earlier process."""
+        found: list[Params] = []
+        while self.plan.adaptive and self._storage.exists(*self._file(len(found))):
             found.append(json.loads(self._storage.read_text(*self._file(len(found)))))
         return found
 
     @property
     def _exhausted_file(self) -> tuple[str, str, str]:
-        return SEARCH_FOLDER, self.group.method, "exhausted"
+        return SEARCH_FOLDER, self.spec.method, "exhausted"
 
     def _file(self, number: int) -> tuple[str, str, str]:
-        return SEARCH_FOLDER, self.group.method, f"{number:04d}.json"
+        return SEARCH_FOLDER, self.spec.method, f"{number:04d}.json"
 
     # -- the winner
 
-    def finals(self) -> list[tuple[TrialSpec, dict[str, Any], dict[str, Any]]]:
-        """The winner's trials with the test: (trial, part of its record, further fields of its job); maybe none.
+    def finals(self) -> list[Final]:
+        """The winner's trials with the test; none if no trial came to its end.
 
         A population's winner is not trained again: its last checkpoint is tested, since no configuration could say
         what it went through.
@@ -188,12 +198,12 @@ class MethodSearch:
         best = winner(self.records())
         if best is None or best.search is None:
             return []
-        search = self._search_part(best.search.number, "winner")
-        if self.tuning.scheduler != "pbt":
-            specs = self.group.finals(self.points[best.search.number], self.tuning.seeds)
-            return [(spec, search, {}) for spec in specs]
-        search["lineage"] = [step.model_dump() for step in best.search.lineage]
-        folder = self.specs[best.search.number].folder
-        standing = MemberState.from_json(self._storage.read_text(folder, STANDING_FILE))
+        number = best.search.number
+        search = self._search_part(number, "winner")
+        if self.plan.scheduler != "pbt":
+            configs = self.spec.finals(self.points[number], self.plan.seeds)
+            return [Final(config=config, search=search) for config in configs]
+        state = MemberState.model_validate_json(self._storage.read_text(self.trials[number].folder, STATE_FILE))
         config = RunConfig.parse(best.config).override({"evaluation.test": True})
-        return [(TrialSpec(config=config), search, {"start_from": standing.checkpoint})]
+        search = search.model_copy(update={"lineage": best.search.lineage})
+        return [Final(config=config, search=search, start_from=state.checkpoint)]

@@ -103,8 +103,8 @@ class SweepOptions:
     """only the final leaderboard, failures and errors"""
 
     @property
-    def fewest_workers(self) -> int:
-        """The number of workers that a trial needs at least."""
+    def min_workers(self) -> int:
+        """The number of workers that a trial begins and continues with at least."""
         return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
 
     @property
@@ -125,7 +125,7 @@ class SweepOptions:
             for name, least in _AT_LEAST.items()
             if (value := getattr(self, name)) is not None and value < least
         ]
-        fewest = self.fewest_workers
+        fewest = self.min_workers
         if fewest > self.workers_per_trial:
             mistakes.append(
                 f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {self.workers_per_trial}"

@@ -18,9 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, ValidationError
 
 from grass_ray.config import ConfigError, ConfigPart, DataConfig, RunConfig
+from grass_ray.config.base import explain
 from grass_ray.experiment.algorithms import ALGORITHMS, Search, known_points
 from grass_ray.experiment.flags import SweepOptions, choose_data
 from grass_ray.experiment.search import MUTABLE, SearchPlan, SearchSpec
@@ -70,8 +71,10 @@ class SweepPlan(ConfigPart):
         """Read a plan. Raises :class:`ConfigError` that names ``where`` if the text is no plan."""
         try:
             return cls.model_validate(yaml.safe_load(text))
-        except (yaml.YAMLError, ValueError) as error:
+        except yaml.YAMLError as error:
             raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{where} is not a sweep's plan: {explain(error)}") from None
 
 
 def plan_trials(sweep: Sweep, options: SweepOptions) -> tuple[tuple[RunConfig, ...], SearchPlan | None]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import TypeAliasType
 
 from grass_ray.config import ConfigError
@@ -90,10 +90,16 @@ class OneOf:
 
 
 Space = Mapping[str, Dimension]  # dotted key -> LogUniform, OneOf or a sequence of values
+_SPACE: TypeAdapter[Space] = TypeAdapter(Space)
 Param = float | int | str
 Params = Mapping[str, Param]
 Distribution = LogUniform | tuple[str, ...]  # a range, or the labels of values or alternatives
 Choose = Callable[[str, Distribution], Param]  # a parameter's name and distribution -> the parameter
+
+
+def read_space(plain: Mapping[str, Any]) -> Space:
+    """Read a space that was written as plain values."""
+    return _SPACE.validate_python(plain)
 
 
 def at_random(rng: random.Random) -> Choose:
