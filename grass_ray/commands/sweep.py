@@ -22,7 +22,6 @@ from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.experiment.flags import SweepOptions, parse_options
 from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
-from grass_ray.experiment.search import SearchPlan
 from grass_ray.experiment.space import at_random, sample
 from grass_ray.experiment.sweep import Sweep
 from grass_ray.methods import get_method
@@ -46,14 +45,14 @@ DRIVER_ENVIRONMENT = {
 
 
 def main(sweep: Sweep, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+    """Run the sweep from the command line and exit: 0, 1 if a trial failed, 2 on bad input."""
     prepare_output()
     options = parse_options(script_name(), sweep.question, argv)
     leave(lambda: run(sweep, options))
 
 
 def run(sweep: Sweep, options: SweepOptions) -> int:
-    """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
+    """Run, resume or only print the sweep, and return the exit code. Raises :class:`ConfigError` on bad input."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
@@ -67,19 +66,19 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
     elif not options.quiet:
         _print_head(console, plan, storage)
     for line in _find_lost_rows(plan):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _say(console, line)
     if options.dry_run:
         return 0
     from grass_ray.cluster.runner import SweepRunner
 
-    execution = SweepRunner(plan, root, storage, options, console)
-    execution.open()
+    runner = SweepRunner(plan, root, storage, options, console)
+    runner.open()
     if not options.resume:
         try:
             storage.write_text(plan.to_yaml(), PLAN_FILE)
         except OSError as error:
             raise ConfigError(f"cannot write to the storage path {root.uri}: {error}") from None
-    return execution.run(resume_command())
+    return runner.run(resume_command())
 
 
 def _new_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
@@ -106,7 +105,7 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
     where = folder.join(saved[-1])
     plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
     chosen = options.chosen()
-    if chosen and not _same_trials(plan, *plan_trials(sweep, options)):
+    if chosen and not plan.has_the_trials_of(*plan_trials(sweep, options)):
         raise ConfigError(
             f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
             "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
@@ -140,14 +139,6 @@ def _find_lost_rows(plan: SweepPlan) -> list[str]:
     return list(dict.fromkeys(line for some in lines for line in some))
 
 
-def _same_trials(plan: SweepPlan, trials: Sequence[RunConfig], search: SearchPlan | None) -> bool:
-    if {config.fingerprint for config in trials} != {config.fingerprint for config in plan.trials}:
-        return False
-    # as they are written: the saved plan has lists where the sweep's file has tuples
-    saved, chosen = (own and own.model_dump(mode="json") for own in (plan.search, search))
-    return saved == chosen
-
-
 def _to_check(plan: SweepPlan) -> list[RunConfig]:
     """The known trials, and for an adaptive search a few from all over its space."""
     if plan.search is None or not plan.search.adaptive:
@@ -163,15 +154,20 @@ def _embedded_store(root: Storage) -> str:
 
 
 def resume_command() -> str:
-    """The command that goes on with this process's sweep: the same line with ``--resume``."""
+    """Return the command that continues this process's sweep: the same line with ``--resume``."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     return shlex.join(["python", script_name(), *words, "--resume"])
 
 
 def script_name() -> str:
-    """The running script as one types it."""
+    """Return the path of the running script as one types it."""
     path = Path(sys.argv[0])
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _say(console: Console, line: str) -> None:
+    """Print one line whole; a terminal wraps it."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
@@ -194,12 +190,12 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
     if any(config.evaluation.extraction == "strict" for config in own):
         rows["answers"] = "read by strict extraction (evaluation.extraction)"
     for name, text in rows.items():
-        console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"{name:9} {text}")
     if plan.search is not None:
-        for line in _describe_search(plan.search):
-            console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+        for line in plan.search.describe():
+            _say(console, f"search    {line}")
     for line in _without_effect(plan):
-        console.print(f"no effect {line}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"no effect {line}")
 
 
 def _without_effect(plan: SweepPlan) -> list[str]:
@@ -213,20 +209,6 @@ def _without_effect(plan: SweepPlan) -> list[str]:
     return [f"{', '.join(methods)}: {line}" for line, methods in found.items()]
 
 
-def _describe_search(search: SearchPlan) -> list[str]:
-    """What is searched for each method, and what becomes of the winners."""
-    lines = []
-    for spec in search.methods:
-        number = search.num_samples if search.adaptive else len(spec.points)
-        keys = ", ".join(key.removeprefix("method.") for key in spec.space)
-        lines.append(
-            f"{spec.method}: {number} trials of {spec.steps} steps by {search.how} over {keys}; judged by "
-            f"{spec.config.data.validation_rows} held-out rows"
-        )
-    seeds = " ".join(map(str, search.seeds[:1] if search.scheduler == "pbt" else search.seeds))
-    return [*lines, f"the winner of each method is then tested once with each seed: {seeds}"]
-
-
 def _print_trials(console: Console, plan: SweepPlan) -> None:
     """The trials as a table; every row whole, also where nothing is a terminal."""
     table = Table(box=None, header_style="bold")
@@ -237,9 +219,9 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
         table.add_row(config.name, config.fingerprint, config.method.name, lr, str(config.training.steps), text)
     console.print(f"{plan.name}: {plan.num_trials} trials; none is run", highlight=False)
     if plan.search is not None:
-        for line in _describe_search(plan.search):
-            console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
+        for line in plan.search.describe():
+            _say(console, f"search: {line}")
     wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)
     for line in _without_effect(plan):
-        console.print(f"without effect: {line}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"without effect: {line}")

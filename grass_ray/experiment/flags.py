@@ -134,8 +134,9 @@ class SweepOptions:
             mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
         elif self.parallel == "shard" and fewest < 2:
             mistakes.append("--parallel shard needs --min-workers-per-trial 2 or more")
-        if self.search == "random" and self.num_samples is None:
-            mistakes.append("--search random needs --num-samples N, the points drawn for each method")
+        drawn = self.search not in (None, "grid") and not ALGORITHMS[self.search].adaptive
+        if drawn and self.num_samples is None:
+            mistakes.append(f"--search {self.search} needs --num-samples N, the points drawn for each method")
         if self.search == "grid" and self.num_samples is not None:
             mistakes.append(
                 "--search grid takes every point of the grid; leave --num-samples out, or use --search random"

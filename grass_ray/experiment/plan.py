@@ -62,6 +62,14 @@ class SweepPlan(ConfigPart):
         """The known trials, and what the trials of each search share."""
         return [*self.known_trials, *(spec.config for spec in (self.search.methods if self.search else ()))]
 
+    def has_the_trials_of(self, trials: Sequence[RunConfig], search: SearchPlan | None) -> bool:
+        """Return whether these are the plan's trials, in any order, and its search."""
+        if {config.fingerprint for config in trials} != {config.fingerprint for config in self.trials}:
+            return False
+        # as they are written: a plan that was read has lists where a sweep's file has tuples
+        saved, given = (own and own.model_dump(mode="json") for own in (self.search, search))
+        return saved == given
+
     def to_yaml(self) -> str:
         """Return the plan as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -102,6 +102,19 @@ class SearchPlan(ConfigPart):
         searched = len(self.methods) * (self.num_samples or 0) if self.adaptive else len(self.trials)
         return searched + finals * len(self.methods)
 
+    def describe(self) -> list[str]:
+        """Say what is searched for each method, and what becomes of the winners, in a line each."""
+        lines = []
+        for spec in self.methods:
+            number = self.num_samples if self.adaptive else len(spec.points)
+            keys = ", ".join(key.removeprefix("method.") for key in spec.space)
+            lines.append(
+                f"{spec.method}: {number} trials of {spec.steps} steps by {self.how} over {keys}; judged by "
+                f"{spec.config.data.validation_rows} held-out rows"
+            )
+        seeds = " ".join(map(str, self.seeds[:1] if self.scheduler == "pbt" else self.seeds))
+        return [*lines, f"the winner of each method is then tested once with each seed: {seeds}"]
+
     def check(self) -> None:
         """Raise :class:`ConfigError` if the choices do not go together."""
         mistakes: list[str] = []
