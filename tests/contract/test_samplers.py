@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,21 +123,28 @@ def test_draws_valid_distinct_layers_and_probabilities(make: Callable[[int], Sam
             assert min(probabilities) >= 0
 
 
-@pytest.mark.long
-def test_same_seed_same_sequence_in_a_fresh_process(make: Callable[[int], Sampler], request) -> None:
-    name = request.node.callspec.params["make"]
-    sampler = make(7)
-    sampler.start(SIZES)
-    here = as_json(drive(sampler, 30))
+@pytest.fixture(scope="module")
+def from_a_fresh_process() -> dict[str, object]:
+    """Every sampler's sequence from seed 7, all of them from one process."""
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import test_samplers as t\n"
-        f"s = t.SAMPLERS[{name!r}](7); s.start(t.SIZES); print(json.dumps(t.drive(s, 30)))"
+        "samplers = {name: make(7) for name, make in t.SAMPLERS.items()}\n"
+        "for sampler in samplers.values(): sampler.start(t.SIZES)\n"
+        "print(json.dumps({name: t.drive(sampler, 30) for name, sampler in samplers.items()}))"
     )
-    from pathlib import Path
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    sequences: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return sequences
 
-    folder = str(Path(__file__).parent)
-    there = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    assert as_json(json.loads(there)) == here
+
+@pytest.mark.long
+def test_same_seed_same_sequence_in_a_fresh_process(
+    make: Callable[[int], Sampler], request: pytest.FixtureRequest, from_a_fresh_process: dict[str, object]
+) -> None:
+    sampler = make(7)
+    sampler.start(SIZES)
+    name = request.node.callspec.params["make"]
+    assert as_json(from_a_fresh_process[name]) == as_json(drive(sampler, 30))
 
 
 def test_another_seed_gives_another_sequence() -> None:
