@@ -3,7 +3,7 @@
 A :class:`RunConfig` says everything that decides a run's numbers. YAML goes in and the same YAML comes out::
 
     config = RunConfig.from_yaml(path)
-    config = config.override(["method.sampler.temperature=0.2", "training.steps=100"])
+    config = config.override({"method.sampler.temperature": 0.2, "training.steps": 100})
     config.save(folder / "config.yaml")
 
 Importing this module loads no torch, so that command lines and planners stay instant.
@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self
@@ -24,12 +24,11 @@ import pydantic_core
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from grass_ray.errors import ConfigError as ConfigError
+from grass_ray.overrides import Changes, apply, flatten
+
 # what a worker of several holds: the whole model, or shards of it (FSDP2); decides where a run fits, not its numbers
 Parallel = Literal["replicate", "shard"]
-
-
-class ConfigError(ValueError):
-    """A user's mistake: what was given, the rule, what is available. Command lines exit with 2 on it."""
 
 
 @contextmanager
@@ -517,18 +516,15 @@ class RunConfig(ConfigPart):
         return self.model_dump(mode="json")
 
     def flatten(self) -> dict[str, str]:
-        """Dotted keys to text, as MLflow params want them."""
-        return dict(_flatten("", self.to_dict()))
+        """Return dotted keys and their values as text, as MLflow params want them."""
+        flat = flatten(self.to_dict())
+        return {
+            key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat.items()
+        }
 
-    def override(self, assignments: Iterable[str]) -> RunConfig:
-        """A copy with ``dotted.key=value`` assignments applied; values are read as YAML."""
-        values = self.to_dict()
-        for assignment in assignments:
-            key, separator, text = assignment.partition("=")
-            if not separator or not key:
-                raise ConfigError(f"cannot read the override {assignment!r}; write it as dotted.key=value")
-            _assign(values, key.split("."), yaml.safe_load(text), assignment)
-        return RunConfig.parse(values)
+    def override(self, changes: Changes) -> RunConfig:
+        """Return a copy with the values of dotted keys changed. Raises :class:`ConfigError`."""
+        return RunConfig.parse(apply(self.to_dict(), changes))
 
     # -- names
 
@@ -541,12 +537,6 @@ class RunConfig(ConfigPart):
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that two equal configurations share."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def assignment(key: str, value: object) -> str:
-    """``key=value`` as :meth:`RunConfig.override` reads it; the value as one line of YAML that reads back equal."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
 
 
 def to_json(value: object, *, indent: int | None = None, keep: bool = False) -> str:
@@ -573,28 +563,6 @@ def _with_numbers(value: Any) -> Any:
 def slug(name: str) -> str:
     """A model's or suite's name as one word: the last path component, ``-`` and odd characters as ``_``."""
     return re.sub(r"[^A-Za-z0-9.]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("_")
-
-
-def _flatten(prefix: str, value: object) -> Iterable[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
-    elif isinstance(value, list):
-        yield prefix, ",".join(str(item) for item in value)
-    else:
-        yield prefix, str(value)
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: object, assignment: str) -> None:
-    part: Any = values
-    for depth, key in enumerate(keys):
-        if not isinstance(part, dict) or key not in part:
-            where = ".".join(keys[:depth]) or "the configuration"
-            available = ", ".join(part) if isinstance(part, dict) else "no keys"
-            raise ConfigError(f"cannot apply {assignment!r}: {where} has no key {key!r}; it has {available}")
-        if depth == len(keys) - 1:
-            part[key] = value
-        part = part[key]
 
 
 # pydantic names the chosen kind of a part in its locations; users never wrote it
