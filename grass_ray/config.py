@@ -17,8 +17,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, ClassVar, Literal, Self
 
 import pydantic_core
 import yaml
@@ -50,30 +51,54 @@ class ConfigPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+class BuildablePart(ConfigPart):
+    """A part that describes one object: the fields are its constructor's arguments."""
+
+    # import path of the object's class: importing it may load torch, so it is imported when the object is built
+    builds: ClassVar[str]
+
+    def make(self, **arguments: Any) -> Any:
+        """Construct the object from this part's fields and ``arguments``; the latter take precedence."""
+        module, _, name = self.builds.rpartition(".")
+        fields = {key: value for key, value in self if key != "kind"}
+        return getattr(import_module(module), name)(**fields | arguments)
+
+
 # ------------------------------------------------------------------------------------------- settings that may change
 
 
-class LinearScheduleConfig(ConfigPart):
+class ScheduleConfig(BuildablePart):
+    """A setting that changes over training."""
+
+    def build(self, train_steps: int) -> Any:
+        """The :class:`~grass_ray.layerwise.schedules.Schedule`; spans ``train_steps`` if ``steps`` is null."""
+        return self.make(steps=dict(self)["steps"] or max(train_steps, 1))
+
+
+class LinearScheduleConfig(ScheduleConfig):
     """From ``start`` to ``end`` in equal steps over ``steps`` optimizer steps; null spans the whole training."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Linear"
     kind: Literal["linear"]
     start: Annotated[float, Field(gt=0)]
     end: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=1)] | None = None
 
 
-class CosineScheduleConfig(ConfigPart):
+class CosineScheduleConfig(ScheduleConfig):
     """From ``start`` to ``end`` along half a cosine over ``steps`` optimizer steps; null spans the whole training."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Cosine"
     kind: Literal["cosine"]
     start: Annotated[float, Field(gt=0)]
     end: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=1)] | None = None
 
 
-class StepScheduleConfig(ConfigPart):
+class StepScheduleConfig(ScheduleConfig):
     """``values`` one after another; ``at_progress`` are the shares of ``steps`` at which the next one begins."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Step"
     kind: Literal["step"]
     values: tuple[Annotated[float, Field(gt=0)], ...]
     at_progress: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
@@ -88,9 +113,7 @@ class StepScheduleConfig(ConfigPart):
         return self
 
 
-ScheduleConfig = Annotated[
-    LinearScheduleConfig | CosineScheduleConfig | StepScheduleConfig, Field(discriminator="kind")
-]
+AnySchedule = Annotated[LinearScheduleConfig | CosineScheduleConfig | StepScheduleConfig, Field(discriminator="kind")]
 
 
 def _number_or_schedule(value: object) -> str:
@@ -98,19 +121,19 @@ def _number_or_schedule(value: object) -> str:
 
 
 Count = Annotated[
-    Annotated[Annotated[int, Field(ge=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Annotated[Annotated[int, Field(ge=1)], Tag("number")] | Annotated[AnySchedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
 Positive = Annotated[
-    Annotated[Annotated[float, Field(gt=0)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Annotated[Annotated[float, Field(gt=0)], Tag("number")] | Annotated[AnySchedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
 Share = Annotated[
-    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Annotated[Annotated[float, Field(gt=0, le=1)], Tag("number")] | Annotated[AnySchedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
 Layers = Annotated[
-    Annotated[Annotated[float, Field(ge=1)], Tag("number")] | Annotated[ScheduleConfig, Tag("schedule")],
+    Annotated[Annotated[float, Field(ge=1)], Tag("number")] | Annotated[AnySchedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
 ]
 
@@ -118,23 +141,54 @@ Layers = Annotated[
 # ----------------------------------------------------------------------------------------------- which layers train
 
 
-class AllLayersConfig(ConfigPart):
+class SamplerConfig(BuildablePart):
+    """Which layers train, and when that changes."""
+
+    trains_all: ClassVar[bool] = False
+
+    def build(self, *, seed: int, train_steps: int) -> Any:
+        """The :class:`~grass_ray.layerwise.sampler.Sampler`; schedules without a length span ``train_steps``.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        schedules = {key: value.build(train_steps) for key, value in self if isinstance(value, ScheduleConfig)}
+        return self.make(**schedules, **self.arguments(seed, train_steps))
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """The constructor's arguments that are not fields."""
+        return {"seed": seed}
+
+    def mismatch(self, method: MethodConfig) -> str | None:
+        """Why this sampler cannot serve ``method``; None if it can."""
+        return None
+
+
+class AllLayersConfig(SamplerConfig):
     """Every layer trains at every step."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.all_layers.AllLayersSampler"
+    trains_all: ClassVar[bool] = True
     kind: Literal["all"] = "all"
 
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """Nothing is drawn at random."""
+        return {}
 
-class UniformSamplerConfig(ConfigPart):
+
+class UniformSamplerConfig(SamplerConfig):
     """LISA (arXiv 2403.17919): layers drawn uniformly without replacement."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.uniform.UniformSampler"
     kind: Literal["uniform"] = "uniform"
     num_active_layers: Count = 2
     period: Count = Field(default=20, description="optimizer steps between draws")
 
 
-class GradNormSamplerConfig(ConfigPart):
+class GradNormSamplerConfig(SamplerConfig):
     """GRASS (arXiv 2604.07808): layers drawn from a softmax over mean gradient norms."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.grad_norm.GradNormSampler"
     kind: Literal["grad_norm"] = "grad_norm"
     num_active_layers: Count = Field(default=2, description="gamma")
     period: Count = Field(default=20, description="T_s, optimizer steps between draws")
@@ -163,9 +217,10 @@ class GradNormSamplerConfig(ConfigPart):
         return self
 
 
-class OutlierSamplerConfig(ConfigPart):
+class OutlierSamplerConfig(SamplerConfig):
     """OWS (Findings of ACL 2025): layers drawn in proportion to their share of outlier weights."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.outliers.OutlierSampler"
     kind: Literal["outlier"] = "outlier"
     num_active_layers: Count = 5
     period: Count = 50
@@ -173,19 +228,25 @@ class OutlierSamplerConfig(ConfigPart):
     calibration_steps: Annotated[int, Field(ge=1, description="steps whose batches calibrate")] = 4
 
 
-class CyclicSamplerConfig(ConfigPart):
+class CyclicSamplerConfig(SamplerConfig):
     """LIFT, HiFT, BAdam: groups of neighbouring units one after another."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.cyclic.CyclicSampler"
     kind: Literal["cyclic"] = "cyclic"
     num_active_layers: Annotated[int, Field(ge=1, description="units in a group")] = 1
     period: Count | None = Field(default=50, description="steps a group trains; null spreads one cycle over training")
     order: Literal["ascending", "descending", "random", "shuffled"] = "ascending"
     hold_lr: bool = Field(default=False, description="the learning rate stays the same within a cycle (HiFT)")
 
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """A period of null spreads one cycle over the training."""
+        return {"seed": seed, "training_steps": train_steps}
 
-class RewardSamplerConfig(ConfigPart):
+
+class RewardSamplerConfig(SamplerConfig):
     """IST (EMNLP 2024): layers drawn by an importance learnt from damped forward passes; needs LoRA adapters."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.rewards.RewardSampler"
     kind: Literal["reward"] = "reward"
     share: Annotated[float, Field(gt=0, le=1, description="of the layers that train at a time")] = 0.25
     period: Count = 1
@@ -195,10 +256,17 @@ class RewardSamplerConfig(ConfigPart):
     damping: Annotated[float, Field(ge=0)] = 0.25
     learning_rate: Annotated[float, Field(gt=0, description="of the importance")] = 10.0
 
+    def mismatch(self, method: MethodConfig) -> str | None:
+        """Its trials damp LoRA adapters."""
+        if isinstance(method.adapter, LoraConfig):
+            return None
+        return "the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora"
 
-class MatrixNormSamplerConfig(ConfigPart):
+
+class MatrixNormSamplerConfig(SamplerConfig):
     """MISA (arXiv 2511.00056): weight matrices drawn by gradient norm until a budget of parameters is full."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.matrix_norm.MatrixNormSampler"
     kind: Literal["matrix_norm"] = "matrix_norm"
     budget: Annotated[float, Field(gt=0, le=1, description="share of the model's parameters")] = 0.03
     period: Count = 50
@@ -206,8 +274,14 @@ class MatrixNormSamplerConfig(ConfigPart):
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.8
     forced: Annotated[int, Field(ge=0, description="least recently used matrices that come first")] = 2
 
+    def mismatch(self, method: MethodConfig) -> str | None:
+        """Its units are weight matrices."""
+        if method.granularity == "matrix":
+            return None
+        return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
-SamplerConfig = Annotated[
+
+AnySampler = Annotated[
     AllLayersConfig
     | UniformSamplerConfig
     | GradNormSamplerConfig
@@ -250,18 +324,28 @@ class PromptConfig(ConfigPart):
 AdapterConfig = Annotated[LoraConfig | PrefixConfig | PromptConfig, Field(discriminator="kind")]
 
 
-class GaLoreConfig(ConfigPart):
+class ProjectionConfig(BuildablePart):
+    """Keeps the moments of the layers' matrices in a small space."""
+
+    def build(self) -> Any:
+        """The :class:`~grass_ray.optim.projection.Projection`."""
+        return self.make()
+
+
+class GaLoreConfig(ProjectionConfig):
     """GaLore (arXiv 2403.03507): moments of the layers' matrices in the top singular directions of the gradient."""
 
+    builds: ClassVar[str] = "grass_ray.optim.projection.GaLore"
     kind: Literal["galore"] = "galore"
     rank: Annotated[int, Field(ge=1)] = 128
     refresh_period: Annotated[int, Field(ge=1, description="steps between new projections")] = 200
     scale: Annotated[float, Field(gt=0)] = 0.25
 
 
-class ApolloConfig(ConfigPart):
+class ApolloConfig(ProjectionConfig):
     """APOLLO (arXiv 2412.05270): gradients scaled by factors that low-rank random moments give."""
 
+    builds: ClassVar[str] = "grass_ray.optim.projection.Apollo"
     kind: Literal["apollo"] = "apollo"
     rank: Annotated[int, Field(ge=1)] = 256
     refresh_period: Annotated[int, Field(ge=1, description="steps between new projections")] = 200
@@ -269,7 +353,7 @@ class ApolloConfig(ConfigPart):
     scaling: Literal["channel", "tensor"] = "channel"
 
 
-ProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
+AnyProjection = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(ConfigPart):
@@ -280,7 +364,7 @@ class OptimizerConfig(ConfigPart):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    projection: ProjectionConfig | None = None
+    projection: AnyProjection | None = None
     precision: Literal["weights", "rem16", "exact"] = Field(
         default="rem16", description="state of bfloat16 weights: their own dtype; with a remainder; float32 moments too"
     )
@@ -291,7 +375,7 @@ class MethodConfig(ConfigPart):
 
     name: str
     adapter: AdapterConfig | None = None
-    sampler: SamplerConfig = AllLayersConfig()
+    sampler: AnySampler = AllLayersConfig()
     granularity: Literal["layer", "block", "matrix"] = Field(
         default="layer", description="what the sampler picks from: layers; layers and both ends; weight matrices"
     )
@@ -304,17 +388,15 @@ class MethodConfig(ConfigPart):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if isinstance(self.sampler, RewardSamplerConfig) and not isinstance(self.adapter, LoraConfig):
-            raise ValueError("the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora")
-        if isinstance(self.sampler, MatrixNormSamplerConfig) and self.granularity != "matrix":
-            raise ValueError("the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix")
+        if mismatch := self.sampler.mismatch(self):
+            raise ValueError(mismatch)
         if self.optimizer.projection is not None and self.offload in ("blocking", "overlap", "lazy"):
             raise ValueError(
                 f"offload {self.offload}: projected states are small and not streamed; use none or resident"
             )
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
-        if isinstance(self.adapter, PrefixConfig | PromptConfig) and not isinstance(self.sampler, AllLayersConfig):
+        if isinstance(self.adapter, PrefixConfig | PromptConfig) and not self.sampler.trains_all:
             raise ValueError(f"{self.adapter.kind} tuning trains nothing inside the layers; its sampler must be all")
         return self
 
