@@ -29,6 +29,7 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
@@ -78,7 +79,7 @@ class Case:
             settings.append("method.sampler.num_active_layers=2")
         if self.model == "tiny" and row.optimizer.projection is not None:
             settings.append("method.optimizer.projection.rank=16")
-        config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(settings)
+        config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(parse(settings))
         return config.model_copy(update={"method": config.method.model_copy(update={"offload": self.offload})})
 
 

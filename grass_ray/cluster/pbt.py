@@ -25,7 +25,7 @@ import ray.tune
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import RECORD_FILE, TIME, Job, train
 from grass_ray.config import RunConfig, from_json, to_json
-from grass_ray.experiment.space import assignments, from_plain, values
+from grass_ray.experiment.space import from_plain, values
 from grass_ray.experiment.tuning import generation_ends
 from grass_ray.training.report import VALIDATION
 
@@ -99,10 +99,10 @@ def next_generation(given: Job, standing: MemberState) -> Job:
     assert given.space is not None
     assert given.picks is not None
     space = from_plain(given.space)
-    config = RunConfig.parse(given.config).override(assignments(space, given.picks))
+    settings = values(space, given.picks)
+    config = RunConfig.parse(given.config).override(settings)
     ends = generation_ends(config.training.steps)
     until = next(end for end in ends if end > standing.updates)
-    settings = values(space, given.picks)
     lineage = list(standing.lineage)
     if not lineage or standing.key != given.key or lineage[-1]["settings"] != settings:
         lineage.append({"step": standing.updates, "weights_of": standing.key, "settings": settings})

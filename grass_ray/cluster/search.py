@@ -195,5 +195,5 @@ class MethodSearch:
         search["lineage"] = [step.model_dump() for step in best.search.lineage]
         folder = self.specs[best.search.number].folder
         standing = MemberState.from_json(self._storage.read_text(folder, STANDING_FILE))
-        config = RunConfig.parse(best.config).override(["evaluation.test=true"])
+        config = RunConfig.parse(best.config).override({"evaluation.test": True})
         return [(TrialSpec(config=config), search, {"start_from": standing.checkpoint})]

@@ -152,7 +152,7 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) ->
     """The recorded configuration, with model and data where they are on this machine."""
     config = RunConfig.parse(record.config)
     name = config.model.name
-    changes = [] if model is None else [f"model.name={json.dumps(find_model(model))}"]
+    changes = {} if model is None else {"model.name": find_model(model)}
     if model is None and record.model_revision is not None and find_model(name) != name:
         raise ConfigError(
             f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
@@ -163,7 +163,7 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) ->
             raise ConfigError(
                 f"--data-dir {data_dir} has no effect: the original's data come from '{config.data.source.kind}'"
             )
-        changes.append(f"data.source.path={json.dumps(str(data_dir.resolve()))}")
+        changes["data.source.path"] = str(data_dir.resolve())
     return config.override(changes)
 
 

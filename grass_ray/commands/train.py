@@ -22,6 +22,7 @@ from rich.console import Console
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.experiment.flags import choose_data
 from grass_ray.methods import get_method
+from grass_ray.overrides import parse
 from grass_ray.paths import with_absolute_paths
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import RunProgress
@@ -69,7 +70,7 @@ def build_config(
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
         assignments = [*choose_extraction(source), *assignments]
-    return with_absolute_paths(config.override(assignments))
+    return with_absolute_paths(config.override(parse(assignments)))
 
 
 def train_locally(

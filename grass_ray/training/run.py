@@ -27,7 +27,6 @@ from grass_ray.config import (
     MethodConfig,
     ModelConfig,
     Parallel,
-    PrefixConfig,
     RunConfig,
 )
 from grass_ray.layerwise.sampler import Sampler
@@ -392,12 +391,13 @@ def tokenizer_to_check(model: ModelConfig) -> Any:
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights: what cannot work with this model shows here."""
     check_model(config.model)
-    if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
+    adapter = config.method.adapter
+    if config.training.gradient_checkpointing and adapter is not None and not adapter.allows_checkpointing:
         raise ConfigError(
-            "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "
-            "checkpointing drops; set training.gradient_checkpointing=false"
+            f"{adapter.kind} tuning cannot train with gradient checkpointing: its keys and values live in the cache "
+            "that checkpointing drops; set training.gradient_checkpointing=false"
         )
-    model = add_adapter(build_skeleton(config.model), config.method.adapter)
+    model = add_adapter(build_skeleton(config.model), adapter)
     # nothing is streamed here, so no host memory is taken for it
     method = config.method.model_copy(update={"offload": "none"})
     try:

@@ -22,7 +22,7 @@ def _of_the_sampler(config: RunConfig) -> Iterator[str]:
     """Schedules that are longer than the training, and what the sampler says of its own settings."""
     steps = config.training.steps
     for name, value in config.method.sampler:
-        if isinstance(value, ScheduleConfig) and (length := dict(value)["steps"] or 0) > steps:
+        if isinstance(value, ScheduleConfig) and (length := value.length or 0) > steps:
             yield (
                 f"method.sampler.{name}.steps={length}: training ends after {steps} steps, so the schedule never "
                 "reaches its end"

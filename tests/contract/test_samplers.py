@@ -24,15 +24,15 @@ from grass_ray import (
     UniformSampler,
 )
 from grass_ray.config import (
-    AnyProjection,
-    AnySampler,
-    AnySchedule,
-    Count,
+    AnyProjectionConfig,
+    AnySamplerConfig,
+    AnyScheduleConfig,
     MethodConfig,
     ModelConfig,
     SamplerConfig,
     ScheduleConfig,
 )
+from grass_ray.config.schedules import ScheduledCount
 from grass_ray.layerwise.drawing import draw_without_replacement
 from grass_ray.layerwise.grad_norm import TEMPERATURE
 from grass_ray.layerwise.sampler import Sampler
@@ -57,12 +57,12 @@ class TopHeavySampler(UniformSampler):
 
 
 class TopHeavyConfig(SamplerConfig):
-    """Its configuration, which would be a line of ``AnySampler``."""
+    """Its configuration, which would be a line of ``AnySamplerConfig``."""
 
     builds: ClassVar[str] = "test_samplers.TopHeavySampler"
     kind: Literal["top_heavy"] = "top_heavy"
-    num_active_layers: Count = 2
-    period: Count = 20
+    num_active_layers: ScheduledCount = 2
+    period: ScheduledCount = 20
 
 
 class TopHeavyMethod(MethodConfig):
@@ -110,7 +110,7 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
 WITHOUT_CHANCE = {"all", "cyclic", "cyclic-descending", "cyclic-one-pass"}
 
 
-KINDS: list[type[SamplerConfig]] = [*get_args(get_args(AnySampler)[0]), TopHeavyConfig]
+KINDS: list[type[SamplerConfig]] = [*get_args(get_args(AnySamplerConfig)[0]), TopHeavyConfig]
 
 
 def kind_of(config: type[SamplerConfig]) -> str:
@@ -154,7 +154,7 @@ def test_a_new_sampler_trains_and_is_planned_by_its_class_configuration_and_line
     assert optimizer.switches == 2
 
 
-@pytest.mark.parametrize("config", get_args(get_args(AnySchedule)[0]), ids=lambda config: config.__name__)
+@pytest.mark.parametrize("config", get_args(get_args(AnyScheduleConfig)[0]), ids=lambda config: config.__name__)
 def test_every_kind_of_schedule_is_built(config: type[ScheduleConfig]) -> None:
     values = {"values": (4.0, 2.0), "at_progress": (0.5,)} if "values" in config.model_fields else {}
     settings = values or {"start": 4.0, "end": 2.0}
@@ -164,7 +164,7 @@ def test_every_kind_of_schedule_is_built(config: type[ScheduleConfig]) -> None:
     assert (whole.at(0), whole.at(100), whole.bounds()) == (4.0, 2.0, (2.0, 4.0))
 
 
-@pytest.mark.parametrize("config", get_args(get_args(AnyProjection)[0]), ids=kind_of)
+@pytest.mark.parametrize("config", get_args(get_args(AnyProjectionConfig)[0]), ids=kind_of)
 def test_every_kind_of_projection_is_built_with_the_defaults_of_its_configuration(config) -> None:
     projection = config().build()
     assert projection == type(projection)()

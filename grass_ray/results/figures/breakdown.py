@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -167,21 +167,20 @@ def _step_times(table: LeaderboardTable, by_id: Mapping[str, RunRecord]) -> list
 def spent_time(record: RunRecord) -> _Spent:
     """Seconds of every step of a run, by kind: measuring, moving states, steps that end in a switch, other steps.
 
-    Moving optimizer states is what training waited for (``offload/exposed_s``), taken off the steps it happened in.
+    Moving optimizer states is what training waited for, taken off the steps it happened in.
     Extra passes before a step are part of ``time/measure_s`` alone: what measuring took beyond the probing steps is
     taken evenly off the training steps.
     """
     steps = dict(record.series["time/step_s"])
-    rates = dict(record.series.get("train/lr", ()))
-    probing = [step for step in steps if rates.get(step) == 0.0 and step < _first_interval(record)]
-    measuring = [steps[step] for step in probing]
-    training = [step for step in steps if step not in set(probing)]
+    probing = record.probing_steps()
+    measuring = [seconds for step, seconds in steps.items() if step in probing]
+    training = [step for step in steps if step not in probing]
     measured = record.metrics.get("time/measure_s", 0.0)
     extra = max(0.0, (measured if math.isfinite(measured) else 0.0) - sum(measuring))
     per_step = extra / len(training) if training else 0.0
     intervals = [] if record.layers is None else record.layers.intervals
     ends = {first - 1 for (_, before), (first, after) in pairwise(intervals) if before != after}
-    moving = _increments(record.series.get("offload/exposed_s", ()))
+    moving = record.step_stalls()
     spent: _Spent = {kind: [] for kind in _HATCHES}
     if sum(moving.get(step, 0.0) for step in training) > 1e-3 * sum(steps.values()):
         spent["moving states"] = [moving.get(step, 0.0) for step in training]
@@ -191,19 +190,6 @@ def spent_time(record: RunRecord) -> _Spent:
         waited = moving.get(step, 0.0) if spent["moving states"] else 0.0
         spent[kind].append(max(0.0, steps[step] - per_step - waited))
     return {kind: seconds for kind, seconds in spent.items() if seconds}
-
-
-def _increments(points: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """What a running total grew by at each step; it begins anew after a resume."""
-    found, before = {}, 0.0
-    for step, total in points:
-        found[step] = total - before if total >= before else total
-        before = total
-    return found
-
-
-def _first_interval(record: RunRecord) -> float:
-    return record.layers.intervals[0][0] if record.layers is not None and record.layers.intervals else math.inf
 
 
 def _draw_times(left: Any, right: Any, place: int, row: LeaderboardRow, spent: _Spent) -> None:
