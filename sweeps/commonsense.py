@@ -6,9 +6,7 @@ python sweeps/commonsense.py --smoke --data-dir LLM-Adapters
 from grass_ray.commands.sweep import main
 from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
-DRAW = {"method.sampler.period": 5}
-PROBE = {**DRAW, "method.sampler.probing_steps": 3}
-REFRESH = {**PROBE, "method.sampler.refresh_period": 10}
+SHORT = {"method.sampler.period": 5, "method.sampler.probing_steps": 3, "method.sampler.refresh_period": 10}
 
 SWEEP = Sweep(
     name="commonsense",
@@ -22,7 +20,12 @@ SWEEP = Sweep(
         tasks=("boolq", "arc_easy", "arc_challenge", "openbookqa"),
         training=TrainingConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_every_steps=None),
         evaluation=EvaluationConfig(limit=16),
-        method_settings={"lisa": DRAW, "grass": REFRESH, "grass-static": PROBE, "grass-fresh": REFRESH},
+        method_settings={
+            "lisa": {"method.sampler.period": 5},
+            "grass": SHORT,
+            "grass-static": {**SHORT, "method.sampler.refresh_period": None},
+            "grass-fresh": SHORT,
+        },
     ),
 )
 

@@ -7,9 +7,7 @@ from grass_ray.commands.sweep import main
 from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
 # Thirty steps are few: GRASS measures for three steps first, draws layers every five and measures again every ten.
-DRAW = {"method.sampler.period": 5}
-PROBE = {**DRAW, "method.sampler.probing_steps": 3}
-REFRESH = {**PROBE, "method.sampler.refresh_period": 10}
+SHORT = {"method.sampler.period": 5, "method.sampler.probing_steps": 3, "method.sampler.refresh_period": 10}
 
 SWEEP = Sweep(
     name="quickstart",
@@ -20,7 +18,12 @@ SWEEP = Sweep(
     seeds=(0,),
     training=TrainingConfig(steps=30, batch_size=8),
     evaluation=EvaluationConfig(limit=100),
-    method_settings={"lisa": DRAW, "grass": REFRESH, "grass-static": PROBE, "grass-fresh": REFRESH},
+    method_settings={
+        "lisa": {"method.sampler.period": 5},
+        "grass": SHORT,
+        "grass-static": {**SHORT, "method.sampler.refresh_period": None},
+        "grass-fresh": SHORT,
+    },
     smoke=Preset(training=TrainingConfig(steps=12), evaluation=EvaluationConfig(limit=20)),
 )
 
