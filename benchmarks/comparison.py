@@ -29,6 +29,7 @@ import yaml
 
 from grass_ray.config import FolderSource, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import write_summary
 from grass_ray.results.provenance import build_record, now
@@ -99,7 +100,7 @@ def configure(options: Options, method: str, steps: int, lr: float, seed: int) -
     suite, tasks = resolve_tasks(options.tasks)
     source = FolderSource(path=str(options.data_dir))
     data = config.data.model_copy(update={"suite": suite, "tasks": tasks, "source": source})
-    return config.model_copy(update={"data": data}).override(settings)
+    return config.model_copy(update={"data": data}).override(parse(settings))
 
 
 def test_loss(run: Run, options: Options) -> float:

@@ -205,7 +205,7 @@ def make_record(number: int, options: Options) -> RunRecord:
     variant, seed = number // len(METHOD_NAMES) % 20, number // (20 * len(METHOD_NAMES))
     rate = float(f"{1e-5 * 1.3**variant:.3g}")
     config = RunConfig(method=METHODS[method].config, model=ModelConfig(name="tiny")).override(
-        [f"seed={seed}", f"method.optimizer.lr={rate}", f"training.steps={options.steps}"]
+        {"seed": seed, "method.optimizer.lr": rate, "training.steps": options.steps}
     )
     share = 0.3 + 0.02 * METHOD_NAMES.index(method) + 0.01 * variant
     correct = [chance.random() < share for _ in range(options.questions)]

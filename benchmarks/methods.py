@@ -27,6 +27,7 @@ import tyro
 
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.loop import WARM_UP_STEPS, accumulate_gradients
 from grass_ray.training.report import GIB
@@ -84,7 +85,7 @@ def configure(method: str, options: Options, seed: int) -> RunConfig:
         }
         settings += small.get(sampler["kind"], [])
     model = ModelConfig(name=options.model, dtype=options.dtype)
-    return RunConfig(method=row, model=model, seed=seed).override(settings)
+    return RunConfig(method=row, model=model, seed=seed).override(parse(settings))
 
 
 def measure(method: str, options: Options, seed: int) -> Cost:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -76,4 +77,4 @@ def short_run(method: str, *overrides: str, steps: int = 9) -> RunConfig:
         "data.source.test_rows=4",
     ]
     config = RunConfig(method=row, model=ModelConfig(name="tiny"))
-    return config.override([*defaults, *settings, *overrides])
+    return config.override(parse([*defaults, *settings, *overrides]))

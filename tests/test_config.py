@@ -8,6 +8,7 @@ import pytest
 
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS, get_method
+from grass_ray.overrides import parse
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -22,15 +23,15 @@ def test_yaml_round_trip(method: str, tmp_path: Path) -> None:
 
 def test_overrides_change_the_fingerprint_and_nothing_else() -> None:
     config = RunConfig(method=METHODS["grass"].config)
-    changed = config.override(["method.sampler.temperature=0.2", "training.steps=7"])
+    changed = config.override({"method.sampler.temperature": 0.2, "training.steps": 7})
     assert changed.method.sampler.temperature == 0.2
     assert changed.fingerprint != config.fingerprint
-    assert changed.override(["method.sampler.temperature=0.5", "training.steps=50"]) == config
+    assert changed.override({"method.sampler.temperature": 0.5, "training.steps": 50}) == config
 
 
 def test_names_follow_the_contract() -> None:
     config = RunConfig(method=METHODS["grass"].config).override(
-        ["data.suite=commonsense", "model.name=org/My-Model.v2"]
+        {"data.suite": "commonsense", "model.name": "org/My-Model.v2"}
     )
     assert config.name == "grass-My_Model.v2-commonsense-s0"
 
@@ -52,12 +53,21 @@ def test_names_follow_the_contract() -> None:
 )
 def test_mistakes_are_named(assignments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RunConfig(method=METHODS["grass"].config).override(assignments)
+        RunConfig(method=METHODS["grass"].config).override(parse(assignments))
 
 
 def test_a_setting_without_effect_does_not_exist() -> None:
     with pytest.raises(ConfigError, match=r"method.sampler has no key 'temperature'; it has kind, num_active_layers"):
-        RunConfig(method=METHODS["lisa"].config).override(["method.sampler.temperature=1"])
+        RunConfig(method=METHODS["lisa"].config).override({"method.sampler.temperature": 1})
+
+
+def test_every_key_has_a_description() -> None:
+    schema = RunConfig.model_json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        assert "description" in part
+        own = {key: field for key, field in part["properties"].items() if "$ref" not in field}  # others: of their part
+        undescribed = [key for key, field in own.items() if "description" not in field]
+        assert undescribed in ([], ["kind"]), part["title"]
 
 
 def test_unknown_methods_list_what_there_is_and_the_nearest() -> None:
@@ -79,6 +89,6 @@ def test_broken_files(text: str, message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", ["8", "2.5", "{kind: linear, start: 12, end: 4}"])
 def test_a_number_of_effective_layers_takes_the_place_of_the_temperature(layers: str) -> None:
     row = RunConfig(method=METHODS["grass-fresh"].config)
-    config = row.override([f"method.sampler.effective_layers={layers}", "method.sampler.temperature=null"])
+    config = row.override(parse([f"method.sampler.effective_layers={layers}", "method.sampler.temperature=null"]))
     assert RunConfig.parse(config.to_dict()) == config
-    assert config.override(["method.sampler.temperature=0.5", "method.sampler.effective_layers=null"]) == row
+    assert config.override({"method.sampler.temperature": 0.5, "method.sampler.effective_layers": None}) == row

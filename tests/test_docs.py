@@ -20,6 +20,7 @@ from small import REPOSITORY, make_batch, make_llama
 from grass_ray.cli import main
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 
 GENERATED = runpy.run_path(str(REPOSITORY / "docs" / "generated.py"))
 FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -113,7 +114,7 @@ def check_settings(assignments: list[str]) -> None:
     refusals = []
     for row in METHODS.values():
         try:
-            RunConfig(method=row.config).override(assignments)
+            RunConfig(method=row.config).override(parse(assignments))
             return
         except ConfigError as error:
             refusals.append(str(error))

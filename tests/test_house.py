@@ -14,8 +14,8 @@ from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
-    *("config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training", "progress", "memory"),
-    *("results", "export", "experiment", "cluster", "commands", "cli"),
+    *("errors", "overrides", "config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training"),
+    *("memory", "results", "export", "experiment", "execute", "progress", "cluster", "commands", "cli"),
 ]
 HOMES = {"ray": "cluster", "mlflow": "results"}
 LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"
@@ -112,7 +112,7 @@ def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
         "from grass_ray.methods import METHODS\n"
         "from grass_ray.training.run import Run\n"
         "config = RunConfig(method=METHODS['grass'].config, model=ModelConfig(name='tiny'))\n"
-        "config = config.override(['training.steps=2', 'method.sampler.probing_steps=1'])\n"
+        "config = config.override({'training.steps': 2, 'method.sampler.probing_steps': 1})\n"
         "print(len(list(Run.prepare(config).fit())))\n"
     )
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def test_a_configuration_given_by_flags_or_file_has_absolute_paths(tmp_path: Pat
     assert by_key.model.name == here
     short_run("full", "model.name=models/mine").save("mine.yaml")
     assert build_config(None, base=Path("mine.yaml"), model=None, assignments=[], **given).model.name == here
-    data = short_run("full", "data.source={kind: folder, path: ~/data}").override([])
+    data = short_run("full", "data.source={kind: folder, path: ~/data}").override({})
     assert with_absolute_paths(data).data.source.path == str(tmp_path / "home" / "data")  # type: ignore[union-attr]
     source = "{kind: custom, name: own, answer: number, train: ~/a.json, test: b.json}"
     own = with_absolute_paths(short_run("full", f"data.source={source}")).data.source

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig, assignment
+from grass_ray.config import ConfigError, GeneratedSource, RunConfig, SourceConfig
 from grass_ray.experiment.space import LogUniform as LogUniform
-from grass_ray.experiment.space import Picks, RandomPicker, Space, assignments, choose, labelled
+from grass_ray.experiment.space import Picks, RandomPicker, Space, choose, labelled, values
 from grass_ray.experiment.trial_spec import TrialSpec as TrialSpec
 from grass_ray.experiment.tuning import MUTABLE, Group, Scheduler, Search, Tuning
 from grass_ray.methods import METHODS, get_method
+from grass_ray.overrides import Changes, has, parse
 from grass_ray.paths import find_model, with_absolute_paths
 
 BASE_METHOD = "base"
@@ -106,14 +107,13 @@ def _check_space(space: Space) -> None:
 
 def _group(choices: PlanChoices, search: Search, template: RunConfig, model: str) -> Group:
     """One method's search; a population's space keeps what may change in mid-training."""
-    fixed = (assignment("model.name", model), f"seed={choices.seeds[0]}", "evaluation.test=false")
-    config = template.override(fixed)
+    config = template.override({"model.name": model, "seed": choices.seeds[0], "evaluation.test": False})
     space = _space(choices, config) if search != "grid" else {}
     if choices.scheduler == "pbt":
         space = {key: dimension for key, dimension in space.items() if key in MUTABLE}
-        config = config.override(["training.checkpoint_every_steps=null"])  # at the end of each generation instead
+        config = config.override({"training.checkpoint_every_steps": None})  # at the end of each generation instead
     if search == "grid":
-        grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
+        grid = {key: own for key, own in choices.grid.items() if _has_key(config, key)}
         return Group(config=config, space=grid, points=tuple(_grid_points(grid)))
     drawn = () if search == "optuna" else _drawn(space, config.method.name, choices.num_samples or 0)
     return Group(config=config, space=space, points=tuple(drawn))
@@ -125,7 +125,7 @@ def untrained(choices: PlanChoices) -> list[TrialSpec]:
         return []
     template = _template(choices, BASE_METHOD)
     models = _models(choices)
-    return [TrialSpec(config=template.override([assignment("model.name", model), "seed=0"])) for model in models]
+    return [TrialSpec(config=template.override({"model.name": model, "seed": 0})) for model in models]
 
 
 def expand(choices: PlanChoices) -> list[TrialSpec]:
@@ -138,10 +138,9 @@ def expand(choices: PlanChoices) -> list[TrialSpec]:
     specs: dict[str, TrialSpec] = {}
     for model, method in itertools.product(_models(choices), methods):
         trains = get_method(method).trains
-        points = _points(choices, templates[method]) if trains else [()]
+        points = _points(choices, templates[method]) if trains else [{}]
         for point, seed in itertools.product(points, choices.seeds if trains else (0,)):
-            assignments = (*point, assignment("model.name", model), f"seed={seed}")
-            spec = TrialSpec(config=templates[method].override(assignments))
+            spec = TrialSpec(config=templates[method].override({**point, "model.name": model, "seed": seed}))
             specs.setdefault(spec.key, spec)
     return list(specs.values())
 
@@ -156,17 +155,17 @@ def _template(choices: PlanChoices, method: str) -> RunConfig:
     row = get_method(method)
     data = {"suite": choices.suite, "tasks": list(choices.tasks), "source": choices.source.model_dump(mode="json")}
     config = RunConfig.parse({"method": row.config.model_dump(mode="json"), "data": data})
-    config = config.override(text for text in choices.settings if _has_key(config, _key(text)))
-    config = config.override(choices.method_settings.get(method, ()))
-    config = config.override(text for text in choices.overrides if _has_key(config, _key(text)))
+    config = config.override({key: value for key, value in parse(choices.settings).items() if _has_key(config, key)})
+    config = config.override(parse(choices.method_settings.get(method, ())))
+    config = config.override({key: value for key, value in parse(choices.overrides).items() if _has_key(config, key)})
     config = with_absolute_paths(config)
-    return config if row.trains else config.override(["training.steps=0"])
+    return config if row.trains else config.override({"training.steps": 0})
 
 
 def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str, RunConfig]) -> None:
     """A setting or grid key that no method of the plan has would silently do nothing."""
     for key in [
-        *(_key(text) for text in (*choices.settings, *choices.overrides)),
+        *parse((*choices.settings, *choices.overrides)),
         *choices.grid,
         *choices.one_at_a_time,
     ]:
@@ -177,24 +176,20 @@ def _check_settings_reach_a_method(choices: PlanChoices, templates: Mapping[str,
             raise ConfigError(f"no method of this sweep has the key {key!r}; available: {', '.join(known)}")
 
 
-def _points(choices: PlanChoices, config: RunConfig) -> list[tuple[str, ...]]:
-    """The hyperparameter points of one method, as assignments."""
+def _points(choices: PlanChoices, config: RunConfig) -> list[Changes]:
+    """The hyperparameter points of one method."""
     if choices.num_samples is None:
-        grid = {key: values for key, values in choices.grid.items() if _has_key(config, key)}
-        alone = [
-            (assignment(key, value),)
-            for key, values in choices.one_at_a_time.items()
-            if _has_key(config, key)
-            for value in values
-        ]
-        return [*(assignments(grid, picks) for picks in _grid_points(grid)), *alone]
+        grid = {key: own for key, own in choices.grid.items() if _has_key(config, key)}
+        changed = {key: own for key, own in choices.one_at_a_time.items() if _has_key(config, key)}
+        alone = [{key: value} for key, own in changed.items() for value in own]
+        return [*(values(grid, picks) for picks in _grid_points(grid)), *alone]
     space = _space(choices, config)
-    return [assignments(space, picks) for picks in _drawn(space, config.method.name, choices.num_samples)]
+    return [values(space, picks) for picks in _drawn(space, config.method.name, choices.num_samples)]
 
 
 def _grid_points(grid: Mapping[str, Sequence[Any]]) -> list[Picks]:
     """Every combination of a grid's values."""
-    axes = [list(labelled(values)) for values in grid.values()]
+    axes = [list(labelled(own)) for own in grid.values()]
     return [dict(zip(grid, point, strict=True)) for point in itertools.product(*axes)]
 
 
@@ -232,10 +227,10 @@ def differences(specs: Sequence[TrialSpec]) -> list[str]:
     """For each trial, the settings in which trials of its method differ, as one line of text."""
     flat = [spec.config.flatten() for spec in specs]
     lines = []
-    for spec, values in zip(specs, flat, strict=True):
+    for spec, own in zip(specs, flat, strict=True):
         peers = [other for other in flat if other["method.name"] == spec.config.method.name]
-        varied = [key for key in values if len({peer.get(key) for peer in peers}) > 1]
-        lines.append(" ".join(f"{key.removeprefix('method.')}={values[key]}" for key in varied))
+        varied = [key for key in own if len({peer.get(key) for peer in peers}) > 1]
+        lines.append(" ".join(f"{key.removeprefix('method.')}={own[key]}" for key in varied))
     return lines
 
 
@@ -265,7 +260,7 @@ class SweepPlan:
 
     def to_yaml(self) -> str:
         """The plan as YAML."""
-        values: dict[str, Any] = {
+        plain: dict[str, Any] = {
             "name": self.name,
             "sweep_id": self.sweep_id,
             "question": self.question,
@@ -273,36 +268,21 @@ class SweepPlan:
             "trials": [spec.config.to_dict() for spec in self.specs],
         }
         if self.tuning is not None:
-            values["tuning"] = self.tuning.to_plain()
-        return yaml.safe_dump(values, sort_keys=False)
+            plain["tuning"] = self.tuning.to_plain()
+        return yaml.safe_dump(plain, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> SweepPlan:
         """Read a plan. Raises :class:`ConfigError` that names ``where`` when the text is no plan."""
         try:
-            values = yaml.safe_load(text)
-            specs = tuple(TrialSpec(config=RunConfig.parse(trial)) for trial in values["trials"])
-            tuning = Tuning.from_plain(values["tuning"]) if "tuning" in values else None
-            names = {key: str(values[key]) for key in ("name", "sweep_id", "question", "tracking_uri")}
+            plain = yaml.safe_load(text)
+            specs = tuple(TrialSpec(config=RunConfig.parse(trial)) for trial in plain["trials"])
+            tuning = Tuning.from_plain(plain["tuning"]) if "tuning" in plain else None
+            names = {key: str(plain[key]) for key in ("name", "sweep_id", "question", "tracking_uri")}
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
         return cls(specs=specs, tuning=tuning, **names)
 
 
-def _key(assignment: str) -> str:
-    key, separator, _ = assignment.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"cannot read the setting {assignment!r}; write it as dotted.key=value")
-    return key
-
-
 def _has_key(config: RunConfig, key: str) -> bool:
-    return _reaches(config.to_dict(), key.split("."))
-
-
-def _reaches(values: object, keys: Iterable[str]) -> bool:
-    for key in keys:
-        if not isinstance(values, dict) or key not in values:
-            return False
-        values = values[key]
-    return True
+    return has(config.to_dict(), key)

@@ -11,7 +11,7 @@
         }),
     }
     picks = choose(space, RandomPicker(random.Random(0)))     # every pick by name, in the order it was made
-    assignments(space, picks)                                 # ("method.optimizer.lr=0.000231", ...)
+    values(space, picks)                                      # {"method.optimizer.lr": 0.000231, ...}
 
 Whoever picks - chance, Optuna, a population's mutation - sees one list of names and ranges; what is inside an
 alternative is only asked for where that alternative was picked. Imports neither ray nor torch nor optuna.
@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from grass_ray.config import ConfigError, assignment
+from grass_ray.config import ConfigError
+from grass_ray.overrides import as_yaml
 
 Pick = float | int | str
 Picks = Mapping[str, Pick]
@@ -182,11 +183,6 @@ def values(space: Space, picks: Picks) -> dict[str, Any]:
     return {key: _value(key, dimension, replay) for key, dimension in space.items()}
 
 
-def assignments(space: Space, picks: Picks) -> tuple[str, ...]:
-    """The picks as ``dotted.key=value`` assignments."""
-    return tuple(assignment(key, value) for key, value in values(space, picks).items())
-
-
 def _value(name: str, dimension: Any, picker: Picker) -> Any:
     match dimension:
         case LogUniform():
@@ -205,7 +201,7 @@ def _value(name: str, dimension: Any, picker: Picker) -> Any:
 
 def labelled(choices: Sequence[Any]) -> dict[str, Any]:
     """Each of some values by the label that stands for it among picks."""
-    return {assignment("", value)[1:]: value for value in choices}
+    return {as_yaml(value): value for value in choices}
 
 
 # ------------------------------------------------------------------------------------------------- a space as a file

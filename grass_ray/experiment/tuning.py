@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from grass_ray.config import ConfigError, RunConfig
-from grass_ray.experiment.space import Picks, Space, assignments, from_plain, to_plain
+from grass_ray.experiment.space import Picks, Space, from_plain, to_plain, values
 from grass_ray.experiment.trial_spec import TrialSpec
 
 Search = Literal["grid", "random", "optuna"]
@@ -62,12 +62,12 @@ class Group:
 
     def trial(self, picks: Picks) -> TrialSpec:
         """A trial of the search. Raises :class:`ConfigError` when the picks break a rule."""
-        return TrialSpec(config=self.config.override(assignments(self.space, picks)))
+        return TrialSpec(config=self.config.override(values(self.space, picks)))
 
     def finals(self, picks: Picks, seeds: tuple[int, ...]) -> list[TrialSpec]:
         """The winner's trials, one a seed, with the test."""
-        chosen = (*assignments(self.space, picks), "evaluation.test=true")
-        return [TrialSpec(config=self.config.override((*chosen, f"seed={seed}"))) for seed in seeds]
+        chosen = {**values(self.space, picks), "evaluation.test": True}
+        return [TrialSpec(config=self.config.override({**chosen, "seed": seed})) for seed in seeds]
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for a file."""
@@ -75,10 +75,10 @@ class Group:
         return {"config": self.config.to_dict(), "space": to_plain(self.space), "points": points}
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Group:
+    def from_plain(cls, plain: Mapping[str, Any]) -> Group:
         """The group again."""
-        config = RunConfig.parse(values["config"])
-        return cls(config=config, space=from_plain(values["space"]), points=tuple(values["points"]))
+        config = RunConfig.parse(plain["config"])
+        return cls(config=config, space=from_plain(plain["space"]), points=tuple(plain["points"]))
 
 
 @dataclass(frozen=True, kw_only=True)

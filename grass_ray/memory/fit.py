@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from grass_ray.config import ConfigError, MethodConfig, PrefixConfig, RunConfig
+from grass_ray.config import ConfigError, MethodConfig, RunConfig
 from grass_ray.memory.allocations import DeviceKind
 from grass_ray.memory.plan import (
     CannotPlanError,
@@ -105,7 +105,7 @@ def _changes_of_shape(method: MethodConfig, shape: StepShape) -> Iterator[tuple[
     """As it is, with checkpointing, and in smaller micro-batches, halved down to one row."""
     yield shape, ()
     settings: tuple[str, ...] = ()
-    if not shape.checkpointing and not isinstance(method.adapter, PrefixConfig):
+    if not shape.checkpointing and method.allows_checkpointing:
         shape = replace(shape, checkpointing=True)
         settings = ("training.gradient_checkpointing=true",)
         yield shape, settings

@@ -20,8 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from grass_ray.config import AdapterConfig, ConfigError, MethodConfig, ModelConfig, PrefixConfig
-from grass_ray.layerwise.samplers import AllLayersSampler
+from grass_ray.config import AdapterConfig, ConfigError, MethodConfig, ModelConfig
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, put_on
@@ -133,8 +132,9 @@ class Planner:
             ConfigError: the method does not work with gradient checkpointing.
             CannotPlanError: the model's step cannot be followed without values.
         """
-        if shape.checkpointing and isinstance(trains.method.adapter, PrefixConfig):
-            raise ConfigError("prefix tuning cannot train with gradient checkpointing; leave it off")
+        adapter = trains.method.adapter
+        if shape.checkpointing and adapter is not None and not adapter.allows_checkpointing:
+            raise ConfigError(f"{adapter.kind} tuning cannot train with gradient checkpointing; leave it off")
         plans = [plan for active in trains.active_sets() for plan in self._phases_of_step(trains, shape, mode, active)]
         if trains.sampler.probing_steps:
             profile = self._profile(trains, shape, tuple(range(len(trains.units))), drop_gradients=True)
@@ -182,7 +182,7 @@ class Planner:
     def _compose(
         self, trains: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, *, states: int, parts: Parts
     ) -> MemoryPlan:
-        moves = trains.method.inactive_states == "keep" and not isinstance(trains.sampler, AllLayersSampler)
+        moves = trains.method.inactive_states == "keep" and not trains.sampler.trains_all
         on_host = mode in STREAMING or (mode == "resident" and moves)
         return MemoryPlan(
             method=trains.method.name,

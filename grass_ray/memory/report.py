@@ -20,6 +20,7 @@ from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS, get_method
+from grass_ray.overrides import parse
 from grass_ray.paths import find_model
 from grass_ray.training.metrics import default_device
 from grass_ray.training.report import GIB
@@ -179,7 +180,7 @@ def _configure(request: PlanRequest) -> dict[str, RunConfig]:
         known = config.flatten()
         own = [text for text in request.settings if text.partition("=")[0] in known]
         reached |= set(own)
-        configs[name] = config.override(own)
+        configs[name] = config.override(parse(own))
     lost = [text for text in request.settings if text not in reached]
     if lost:
         raise ConfigError(f"none of these methods has the setting {', '.join(lost)}; give dotted.key=value")

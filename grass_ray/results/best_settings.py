@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import ConfigError, assignment
+from grass_ray.config import ConfigError
 from grass_ray.methods import METHODS, unknown
+from grass_ray.overrides import assignment, flatten
 from grass_ray.results.record import RunRecord
 from grass_ray.results.searches import trial_loss
 from grass_ray.training.report import VALIDATION
@@ -98,7 +99,7 @@ def _searched(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 def _losses(records: Sequence[RunRecord]) -> _Losses:
     """The loss of every trial, NaN where it did not finish; the last one where a trial was run again."""
-    flat = [_leaves("", record.config) for record in records]
+    flat = [flatten(record.config, is_leaf=_is_schedule) for record in records]
     keys = sorted({key for values in flat for key in values} - set(_NOT_SEARCHED))
     varied = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     losses: defaultdict[tuple[str, ...], dict[tuple[str, ...], float]] = defaultdict(dict)
@@ -168,16 +169,5 @@ def read_settings(path: Path) -> dict[str, tuple[str, ...]]:
     return {name: tuple(own) for name, own in methods.items()}
 
 
-def _leaves(prefix: str, value: Any) -> dict[str, Any]:
-    """Dotted keys to plain values; lists and schedules are values."""
-    if not isinstance(value, dict) or (prefix and _is_schedule(value)):
-        return {prefix: value}
-    return {
-        key: leaf
-        for name, inner in value.items()
-        for key, leaf in _leaves(f"{prefix}.{name}" if prefix else name, inner).items()
-    }
-
-
-def _is_schedule(value: dict[str, Any]) -> bool:
+def _is_schedule(value: Mapping[str, Any]) -> bool:
     return value.get("kind") in ("linear", "cosine", "step")

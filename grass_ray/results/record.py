@@ -1,10 +1,19 @@
-"""The run record: everything a stranger needs to recompute a leaderboard row. One ``record.json`` a trial.
+"""The run record: everything needed to recompute a leaderboard row. One ``record.json`` per trial.
 
-Leaderboards are computed from records alone; MLflow only stores them.
+Leaderboards are computed from records alone; MLflow only stores them. ::
+
+    record = RunRecord.load(folder / "record.json")
+    tokens, waited = sum(record.step_tokens().values()), sum(record.step_stalls().values())
+
+Schema 2 keeps four raw facts of each step as series of their own. Of a record of schema 1, which has none of them, the
+methods :meth:`RunRecord.step_tokens`, ``probing_steps``, ``train_steps`` and ``step_stalls`` compute them from what it
+has: speed, learning rate, and running totals.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from grass_ray.config import ConfigError, whole_file
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
+
+TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
+PHASE = "step/phase"  # PROBE or TRAIN
+TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing
+STALL_S = "step/stall_s"  # seconds that the step waited for optimizer states to move
+PROBE, TRAIN = 0.0, 1.0
 
 
 class RecordPart(BaseModel):
@@ -81,7 +96,7 @@ class SearchPart(RecordPart):
 class RunRecord(RecordPart):
     """One trial: what was asked for, what came out, on what it ran."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     run_id: str
     name: str
     sweep: str
@@ -90,7 +105,9 @@ class RunRecord(RecordPart):
     failure: str | None = None
     config: dict[str, Any]
     metrics: dict[str, float] = Field(default_factory=dict, description="last or aggregate value of each metric")
-    series: dict[str, list[tuple[int, float]]] = Field(default_factory=dict, description="(step, value) pairs")
+    series: dict[str, list[tuple[int, float]]] = Field(
+        default_factory=dict, description="(step, value) pairs; steps count probing and training together, from 1"
+    )
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
     layers: LayerHistory | None = None
     data: dict[str, Any] = Field(default_factory=dict, description="files, hashes, row counts, truncation counts")
@@ -122,4 +139,37 @@ class RunRecord(RecordPart):
         except UnicodeDecodeError:
             raise ConfigError(f"{path} is not a run record: it is not text") from None
         except ValidationError as error:
-            raise ConfigError(f"{path} is not a run record of schema 1: {error.error_count()} mistakes") from None
+            raise ConfigError(f"{path} is not a run record of schema 1 or 2: {error.error_count()} mistakes") from None
+
+    # What happened at each step. A record of schema 1 says it by other names.
+
+    def step_tokens(self) -> dict[int, float]:
+        """Non-padding tokens of each step, probing included; empty where a step's are unknown."""
+        if TOKENS in self.series:
+            return dict(self.series[TOKENS])
+        speeds, seconds = (dict(self.series.get(name, ())) for name in ("throughput/tokens_per_second", "time/step_s"))
+        return {step: speeds[step] * seconds[step] for step in speeds} if speeds.keys() == seconds.keys() else {}
+
+    def probing_steps(self) -> set[int]:
+        """The steps that only measured, before training began."""
+        if PHASE in self.series:
+            return {step for step, phase in self.series[PHASE] if phase == PROBE}
+        intervals = [] if self.layers is None else self.layers.intervals
+        first = intervals[0][0] if intervals else math.inf  # a schedule may end at a learning rate of 0, too
+        return {step for step, rate in self.series.get("train/lr", ()) if rate == 0.0 and step < first}
+
+    def train_steps(self, steps: Iterable[int]) -> dict[int, int]:
+        """For each of the given steps, the number of training steps done after it; not above 0 while probing."""
+        known = dict(self.series.get(TRAIN_STEP, ()))
+        probed = int(self.config["method"]["sampler"].get("probing_steps", 0))
+        return {step: int(known.get(step, step - probed)) for step in steps}
+
+    def step_stalls(self) -> dict[int, float]:
+        """Seconds that each step waited for optimizer states to move; empty where none are moved."""
+        if STALL_S in self.series:
+            return dict(self.series[STALL_S])
+        stalls, before = {}, 0.0
+        for step, total in self.series.get("offload/exposed_s", ()):
+            stalls[step] = total - before if total >= before else total  # the total begins anew after a resume
+            before = total
+        return stalls

@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grass_ray.results.record import LayerHistory, RunRecord, TaskScore
+from grass_ray.results.record import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerHistory, RunRecord, TaskScore
 
 Point = tuple[int, float]
 Answers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
 
 # the rest is of the machine: time, throughput, memory, offload
-_DECIDING = ("train/", "eval/", "validation/", "layers/")
+_DECIDING = ("train/", "eval/", "validation/", "layers/", TOKENS, PHASE, TRAIN_STEP)
+_SINCE_SCHEMA_2 = {TOKENS, PHASE, TRAIN_STEP, STALL_S}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ def compare_records(
     checks = [_end(recorded, rerun)]
     partial = recorded.status == "stopped"
     stems: defaultdict[str, list[str]] = defaultdict(list)
-    for name in sorted(recorded.series.keys() | rerun.series.keys()):
+    new = _SINCE_SCHEMA_2 - recorded.series.keys()  # an earlier version did not record these
+    for name in sorted((recorded.series.keys() | rerun.series.keys()) - new):
         stems[re.sub(r"_\d+$", "", name)].append(name)
     for stem, names in stems.items():
         alone = [

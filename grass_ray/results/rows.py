@@ -309,12 +309,10 @@ def _counts(group: Iterable[RunRecord], key: str) -> list[int]:
 
 
 def _train_tokens(record: RunRecord) -> float | None:
-    """Non-padding tokens of all steps, those of probing included; None without a whole series."""
-    speeds, seconds = (dict(record.series.get(name, ())) for name in ("throughput/tokens_per_second", "time/step_s"))
-    if not speeds or speeds.keys() != seconds.keys():
-        return None
-    tokens = sum(speeds[step] * seconds[step] for step in speeds)
-    return tokens if math.isfinite(tokens) else None
+    """Non-padding tokens of all steps, those of probing included; None where they are not known of every step."""
+    tokens = record.step_tokens()
+    total = sum(tokens.values())
+    return total if tokens and math.isfinite(total) else None
 
 
 def _learning_rate(record: RunRecord) -> float | None:

@@ -45,12 +45,7 @@ def winner(records: Sequence[RunRecord]) -> RunRecord | None:
     return min(finished, key=lambda record: (trial_loss(record), _place(record)), default=None)
 
 
-def probing_steps(record: RunRecord) -> int:
-    """Steps that only measured, before the first update."""
-    return int(record.config["method"]["sampler"].get("probing_steps", 0))
-
-
 def rung_losses(record: RunRecord) -> dict[int, float]:
-    """The losses on held-out rows that were measured on the way, by the number of updates done."""
-    probed = probing_steps(record)
-    return {step - probed: loss for step, loss in record.series.get(VALIDATION, ())}
+    """The losses on held-out rows that were measured on the way, by the number of training steps done."""
+    losses = dict(record.series.get(VALIDATION, ()))
+    return {done: losses[step] for step, done in record.train_steps(losses).items()}

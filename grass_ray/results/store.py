@@ -27,7 +27,7 @@ from urllib.request import getproxies, proxy_bypass, url2pathname
 
 from grass_ray.config import ConfigError
 from grass_ray.results.provenance import redact
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import TOKENS, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 PARENT_TAG = "mlflow.parentRunId"
 SQLITE = "sqlite:///"
 RECORD_FILE = "record.json"
-SPEED, SECONDS = "throughput/tokens_per_second", "time/step_s"
 _DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
 _STILL_GROWING_S = 5.0  # a half-made database that somebody changed so recently may still be finished
 
@@ -220,8 +219,8 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
     Args:
         tracking_uri: ``sqlite:///...`` or the address of a server.
         experiment: the name of a sweep.
-        series: keep what was measured at every step, which is most of a record. Without, tokens and seconds of all
-            steps stay as one point, so that leaderboards come out the same.
+        series: keep what was measured at every step, which is most of a record. Without, the tokens of all steps stay
+            as one point, so that leaderboards come out the same.
 
     Raises:
         ConfigError: the store or the experiment does not exist.
@@ -370,18 +369,8 @@ def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunR
     for score in record.tasks.values():
         score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
     if not series:
-        record.series = _totals(record)
+        tokens = record.step_tokens()
+        record.series = {TOKENS: [(max(tokens), sum(tokens.values()))]} if tokens else {}
         if record.layers is not None:
             record.layers.intervals, record.layers.refreshes, record.layers.ages = [], [], []
     return record
-
-
-def _totals(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
-    """Seconds of all steps, and the speed that gives the same tokens in them, as a series of one step each."""
-    speeds, seconds = (dict(record.series.get(name, ())) for name in (SPEED, SECONDS))
-    total = sum(seconds.values())
-    if not speeds or speeds.keys() != seconds.keys() or not total > 0:
-        return {}
-    last = max(seconds)
-    speed = sum(speeds[step] * seconds[step] for step in seconds) / total
-    return {SPEED: [(last, speed)], SECONDS: [(last, total)]}

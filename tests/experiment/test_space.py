@@ -12,7 +12,6 @@ from grass_ray.experiment.space import (
     RandomPicker,
     Replay,
     Space,
-    assignments,
     choose,
     from_plain,
     ranges,
@@ -55,7 +54,7 @@ def test_every_draw_lies_in_the_space_and_makes_a_valid_configuration() -> None:
     kinds = set()
     for picks in drawn(60):
         assert inside(picks)
-        own = config.override(assignments(SPACE, picks))
+        own = config.override(values(SPACE, picks))
         temperature = own.method.sampler.temperature  # type: ignore[union-attr]
         kinds.add(getattr(temperature, "kind", "number"))
         assert isinstance(own.method.sampler.period, int)  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from grass_ray.export import delta as delta_module
 from grass_ray.export.delta import apply_delta, export_delta, export_from_delta, save_delta
 from grass_ray.export.model import export_adapter, export_run
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
 
@@ -31,7 +32,7 @@ def make_config(method: str, model: ModelConfig, *overrides: str) -> RunConfig:
         settings += ["method.sampler.period=3", "method.sampler.num_active_layers=1"]
     if method == "grass":
         settings += ["method.sampler.probing_steps=2"]
-    return config.override([*settings, *overrides])
+    return config.override(parse([*settings, *overrides]))
 
 
 def train(config: RunConfig) -> Run:

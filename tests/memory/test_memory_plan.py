@@ -25,6 +25,7 @@ from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shap
 from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
 from grass_ray.memory.step import StepShape, profile_step
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.training.loop import accumulate_gradients
 from grass_ray.training.metrics import MemoryMeter
 from grass_ray.training.models import SHAPES, build_shape, describe_model
@@ -278,7 +279,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(monkeypatch: pytes
     assert "--no-memory-check" in message
     settings = message.partition("--set ")[2].partition(" (")[0].split()
     assert "training.gradient_checkpointing=true" in settings
-    assert fit_to_memory(config.override(settings), CPU).training.gradient_checkpointing
+    assert fit_to_memory(config.override(parse(settings)), CPU).training.gradient_checkpointing
 
 
 def test_rows_shorter_than_the_cut_off_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from grass_ray.config import RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
 
 
@@ -33,7 +34,7 @@ def make_record(
         correct = {"generated": [True, False, True, False]} if status == "finished" else {}
     tasks = list(correct) or ["generated"]
     names = [f"data.suite={suite}", f"data.tasks=[{', '.join(tasks)}]", f"seed={seed}"]
-    config = RunConfig(method=METHODS[method].config).override([*names, *overrides])
+    config = RunConfig(method=METHODS[method].config).override(parse([*names, *overrides]))
     return RunRecord(
         run_id=f"{sweep_id}-{config.fingerprint}",
         name=config.name,

@@ -154,10 +154,10 @@ def test_an_option_that_begins_another_is_no_matter_of_likelihood(tmp_path, toke
 
 def test_every_way_to_start_asks(tmp_path):
     data = custom(tmp_path, [{"answer": "incorrect"}], answer="labels", labels=("correct", "incorrect"))
-    config = RunConfig(method=get_method("full").config, data=data).override(["model.name=tiny"])
+    config = RunConfig(method=get_method("full").config, data=data).override({"model.name": "tiny"})
     with pytest.raises(ConfigError, match="published extraction reads 'correct'"):
         check_run(config)
-    check_run(config.override(["evaluation.extraction=strict"]))
+    check_run(config.override({"evaluation.extraction": "strict"}))
 
 
 def test_the_rule_is_chosen_for_a_task_file_unless_it_is_given(tmp_path):

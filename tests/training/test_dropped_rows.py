@@ -46,14 +46,14 @@ def test_lost_rows_are_said_before_training_and_recorded(config):
         "dropped   3 of 6 training rows: no answer within 64 tokens; raise data.max_length_tokens",
         "cut       1 of 6 training rows at 64 tokens: the end of their answers is lost; raise data.max_length_tokens",
     ]
-    enough = config.override(["data.max_length_tokens=1000", "data.broken_rows=skip"])
+    enough = config.override({"data.max_length_tokens": 1000, "data.broken_rows": "skip"})
     assert find_lost_rows(enough, load_tokenizer(config.model)) == lines[:1]
     assert describe_lost_rows({}, 64) == []
 
 
 def test_a_run_without_any_row_to_learn_from_is_refused_at_the_door(config):
     with pytest.raises(ConfigError, match="none of 6 training rows has an answer within 8 tokens"):
-        check_run(config.override(["data.max_length_tokens=8"]))
+        check_run(config.override({"data.max_length_tokens": 8}))
     check_run(config)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.training.batches import IGNORED
 from grass_ray.training.loop import accumulate_gradients
 from grass_ray.training.report import Engagement, StepReport, TrainingFailure
@@ -24,7 +25,7 @@ def make_config(method: str = "grass", *overrides: str) -> RunConfig:
     defaults = ["training.steps=6", "data.source.train_rows=64", "data.source.test_rows=8", "training.warmup_steps=0"]
     if method.startswith("grass"):
         defaults += ["method.sampler.period=2", "method.sampler.probing_steps=2", "method.sampler.refresh_period=3"]
-    return config.override([*defaults, *overrides])
+    return config.override(parse([*defaults, *overrides]))
 
 
 def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:

@@ -318,7 +318,7 @@ def test_rows_and_answers_need_positions(kind: str, plain: Path, tmp_path: Path)
     long = run("base", "training.steps=0", "data.suite=arithmetic", "data.tasks=[gsm8k]")
     with pytest.raises(ConfigError, match="answers of gsm8k take up to 256"):
         check_lengths(long)
-    check_lengths(long.override(["evaluation.test=false"]))
+    check_lengths(long.override({"evaluation.test": False}))
 
 
 COMMIT = "0123456789012345678901234567890123456789"

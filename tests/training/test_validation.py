@@ -10,6 +10,7 @@ import torch
 
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import get_method
+from grass_ray.overrides import parse
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.run import Run
@@ -44,7 +45,7 @@ def test_holding_out_everything_is_refused() -> None:
 
 def configure(*settings: str) -> RunConfig:
     config = RunConfig(method=get_method("full").config).override(
-        ["model.name=tiny", "training.steps=2", "evaluation.limit=2", "data.source.train_rows=40", *settings]
+        parse(["model.name=tiny", "training.steps=2", "evaluation.limit=2", "data.source.train_rows=40", *settings])
     )
     return config
 

@@ -12,6 +12,7 @@ from small import REPOSITORY, short_run
 from grass_ray.cli import main
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.training.run import Run
 from grass_ray.training.without_effect import settings_without_effect
 
@@ -19,7 +20,7 @@ from grass_ray.training.without_effect import settings_without_effect
 def found(method: str, *overrides: str) -> list[str]:
     """The settings that are said to change nothing, by key and value."""
     config = RunConfig(method=METHODS[method].config, model=ModelConfig(name="tiny"))
-    lines = settings_without_effect(config.override(overrides))
+    lines = settings_without_effect(config.override(parse(overrides)))
     assert all(": " in line for line in lines)
     return [line.partition(":")[0].removeprefix("method.") for line in lines]
 

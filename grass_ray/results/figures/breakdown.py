@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -101,22 +101,20 @@ def _step_times(table: LeaderboardTable, runs: Runs) -> list[tuple[LeaderboardRo
 def spent_time(record: RunRecord) -> _Spent:
     """Seconds of every step of a run, by kind: measuring, moving states, steps that end in a switch, other steps.
 
-    Moving optimizer states is what training waited for (``offload/exposed_s``), taken off the steps it happened in.
+    Moving optimizer states is what training waited for, taken off the steps it happened in.
     Extra passes before a step are part of ``time/measure_s`` alone: what measuring took beyond the probing steps is
     taken evenly off the training steps.
     """
     steps = dict(record.series["time/step_s"])
-    rates = dict(record.series.get("train/lr", ()))
     intervals = [] if record.layers is None else record.layers.intervals
-    first_interval = intervals[0][0] if intervals else math.inf
-    probing = {step for step in steps if rates.get(step) == 0.0 and step < first_interval}
-    measuring = [steps[step] for step in steps if step in probing]
+    probing = record.probing_steps()
+    measuring = [seconds for step, seconds in steps.items() if step in probing]
     training = [step for step in steps if step not in probing]
     measured = record.metrics.get("time/measure_s", 0.0)
     extra = max(0.0, (measured if math.isfinite(measured) else 0.0) - sum(measuring))
     per_step = extra / len(training) if training else 0.0
     ends = {first - 1 for (_, before), (first, after) in pairwise(intervals) if before != after}
-    moving = _increments(record.series.get("offload/exposed_s", ()))
+    moving = record.step_stalls()
     negligible = 1e-3 * sum(steps.values())
     spent: _Spent = {kind: [] for kind in _HATCHES}
     if sum(moving.get(step, 0.0) for step in training) > negligible:
@@ -127,15 +125,6 @@ def spent_time(record: RunRecord) -> _Spent:
         waited = moving.get(step, 0.0) if spent["moving states"] else 0.0
         spent[kind].append(max(0.0, steps[step] - per_step - waited))
     return {kind: seconds for kind, seconds in spent.items() if seconds}
-
-
-def _increments(points: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """How much a running total grew at each step; the total restarts from zero on resume."""
-    found, before = {}, 0.0
-    for step, total in points:
-        found[step] = total - before if total >= before else total
-        before = total
-    return found
 
 
 def _draw_total(axes: Any, place: int, row: LeaderboardRow, spent: _Spent) -> None:

@@ -34,7 +34,7 @@ from grass_ray.results.figures.style import (
 )
 from grass_ray.results.record import LineageStep, RunRecord
 from grass_ray.results.rows import leaf_settings
-from grass_ray.results.searches import probing_steps, rung_losses, searched, trial_loss, winner
+from grass_ray.results.searches import rung_losses, searched, trial_loss, winner
 from grass_ray.training.report import VALIDATION
 
 HPARAM = "hparam/"
@@ -315,5 +315,6 @@ def _takeovers(record: RunRecord) -> list[LineageStep]:
 
 def _own_values(record: RunRecord, name: str) -> list[tuple[int, float]]:
     """(updates, value) along a member's lineage, without the probing steps."""
-    probed = probing_steps(record)
-    return [(step - probed, value) for step, value in record.series.get(HPARAM + name, ()) if step > probed]
+    points = record.series.get(HPARAM + name, [])
+    done = record.train_steps(step for step, _ in points)
+    return [(done[step], value) for step, value in points if done[step] > 0]

@@ -11,13 +11,12 @@ Only what differs from the method's row is said, so that the line shows what was
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import yaml
 
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import assignment, diff
 from grass_ray.tasks.suites import SUITES
 
 _FLAGS = {
@@ -57,11 +56,11 @@ def reproduce_command(config: Mapping[str, Any], *, data_dir: str = "DATA") -> s
     if not row.trains:
         start["training"]["steps"] = 0
     rest = []
-    for key, value in _differences("", start, wanted):
+    for key, value in diff(start, wanted).items():
         if key in _FLAGS and value is not None:
             words += [_FLAGS[key], str(value)]
         else:
-            rest.append(f"{key}={_as_yaml(value)}")
+            rest.append(assignment(key, value))
     return shlex.join([*words, *(["--set", *rest] if rest else [])])
 
 
@@ -73,17 +72,3 @@ def _data_flags(data: Mapping[str, Any], data_dir: str) -> list[str]:
     if data["source"]["kind"] == "folder":
         words += ["--data-dir", data_dir]
     return words
-
-
-def _differences(prefix: str, start: Any, wanted: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys whose values differ; a part of another shape is one value."""
-    if isinstance(start, dict) and isinstance(wanted, dict) and start.keys() == wanted.keys():
-        for key in wanted:
-            yield from _differences(f"{prefix}.{key}" if prefix else key, start[key], wanted[key])
-    elif start != wanted:
-        yield prefix, wanted
-
-
-def _as_yaml(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=100_000)
-    return text.removesuffix("\n").removesuffix("\n...").strip()

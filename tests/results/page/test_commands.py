@@ -9,6 +9,7 @@ import pytest
 
 from grass_ray.config import RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.overrides import parse
 from grass_ray.results.page.commands import reproduce_command
 
 
@@ -34,7 +35,7 @@ def configured_by(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_row(method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     steps = ["training.steps=0"] if not METHODS[method].trains else []
-    config = RunConfig(method=METHODS[method].config).override(steps)
+    config = RunConfig(method=METHODS[method].config).override(parse(steps))
     command = reproduce_command(config.to_dict())
     assert command == f"grass-ray train {method}"
     assert configured_by(command, monkeypatch, capsys) == config
@@ -59,7 +60,7 @@ CHANGES = [
 def test_what_was_changed_is_said(
     assignments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig(method=METHODS["grass"].config).override(assignments)
+    config = RunConfig(method=METHODS["grass"].config).override(parse(assignments))
     command = reproduce_command(config.to_dict())
     assert command is not None
     assert configured_by(command, monkeypatch, capsys) == config
@@ -69,7 +70,7 @@ def test_a_folder_of_data_is_the_readers_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ["data.suite=arithmetic", "data.tasks=[gsm8k]", f"data.source={{kind: folder, path: {tmp_path}}}"]
-    config = RunConfig(method=METHODS["lora"].config).override(changes)
+    config = RunConfig(method=METHODS["lora"].config).override(parse(changes))
     command = reproduce_command(config.to_dict())
     assert command == "grass-ray train lora --task gsm8k --data-dir DATA"
     assert configured_by(command.replace("DATA", str(tmp_path)), monkeypatch, capsys) == config
