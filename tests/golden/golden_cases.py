@@ -244,17 +244,6 @@ def sweep_plans(folder: Path, run: Run) -> Files:
         "quickstart_smoke.txt": ["quickstart.py", "--smoke", "--seeds", "0", "1"],
         "ablation_smoke.txt": ["ablation.py", "--smoke"],
         "schedules_random.txt": ["schedules.py", "--smoke", "--search", "random", "--num-samples", "3"],
-        "schedules_asha.txt": [
-            "schedules.py",
-            "--smoke",
-            "--search",
-            "optuna",
-            "--num-samples",
-            "9",
-            "--scheduler",
-            "asha",
-        ],
-        "schedules_pbt.txt": ["schedules.py", "--smoke", "--scheduler", "pbt", "--num-samples", "2"],
     }
     dry = ("--models", "tiny", "--dry-run")  # the default model is made of a package's file, which takes a minute
     return {name: run(REPOSITORY / "sweeps" / words[0], *words[1:], *dry) for name, words in plans.items()}
