@@ -121,7 +121,8 @@ class Eval:
 
     def run(self) -> int:
         """Carry it out."""
-        from grass_ray.commands.train import build_config, evaluate_locally
+        from grass_ray.commands.eval import evaluate_locally
+        from grass_ray.commands.train import build_config
 
         run_folder = Path(self.model) if (Path(self.model) / "checkpoint").is_dir() else None
         given = {

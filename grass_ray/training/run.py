@@ -73,7 +73,7 @@ def check_run(
     config: RunConfig,
     workers: int = 1,
     parallel: Parallel = "replicate",
-    fewest_workers: int | None = None,
+    min_workers: int | None = None,
     checked: set[Hashable] | None = None,
 ) -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
@@ -82,7 +82,7 @@ def check_run(
         config: the run.
         workers: how many share the micro-batches of every step.
         parallel: what each of them holds of the model.
-        fewest_workers: the run may go on with any number of workers from this one up; None never changes it.
+        min_workers: the run may go on with any number of workers from this one up; None never changes it.
         checked: data and models whose rows were found good, which are not read again; new ones are added.
 
     Raises:
@@ -97,7 +97,7 @@ def check_run(
             if str(error) not in mistakes:  # a model or file that cannot be read stops several checks
                 mistakes.append(str(error))
 
-    fewest = workers if fewest_workers is None else fewest_workers
+    fewest = workers if min_workers is None else min_workers
     attempt(lambda: _check_workers(config, fewest, workers))
     if parallel == "shard":
         attempt(lambda: check_shardable(config, fewest))
@@ -200,9 +200,9 @@ class Run:
             data["validation"] = {"rows": held_out.summary()["train_rows_used"], "sha256": hash_rows(chosen)}
         return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out)
 
-    def fit(self) -> Iterator[StepReport]:
-        """Train to the last step, one report an optimizer step (see :func:`grass_ray.training.loop.fit`)."""
-        return fit(self.state)
+    def fit(self, until: int | None = None) -> Iterator[StepReport]:
+        """Train to the last step, or to the training step ``until`` (see :func:`grass_ray.training.loop.fit`)."""
+        return fit(self.state, until)
 
     def save(self, folder: Path | None) -> None:
         """Write a checkpoint; with None, help another worker to write it (:func:`save_checkpoint`)."""
@@ -224,7 +224,7 @@ class Run:
             ConfigError: no rows are held out (``data.validation_rows``).
         """
         loss = self._held_out_loss()
-        self.state.series.setdefault(VALIDATION, []).append((self.state.steps_done, loss))
+        self.state.record(VALIDATION, loss)
         return loss
 
     def _held_out_loss(self) -> float:

@@ -306,7 +306,7 @@ def test_files_that_cannot_be_written_are_one_message_and_a_run_that_can_go_on(t
 
 
 def test_an_output_folder_belongs_to_one_process(tmp_path: Path) -> None:
-    from grass_ray.commands.train import claimed
+    from grass_ray.commands.output import claimed
 
     again, below = claimed(tmp_path / "run"), claimed(tmp_path / "file" / "run")
     with claimed(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing"), again:
