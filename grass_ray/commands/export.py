@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Export:
     """Write a trained run as a model folder that transformers loads, or only the layers that changed.
 
-    examples:
+    For example:
       grass-ray export grass_ray_results/train/RUN --output my-model
       grass-ray export my-delta --output my-model
       grass-ray export MLFLOW_RUN_ID --delta --log --output my-delta

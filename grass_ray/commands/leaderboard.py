@@ -16,7 +16,7 @@ from grass_ray.config import ConfigError
 class Leaderboard:
     """Rank the runs of a tracking store by accuracy, with memory and speed.
 
-    examples:
+    For example:
       grass-ray leaderboard --experiment quickstart --format html --output page.html
       grass-ray leaderboard --method full grass lora --sort peak_allocated_gib
       grass-ray leaderboard --compare SWEEP_ID_A SWEEP_ID_B --tracking-uri STORE_A --tracking-uri STORE_B

@@ -24,7 +24,7 @@ MODELS = {
 class Ls:
     """List methods, tasks, built-in models or tracked runs.
 
-    examples:
+    For example:
       grass-ray ls methods
       grass-ray ls tasks
       grass-ray ls runs --tracking-uri sqlite:///grass_ray_results/mlflow.db

@@ -15,7 +15,7 @@ from grass_ray.commands.flags import Settings
 class Plan:
     """Predict the peak memory of each method and offload mode, without weights, and what fits.
 
-    examples:
+    For example:
       grass-ray plan --model llama2-7b --gpu-memory 24 --batch-size 4 --seq-len 1024
       grass-ray plan --model meta-llama/Llama-3.2-1B --gpu-memory 16 --methods grass lisa --format markdown
       grass-ray plan --model smollm2-135m --dtype float32 --device cpu --seq-len 256

@@ -16,7 +16,7 @@ from grass_ray.results.figures.kinds import Kind
 class Plot:
     """Draw a figure of the runs of a tracking store, and write its numbers as CSV beside it.
 
-    examples:
+    For example:
       grass-ray plot pareto --experiment quickstart
       grass-ray plot loss --method full grass --output loss.svg
       grass-ray plot sampling --model smollm2-135m --output sampling.png
