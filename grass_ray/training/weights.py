@@ -20,8 +20,9 @@ from torch import nn
 
 from grass_ray.config import ModelConfig
 from grass_ray.optim.sharded import whole
+from grass_ray.training.built_in import cache_folder
 from grass_ray.training.model_files import find_folder
-from grass_ray.training.models import cache_folder, load_model
+from grass_ray.training.models import load_model
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
