@@ -19,7 +19,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> RunConfig:
     return RunConfig.parse(yaml.safe_load(said.out))
 
 
-@pytest.mark.parametrize("method", ["grass", "lora", "ows-galore", "misa"])
+@pytest.mark.parametrize("method", ["grass", "lora", "galore", "hift"])
 def test_every_setting_of_a_method_is_a_flag(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     plain = RunConfig(method=METHODS[method].config).override({"model.name": "tiny"})
     settings = flatten(plain.to_dict()["method"])

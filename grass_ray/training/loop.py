@@ -233,7 +233,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
 
 class StepMeasure:
-    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.samplers.Measure`).
+    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.sampler.Measure`).
 
     Args:
         state: the run.
