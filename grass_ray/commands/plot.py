@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
+from tyro.extras import literal_type_from_choices
 
 from grass_ray.commands.flags import RunFilters
 from grass_ray.config import ConfigError
-from grass_ray.results.figures.kinds import Kind
+from grass_ray.results.figures.registry import FIGURES
+
+if TYPE_CHECKING:
+    FigureName = str
+else:
+    FigureName = literal_type_from_choices(FIGURES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class Plot:
       grass-ray plot sampling --model smollm2-135m --output sampling.png
     """
 
-    kind: Positional[Kind]
+    kind: Positional[FigureName]
     """Figure to draw."""
     runs: RunFilters
     output: Path | None = None
@@ -31,18 +38,18 @@ class Plot:
     def run(self) -> int:
         """Write the figures and return the exit code."""
         from grass_ray.results.figures.figure import check_suffix
-        from grass_ray.results.figures.registry import FIGURES, draw_kind
+        from grass_ray.results.figures.registry import draw_kind
         from grass_ray.results.leaderboard import build_leaderboard
 
         output = self.output or Path(f"{self.kind}.png")
         check_suffix(output)
         selection = self.runs.selection()
         records = selection.records(self.runs.load())
-        pictures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
-        if not pictures:
+        figures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
+        if not figures:
             raise ConfigError(f"there is nothing to draw: {FIGURES[self.kind].missing}")
-        for picture in pictures:
-            suffix = picture.name.removeprefix(self.kind) if len(pictures) > 1 else ""
-            written = picture.save(output.with_stem(output.stem + suffix))
-            print(f"wrote {' and '.join(map(str, written))}: {picture.description}")
+        for figure in figures:
+            suffix = figure.name.removeprefix(self.kind) if len(figures) > 1 else ""
+            written = figure.save(output.with_stem(output.stem + suffix))
+            print(f"wrote {' and '.join(map(str, written))}: {figure.description}")
         return 0
