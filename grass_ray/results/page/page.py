@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 
+from grass_ray.results.column import Column
 from grass_ray.results.columns import (
     METHOD,
     RANK,
     WORDS,
-    Column,
     all_columns,
-    limits,
-    reasons,
+    leaderboard_csv,
     result_columns,
-    table_notes,
     task_columns,
 )
 from grass_ray.results.figures.breakdown import draw_sensitivity, draw_step_time, draw_tasks
@@ -34,7 +32,6 @@ from grass_ray.results.figures.figure import Picture
 from grass_ray.results.figures.run import draw_ages, draw_importance, draw_sampling
 from grass_ray.results.figures.sweep import draw_accuracy_memory, draw_loss_comparison
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
-from grass_ray.results.leaderboard_csv import leaderboard_csv
 from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.page.style import SCRIPT, STYLE
 from grass_ray.results.record import RunRecord
@@ -167,12 +164,12 @@ def _word(name: str) -> str:
 def _ranking(table: LeaderboardTable) -> list[str]:
     columns = [column for column in all_columns(table) if column.name not in table.tasks]
     parts = [f'<p class="budget">{escape(table.budget)}</p>'] if table.budget else []
-    parts += _table(table.rows, columns, f"Ranking of {_count(len(table.rows), 'row')}", _cell)
-    ended = _list(reasons(table))
+    parts += _table(table.rows, columns, f"Ranking of {_count(len(table.rows), 'row')}")
+    ended = _list(table.reasons)
     if ended:
         parts.append("<h3>Not ranked</h3>")
         parts += ended if len(ended) <= _FEW + 2 else _details(f"{len(ended) - 2} reasons", ended, opened=True)
-    parts += _list([note for note in table_notes(table) if note != table.budget])
+    parts += _list([note for note in table.all_notes if note != table.budget])
     meanings = [f"<dt>{escape(column.name)}</dt><dd>{escape(column.meaning)}</dd>" for column in columns]
     parts += _details("What the columns mean", ["<dl>", *meanings, "</dl>"])
     parts.append(f'<p class="files">{_file(leaderboard_csv([table]), "leaderboard.csv", "All figures as CSV")}</p>')
@@ -180,29 +177,11 @@ def _ranking(table: LeaderboardTable) -> list[str]:
         parts.append("<h3>Accuracy by task</h3>")
         accuracy = next(column for column in result_columns(table) if column.name == "acc. %")
         scored = [row for row in table.rows if row.tasks]
-        parts += _table(scored, [RANK, METHOD, accuracy, *tasks], "Accuracy (%) by task, 95 % intervals", _task_cell)
+        parts += _table(scored, [RANK, METHOD, accuracy, *tasks], "Accuracy (%) by task, 95 % intervals")
     return parts
 
 
-_Cell = Callable[[Column, LeaderboardRow], str]
-
-
-def _cell(column: Column, row: LeaderboardRow) -> str:
-    """A difference with its interval, everything else as in the other formats."""
-    text = column.cell(row)
-    if column.name == "vs full" and row.difference_to_full_low is not None:
-        text += f" ({limits(row.difference_to_full_low, row.difference_to_full_high, sign=True)})"
-    if column.name == "vs best" and row.difference_to_best_low is not None:
-        text += f" ({limits(row.difference_to_best_low, row.difference_to_best_high, sign=True)})"
-    return text
-
-
-def _task_cell(column: Column, row: LeaderboardRow) -> str:
-    found = row.task_intervals.get(column.name)
-    return column.cell(row) + (f" ({limits(*found)})" if found else "")
-
-
-def _table(rows: Sequence[LeaderboardRow], columns: Sequence[Column], caption: str, cell: _Cell) -> list[str]:
+def _table(rows: Sequence[LeaderboardRow], columns: Sequence[Column], caption: str) -> list[str]:
     """A table that scrolls in its own box, sorts when scripts run, and reads aloud."""
     long = " long" if len(rows) > _LONG else ""
     parts = [f'<div><div class="box{long}" tabindex="0" role="group" aria-label="{escape(caption)}">']
@@ -214,7 +193,7 @@ def _table(rows: Sequence[LeaderboardRow], columns: Sequence[Column], caption: s
     parts.append("</tr></thead><tbody>")
     for row in rows:
         kind = "unranked" if row.rank is None else "pareto" if row.pareto else "ranked"
-        cells = "".join(_table_cell(column, row, cell(column, row)) for column in columns)
+        cells = "".join(_table_cell(column, row, column.cell_with_interval(row)) for column in columns)
         parts.append(f'<tr class="{kind}">{cells}</tr>')
     parts.append('</tbody></table></div><p class="note" aria-live="polite"></p></div>')
     return parts
