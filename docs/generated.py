@@ -62,19 +62,18 @@ def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Itera
         types = " or ".join(dict.fromkeys(map(_type, leaves)))
         default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
         types += "" if default else ", required"
-        meaning = next((said["description"] for said in (field, *leaves) if "description" in said), "")
-        rows.append(f"| `{prefix}{name}` | {types} | {default} | {meaning.replace('|', chr(92) + '|')} |\n")
+        rows.append(f"| `{prefix}{name}` | {types} | {default} | {_text(field['description'])} |\n")
     title = f"`{prefix.removesuffix('.')}`" if prefix else "A run"
-    said = part.get("description", "").replace("``", "`")
-    yield (
-        f"## {title}"
-        + (f" of kind `{kind}`" if kind else "")
-        + f"\n\n{said}\n"
-        + (HEAD if rows else "")
-        + "".join(rows)
-    )
+    paragraphs = [_text(paragraph) for paragraph in part["description"].split("\n\n")]
+    heading = f"## {title}" + (f" of kind `{kind}`" if kind else "")
+    yield "\n\n".join([heading, *paragraphs]) + "\n" + (HEAD if rows else "") + "".join(rows)
     for key, inner in inside:
         yield from _sections(key, inner, parts)
+
+
+def _text(docstring: str) -> str:
+    """A docstring as one line of Markdown that a cell of a table can hold."""
+    return " ".join(docstring.split()).replace("``", "`").replace("|", r"\|")
 
 
 def _leaves(field: dict[str, Any]) -> Iterator[dict[str, Any]]:

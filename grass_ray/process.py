@@ -208,13 +208,23 @@ class Interrupts:
     @contextmanager
     def finishing(self, what: str) -> Iterator[None]:
         """The first Ctrl-C is only said, and ends the block when it is done; a second one ends it at once."""
-        before, self._finishing = self.heard, what
+        before = self.heard
+        self.defer(what)
         try:
             yield
         finally:
             self._finishing = None
         if self.heard > before:
             raise KeyboardInterrupt
+
+    def defer(self, what: str) -> None:
+        """Only announce the first Ctrl-C, saying that the process stops after ``what``, until :meth:`deliver`."""
+        self._finishing = what
+
+    def deliver(self) -> None:
+        """Raise ``KeyboardInterrupt`` if one was deferred, and defer none from now on."""
+        self._finishing = None
+        self.check()
 
     def ignore(self) -> None:
         """From now on nothing interrupts."""

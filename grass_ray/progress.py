@@ -2,10 +2,10 @@
 
 Imports no ray, so that a single local run can show its progress without it::
 
-    with RunProgress(config.name) as progress:
-        for report in run.fit():
-            progress.step(report)
-        run.evaluate(on_progress=progress.evaluating)
+    execute(config, listeners=[RunProgress(config.name)])
+
+    with SweepProgress("quickstart", [(spec.key, spec.config.name) for spec in plan.specs]) as progress:
+        progress.start(key)
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
+from grass_ray.execute import Action, Listener
 from grass_ray.training.report import StepReport
+
+if TYPE_CHECKING:
+    from grass_ray.training.run import Run
 
 PLAIN_LINE_EVERY_S = 15.0
 
@@ -87,10 +92,16 @@ def describe_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-class RunProgress:
+class RunProgress(Listener):
     """Progress of one run in this process: a bar on a terminal, a plain line every ``every_s`` seconds elsewhere.
 
-    With ``quiet`` it shows nothing.
+    Also a context manager, for an evaluation alone.
+
+    Args:
+        name: what stands at the beginning of the line.
+        console: where to print; by default the terminal.
+        every_s: seconds between plain lines.
+        quiet: show nothing.
     """
 
     def __init__(
@@ -111,29 +122,35 @@ class RunProgress:
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}"),
             console=self.console,
+            disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=None, detail="loading")
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._bar.stop()
+    def __exit__(self, *raised: object) -> None:
+        self._bar.stop()
 
-    def step(self, report: StepReport) -> None:
-        """Show a step."""
+    @override
+    def on_start(self, run: Run) -> None:
+        self._bar.start()
+
+    @override
+    def on_step(self, run: Run, report: StepReport) -> Action:
         values = step_summary(report)
         eta = describe_seconds((report.total_steps - report.step) * report.step_s)
         self._show(report.step, report.total_steps, f"{describe_step(values)}  ETA {eta}")
+        return Action.GO
 
-    def evaluating(self, task: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` examples of a task are evaluated."""
+    @override
+    def on_evaluation(self, task: str, done: int, total: int) -> None:
         self._show(done, total, f"evaluating {task} {done}/{total}")
+
+    @override
+    def on_end(self) -> None:
+        self._bar.stop()
 
     def _show(self, done: int, total: int, detail: str) -> None:
         self._bar.update(self._task, completed=done, total=total, detail=detail)

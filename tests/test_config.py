@@ -61,6 +61,15 @@ def test_a_setting_without_effect_does_not_exist() -> None:
         RunConfig(method=METHODS["lisa"].config).override({"method.sampler.temperature": 1})
 
 
+def test_every_key_has_a_description() -> None:
+    schema = RunConfig.model_json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        assert "description" in part
+        own = {key: field for key, field in part["properties"].items() if "$ref" not in field}  # others: of their part
+        undescribed = [key for key, field in own.items() if "description" not in field]
+        assert undescribed in ([], ["kind"]), part["title"]
+
+
 def test_unknown_methods_list_what_there_is_and_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown method 'gras'; available: base, full, .* Did you mean 'grass'\?"):
         get_method("gras")

@@ -15,7 +15,7 @@ from small import REPOSITORY
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
     *("errors", "overrides", "config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training"),
-    *("progress", "memory", "results", "export", "experiment", "cluster", "commands", "cli"),
+    *("memory", "results", "export", "experiment", "execute", "progress", "cluster", "commands", "cli"),
 ]
 HOMES = {"ray": "cluster", "mlflow": "results"}
 LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"

@@ -1,11 +1,14 @@
 """What the terminal shows of a run and of a sweep."""
 
 import io
+from typing import Any
 
 from rich.console import Console
 
 from grass_ray.progress import RunProgress, SweepProgress, describe_layers, describe_seconds, step_summary
 from grass_ray.training.report import StepReport
+
+RUN: Any = None  # progress looks at the reports alone
 
 
 def report(step: int = 5, total: int = 20) -> StepReport:
@@ -29,8 +32,8 @@ def test_a_run_without_a_terminal_prints_whole_lines_now_and_then() -> None:
     console = plain()
     with RunProgress("grass-tiny", console=console, every_s=3600) as progress:
         for step in range(1, 21):
-            progress.step(report(step))
-        progress.evaluating("generated", 4, 4)
+            progress.on_step(RUN, report(step))
+        progress.on_evaluation("generated", 4, 4)
     lines = text(console).splitlines()
     assert len(lines) == 3, "the first step, the last step, the evaluation"
     assert lines[0].startswith("grass-tiny  step 1/20  loss 1.250  600 tok/s  peak 2.00 GiB  layers 1 3  ETA 10 s")
@@ -73,7 +76,7 @@ def test_layers_and_durations_are_short() -> None:
 def test_quiet_shows_nothing_and_still_counts() -> None:
     console = plain()
     with RunProgress("grass-tiny", console=console, every_s=0, quiet=True) as progress:
-        progress.step(report())
+        progress.on_step(RUN, report())
     with SweepProgress("mini", [("a", "full")], console=console, every_s=0, quiet=True) as sweep:
         sweep.start("a")
         sweep.note("a", "goes on")

@@ -1,24 +1,26 @@
-"""Where results arrive in the driver: Tune's callback, and the trial_store that writes MLflow and the display.
+"""Where trials' results arrive in the driver: a callback of Tune, and the store of trials behind it.
 
 Workers never write MLflow: one writer, the driver, finds or creates each trial's run by tag, so that nothing is doubled
 when a sweep is resumed::
 
-    trial_store = TrialStore(plan, storage, tracker, progress)
+    trial_store = TrialStore(plan, storage, tracker, progress, scratch, overview)
     Tuner(..., run_config=tune.RunConfig(callbacks=[SweepCallback(trial_store)]))
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
+from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE
+from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.trial import RECORD_FILE, TIME, TRACEBACK_FILE, passed_file, steps_of
 from grass_ray.experiment.plan import SweepPlan, TrialSpec
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
@@ -27,9 +29,48 @@ from grass_ray.results.record import RunRecord, SearchPart, Status
 from grass_ray.results.tracking import Tracker
 from grass_ray.training.report import VALIDATION
 
+Steps = Iterable[tuple[int, dict[str, float]]]
+
+
+@dataclass(kw_only=True)
+class _Trial:
+    """What the driver knows of one trial.
+
+    Attributes:
+        spec: the trial.
+        search: the search that it belongs to.
+        run_id: of its run in MLflow; None until it is opened.
+        started_at: ISO time; None until it starts.
+        logged: the last step that MLflow was told of.
+        seen: metrics by step, as its process reported them; only of a search's trials.
+        machine: where its process runs, as the record will say.
+        stopped: the record of a trial that a scheduler stopped.
+    """
+
+    spec: TrialSpec
+    search: SearchPart | None = None
+    run_id: str | None = None
+    started_at: str | None = None
+    logged: int = 0
+    seen: dict[int, dict[str, float]] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    stopped: RunRecord | None = None
+
 
 class TrialStore:
-    """One sweep's books, kept by the driver: which trials ended and how, in MLflow and on the terminal."""
+    """A sweep's trials as the driver knows them: which ended and how, in MLflow and on the terminal.
+
+    Args:
+        plan: the sweep.
+        storage: the sweep's folder.
+        tracker: writes MLflow.
+        progress: writes the terminal.
+        scratch: holds copies of trials' files until the tracker is closed.
+        overview: the sweep's page in MLflow.
+
+    Attributes:
+        records: of the trials that ended, by key.
+    """
 
     def __init__(
         self,
@@ -40,61 +81,88 @@ class TrialStore:
         scratch: Path,
         overview: Overview,
     ) -> None:
-        """``storage`` is the sweep's folder; ``scratch`` holds copies of trials' files until the tracker is closed."""
         self.plan = plan
         self.storage = storage
         self.tracker = tracker
         self.progress = progress
-        self.scratch = scratch
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
-        self._specs = {spec.key: spec for spec in plan.specs}
-        self._searches: dict[str, dict[str, Any]] = {}
-        self._machines: dict[str, dict[str, Any]] = {}
-        self._stopped: dict[str, RunRecord] = {}
-        self._seen: dict[str, list[tuple[int, dict[str, float]]]] = {}
-        self._run_ids: dict[str, str] = {}
-        self._started_at: dict[str, str] = {}
-        self._steps_logged: dict[str, int] = {}
+        self._scratch = scratch
+        self._trials = {spec.key: _Trial(spec=spec) for spec in plan.specs}
 
-    def add(self, spec: TrialSpec, search: dict[str, Any]) -> None:
-        """A trial of a search, or of its winner: known now, perhaps not when the sweep began."""
-        self._specs[spec.key] = spec
-        self._searches[spec.key] = search
+    # -- what happens to a trial
+
+    def add(self, spec: TrialSpec, search: SearchPart) -> None:
+        """Learn of a trial of a search, or of its winner, which may not have been known when the sweep began."""
+        self._trials.setdefault(spec.key, _Trial(spec=spec)).search = search
         self.progress.add(spec.key, spec.config.name)
 
     def start(self, key: str) -> None:
         """A trial starts, or a population's member goes on: find or create its run."""
-        self._started_at.setdefault(key, now())
-        self._open_run(self._specs[key])
+        trial = self._trials[key]
+        trial.started_at = trial.started_at or now()
+        self._open_run(trial)
         self.progress.start(key)
 
-    def result(self, key: str, values: Mapping[str, Any]) -> None:
+    def result(self, key: str, report: Mapping[str, Any]) -> None:
         """A trial reported: log the steps that are new, and show where it is."""
-        steps = values.get("steps", ())
-        self._log_new_steps(key, steps)
-        if key in self._searches:  # a trial that is stopped early leaves no record of its own
-            self._seen.setdefault(key, []).extend(steps)
-            self._machines[key] = values.get("machine", self._machines.get(key, {}))
-        if values.get("phase") == "restored":
-            self.progress.note(key, f"goes on from its checkpoint after step {values['after_step']}")
-        elif values.get("phase") == "generation":  # a population's member sleeps until the others are as far
+        trial, phase = self._trials[key], report.get("phase")
+        steps = report.get("steps", ())
+        self._log_new_steps(trial, steps)
+        if trial.search is not None:  # a trial that is stopped early leaves no record of its own
+            for step, metrics in steps:
+                trial.seen.setdefault(step, {}).update(metrics)
+            trial.machine = report.get("machine", trial.machine)
+        if phase == "restored":
+            self.progress.note(key, f"goes on from its checkpoint after step {report['after_step']}")
+        elif phase == "generation":  # a population's member sleeps until the others are as far
             self.progress.update(key, "waiting", {})
-        elif values.get("phase") in ("training", "evaluating"):
-            self.progress.update(key, values["phase"], values["view"])
+        elif phase in ("training", "evaluating"):
+            self.progress.update(key, phase, report["view"])
+
+    def let_pass(self, key: str, train_step: int) -> None:
+        """Tell a trial that waits at a rung to go on."""
+        self.storage.write_text("", self._trials[key].spec.folder, passed_file(train_step))
+
+    def stop_early(self, key: str, train_step: int, reason: str) -> None:
+        """A scheduler stopped a trial after a training step: write the record that its process can write no more."""
+        trial = self._trials[key]
+        # the step of the loss that the scheduler judged by; it counts the probing, too
+        last = max((step for step, metrics in trial.seen.items() if VALIDATION in metrics), default=train_step)
+        series: dict[str, list[tuple[int, float]]] = {}
+        for step, metrics in sorted(trial.seen.items()):
+            for name, value in metrics.items() if step <= last else ():
+                series.setdefault(name, []).append((step, value))
+        record = self._record_without_outcome(trial, "stopped", reason)
+        record.series = series
+        record.metrics = {name: points[-1][1] for name, points in series.items()}
+        if record.search is not None:
+            record.search.stopped_after = train_step
+        trial.stopped = record
+        self._write(trial, record)
+        self.end(key, None)
 
     def end(self, key: str, failure: str | None, *, earlier: bool = False) -> None:
-        """A trial ended: close its run with its record. ``failure`` is why its process died, None when it did not."""
-        spec = self._specs[key]
-        if failure is None and not self.storage.exists(spec.folder, RECORD_FILE):
+        """A trial ended: close its run with its record.
+
+        Args:
+            key: the trial's.
+            failure: why its process died; None if it did not.
+            earlier: it ended before this process began.
+        """
+        trial = self._trials[key]
+        folder = trial.spec.folder
+        if failure is None and not self.storage.exists(folder, RECORD_FILE):
             failure = "the trial ended without a record"
-        if failure is not None:
-            self._record_crash(spec, failure)
-        folder = self._fetch(spec)
-        record = RunRecord.load(folder / RECORD_FILE)
-        self._open_run(spec)
-        self._log_new_steps(key, steps_of(record.series))  # a driver that died may not have heard of all
-        self.tracker.finish(self._run_ids[key], record, folder)
+        if failure is not None:  # write the record that the dead process could not; --resume tries such a trial again
+            if not self.storage.exists(folder, TRACEBACK_FILE):
+                self.storage.write_text(failure, folder, TRACEBACK_FILE)
+            self._write(trial, self._record_without_outcome(trial, "failed", failure))
+        files = self._fetch(trial)
+        record = RunRecord.load(files / RECORD_FILE)
+        run_id = self._open_run(trial)
+        self._log_new_steps(trial, steps_of(record.series))  # a driver that died may not have heard of all
+        self.tracker.finish(run_id, record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -107,126 +175,96 @@ class TrialStore:
         if not earlier:  # a resumed sweep begins with many at once
             self.overview.show(list(self.records.values()))
 
-    def let_pass(self, key: str, updates: int) -> None:
-        """Tell a trial that waits at a rung to go on."""
-        self.storage.write_text("", self._specs[key].folder, passed_file(updates))
-
-    def stop_early(self, key: str, updates: int, reason: str) -> None:
-        """A scheduler stopped a trial after so many updates: write the record that its process can write no more."""
-        spec = self._specs[key]
-        last = self._last_step(key, updates)
-        steps: dict[int, dict[str, float]] = {}
-        for step, metrics in self._seen.get(key, ()):
-            if step <= last:
-                steps.setdefault(step, {}).update(metrics)
-        series: dict[str, list[tuple[int, float]]] = {}
-        for step, metrics in sorted(steps.items()):
-            for name, value in metrics.items():
-                series.setdefault(name, []).append((step, value))
-        record = self._record_without_outcome(spec, "stopped", reason)
-        record.series = series
-        record.metrics = {name: points[-1][1] for name, points in series.items()}
-        if record.search is not None:
-            record.search.stopped_after = updates
-        self._stopped[key] = record
-        self._write(record, spec)
-        self.end(key, None)
-
-    def _last_step(self, key: str, updates: int) -> int:
-        """The step of the loss that the scheduler judged by; steps count the probing too."""
-        measured = [step for step, metrics in self._seen.get(key, ()) if VALIDATION in metrics]
-        return max(measured, default=updates)
-
-    def settle(self) -> None:
-        """Once no process of a trial is left: what a stopped one wrote in its last moments does not count."""
-        for key, record in self._stopped.items():
-            self._write(record, self._specs[key])
-            self.storage.remove("ray", f"train-{key}")
-
-    def _write(self, record: RunRecord, spec: TrialSpec) -> None:
-        self.storage.write_text(record.model_dump_json(indent=1), spec.folder, RECORD_FILE)
-
-    def stop_running(self, status: Status, reason: str) -> None:
-        """The sweep ends early: close the runs of the trials that have not ended, without a record in storage."""
-        for key in self._started_at.keys() - self.records.keys():
-            spec = self._specs[key]
-            record = self._record_without_outcome(spec, status, reason)
-            self.tracker.finish(self._run_ids[key], record, self._fetch(spec))
-
     def has_ended(self, spec: TrialSpec) -> bool:
         """Whether a trial came to an end of its own: it has a record, and its process did not die."""
         return self.storage.exists(spec.folder, RECORD_FILE) and not self.storage.exists(spec.folder, TRACEBACK_FILE)
 
-    def _log_new_steps(self, key: str, steps: Iterable[tuple[int, dict[str, float]]]) -> None:
-        """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""
-        logged = self._steps_logged.get(key, 0)
-        new = [(step, metrics) for step, metrics in steps if step > logged]
-        if new:
-            self._steps_logged[key] = new[-1][0]
-            self.tracker.log_steps(self._run_ids[key], new)
+    # -- what happens to the sweep
 
-    def _open_run(self, spec: TrialSpec) -> None:
-        if spec.key not in self._run_ids:
-            config = spec.config
+    def settle(self) -> None:
+        """No process of a trial is left: discard what stopped ones wrote in their last moments."""
+        for trial in self._trials.values():
+            if trial.stopped is not None:
+                self._write(trial, trial.stopped)
+                self.storage.remove("ray", f"train-{trial.spec.key}")
+
+    def stop_running(self, status: Status, reason: str) -> None:
+        """The sweep ends early: close the runs of the trials that have not ended, without a record in storage."""
+        for key, trial in self._trials.items():
+            if trial.started_at is not None and key not in self.records:
+                record = self._record_without_outcome(trial, status, reason)
+                self.tracker.finish(self._open_run(trial), record, self._fetch(trial))
+
+    # -- MLflow and files
+
+    def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
+        """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""
+        new = [(step, metrics) for step, metrics in steps if step > trial.logged]
+        if new:
+            trial.logged = new[-1][0]
+            self.tracker.log_steps(self._open_run(trial), new)
+
+    def _open_run(self, trial: _Trial) -> str:
+        """The trial's run in MLflow, found or created once."""
+        if trial.run_id is None:
+            config = trial.spec.config
             tags = {
                 "method": config.method.name,
                 "model": config.model.name,
                 "suite": config.data.suite,
                 "seed": str(config.seed),
                 "sweep": self.plan.name,
-                "stage": self._searches.get(spec.key, {}).get("stage", "trial"),
-                "folder": f"{self.storage.uri}/{spec.folder}",
+                "stage": "trial" if trial.search is None else trial.search.stage,
+                "folder": f"{self.storage.uri}/{trial.spec.folder}",
             }
-            self._run_ids[spec.key] = self.tracker.start_trial(
-                self.plan.sweep_id, spec.key, config.name, tags, config.flatten()
+            trial.run_id = self.tracker.start_trial(
+                self.plan.sweep_id, trial.spec.key, config.name, tags, config.flatten()
             )
+        return trial.run_id
 
-    def _fetch(self, spec: TrialSpec) -> Path:
+    def _fetch(self, trial: _Trial) -> Path:
         """The trial's files in a local folder."""
-        local = self.storage.join(spec.folder).local_folder
-        if local is not None:
-            return local
-        folder = self.scratch / spec.folder
-        folder.mkdir(exist_ok=True)
-        self.storage.download(folder, spec.folder)
-        return folder
+        folder = trial.spec.folder
+        local = self.storage.join(folder).local_folder
+        if local is None:
+            local = self._scratch / folder
+            local.mkdir(exist_ok=True)
+            self.storage.download(local, folder)
+        return local
 
-    def _record_crash(self, spec: TrialSpec, failure: str) -> None:
-        """Write the record that a dead process could not write. ``--resume`` tries such a trial again."""
-        record = self._record_without_outcome(spec, "failed", failure)
-        if not self.storage.exists(spec.folder, TRACEBACK_FILE):
-            self.storage.write_text(failure, spec.folder, TRACEBACK_FILE)
-        self._write(record, spec)
+    def _write(self, trial: _Trial, record: RunRecord) -> None:
+        self.storage.write_text(record.model_dump_json(indent=1), trial.spec.folder, RECORD_FILE)
 
-    def _record_without_outcome(self, spec: TrialSpec, status: Status, failure: str) -> RunRecord:
+    def _record_without_outcome(self, trial: _Trial, status: Status, failure: str) -> RunRecord:
+        assert trial.started_at is not None
         return build_record(
-            run_id=f"{self.plan.sweep_id}-{spec.key}",
+            run_id=f"{self.plan.sweep_id}-{trial.spec.key}",
             sweep=self.plan.name,
             sweep_id=self.plan.sweep_id,
-            config=spec.config,
+            config=trial.spec.config,
             status=status,
             failure=failure,
             outcome=None,
-            started_at=self._started_at[spec.key],
-            **self._machines.get(spec.key, {}),
-            search=None if spec.key not in self._searches else SearchPart.model_validate(self._searches[spec.key]),
+            started_at=trial.started_at,
+            **trial.machine,
+            search=None if trial.search is None else trial.search.model_copy(),
         )
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
-    """Passes what Tune sees to the trial_store. Tune pickles its callbacks; the trial_store stays in the driver."""
+    """Passes what Tune sees to the trial store. Tune pickles its callbacks; the store stays in the driver."""
 
     def __init__(self, trial_store: TrialStore, scheduler: TrialScheduler | None = None) -> None:
         self._trial_store: TrialStore | None = trial_store
-        self._verdicts = scheduler.verdicts if isinstance(scheduler, Asha) else {}
+        self._stopped = scheduler.stopped if isinstance(scheduler, Asha) else {}
         self._crashes: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_trial_store": None, "_verdicts": {}, "_crashes": {}}
+        return {"_trial_store": None, "_stopped": {}, "_crashes": {}}
 
     @property
     def trial_store(self) -> TrialStore:
-        """The driver's trial_store."""
+        """The driver's trial store."""
         assert self._trial_store is not None, "a callback that was pickled is used outside the driver"
         return self._trial_store
 
@@ -246,16 +284,15 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self._crashes[_key(trial)] = result["failure"]
         self.trial_store.result(_key(trial), result)
         # the scheduler has decided before this is called
-        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._verdicts:
+        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._stopped:
             self.trial_store.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's function returned, or the scheduler stopped it."""
         key = _key(trial)
-        if key in self._verdicts:
-            verdict = self._verdicts[key]
-            reason = verdict.describe(trial.config["job"]["config"]["training"]["steps"])
-            self.trial_store.stop_early(key, verdict.updates, reason)
+        if (stop := self._stopped.get(key)) is not None:
+            reason = stop.describe(trial.config["job"]["config"]["training"]["steps"])
+            self.trial_store.stop_early(key, stop.train_step, reason)
         else:
             self.trial_store.end(key, self._crashes.get(key))
 

@@ -13,17 +13,17 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from grass_ray.cluster.job import Job, SweepContext, TrialResources
 from grass_ray.cluster.reporter import SweepCallback, TrialStore
-from grass_ray.cluster.search import MethodSearch
-from grass_ray.cluster.session import Batch, TrialResources, ray_cluster, run_trials
+from grass_ray.cluster.search import Final, MethodSearch
+from grass_ray.cluster.session import ClusterInfo, ray_cluster
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.trial import Job
+from grass_ray.cluster.tuner import TuneRun, run_trials
 from grass_ray.experiment.flags import SweepOptions
-from grass_ray.experiment.plan import SweepPlan, TrialSpec
+from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
@@ -41,12 +41,19 @@ SUMMARY_FOLDER, BEST_FILE = "summary", "best.yaml"
 
 
 class SweepRunner:
-    """Runs what is left of a plan in this process."""
+    """Runs what is left of a plan in this process.
+
+    Args:
+        plan: the sweep.
+        root: the storage path.
+        storage: the sweep's folder in it.
+        options: the command line.
+        console: where to print.
+    """
 
     def __init__(
         self, plan: SweepPlan, root: Storage, storage: Storage, options: SweepOptions, console: Console
     ) -> None:
-        """``root`` is the storage path, ``storage`` the sweep's folder in it."""
         self.plan = plan
         self.storage = storage
         self.options = options
@@ -55,7 +62,6 @@ class SweepRunner:
         self.tracker = Tracker(plan.tracking_uri, plan.name, None if local is None else local / "artifacts")
         names = [(spec.key, spec.config.name) for spec in plan.specs]
         self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet, expected=plan.num_trials)
-        self._cpus, self._gpus = 1, 0  # of each worker; the cluster decides
 
     def open(self) -> None:
         """Reach the tracking store. Raises :class:`grass_ray.config.ConfigError` when it does not answer."""
@@ -111,9 +117,8 @@ class SweepRunner:
 
     def _run_trials(self, trial_store: TrialStore) -> None:
         tuning = self.plan.tuning
-        searches: list[MethodSearch] = []
-        if tuning is not None:
-            searches = [MethodSearch(tuning, group, trial_store, self.storage, self._job) for group in tuning.groups]
+        groups = tuning.groups if tuning is not None else ()
+        searches = [MethodSearch(tuning, group, trial_store, self.storage) for group in groups if tuning is not None]
         for spec in [*self.plan.specs, *(spec for search in searches for spec in search.ended())]:
             if trial_store.has_ended(spec):
                 trial_store.end(spec.key, None, earlier=True)
@@ -124,77 +129,66 @@ class SweepRunner:
             cluster.check_storage(self.storage)
             if tuning is not None and tuning.scheduler != "none":
                 cluster.check_dashboard()
-            share = cluster.share(
-                cpus=self.options.cpus_per_trial,
-                gpus=self.options.gpus_per_trial,
-                max_concurrent=self.options.max_concurrent_trials,
-                workers=self.options.workers_per_trial,
-                fewest_workers=self.options.fewest_workers,
-            )
-            self.progress.slots = share.slots
-            fewest = self.options.fewest_workers
-            number = f"{share.workers}" if fewest == share.workers else f"{fewest} to {share.workers}"
-            each = "a trial" if share.workers == 1 else f"for each of {number} workers a trial"
-            self._say(f"{cluster.describe()}; {share.cpus} CPUs and {share.gpus} GPUs {each}, {share.slots} at once")
-            self._cpus, self._gpus = share.cpus, share.gpus
+            context = self._context(cluster)
             with self.progress:
                 for search in searches:
                     if search.is_left():
-                        self._run(search.batch(share, cluster.memories), share, trial_store)
+                        self._run(search.tune_run(context, cluster.memories), context, trial_store)
                 for search in searches:
                     if not search.finals():
                         self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
-                finals = self._finals(trial_store, searches)
-                jobs = [self._job(spec, **fields) for spec, fields in finals if not trial_store.has_ended(spec)]
+                jobs = [
+                    Job.of(final.spec, context, search=final.search, start_from=final.start_from)
+                    for final in self._finals(trial_store, searches)
+                    if not trial_store.has_ended(final.spec)
+                ]
                 if jobs:
-                    self._run(Batch(name="tune", jobs=jobs), share, trial_store)
+                    self._run(TuneRun(name="tune", jobs=jobs), context, trial_store)
+
+    def _context(self, cluster: ClusterInfo) -> SweepContext:
+        """Divide the cluster among trials, and say how."""
+        options = self.options
+        resources = cluster.trial_resources(
+            cpus=options.cpus_per_trial,
+            gpus=options.gpus_per_trial,
+            max_concurrent=options.max_concurrent_trials,
+            workers=options.workers_per_trial,
+            min_workers=options.min_workers,
+        )
+        self.progress.slots = resources.slots
+        self._say(f"{cluster.describe()}; {_describe(resources)}")
+        return SweepContext(
+            sweep=self.plan.name,
+            sweep_id=self.plan.sweep_id,
+            storage=self.storage.uri,
+            resources=resources,
+            parallel=options.parallel,
+            keep_checkpoints=options.keep_checkpoints,
+            memory_check=options.memory_check,
+            max_failures=options.max_failures,
+        )
 
     def _is_left(self, trial_store: TrialStore, searches: list[MethodSearch]) -> bool:
         if any(search.is_left() for search in searches):
             return True
         finals = self._finals(trial_store, searches)
-        for spec, _ in finals[len(self.plan.specs) :]:
-            if trial_store.has_ended(spec):
-                trial_store.end(spec.key, None, earlier=True)
-        return any(not trial_store.has_ended(spec) for spec, _ in finals)
+        for final in finals[len(self.plan.specs) :]:
+            if trial_store.has_ended(final.spec):
+                trial_store.end(final.spec.key, None, earlier=True)
+        return any(not trial_store.has_ended(final.spec) for final in finals)
 
-    def _finals(self, trial_store: TrialStore, searches: list[MethodSearch]) -> list[tuple[TrialSpec, dict[str, Any]]]:
-        """The trials that meet the test, with further fields of their jobs: those of the plan, then the winners'."""
-        finals: list[tuple[TrialSpec, dict[str, Any]]] = [(spec, {}) for spec in self.plan.specs]
-        for search in searches:
-            for spec, part, fields in search.finals():
-                trial_store.add(spec, part)
-                finals.append((spec, {"search": part, **fields}))
+    def _finals(self, trial_store: TrialStore, searches: list[MethodSearch]) -> list[Final]:
+        """The trials that meet the test: those of the plan, then the winners'."""
+        finals = [Final(spec=spec) for spec in self.plan.specs]
+        for final in (final for search in searches for final in search.finals()):
+            assert final.search is not None
+            trial_store.add(final.spec, final.search)
+            finals.append(final)
         return finals
 
-    def _run(self, batch: Batch, share: TrialResources, trial_store: TrialStore) -> None:
-        run_trials(
-            batch,
-            share,
-            self.storage,
-            callbacks=[SweepCallback(trial_store, batch.scheduler)],
-            max_failures=self.options.max_failures,
-        )
+    def _run(self, tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) -> None:
+        run_trials(tune_run, context, callbacks=[SweepCallback(trial_store, tune_run.scheduler)])
         trial_store.settle()
-
-    def _job(self, spec: TrialSpec, **fields: Any) -> Job:
-        return Job(
-            **fields,
-            config=spec.config.to_dict(),
-            key=spec.key,
-            folder=spec.folder,
-            sweep=self.plan.name,
-            sweep_id=self.plan.sweep_id,
-            storage=self.storage.uri,
-            cpus=self._cpus,
-            gpus=self._gpus,
-            keep_checkpoints=self.options.keep_checkpoints,
-            memory_check=self.options.memory_check,
-            max_failures=self.options.max_failures,
-            workers=self.options.workers_per_trial,
-            fewest_workers=self.options.fewest_workers,
-            parallel=self.options.parallel,
-        )
 
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
         """Plots and leaderboard as files and on the parent run; the leaderboard and the places on the terminal."""
@@ -243,3 +237,10 @@ class SweepRunner:
         """Print; with ``--quiet`` only what must ``always`` be said."""
         if always or not self.options.quiet:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _describe(resources: TrialResources) -> str:
+    """What a trial gets: ``2 CPUs and 1 GPUs a trial, 4 at once``."""
+    number = f"{resources.min_workers} to {resources.workers}" if resources.elastic else f"{resources.workers}"
+    each = "a trial" if resources.workers == 1 else f"for each of {number} workers a trial"
+    return f"{resources.cpus} CPUs and {resources.gpus} GPUs {each}, {resources.slots} at once"

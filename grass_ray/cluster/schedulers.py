@@ -1,6 +1,6 @@
-"""Tune's schedulers and searcher as a sweep uses them: ASHA, PBT in step, and jobs that are chosen one by one.
+"""Tune's schedulers and searcher as a sweep uses them: ASHA, synchronous PBT, and jobs that are chosen one by one.
 
-All look at the loss on held-out rows after so many updates, never at Tune's own counters, which begin anew with every
+All look at the loss on held-out rows by training step, never at Tune's own counters, which begin anew with every
 restored process.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from grass_ray.cluster.trial import TIME, Job
+from grass_ray.cluster.job import TIME, Job
 from grass_ray.experiment.space import Mutation, choose, from_plain
 from grass_ray.experiment.tuning import REDUCTION, generation_ends, rungs
 from grass_ray.training.report import VALIDATION
@@ -24,19 +24,26 @@ from grass_ray.training.report import VALIDATION
 class EarlyStop:
     """Why ASHA stopped a trial."""
 
-    updates: int
+    train_step: int
     loss: float
 
     def describe(self, steps: int) -> str:
         """The reason, for the record."""
         return (
-            f"stopped early at step {self.updates} of {steps} by ASHA: its validation loss {self.loss:.4f} was not "
+            f"stopped early at step {self.train_step} of {steps} by ASHA: its validation loss {self.loss:.4f} was not "
             f"among the best 1/{REDUCTION} there"
         )
 
 
 class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """ASHA (arXiv 1810.05934) that remembers whom it stopped, and never stops a trial that has come to its end."""
+    """ASHA (arXiv 1810.05934) that never stops a trial at its end.
+
+    Args:
+        steps: training steps of a trial.
+
+    Attributes:
+        stopped: the trials that it stopped, by key.
+    """
 
     def __init__(self, steps: int) -> None:
         super().__init__(
@@ -47,30 +54,36 @@ class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
             max_t=steps + 1,
             reduction_factor=REDUCTION,
         )
-        self.verdicts: dict[str, EarlyStop] = {}
+        self.stopped: dict[str, EarlyStop] = {}
 
     def remember(self, name: str, losses: Mapping[int, float]) -> None:
-        """Count a trial of an earlier process; ``losses`` on held-out rows are by updates."""
+        """Count a trial of an earlier process.
+
+        Args:
+            name: anything unique.
+            losses: on held-out rows, by training step.
+        """
         for rung, recorded in self._brackets[0]._rungs:
             if rung in losses:
                 recorded[name] = -losses[rung]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Go on or stop."""
+        """Decide whether the trial goes on."""
         decision = str(super().on_trial_result(tune_controller, trial, result))
         if decision == TrialScheduler.STOP:
-            self.verdicts[trial.config["job"]["key"]] = EarlyStop(updates=result[TIME], loss=result[VALIDATION])
+            stop = EarlyStop(train_step=result[TIME], loss=result[VALIDATION])
+            self.stopped[trial.config["job"]["key"]] = stop
         return decision
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """PBT in step: all members end a generation before any begins the next, so that it comes out the same again.
+    """Synchronous PBT: all members end a generation before any begins the next, so that it comes out the same again.
 
     The worst quarter goes on from the checkpoints of the best quarter, with changed settings
     (:class:`grass_ray.experiment.space.Mutation`).
 
     Args:
-        steps: updates of a member.
+        steps: training steps of a member.
         seed: of the search.
     """
 
@@ -89,7 +102,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self._seed = seed
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Sleep until all have ended the generation, then go on from the own or from a better checkpoint."""
+        """Pause the member until all have ended the generation; it goes on from its own or a better checkpoint."""
         before = random.getstate()
         random.seed(f"{self._seed}:{result.get(TIME)}")  # Tune draws the donor from the global generator
         try:
@@ -98,11 +111,11 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
             random.setstate(before)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A member that ends early must not be waited for."""
+        """Do not wait for a member that ends early."""
         self._go_on_without(tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """As a member that ended."""
+        """Do not wait for it, either."""
         self._go_on_without(tune_controller, trial)
 
     def _go_on_without(self, tune_controller: Any, gone: Any) -> None:
@@ -117,8 +130,8 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         own, donor = trial.config["job"], trial_to_clone.config["job"]
-        updates = self._trial_state[trial_to_clone].last_train_time
-        rng = random.Random(f"{self._seed}:{own['key']}:{updates}")
+        train_step = self._trial_state[trial_to_clone].last_train_time
+        rng = random.Random(f"{self._seed}:{own['key']}:{train_step}")
         picks = choose(from_plain(own["space"]), Mutation(donor["picks"], rng))
         return {**trial.config, "job": {**own, "picks": picks}}, {}
 
@@ -141,7 +154,7 @@ class OneByOne(Searcher):  # type: ignore[misc]
         """The next trial's parameters."""
         assert self._next_job is not None, "a searcher that was pickled is used outside the driver"
         job = self._next_job()
-        return str(Searcher.FINISHED) if job is None else {"job": asdict(job)}
+        return str(Searcher.FINISHED) if job is None else {"job": job.to_dict()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: what chooses reads the records."""

@@ -3,9 +3,9 @@
 Nothing is kept that a new process could not read again: known points are in the plan, points that Optuna chose are
 files of the sweep's folder, and what came of them are records::
 
-    search = MethodSearch(tuning, group, trial_store, storage, make_job)
+    search = MethodSearch(tuning, group, trial_store, storage)
     if search.is_left():
-        run_trials(search.batch(share, memories), ...)
+        run_trials(search.tune_run(context, memories), context, ...)
     finals = search.finals()
 """
 
@@ -13,27 +13,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.pbt import STANDING_FILE, MemberState, drive_member
+from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.pbt import STATE_FILE, MemberState, drive_member
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
-from grass_ray.cluster.session import Batch, TrialResources, driver_memory
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.trial import Job
+from grass_ray.cluster.tuner import TuneRun, driver_memory
 from grass_ray.config import RunConfig
 from grass_ray.experiment.space import Picks, to_plain
 from grass_ray.experiment.suggest import Observation, suggest
 from grass_ray.experiment.trial_spec import TrialSpec
-from grass_ray.experiment.tuning import Group, Tuning, rungs
-from grass_ray.results.record import RunRecord
+from grass_ray.experiment.tuning import Group, Tuning
+from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.searches import rung_losses, trial_loss, winner
 
-MakeJob = Callable[..., Job]
 SEARCH_FOLDER = "search"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """A trial that meets the test: one of the plan, or a search's winner with one of the seeds.
+
+    Attributes:
+        spec: the trial.
+        search: the search that it won.
+        start_from: URI of the checkpoint that is tested, if nothing is trained.
+    """
+
+    spec: TrialSpec
+    search: SearchPart | None = None
+    start_from: str | None = None
 
 
 class MethodSearch:
@@ -42,19 +57,16 @@ class MethodSearch:
     Args:
         tuning: how the sweep searches.
         group: the method.
-        trial_store: the sweep's books.
+        trial_store: where the trials' records are.
         storage: the sweep's folder.
-        make_job: makes a job of a trial; takes further fields of :class:`Job` by name.
     """
 
-    def __init__(
-        self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage, make_job: MakeJob
-    ) -> None:
+    def __init__(self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage) -> None:
         self.tuning = tuning
         self.group = group
         self._trial_store = trial_store
         self._storage = storage
-        self._make_job = make_job
+        self._context: SweepContext | None = None  # known once the machines are
         self.points: list[Picks] = []
         self.specs: list[TrialSpec] = []
         self._waiting: list[int] = []
@@ -70,33 +82,34 @@ class MethodSearch:
         return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
 
     def is_left(self) -> bool:
-        """Whether trials are to be run."""
+        """Whether there are trials to run."""
         more = self.tuning.search == "optuna" and len(self.specs) < (self.tuning.num_samples or 0)
         return len(self.ended()) < len(self.specs) or (more and not self.exhausted)
 
     def records(self) -> list[RunRecord]:
-        """What came of the trials, in their order."""
+        """The trials' records, in the order of the trials."""
         records = self._trial_store.records
         return [records[spec.key] for spec in self.specs if spec.key in records]
 
-    def batch(self, share: TrialResources, memories: Sequence[int]) -> Batch:
+    def tune_run(self, context: SweepContext, memories: Sequence[int]) -> TuneRun:
         """What is left, as one Tuner runs it.
 
         Args:
-            share: what a trial gets.
+            context: what the sweep's trials share.
             memories: bytes that each machine offers.
         """
+        self._context = context
         ended = {spec.key for spec in self.ended()}
         self._waiting = [place for place, spec in enumerate(self.specs) if spec.key not in ended]
-        name = f"tune-{self.group.method}"
+        name, scheduler = f"tune-{self.group.method}", self._scheduler()
         if self.tuning.search == "optuna":
             left = (self.tuning.num_samples or 0) - len(self.specs) + len(self._waiting)
-            return Batch(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=self._scheduler())
+            return TuneRun(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=scheduler)
         jobs = [self._job(place) for place in self._waiting]
         if self.tuning.scheduler != "pbt":
-            return Batch(name=name, jobs=jobs, scheduler=self._scheduler())
-        memory = driver_memory(memories, share.slots)
-        return Batch(name=name, jobs=jobs, scheduler=self._scheduler(), trainable=drive_member, driver_memory=memory)
+            return TuneRun(name=name, jobs=jobs, scheduler=scheduler)
+        memory = driver_memory(memories, context.resources.slots)
+        return TuneRun(name=name, jobs=jobs, scheduler=scheduler, trainable=drive_member, driver_memory=memory)
 
     def _scheduler(self) -> TrialScheduler | None:
         steps = self.group.steps
@@ -119,29 +132,27 @@ class MethodSearch:
             self._trial_store.add(spec, self._search_part(len(self.specs) - 1, "search"))
         return spec
 
-    def _search_part(self, number: int, stage: str) -> dict[str, Any]:
-        search, scheduler = self.tuning.search, self.tuning.scheduler
-        return {"search": search, "scheduler": scheduler, "stage": stage, "number": number}
+    def _search_part(self, number: int, stage: Literal["search", "winner"]) -> SearchPart:
+        return SearchPart(search=self.tuning.search, scheduler=self.tuning.scheduler, stage=stage, number=number)
 
     def _job(self, place: int) -> Job:
-        search = self._search_part(place, "search")
-        if self.tuning.scheduler == "asha":
-            return self._make_job(self.specs[place], search=search, validate_at=rungs(self.group.steps))
-        if self.tuning.scheduler == "pbt":
-            space = to_plain(self.group.space)
-            return self._make_job(self.specs[place], search=search, space=space, picks=dict(self.points[place]))
-        return self._make_job(self.specs[place], search=search)
+        assert self._context is not None
+        spec, search = self.specs[place], self._search_part(place, "search")
+        if self.tuning.scheduler != "pbt":
+            return Job.of(spec, self._context, search=search)
+        space, picks = to_plain(self.group.space), dict(self.points[place])
+        return Job.of(spec, self._context, search=search, space=space, picks=picks)
 
     # -- Optuna
 
     def _next_job(self) -> Job | None:
-        """The next trial's job: one that was chosen before and did not end, else a new one; None when all are made."""
+        """The next trial's job: one that was chosen before and did not end, else a new one. None if all are made."""
         if self._waiting:
             return self._job(self._waiting.pop(0))
         number, wanted = len(self.specs), self.tuning.num_samples or 0
         if number >= wanted:
             return None
-        tried = [self._tried(picks, spec) for picks, spec in zip(self.points, self.specs, strict=True)]
+        tried = [self._observation(picks, spec) for picks, spec in zip(self.points, self.specs, strict=True)]
         picks = suggest(self.group.space, tried, number=number, seed=self.group.config.seed, num_samples=wanted)
         if picks is None:
             self.exhausted = True
@@ -151,7 +162,7 @@ class MethodSearch:
         self._add(picks)
         return self._job(number)
 
-    def _tried(self, picks: Picks, spec: TrialSpec) -> Observation:
+    def _observation(self, picks: Picks, spec: TrialSpec) -> Observation:
         record = self._trial_store.records.get(spec.key)
         if record is None:
             return Observation(picks=picks, loss=None)
@@ -179,8 +190,8 @@ class MethodSearch:
 
     # -- the winner
 
-    def finals(self) -> list[tuple[TrialSpec, dict[str, Any], dict[str, Any]]]:
-        """The winner's trials with the test: (trial, part of its record, further fields of its job); maybe none.
+    def finals(self) -> list[Final]:
+        """The winner's trials with the test; none if no trial came to its end.
 
         A population's winner is not trained again: its last checkpoint is tested, since no configuration could say
         what it went through.
@@ -188,12 +199,12 @@ class MethodSearch:
         best = winner(self.records())
         if best is None or best.search is None:
             return []
-        search = self._search_part(best.search.number, "winner")
+        number = best.search.number
+        search = self._search_part(number, "winner")
         if self.tuning.scheduler != "pbt":
-            specs = self.group.finals(self.points[best.search.number], self.tuning.seeds)
-            return [(spec, search, {}) for spec in specs]
-        search["lineage"] = [step.model_dump() for step in best.search.lineage]
-        folder = self.specs[best.search.number].folder
-        standing = MemberState.from_json(self._storage.read_text(folder, STANDING_FILE))
+            specs = self.group.finals(self.points[number], self.tuning.seeds)
+            return [Final(spec=spec, search=search) for spec in specs]
+        state = MemberState.model_validate_json(self._storage.read_text(self.specs[number].folder, STATE_FILE))
         config = RunConfig.parse(best.config).override({"evaluation.test": True})
-        return [(TrialSpec(config=config), search, {"start_from": standing.checkpoint})]
+        search = search.model_copy(update={"lineage": best.search.lineage})
+        return [Final(spec=TrialSpec(config=config), search=search, start_from=state.checkpoint)]

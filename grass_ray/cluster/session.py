@@ -1,12 +1,10 @@
-"""Joining or starting Ray, checking that trials fit, and running them through Ray Tune.
+"""Join a Ray cluster or start Ray here, and divide its machines among trials.
 
 ::
 
     with ray_cluster() as cluster:
         cluster.check_storage(storage)
-        share = cluster.share(cpus=None, gpus=None, max_concurrent=None)
-        run_trials(Batch(name="tune", jobs=jobs), share, storage, callbacks=[SweepCallback(trial_store)],
-                   max_failures=2)
+        resources = cluster.trial_resources(cpus=None, gpus=None, max_concurrent=None)
 
 Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
 On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
@@ -22,9 +20,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,14 +30,11 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import ray
 import torch
-from ray import tune
-from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from grass_ray.cluster.job import TrialResources
 from grass_ray.cluster.orphans import free_orphans
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.trial import Job, drive_trial
 from grass_ray.config import ConfigError
 
 WORKER_ENVIRONMENT = {
@@ -63,16 +58,6 @@ _SHORT_FOLDER = "/tmp"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
 PROBE_FILE = ".seen-by-every-machine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialResources:
-    """What each worker of a trial gets, and how many trials run at once."""
-
-    cpus: int
-    gpus: int
-    slots: int
-    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +108,29 @@ class ClusterInfo:
                 "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
             )
 
-    def share(
+    def trial_resources(
         self,
         *,
         cpus: int | None,
         gpus: int | None,
         max_concurrent: int | None,
         workers: int = 1,
-        fewest_workers: int | None = None,
+        min_workers: int | None = None,
     ) -> TrialResources:
-        """What each worker of a trial gets; by default a GPU where there is one, and the CPUs that come with it.
+        """Divide the machines among trials.
 
-        An elastic trial needs room for its ``fewest_workers`` only, and others run beside it where there is room for
-        all ``workers`` of each.
+        Args:
+            cpus: of each worker; None takes those that come with its GPU, or of a machine without one all.
+            gpus: of each worker; None takes one where there are any.
+            max_concurrent: trials at once, at most.
+            workers: of each trial.
+            min_workers: an elastic trial needs room for so many only; others run beside it where there is room for all
+                ``workers`` of each.
 
         Raises:
-            ConfigError: When the machines cannot hold a trial's workers; Ray would wait for ever.
+            ConfigError: the machines cannot hold a trial's workers; Ray would wait for ever.
         """
+        min_workers = workers if min_workers is None else min_workers
         if gpus is None:
             gpus = 1 if any(machine[1] for machine in self.machines) else 0
         able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
@@ -149,20 +140,28 @@ class ClusterInfo:
                 max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
             )
         room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
-        fewest = workers if fewest_workers is None else fewest_workers
-        if room < fewest:
-            held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
-            if fewest > 1:
-                raise ConfigError(
-                    f"the cluster cannot hold {fewest} workers of {cpus or 1} CPUs and {gpus} GPUs each; "
-                    f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
-                )
-            raise ConfigError(
-                f"no machine can hold a trial of {cpus or 1} CPUs and {gpus} GPUs; the cluster has {held}; "
-                "lower --cpus-per-trial or --gpus-per-trial"
-            )
+        if room < min_workers:
+            raise ConfigError(self._no_room(cpus or 1, gpus, min_workers))
         slots = max(room // workers, 1)
-        return TrialResources(cpus=cpus or 1, gpus=gpus, slots=min(slots, max_concurrent or slots), workers=workers)
+        return TrialResources(
+            cpus=cpus or 1,
+            gpus=gpus,
+            slots=min(slots, max_concurrent or slots),
+            workers=workers,
+            min_workers=min_workers,
+        )
+
+    def _no_room(self, cpus: int, gpus: int, workers: int) -> str:
+        held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
+        if workers > 1:
+            return (
+                f"the cluster cannot hold {workers} workers of {cpus} CPUs and {gpus} GPUs each; "
+                f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
+            )
+        return (
+            f"no machine can hold a trial of {cpus} CPUs and {gpus} GPUs; the cluster has {held}; "
+            "lower --cpus-per-trial or --gpus-per-trial"
+        )
 
 
 @contextmanager
@@ -338,72 +337,6 @@ def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]
 def _sees(uri: str) -> tuple[bool, str]:
     """Whether this machine sees the storage's file, and this machine's address."""
     return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Trials that one Tuner runs: known jobs, or ``num_samples`` of a searcher's, under a scheduler or none."""
-
-    name: str
-    jobs: Sequence[Job] = ()
-    searcher: Searcher | None = None
-    num_samples: int = 1
-    scheduler: TrialScheduler | None = None
-    trainable: Callable[[dict[str, Any]], None] = drive_trial
-    driver_memory: int = 1  # bytes
-
-
-def run_trials(
-    batch: Batch, share: TrialResources, storage: Storage, callbacks: list[tune.Callback], max_failures: int
-) -> None:
-    """Run every trial of a batch; a failed one does not stop the others.
-
-    Args:
-        batch: the trials.
-        share: what each gets, and how many run at once.
-        storage: the sweep's folder.
-        callbacks: what Tune calls in this process.
-        max_failures: how often a trial's driver may die, beside the deaths of its workers that Train counts.
-    """
-    population = batch.trainable is not drive_trial
-    tuner = tune.Tuner(
-        # Memory alone, and mostly one byte: the driver of a trial must hold no CPU that its own worker waits for.
-        tune.with_resources(batch.trainable, {"memory": batch.driver_memory}),
-        param_space={"job": tune.grid_search([asdict(job) for job in batch.jobs])} if batch.jobs else None,
-        tune_config=tune.TuneConfig(
-            search_alg=batch.searcher,
-            num_samples=batch.num_samples,
-            scheduler=batch.scheduler,
-            # a population's sleeping members count, too: the memory of the drivers limits it instead
-            max_concurrent_trials=None if population else share.slots,
-            reuse_actors=False if population else None,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=batch.name,
-            storage_path=storage.join("ray").uri,
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-
-
-def driver_memory(machines: Sequence[int], slots: int) -> int:
-    """How much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
-
-    Args:
-        machines: bytes that each offers.
-        slots: how many trials may run at once.
-    """
-    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
-    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
-
-
-def _trial_name(trial: Any) -> str:
-    return str(trial.config["job"]["key"])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -9,22 +9,29 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from typing_extensions import override
 
-from grass_ray.commands.train import claimed
+from grass_ray.commands.output import check_new_folder
 from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.execute import Action, Ending, Listener, RunContext, execute
 from grass_ray.paths import find_model
 from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
-from grass_ray.results.provenance import build_record, git_state, hardware, now, versions, write_examples
-from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.provenance import git_state, hardware, versions, write_examples
+from grass_ray.results.record import RunRecord
 from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
 from grass_ray.results.store import download, is_run_id
-from grass_ray.training.report import VALIDATION, RunOutcome, TrainingFailure
+from grass_ray.tasks.scores import EvaluationResult
+from grass_ray.training.report import VALIDATION, StepReport
+
+if TYPE_CHECKING:
+    from grass_ray.training.run import Run
 
 RECORD = "record.json"
 EXAMPLES = "examples.jsonl"
@@ -79,6 +86,15 @@ def read_answers(path: Path) -> Answers:
     return answers
 
 
+def _answers(tasks: Mapping[str, EvaluationResult]) -> Answers:
+    """What was extracted from every example's output just now, as :func:`read_answers` gives it."""
+    answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
+    for task, result in tasks.items():
+        for example in result.examples:
+            answers[task, example.id].append(example.extracted)
+    return answers
+
+
 def reproduce(
     original: Original,
     *,
@@ -101,7 +117,6 @@ def reproduce(
     Raises:
         ConfigError: the record cannot be run here.
     """
-    from grass_ray.export.model import check_output
     from grass_ray.training.run import check_run
 
     record = original.record
@@ -114,10 +129,7 @@ def reproduce(
         )
     config = _config_here(record, model, data_dir)
     check_run(config)
-    if output is not None:
-        check_output(output)
-        with claimed(output):
-            pass  # it can be written to
+    check_new_folder(output)
     console = Console()
 
     def say(text: str) -> None:
@@ -135,16 +147,21 @@ def reproduce(
     if dry_run:
         return 0
     try:
-        rerun, outcome = _run_again(record, config, console, quiet=quiet)
+        listeners = [_Retrace(record), RunProgress(config.name, console=console, quiet=quiet)]
+        result = execute(config, listeners=listeners, threads=record.threads)
     except KeyboardInterrupt:
         say("stopped; nothing was compared and nothing written")
         return INTERRUPTED
-    with tempfile.TemporaryDirectory(prefix="grass_ray-rerun-") as folder:
-        write_examples(Path(folder) / EXAMPLES, {} if outcome is None else outcome.tasks)
-        new_answers = read_answers(Path(folder) / EXAMPLES)
-    checks = compare_records(record, rerun, original.answers, new_answers)
+    rerun = result.record(RunContext(sweep="reproduce", sweep_id="reproduce", run_id=f"reproduce-{record.run_id}"))
+    tasks = {} if result.outcome is None else result.outcome.tasks
+    checks = compare_records(record, rerun, original.answers, _answers(tasks))
     if output is not None:
-        _write(output, config, rerun, outcome, checks, warnings)
+        output.mkdir(parents=True, exist_ok=True)
+        config.save(output / "config.yaml")
+        rerun.save(output / RECORD)
+        write_examples(output / EXAMPLES, tasks)
+        comparison = to_json({"warnings": warnings, "checks": checks}, indent=1)
+        (output / "reproduction.json").write_text(comparison + "\n", encoding="utf-8")
     return _report(checks, say, quiet=quiet)
 
 
@@ -171,8 +188,12 @@ def _steps(record: RunRecord, config: RunConfig) -> str:
     what = f"{config.method.name} on {config.model.name}, seed {config.seed}"
     if not config.training.steps:
         return f"{what}: no training, {len(config.data.tasks)} task(s)"
-    last = max((points[-1][0] for points in record.series.values() if points), default=0)
-    return f"{what}: {last or config.training.steps} steps" + ("" if record.status == "stopped" else ", then evaluates")
+    then = "" if record.status == "stopped" else ", then evaluates"
+    return f"{what}: {_last_step(record) or config.training.steps} steps{then}"
+
+
+def _last_step(record: RunRecord) -> int:
+    return max((points[-1][0] for points in record.series.values() if points), default=0)
 
 
 def _environment(config: RunConfig) -> Environment:
@@ -193,76 +214,23 @@ def _environment(config: RunConfig) -> Environment:
     )
 
 
-def _run_again(
-    record: RunRecord, config: RunConfig, console: Console, *, quiet: bool
-) -> tuple[RunRecord, RunOutcome | None]:
-    """The run once more, to where the original came."""
-    import torch
+class _Retrace(Listener):
+    """Takes a rerun the way of its record: measures what was measured on the way, and stops where it was stopped."""
 
-    from grass_ray.training.run import Run
-    from grass_ray.training.weights import base_model_sha256
+    def __init__(self, record: RunRecord) -> None:
+        self._measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, in a search
+        self._failed = record.status == "failed"
+        self._stop_after = _last_step(record) if record.status == "stopped" else None
 
-    started_at, threads = now(), torch.get_num_threads()
-    torch.set_num_threads(record.threads or threads)  # sums over other parts differ in their last bits
-    stop_after = None
-    if record.status == "stopped":
-        stop_after = max((points[-1][0] for points in record.series.values() if points), default=0)
-    measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, while it was searched
-    run: Run | None = None
-    status: Status = "finished"
-    failure: str | None = None
-    try:
-        run = Run.prepare(config)
-        with RunProgress(config.name, console=console, quiet=quiet) as progress:
-            for report in run.fit():
-                progress.step(report)
-                if report.step in measured:
-                    run.validate()
-                if report.step == stop_after:
-                    break
-            if stop_after is None:
-                run.evaluate(on_progress=progress.evaluating)
-            else:
-                status = "stopped"
-    except TrainingFailure as problem:
-        status, failure = problem.status, problem.reason
-    except ConfigError as problem:
-        if record.status != "failed":
-            raise
-        status, failure = "failed", str(problem)
-    finally:
-        used = torch.get_num_threads()
-        torch.set_num_threads(threads)
-    outcome = None if run is None else run.outcome()
-    rerun = build_record(
-        run_id=f"reproduce-{record.run_id}",
-        sweep="reproduce",
-        sweep_id="reproduce",
-        config=config,
-        status=status,
-        failure=failure,
-        outcome=outcome,
-        started_at=started_at,
-        model_sha256=base_model_sha256(config.model),
-        threads=used,
-    )
-    return rerun, outcome
+    @override
+    def on_step(self, run: Run, report: StepReport) -> Action:
+        if report.step in self._measured:
+            run.validate()
+        return Action.STOP if report.step == self._stop_after else Action.GO
 
-
-def _write(
-    output: Path,
-    config: RunConfig,
-    rerun: RunRecord,
-    outcome: RunOutcome | None,
-    checks: Iterable[Check],
-    warnings: list[str],
-) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    config.save(output / "config.yaml")
-    rerun.save(output / RECORD)
-    write_examples(output / EXAMPLES, {} if outcome is None else outcome.tasks)
-    values = {"warnings": warnings, "checks": list(checks)}
-    (output / "reproduction.json").write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
+    @override
+    def on_error(self, error: BaseException) -> Ending | None:
+        return ("failed", str(error)) if isinstance(error, ConfigError) and self._failed else None
 
 
 def _report(checks: list[Check], say: Callable[[str], None], *, quiet: bool) -> int:

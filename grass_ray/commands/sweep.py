@@ -127,7 +127,7 @@ def _check(plan: SweepPlan, options: SweepOptions) -> None:
     checked: set[Hashable] = set()
     for spec in _to_check(plan):
         try:
-            check_run(spec.config, options.workers_per_trial, options.parallel, options.fewest_workers, checked)
+            check_run(spec.config, options.workers_per_trial, options.parallel, options.min_workers, checked)
         except ConfigError as mistake:
             mistakes[str(mistake)] = None
     if mistakes:

@@ -1,38 +1,35 @@
-"""One run or one evaluation in this process: what ``grass-ray train`` and ``grass-ray eval`` do. Needs no ray.
-
-The loop is the sweep's; here a progress bar, a checkpoint folder and the tracker listen to it.
-"""
+"""``grass-ray train``: one run in this process, recorded and tracked. Needs no ray."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from typing_extensions import override
 
-from grass_ray.config import ConfigError, CustomSource, RunConfig
+from grass_ray.commands.output import check_folder, claimed, describe_lost_test_rows
+from grass_ray.config import CustomSource, RunConfig
+from grass_ray.execute import Action, Ending, Listener, RunContext, RunResult, execute
 from grass_ray.experiment.flags import choose_data
 from grass_ray.methods import get_method
 from grass_ray.overrides import parse
 from grass_ray.paths import with_absolute_paths
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import RunProgress
-from grass_ray.results.provenance import build_record, hardware, now, redact, write_engagement, write_examples
-from grass_ray.results.record import RunRecord, Status
+from grass_ray.results.provenance import hardware, redact
+from grass_ray.results.record import RunRecord
 from grass_ray.results.store import default_tracking_uri
 from grass_ray.results.tracking import Tracker
 from grass_ray.tasks.readback import choose_extraction
-from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
-from grass_ray.training.report import RunOutcome, StepReport, TrainingFailure
+from grass_ray.training.report import StepReport, TrainingFailure
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
@@ -50,19 +47,26 @@ def build_config(
     data_dir: Path | None,
     assignments: Sequence[str],
 ) -> RunConfig:
-    """A run's configuration from what the command line said; None leaves what ``base`` (or the default) says.
+    """Build a run's configuration from what the command line said.
+
+    Args:
+        method: a row of the methods' table; None keeps that of ``base``.
+        base: a ``config.yaml`` to start from; None starts from the defaults.
+        model: name, hub id or folder; None keeps that of ``base``.
+        tasks: a suite, tasks of one suite, or a task's YAML file; None keeps those of ``base``.
+        data_dir: folder of the data; None reads the hub.
+        assignments: further settings as ``dotted.key=value``.
 
     Raises:
         ConfigError: an unknown name, or a value that breaks a rule.
     """
     config = RunConfig(method=get_method("base").config) if base is None else RunConfig.from_yaml(base)
-    row = None
     if method is not None:
         row = get_method(method)
         if base is None or config.method.name != method:
             config = config.model_copy(update={"method": row.config})
-    if row is not None and not row.trains:
-        assignments = [*assignments, "training.steps=0"]
+        if not row.trains:
+            assignments = [*assignments, "training.steps=0"]
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     if tasks is not None:
@@ -83,9 +87,19 @@ def train_locally(
     quiet: bool = False,
     memory_check: bool = True,
 ) -> int:
-    """Train, evaluate and record one run; returns the exit code (0 done, 1 failed, 130 interrupted).
+    """Train, evaluate and record one run.
 
-    ``quiet`` prints only the final leaderboard row, or why there is none. ``memory_check`` refuses what cannot fit.
+    Args:
+        config: the run.
+        output: new or empty folder for everything it writes; with ``resume`` the folder of the run.
+        tracking_uri: MLflow store; None takes MLFLOW_TRACKING_URI, else a database beside the output.
+        resume: go on from the checkpoint in ``output``.
+        dry_run: check everything and print the configuration; nothing is trained or written.
+        quiet: print only the final row of the leaderboard, or why there is none.
+        memory_check: refuse a run that is predicted not to fit into memory.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 130 interrupted.
 
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
@@ -98,7 +112,7 @@ def train_locally(
     check_run(config)
     fitted = fit_to_memory(config) if memory_check else config
     if not dry_run:
-        _check_folder(config, output, resume)
+        check_folder(config, output, resume)
     for line in () if quiet else settings_without_effect(config):
         print(f"without effect: {line}", file=sys.stderr)
     if dry_run:
@@ -107,58 +121,140 @@ def train_locally(
             print(line, file=sys.stderr)
         return 0
     with claimed(output):
-        _check_folder(config, output, resume)  # again, now that nobody else can write there
+        check_folder(config, output, resume)  # again, now that nobody else can write there
         tracker = Tracker(tracking_uri or _default_store(output), EXPERIMENT)
         tracker.open()
         return _LocalRun(config, output, tracker, quiet=quiet).carry_out(fitted)
 
 
-class _LocalRun:
-    """The listeners of one local run: progress, checkpoints, tracker, record."""
+def _default_store(output: Path) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
+        output.parent.parent if output.parent.name == EXPERIMENT else output.parent
+    )
+
+
+class Checkpoints(Listener):
+    """Keeps the last checkpoint in a folder, and goes on from the one that is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._saved_after = -1
+
+    @override
+    def on_start(self, run: Run) -> None:
+        if self._folder.is_dir():
+            run.restore(self._folder)
+
+    @override
+    def after_step(self, run: Run, report: StepReport, action: Action) -> None:
+        if action is not Action.GO:
+            self._save(run)
+
+    @override
+    def on_trained(self, run: Run) -> None:
+        if self._saved_after != run.state.steps_done:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        run.save(self._folder)
+        self._saved_after = run.state.steps_done
+
+
+class StepLog(Listener):
+    """Sends steps to the tracker, several at a time. ``run_id`` is known once the run is opened there."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.run_id = ""
+        self._tracker = tracker
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        self._sent = time.monotonic()
+
+    @override
+    def on_step(self, run: Run, report: StepReport) -> Action:
+        self._pending.append((report.step, report.metrics()))
+        if time.monotonic() - self._sent >= LOG_EVERY_S or report.step == report.total_steps:
+            self.send()
+        return Action.GO
+
+    def send(self) -> None:
+        """Send what is waiting."""
+        if self._pending:
+            self._tracker.log_steps(self.run_id, self._pending)
+        self._pending, self._sent = [], time.monotonic()
+
+
+class CtrlC(Listener):
+    """Ends a run at the first Ctrl-C: after the current step, or at once while the model is loaded or evaluated."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+        self.doing = "while the model was loaded"
+
+    @override
+    def on_start(self, run: Run) -> None:
+        self._interrupts.defer("this step")
+
+    @override
+    def on_step(self, run: Run, report: StepReport) -> Action:
+        self.doing = f"after step {report.step} of {report.total_steps}"
+        return Action.STOP if self._interrupts.heard else Action.GO
+
+    @override
+    def on_trained(self, run: Run) -> None:
+        self._interrupts.deliver()
+        self.doing = f"while it was evaluated, after all {run.state.steps_done} steps"
+
+    @override
+    def on_evaluation(self, task: str, done: int, total: int) -> None:
+        self._interrupts.check()
+
+    @override
+    def on_error(self, error: BaseException) -> Ending | None:
+        if self._interrupts.heard and not isinstance(error, TrainingFailure):
+            return "stopped", f"interrupted {self.doing}"
+        return None
+
+
+class _LocalRun(Listener):
+    """A run in this process: what it prints, where its files go, and how it is tracked."""
 
     def __init__(self, config: RunConfig, output: Path, tracker: Tracker, *, quiet: bool) -> None:
         self.config = config
         self.output = output
-        self.checkpoint = output / "checkpoint"
         self.tracker = tracker
-        self.console = Console()
         self.quiet = quiet
-        self.started_at = now()
-        self.run_id = ""
-        self.run: Run | None = None
-        self._goes_on = False  # with --resume
-        self._doing = "while the model was loaded"
-        self._pending: list[tuple[int, dict[str, float]]] = []
-        self._logged = time.monotonic()
+        self.console = Console()
+        self._steps = StepLog(tracker)
+        self._resumable = False
+        self._defect: BaseException | None = None
 
     def carry_out(self, fitted: RunConfig) -> int:
         """Train to the end, or to the first Ctrl-C; ``fitted`` is the configuration as it fits this machine."""
-        status: Status = "finished"
-        failure: str | None = None
         with Interrupts() as interrupts:
-            try:
+            self._ctrl_c = CtrlC(interrupts)
+
+            def prepare() -> Run:
+                from grass_ray.training.run import Run
+
                 with interrupts.finishing("the start is recorded"):
-                    self._start()
-                self._train(fitted, interrupts)
-            except TrainingFailure as problem:
-                status, failure = problem.status, problem.reason
-            except BaseException as problem:
-                refusal = describe_failure(problem)
-                if interrupts.heard:
-                    status, failure = "stopped", f"interrupted {self._doing}"
-                    self._goes_on = True
-                elif refusal is None:
-                    self._conclude("failed", f"{type(problem).__name__}: {problem}", interrupts)
-                    self.tracker.close()
-                    raise
-                else:
-                    free = shutil.disk_usage(self.output).free / 1024**2
-                    status, failure = "failed", f"{refusal} ({self._doing}; {free:.1f} MiB are free in {self.output})"
-                    self._goes_on = True
-            record = self._conclude(status, failure, interrupts)
+                    self._open()
+                return Run.prepare(fitted)
+
+            progress = RunProgress(self.config.name, console=self.console, quiet=self.quiet)
+            checkpoints = Checkpoints(self.output / "checkpoint")
+            # in this order: the first lines tell of the checkpoint that was restored, and stand above the progress bar
+            listeners = [checkpoints, self._ctrl_c, self, progress, self._steps]
+            result = execute(self.config, prepare=prepare, listeners=listeners)
+            self._resumable |= result.status == "stopped"
+            if interrupts.heard > 1:  # a step may have been cut in two
+                result = replace(result, run=None)
+            record = self._conclude(result, interrupts)
+        if self._defect is not None:
+            self.tracker.close()
+            raise self._defect
         return self._report(record)
 
-    def _start(self) -> None:
+    def _open(self) -> None:
         """Open the run in the store; from here on it must be closed."""
         config = self.config
         config.save(self.output / "config.yaml")
@@ -171,101 +267,81 @@ class _LocalRun:
             "stage": "training",
             "folder": str(self.output.absolute()),
         }
-        self.run_id = self.tracker.start_trial(EXPERIMENT, config.fingerprint, config.name, tags, config.flatten())
+        self._steps.run_id = self.tracker.start_trial(
+            EXPERIMENT, config.fingerprint, config.name, tags, config.flatten()
+        )
 
-    def _train(self, fitted: RunConfig, interrupts: Interrupts) -> None:
-        from grass_ray.training.run import Run
+    # -- while it runs
 
-        run = self.run = Run.prepare(fitted)
-        if self.checkpoint.is_dir():
-            run.restore(self.checkpoint)
-        self._print_head(run.state.optimizer.active_parameters(), run.state.model, run.state.steps_done)
+    @override
+    def on_start(self, run: Run) -> None:
+        """Print the first lines: what runs, how much of it trains, on what, and where everything goes."""
+        config, training = self.config, self.config.training
+        trainable = sum(p.numel() for p in run.state.optimizer.active_parameters())
+        total = sum(p.numel() for p in run.state.model.parameters())
+        schedule = f"{training.steps} steps of {training.batch_size} rows, learning rate {config.method.optimizer.lr:g}"
+        rows = {
+            "run": f"{config.name} in {self.output}",
+            "model": f"{config.model.name}, {config.model.dtype}",
+            "method": f"{config.method.name}, {schedule if training.steps else 'untrained'}",
+            "tasks": f"{config.data.suite}: {' '.join(config.data.tasks)}",
+            "trains": f"{trainable:,} of {total:,} parameters at first",
+            "device": hardware(),
+            "config": str(self.output / "config.yaml"),
+        }
+        if isinstance(config.data.source, CustomSource) and config.evaluation.extraction == "strict":
+            rows["answers"] = "read by strict extraction (evaluation.extraction)"
+        if run.state.steps_done:
+            rows["resumed"] = f"after step {run.state.steps_done}"
+        for name, text in rows.items():
+            self._say(f"{name:9} {text}")
         for line in run.lost_rows():
             self._say(line, always=True)
-        every = self.config.training.checkpoint_every_steps
-        with self._progress() as progress:
-            with interrupts.finishing("this step"):
-                for report in run.fit():
-                    self._doing = f"after step {report.step} of {report.total_steps}"
-                    progress.step(report)
-                    self._log(report)
-                    if every is not None and report.step % every == 0:
-                        run.save(self.checkpoint)
-                    if interrupts.heard:
-                        break
-                run.save(self.checkpoint)
-            self._doing = f"while it was evaluated, after all {run.state.steps_done} steps"
 
-            def show(task: str, done: int, total: int) -> None:
-                interrupts.check()
-                progress.evaluating(task, done, total)
+    @override
+    def on_error(self, error: BaseException) -> Ending | None:
+        """A refusal of the system can be resumed; a defect is recorded, too, and then raised."""
+        if isinstance(error, TrainingFailure):
+            return None
+        refusal = describe_failure(error)
+        if refusal is None:
+            self._defect = error
+            return "failed", f"{type(error).__name__}: {error}"
+        self._resumable = True
+        free = shutil.disk_usage(self.output).free / 1024**2
+        return "failed", f"{refusal} ({self._ctrl_c.doing}; {free:.1f} MiB are free in {self.output})"
 
-            run.evaluate(on_progress=show)
+    # -- the end
 
-    def _progress(self) -> RunProgress:
-        return RunProgress(self.config.name, console=self.console, quiet=self.quiet)
-
-    def _say(self, text: str, *, always: bool = False) -> None:
-        """Print; with ``--quiet`` only what must ``always`` be said."""
-        if always or not self.quiet:
-            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-    def _log(self, report: StepReport) -> None:
-        """Send steps to the tracker, several at a time."""
-        self._pending.append((report.step, report.metrics()))
-        if time.monotonic() - self._logged >= LOG_EVERY_S or report.step == report.total_steps:
-            self.tracker.log_steps(self.run_id, self._pending)
-            self._pending, self._logged = [], time.monotonic()
-
-    def _conclude(self, status: Status, failure: str | None, interrupts: Interrupts) -> RunRecord:
+    def _conclude(self, result: RunResult, interrupts: Interrupts) -> RunRecord:
         """Write the record and what goes with it, and close the run in the store, however much of it still can be."""
         from grass_ray.results.figures.registry import write_run_plots
 
-        # after a second Ctrl-C a step may have been cut in two
-        outcome = None if self.run is None or interrupts.heard > 1 else self.run.outcome()
-        record = self._record(status, failure, outcome)
+        run_id = f"{EXPERIMENT}-{self.config.fingerprint}"
+        record = result.record(RunContext(sweep=EXPERIMENT, sweep_id=EXPERIMENT, run_id=run_id))
         try:
             with interrupts.finishing("the results are written"):
                 record.save(self.output / "record.json")
-                if outcome is not None:
-                    write_examples(self.output / "examples.jsonl", outcome.tasks)
-                    write_engagement(self.output, outcome.engagement)
+                result.write_files(self.output)
+                if result.outcome is not None:
                     write_run_plots(record, self.output)
         except KeyboardInterrupt:
             pass  # the pictures at most are missing
-        except Exception as problem:
-            refusal = describe_failure(problem)
+        except Exception as error:
+            refusal = describe_failure(error)
             if refusal is None:
                 raise
             if record.status == "finished":
                 record.status, record.failure = "failed", f"not all results could be written: {refusal}"
-                self._goes_on = True
+                self._resumable = True
         interrupts.ignore()
-        if self.run_id:
-            if self._pending:
-                self.tracker.log_steps(self.run_id, self._pending)
-            self.tracker.finish(self.run_id, record, self.output)
+        if self._steps.run_id:
+            self._steps.send()
+            self.tracker.finish(self._steps.run_id, record, self.output)
         return record
 
-    def _record(self, status: Status, failure: str | None, outcome: RunOutcome | None) -> RunRecord:
-        import torch
-
-        from grass_ray.training.weights import base_model_sha256
-
-        return build_record(
-            run_id=f"{EXPERIMENT}-{self.config.fingerprint}",
-            sweep=EXPERIMENT,
-            sweep_id=EXPERIMENT,
-            config=self.config,
-            status=status,
-            failure=failure,
-            outcome=outcome,
-            started_at=self.started_at,
-            model_sha256=None if outcome is None else base_model_sha256(self.config.model),
-            threads=torch.get_num_threads(),
-        )
-
     def _report(self, record: RunRecord) -> int:
+        """Print how the run ended and where everything is; returns the exit code."""
         from grass_ray.results.leaderboard import build_leaderboard
         from grass_ray.results.rendering import render
 
@@ -274,174 +350,18 @@ class _LocalRun:
             self._say(render(build_leaderboard([record])), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
-        for line in _lost_test_rows(record):
+        for line in describe_lost_test_rows(record):
             self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
-        self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self.run_id}")
+        self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self._steps.run_id}")
         if unsent:
             self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
-        if self._goes_on:
+        if self._resumable:
             words = [word for word in sys.argv[1:] if word != "--resume"]
             self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)
         return {"finished": 0, "stopped": INTERRUPTED}.get(record.status, FAILED)
 
-    def _print_head(self, active: Sequence[object], model: object, steps_done: int) -> None:
-        """First lines: what runs, how much of it trains, on what, and where everything goes."""
-        trainable = sum(p.numel() for p in active)  # type: ignore[attr-defined]
-        total = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
-        config = self.config
-        rows = {
-            "run": f"{config.name} in {self.output}",
-            "model": f"{config.model.name}, {config.model.dtype}",
-            "method": f"{config.method.name}, {_schedule(config)}",
-            "tasks": f"{config.data.suite}: {' '.join(config.data.tasks)}",
-            "trains": f"{trainable:,} of {total:,} parameters at first",
-            "device": hardware(),
-            "config": str(self.output / "config.yaml"),
-        }
-        if isinstance(config.data.source, CustomSource) and config.evaluation.extraction == "strict":
-            rows["answers"] = "read by strict extraction (evaluation.extraction)"
-        if steps_done:
-            rows["resumed"] = f"after step {steps_done}"
-        for name, text in rows.items():
-            self._say(f"{name:9} {text}")
-
-
-def _schedule(config: RunConfig) -> str:
-    """How much it trains, in a few words."""
-    training = config.training
-    if not training.steps:
-        return "untrained"
-    return f"{training.steps} steps of {training.batch_size} rows, learning rate {config.method.optimizer.lr:g}"
-
-
-def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
-    """Evaluate a model, or the trained model in ``run_folder``; prints a table and returns the exit code.
-
-    Raises:
-        ConfigError: any mistake that shows before the model is loaded.
-    """
-    from grass_ray.export.model import check_output, load_trained_model
-    from grass_ray.results.leaderboard import build_leaderboard
-    from grass_ray.results.rendering import render
-    from grass_ray.tasks.evaluation import check_evaluation, evaluate
-    from grass_ray.tasks.lm_eval_results import HarnessResults
-    from grass_ray.tasks.readback import check_answers
-    from grass_ray.tasks.sources import check_data
-    from grass_ray.training.models import cache_folder, check_lengths, check_model, load_model, load_tokenizer
-    from grass_ray.training.weights import base_model_sha256
-
-    check_model(config.model)
-    check_lengths(config.model_copy(update={"training": config.training.model_copy(update={"steps": 0})}))
-    check_data(config.data, training=False)
-    check_evaluation(config.data, config.evaluation)
-    check_answers(config.data, config.evaluation, load_tokenizer(config.model), online=True)
-    if output is not None:
-        check_output(output)
-        with claimed(output):
-            pass  # it can be written to
-    started_at = now()
-    collected = HarnessResults()
-    loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
-    with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
-        results = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            config.data,
-            config.evaluation,
-            cache=cache_folder() / "tokens",
-            on_progress=progress.evaluating,
-            on_outcome=collected.add,
-        )
-    record = build_record(
-        run_id=f"eval-{config.fingerprint}",
-        sweep="eval",
-        sweep_id="eval",
-        config=config,
-        status="finished",
-        failure=None,
-        outcome=RunOutcome(
-            metrics=accuracy_metrics(results) | workload_metrics(results),
-            series={},
-            tasks=results,
-            engagement=None,
-            data={},
-            model_revision=loaded.revision,
-        ),
-        started_at=started_at,
-        model_sha256=base_model_sha256(config.model),
-    )
-    print(render(build_leaderboard([record])))
-    for line in _lost_test_rows(record):
-        print(line)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        record.save(output / "record.json")
-        write_examples(output / "examples.jsonl", results)
-        name = config.model.name if run_folder is None else str(run_folder)
-        collected.write(output / "lm_eval", model=name, evaluation=config.evaluation)
-        if not quiet:
-            print(f"wrote {output}/record.json, examples.jsonl and lm_eval/")
-    return 0
-
-
-def _lost_test_rows(record: RunRecord) -> list[str]:
-    """A line for each set of test rows of which some could not be used, or not as a whole."""
-    skipped = {task: score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()}
-    said = [f"skipped   {lost} test rows of {task}: they could not be used" for task, lost in skipped.items() if lost]
-    if cut := record.metrics.get("evaluation/prompts_cut"):
-        said.append(
-            f"cut       {cut:.0f} test prompts at their beginning: the model has no room for them; take one with more "
-            "positions, or a smaller max_new_tokens"
-        )
-    return said
-
-
-def _default_store(output: Path) -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
-        output.parent.parent if output.parent.name == EXPERIMENT else output.parent
-    )
-
-
-@contextmanager
-def claimed(output: Path) -> Iterator[None]:
-    """Hold an output folder that can be written to, and no other process writes to; made where there is none.
-
-    Raises:
-        ConfigError: it cannot be written to, or another run writes there.
-    """
-    made = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            handle = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"cannot write to the output {output}: {error.strerror}; name another folder") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            made = False
-            raise ConfigError(f"another run is writing to the output {output}; wait for it, or name another") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
-        if made:
-            with suppress(OSError):  # something was written
-                output.rmdir()
-
-
-def _check_folder(config: RunConfig, output: Path, resume: bool) -> None:
-    """A new run needs a new or empty folder; a resumed one the folder of the same configuration."""
-    from grass_ray.export.model import check_output
-
-    if not resume:
-        check_output(output)
-        return
-    saved = output / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"nothing to resume in {output}: it has no config.yaml; leave --resume out to start there")
-    if RunConfig.from_yaml(saved) != config:
-        raise ConfigError(f"{output} holds a run with another configuration; resume with the flags it was started with")
+    def _say(self, text: str, *, always: bool = False) -> None:
+        """Print; with ``--quiet`` only what must ``always`` be said."""
+        if always or not self.quiet:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)

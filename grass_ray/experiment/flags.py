@@ -137,7 +137,7 @@ class SweepOptions:
     quiet: Annotated[bool, tyro.conf.arg(help="only the final leaderboard, failures and errors")] = False
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         """The number of workers that a trial begins and goes on with at least."""
         return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
 
@@ -279,7 +279,7 @@ def _check_numbers(options: SweepOptions) -> None:
         value = getattr(options, flag)
         if value is not None and value < 0:
             mistakes.append(f"--{flag.replace('_', '-')} {value}: give 0 or more")
-    fewest = options.fewest_workers
+    fewest = options.min_workers
     if fewest > options.workers_per_trial:
         mistakes.append(
             f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {options.workers_per_trial}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_ray.config import ConfigError, LoraConfig, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.paths import BUILT_IN
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.checkpoint import load_weights
@@ -77,8 +77,8 @@ def check_output(folder: Path) -> None:
 
 
 def is_mergeable(config: RunConfig) -> bool:
-    """Whether the run's model has the base model's architecture in the end: no adapter, or low-rank updates."""
-    return config.method.adapter is None or isinstance(config.method.adapter, LoraConfig)
+    """Whether the trained model has the architecture of its base model: no adapter, or one that can be merged."""
+    return config.method.adapter is None or config.method.adapter.mergeable
 
 
 @contextmanager

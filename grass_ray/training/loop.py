@@ -62,6 +62,10 @@ class TrainState:
         """Optimizer steps so far, probing included."""
         return self.probed + self.trained
 
+    def record(self, name: str, value: float) -> None:
+        """Add a point to the series ``name``, at the step that was just done."""
+        self.series.setdefault(name, []).append((self.steps_done, value))
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps in all, probing included."""
@@ -73,17 +77,22 @@ class TrainState:
         return self.timed_tokens / self.timed_s if self.timed_s else math.nan
 
 
-def fit(state: TrainState) -> Iterator[StepReport]:
-    """Train from where ``state`` stands to its last step, one report an optimizer step.
+def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
+    """Train from where ``state`` stands to its last step, yielding one report per optimizer step.
 
     Probing steps see the first batches, and training starts again from the first batch: none is lost to it.
+
+    Args:
+        state: the run.
+        until: stop when so many training steps are done; None takes all of ``state.config.steps``.
 
     Raises:
         TrainingFailure: the device ran out of memory, or the loss or a gradient is not a finite number.
     """
     state.model.train()
     optimizer = state.optimizer
-    while state.trained < state.config.steps:
+    last = state.config.steps if until is None else min(until, state.config.steps)
+    while state.trained < last:
         probing = optimizer.probing
         # 1. the batch of this step
         number = state.probed if probing else state.trained
@@ -161,7 +170,7 @@ def fit(state: TrainState) -> Iterator[StepReport]:
         )
         state.engagement.note(report, optimizer)
         for name, value in report.metrics().items():
-            state.series.setdefault(name, []).append((report.step, value))
+            state.record(name, value)
         yield report
 
 
@@ -224,7 +233,7 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
 
 class StepMeasure:
-    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.samplers.Measure`).
+    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.sampler.Measure`).
 
     Args:
         state: the run.

@@ -201,7 +201,7 @@ def check_lengths(config: RunConfig) -> None:
     positions = describe_model(config.model).max_positions
     if positions is None:
         return
-    virtual = getattr(config.method.adapter, "num_virtual_tokens", 0)
+    virtual = 0 if config.method.adapter is None else config.method.adapter.virtual_tokens
     generated = config.evaluation.test and config.evaluation.scoring == "generation"
     answers = {key: find_task(key, config.data.source).max_new_tokens for key in config.data.tasks if generated}
     mistakes = []

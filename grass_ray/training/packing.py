@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grass_ray.config import AdapterConfig, ConfigError, PrefixConfig, PromptConfig
+from grass_ray.config import AdapterConfig, ConfigError
 
 # how far logits may differ, over the largest of them: rounding; a document that sees another differs by far more
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -23,7 +23,7 @@ ADVICE = "use data.batching=bucketed, or plain"
 
 def check_packed_adapter(adapter: AdapterConfig | None) -> None:
     """Raise :class:`ConfigError` for adapters that put virtual tokens before every row."""
-    if isinstance(adapter, PrefixConfig | PromptConfig):
+    if adapter is not None and adapter.virtual_tokens:
         raise ConfigError(
             f"data.batching=packed puts several documents into a row, but {adapter.kind} tuning has virtual tokens "
             f"before a row, not before each document; {ADVICE}"

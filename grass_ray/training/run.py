@@ -22,21 +22,16 @@ from typing import Any
 import torch
 
 from grass_ray.config import (
-    ApolloConfig,
     ConfigError,
-    GaLoreConfig,
     HubSource,
     MethodConfig,
     ModelConfig,
     Parallel,
-    PrefixConfig,
-    ProjectionConfig,
     RunConfig,
 )
-from grass_ray.layerwise.samplers import CyclicSampler, Sampler
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
-from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.readback import check_answers
@@ -60,7 +55,6 @@ from grass_ray.training.models import (
 )
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
-from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.trace import EngagementLog
 from grass_ray.training.validation import answer_loss, hold_out
@@ -74,7 +68,7 @@ def check_run(
     config: RunConfig,
     workers: int = 1,
     parallel: Parallel = "replicate",
-    fewest_workers: int | None = None,
+    min_workers: int | None = None,
     checked: set[Hashable] | None = None,
 ) -> None:
     """Find every mistake that shows before weights are loaded: model, gamma, data, evaluation, workers.
@@ -83,7 +77,7 @@ def check_run(
         config: the run.
         workers: how many share the micro-batches of every step.
         parallel: what each of them holds of the model.
-        fewest_workers: the run may go on with any number of workers from this one up; None never changes it.
+        min_workers: the run may go on with any number of workers from this one up; None never changes it.
         checked: data and models whose rows were found good, which are not read again; new ones are added.
 
     Raises:
@@ -98,7 +92,7 @@ def check_run(
             if str(error) not in mistakes:  # a model or file that cannot be read stops several checks
                 mistakes.append(str(error))
 
-    fewest = workers if fewest_workers is None else fewest_workers
+    fewest = workers if min_workers is None else min_workers
     attempt(lambda: _check_workers(config, fewest, workers))
     if parallel == "shard":
         attempt(lambda: check_shardable(config, fewest))
@@ -184,7 +178,7 @@ class Run:
             check_packing(model)
         if parallel == "shard":
             shard_model(model, device)
-        sampler = build_sampler(config.method, config.seed, training.steps)
+        sampler = config.method.sampler.build(seed=config.seed, train_steps=training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
             config=training,
@@ -201,9 +195,9 @@ class Run:
             data["validation"] = {"rows": held_out.summary()["train_rows_used"], "sha256": hash_rows(chosen)}
         return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out)
 
-    def fit(self) -> Iterator[StepReport]:
-        """Train to the last step, one report an optimizer step (see :func:`grass_ray.training.loop.fit`)."""
-        return fit(self.state)
+    def fit(self, until: int | None = None) -> Iterator[StepReport]:
+        """Train to the last step, or to the training step ``until`` (see :func:`grass_ray.training.loop.fit`)."""
+        return fit(self.state, until)
 
     def save(self, folder: Path | None) -> None:
         """Write a checkpoint; with None, help another worker to write it (:func:`save_checkpoint`)."""
@@ -225,7 +219,7 @@ class Run:
             ConfigError: no rows are held out (``data.validation_rows``).
         """
         loss = self._held_out_loss()
-        self.state.series.setdefault(VALIDATION, []).append((self.state.steps_done, loss))
+        self.state.record(VALIDATION, loss)
         return loss
 
     def _held_out_loss(self) -> float:
@@ -332,7 +326,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        projection=build_projection(settings.projection),
+        projection=None if settings.projection is None else settings.projection.build(),
         precision=settings.precision,
         offload=method.offload,
         inactive_states=method.inactive_states,
@@ -343,22 +337,6 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         # the loop divides by the labels of all workers
         gradient_reduction="sum",
     )
-
-
-def build_projection(config: ProjectionConfig | None) -> Projection | None:
-    """The projection of moments that a method's row describes."""
-    match config:
-        case None:
-            return None
-        case GaLoreConfig():
-            return GaLore(rank=config.rank, refresh_period=config.refresh_period, scale=config.scale)
-        case ApolloConfig():
-            return Apollo(
-                rank=config.rank,
-                refresh_period=config.refresh_period,
-                scale=config.scale,
-                scaling=config.scaling,
-            )
 
 
 def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
@@ -372,8 +350,8 @@ def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim
         num_warmup_steps=training.warmup_steps,
         num_training_steps=max(training.steps, 1),
     )
-    if isinstance(optimizer.sampler, CyclicSampler) and getattr(config.method.sampler, "hold_lr", False):
-        _hold_within_cycles(schedule, optimizer.sampler.cycle_steps, training.warmup_steps)
+    if optimizer.sampler.lr_cycle_steps > 1:
+        _hold_within_cycles(schedule, optimizer.sampler.lr_cycle_steps, training.warmup_steps)
     return schedule
 
 
@@ -413,15 +391,16 @@ def tokenizer_to_check(model: ModelConfig) -> Any:
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights: what cannot work with this model shows here."""
     check_model(config.model)
-    if isinstance(config.method.adapter, PrefixConfig) and config.training.gradient_checkpointing:
+    adapter = config.method.adapter
+    if config.training.gradient_checkpointing and adapter is not None and not adapter.allows_checkpointing:
         raise ConfigError(
-            "prefix tuning cannot train with gradient checkpointing: its keys and values live in the cache that "
-            "checkpointing drops; set training.gradient_checkpointing=false"
+            f"{adapter.kind} tuning cannot train with gradient checkpointing: its keys and values live in the cache "
+            "that checkpointing drops; set training.gradient_checkpointing=false"
         )
-    model = add_adapter(build_skeleton(config.model), config.method.adapter)
+    model = add_adapter(build_skeleton(config.model), adapter)
     # nothing is streamed here, so no host memory is taken for it
     method = config.method.model_copy(update={"offload": "none"})
     try:
-        build_optimizer(model, build_sampler(method, config.seed, config.training.steps), method)
+        build_optimizer(model, method.sampler.build(seed=config.seed, train_steps=config.training.steps), method)
     except ValueError as error:
         raise ConfigError(f"{config.model.name}: {error}") from None

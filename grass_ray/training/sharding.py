@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_ray.config import ConfigError, LoraConfig, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.layerwise.stack import find_decoder_stack
 
 
@@ -30,7 +30,7 @@ def check_shardable(config: RunConfig, workers: int) -> None:
         mistakes.append("there is one worker, and sharding needs two or more (--workers-per-trial 2)")
     if config.method.optimizer.projection is not None:
         mistakes.append(f"{name} projects whole matrices, of which a worker has some rows")
-    if config.method.adapter is not None and not isinstance(config.method.adapter, LoraConfig):
+    if config.method.adapter is not None and not config.method.adapter.shardable:
         mistakes.append(f"{name} trains vectors outside of the model that is sharded")
     if mistakes:
         raise ConfigError(f"the model cannot be sharded (FSDP2): {'; '.join(mistakes)}; or leave --parallel shard out")

@@ -15,7 +15,7 @@ from grass_ray.progress import SweepProgress
 from grass_ray.results.best_settings import best_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.searches import rung_losses
 from grass_ray.results.tracking import Tracker
 
@@ -36,7 +36,7 @@ def books(tmp_path: Path) -> tuple[TrialStore, TrialSpec]:
     progress = SweepProgress("mini", [], quiet=True, expected=plan.num_trials)
     trial_store = TrialStore(plan, storage, tracker, progress, tmp_path, overview)
     spec = tuning.trials[0]
-    trial_store.add(spec, {"search": "random", "scheduler": "asha", "stage": "search", "number": 0})
+    trial_store.add(spec, SearchPart(search="random", scheduler="asha", stage="search", number=0))
     return trial_store, spec
 
 

@@ -21,8 +21,8 @@ def trial(key: str, **job: Any) -> Trial:
     return Trial("drive_trial", config={"job": {"key": key, **job}}, stub=True, trial_id=key)
 
 
-def report(scheduler: Asha, one: Trial, updates: int, loss: float) -> str:
-    return scheduler.on_trial_result(None, one, {"step": updates, "validation/loss": loss})
+def report(scheduler: Asha, one: Trial, train_step: int, loss: float) -> str:
+    return scheduler.on_trial_result(None, one, {"step": train_step, "validation/loss": loss})
 
 
 def test_asha_stops_what_is_not_among_the_best_third_at_a_rung_and_remembers_why() -> None:
@@ -32,8 +32,8 @@ def test_asha_stops_what_is_not_among_the_best_third_at_a_rung_and_remembers_why
         scheduler.on_trial_add(None, one)
     assert report(scheduler, good, 4, 1.0) == TrialScheduler.CONTINUE
     assert report(scheduler, bad, 4, 1.5) == TrialScheduler.STOP
-    assert scheduler.verdicts.keys() == {"bad"}
-    assert scheduler.verdicts["bad"].describe(36).startswith("stopped early at step 4 of 36 by ASHA: its validation")
+    assert scheduler.stopped.keys() == {"bad"}
+    assert scheduler.stopped["bad"].describe(36).startswith("stopped early at step 4 of 36 by ASHA: its validation")
     assert report(scheduler, good, 12, 9.0) == TrialScheduler.CONTINUE, "the first at a rung has nobody to lose to"
 
 

@@ -33,18 +33,19 @@ def test_a_sweep_says_whether_it_joined_a_cluster_or_started_a_ray_of_its_own() 
 def test_trials_at_once_always_fit_together(
     machines: tuple[tuple[int, int], ...], asked: tuple[int | None, int | None], expected: tuple[int, int, int]
 ) -> None:
-    share = view(*machines).share(cpus=asked[0], gpus=asked[1], max_concurrent=None)
-    assert (share.cpus, share.gpus, share.slots) == expected
+    resources = view(*machines).trial_resources(cpus=asked[0], gpus=asked[1], max_concurrent=None)
+    assert (resources.cpus, resources.gpus, resources.slots) == expected
     places = sum(
-        min(cpus // share.cpus, gpus // share.gpus if share.gpus else cpus // share.cpus) for cpus, gpus in machines
+        min(cpus // resources.cpus, gpus // resources.gpus if resources.gpus else cpus // resources.cpus)
+        for cpus, gpus in machines
     )
-    assert share.slots <= places
+    assert resources.slots <= places
 
 
-def test_an_elastic_trial_needs_room_for_its_fewest_workers() -> None:
+def test_an_elastic_trial_needs_room_for_its_smallest_number_of_workers() -> None:
     def slots(*machines: tuple[int, int]) -> int:
         asked = view(*machines)
-        return asked.share(cpus=1, gpus=None, max_concurrent=None, workers=4, fewest_workers=2).slots
+        return asked.trial_resources(cpus=1, gpus=None, max_concurrent=None, workers=4, min_workers=2).slots
 
     assert slots((1, 0), (1, 0)) == 1
     assert slots((4, 0), (4, 0), (3, 0)) == 2
@@ -54,7 +55,7 @@ def test_an_elastic_trial_needs_room_for_its_fewest_workers() -> None:
 
 def test_what_no_single_machine_holds_is_refused_although_all_together_would() -> None:
     with pytest.raises(ConfigError, match="no machine can hold a trial of 3 CPUs and 0 GPUs; the cluster has 2 CPUs"):
-        view((2, 0), (2, 0)).share(cpus=3, gpus=None, max_concurrent=None)
+        view((2, 0), (2, 0)).trial_resources(cpus=3, gpus=None, max_concurrent=None)
 
 
 @pytest.mark.parametrize(

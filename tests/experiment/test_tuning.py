@@ -7,15 +7,16 @@ import pytest
 import yaml
 from mini_search import SWEEP
 
+from grass_ray.cluster.job import Job, SweepContext, TrialResources
 from grass_ray.cluster.pbt import MemberState, next_generation
-from grass_ray.cluster.session import driver_memory
-from grass_ray.cluster.trial import Job
+from grass_ray.cluster.tuner import driver_memory
 from grass_ray.commands.sweep import main
 from grass_ray.config import ConfigError
 from grass_ray.experiment.flags import SweepOptions, choose
 from grass_ray.experiment.plan import SweepPlan, make_tuning, untrained
 from grass_ray.experiment.space import to_plain
 from grass_ray.experiment.tuning import MUTABLE, Tuning, generation_ends, rungs
+from grass_ray.results.record import LineageStep, SearchPart
 
 
 def tuning(**flags: Any) -> Tuning:
@@ -117,31 +118,32 @@ def test_as_many_drivers_fit_as_trials_may_run_at_once() -> None:
 
 def member() -> Job:
     (group,) = tuning(scheduler="pbt", num_samples=2, methods=("grass",)).groups
+    context = SweepContext(sweep="s", sweep_id="i", storage="/x", resources=TrialResources(cpus=1, gpus=0))
+    search = SearchPart(search="random", scheduler="pbt", stage="search", number=0)
     return Job(
-        config=group.config.to_dict(), key="a" * 12, folder="f", sweep="s", sweep_id="i", storage="/x", cpus=1, gpus=0,
-        space=to_plain(group.space), picks=dict(group.points[0]), search={"number": 0},
+        config=group.config, key="a" * 12, folder="f", context=context, search=search,
+        space=to_plain(group.space), picks=dict(group.points[0]),
     )  # fmt: skip
 
 
 def test_a_member_goes_on_from_its_own_checkpoint_without_a_new_entry_in_its_lineage() -> None:
-    first = next_generation(member(), MemberState(updates=0, checkpoint=None, key="a" * 12))
+    first = next_generation(member(), MemberState(train_step=0, checkpoint=None, key="a" * 12))
     assert (first.until, first.validate_at, first.start_from) == (9, (9,), None)
     assert first.search is not None
-    lineage = first.search["lineage"]
-    assert [(step["step"], step["weights_of"]) for step in lineage] == [(0, "a" * 12)]
-    own = next_generation(member(), MemberState(updates=9, checkpoint="/c", key="a" * 12, lineage=lineage))
+    lineage = first.search.lineage
+    assert [(step.step, step.weights_of) for step in lineage] == [(0, "a" * 12)]
+    own = next_generation(member(), MemberState(train_step=9, checkpoint="/c", key="a" * 12, lineage=lineage))
     assert own.search is not None
-    assert (own.until, own.start_from, own.search["lineage"]) == (18, "/c", lineage)
-    last = next_generation(member(), MemberState(updates=27, checkpoint="/d", key="a" * 12, lineage=lineage))
+    assert (own.until, own.start_from, own.search.lineage) == (18, "/c", lineage)
+    last = next_generation(member(), MemberState(train_step=27, checkpoint="/d", key="a" * 12, lineage=lineage))
     assert (last.until, last.validate_at) == (36, ())
     assert len({job.train_name for job in (first, own, last)}) == 3
 
 
 def test_taking_over_another_members_weights_is_written_down_with_the_changed_settings() -> None:
-    before = [{"step": 0, "weights_of": "b" * 12, "settings": {"method.optimizer.lr": 0.5}}]
-    job = next_generation(member(), MemberState(updates=9, checkpoint="/c", key="b" * 12, lineage=before))
+    before = [LineageStep(step=0, weights_of="b" * 12, settings={"method.optimizer.lr": 0.5})]
+    job = next_generation(member(), MemberState(train_step=9, checkpoint="/c", key="b" * 12, lineage=before))
     assert job.search is not None
-    assert job.search["lineage"][0] == before[0]
-    assert job.search["lineage"][1]["step"] == 9
-    assert job.search["lineage"][1]["weights_of"] == "b" * 12
-    assert job.config["method"]["optimizer"]["lr"] == job.search["lineage"][1]["settings"]["method.optimizer.lr"]
+    assert job.search.lineage[0] == before[0]
+    assert (job.search.lineage[1].step, job.search.lineage[1].weights_of) == (9, "b" * 12)
+    assert job.config.method.optimizer.lr == job.search.lineage[1].settings["method.optimizer.lr"]

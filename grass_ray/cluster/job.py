@@ -1,0 +1,146 @@
+"""What the processes of a trial are told: the run's configuration, and where in a sweep it belongs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from grass_ray.config import Parallel, RunConfig
+from grass_ray.execute import RunContext
+from grass_ray.experiment.trial_spec import TrialSpec
+from grass_ray.experiment.tuning import rungs
+from grass_ray.results.provenance import hardware
+from grass_ray.results.record import SearchPart
+
+TIME = "step"  # training steps, in the reports that Tune's schedulers look at
+RECORD_FILE = "record.json"
+TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
+FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
+
+
+class TrialResources(BaseModel):
+    """What each worker of a trial gets, and how many trials run at once.
+
+    An elastic trial goes on with any number of workers from ``min_workers`` to ``workers``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    cpus: int
+    gpus: int
+    slots: int = 1
+    workers: int = 1
+    min_workers: int = 1
+
+    @property
+    def elastic(self) -> bool:
+        """Whether a trial goes on with fewer workers when machines are missing."""
+        return self.min_workers < self.workers
+
+
+class SweepContext(BaseModel):
+    """What all trials of a sweep share.
+
+    Attributes:
+        sweep: the sweep's name.
+        sweep_id: which execution of it.
+        storage: URI of the sweep's folder.
+        resources: of each trial.
+        parallel: whether each worker holds the whole model, or shards of it.
+        keep_checkpoints: keep what each trial trained.
+        memory_check: refuse trials that cannot fit into memory.
+        max_failures: how often a process may die before its trial counts as failed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    sweep: str
+    sweep_id: str
+    storage: str
+    resources: TrialResources
+    parallel: Parallel = "replicate"
+    keep_checkpoints: bool = False
+    memory_check: bool = True
+    max_failures: int = 2
+
+
+class Job(BaseModel):
+    """One trial, or one generation of a population's member.
+
+    Tune copies it as plain values (:meth:`to_dict`), since it replaces objects in a trial's parameters.
+
+    Attributes:
+        config: the run.
+        key: the trial's key, which stays when a population changes the configuration.
+        folder: the trial's folder in the sweep's.
+        context: what all trials of the sweep share.
+        search: which search the trial belongs to.
+        until: training steps after which a generation ends.
+        start_from: URI of the checkpoint that the run begins with.
+        space: of a population's search, as plain values.
+        picks: the member's place in ``space``, which PBT changes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    config: RunConfig
+    key: str
+    folder: str
+    context: SweepContext
+    search: SearchPart | None = None
+    until: int | None = None
+    start_from: str | None = None
+    space: dict[str, Any] | None = None
+    picks: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, spec: TrialSpec, context: SweepContext, **fields: Any) -> Job:
+        """The job of a trial; ``fields`` are further attributes."""
+        return cls(config=spec.config, key=spec.key, folder=spec.folder, context=context, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``Job.model_validate`` reads them."""
+        return self.model_dump(mode="json")
+
+    @property
+    def train_name(self) -> str:
+        """The Train run's name: the same in every attempt, so that Train finds the last checkpoint.
+
+        Each generation of a population has its own, or a member would go on from its own checkpoint for ever.
+        """
+        if self.until is None:
+            return f"train-{self.key}"
+        origin = json.dumps([self.start_from, self.config.to_dict()], sort_keys=True)
+        return f"train-{self.key}-to-{self.until}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
+
+    @property
+    def validate_at(self) -> tuple[int, ...]:
+        """Training steps after which the loss on held-out rows is measured on the way."""
+        steps = self.config.training.steps
+        if self.until is not None:
+            return (self.until,) if self.until < steps else ()
+        if self.search is None or self.search.stage != "search" or self.search.scheduler != "asha":
+            return ()
+        return rungs(steps)
+
+    @property
+    def hardware(self) -> str:
+        """This machine in words; speed and memory of shards, or of a changing number of workers, are not comparable."""
+        resources = self.context.resources
+        suffix = ", model sharded" if self.context.parallel == "shard" else ""
+        return hardware() + suffix + (f", elastic from {resources.min_workers}" if resources.elastic else "")
+
+    @property
+    def run_context(self) -> RunContext:
+        """What the trial's record says of it."""
+        return RunContext(
+            sweep=self.context.sweep,
+            sweep_id=self.context.sweep_id,
+            run_id=f"{self.context.sweep_id}-{self.key}",
+            hardware=self.hardware,
+            world_size=self.context.resources.workers,
+            search=self.search,
+        )

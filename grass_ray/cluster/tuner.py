@@ -1,0 +1,93 @@
+"""Run trials through Ray Tune.
+
+::
+
+    run_trials(TuneRun(name="tune", jobs=jobs), context, storage, callbacks=[SweepCallback(trial_store)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.trial import drive_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneRun:
+    """Trials that one Tuner runs.
+
+    Attributes:
+        name: of its folder.
+        jobs: the trials that are known.
+        searcher: chooses others instead, one by one.
+        num_samples: how many the searcher chooses.
+        scheduler: stops trials early, or changes their settings; None lets all come to their end.
+        trainable: what drives a trial.
+        driver_memory: bytes that a trial's driver claims.
+    """
+
+    name: str
+    jobs: Sequence[Job] = ()
+    searcher: Searcher | None = None
+    num_samples: int = 1
+    scheduler: TrialScheduler | None = None
+    trainable: Callable[[dict[str, Any]], None] = drive_trial
+    driver_memory: int = 1
+
+
+def run_trials(tune_run: TuneRun, context: SweepContext, callbacks: list[tune.Callback]) -> None:
+    """Run every trial; a failed one does not stop the others.
+
+    Args:
+        tune_run: the trials.
+        context: what they share.
+        callbacks: what Tune calls in this process.
+    """
+    population = tune_run.trainable is not drive_trial
+    tuner = tune.Tuner(
+        # Memory alone, and mostly one byte: the driver of a trial must hold no CPU that its own worker waits for.
+        tune.with_resources(tune_run.trainable, {"memory": tune_run.driver_memory}),
+        param_space={"job": tune.grid_search([job.to_dict() for job in tune_run.jobs])} if tune_run.jobs else None,
+        tune_config=tune.TuneConfig(
+            search_alg=tune_run.searcher,
+            num_samples=tune_run.num_samples,
+            scheduler=tune_run.scheduler,
+            # a population's sleeping members count, too: the memory of the drivers limits it instead
+            max_concurrent_trials=None if population else context.resources.slots,
+            reuse_actors=False if population else None,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=tune_run.name,
+            storage_path=Storage(context.storage).join("ray").uri,
+            # how often a trial's driver may die; Train counts the deaths of its workers
+            failure_config=tune.FailureConfig(max_failures=context.max_failures),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def driver_memory(machines: Sequence[int], slots: int) -> int:
+    """Compute how much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
+
+    Args:
+        machines: bytes that each offers.
+        slots: how many trials may run at once.
+    """
+    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
+    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["job"]["key"])

@@ -1,0 +1,96 @@
+"""``grass-ray eval``: measure a model's accuracy without training it. Needs no ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grass_ray.commands.output import check_new_folder, describe_lost_test_rows
+from grass_ray.config import RunConfig
+from grass_ray.progress import RunProgress
+from grass_ray.results.provenance import build_record, now, write_examples
+from grass_ray.training.report import RunOutcome
+
+
+def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
+    """Evaluate a model and print a table.
+
+    Args:
+        config: model, data and evaluation; nothing is trained.
+        run_folder: of a run whose trained model is evaluated; None takes the model of ``config``.
+        output: new or empty folder for the record, the examples and lm-eval's own files; None writes nothing.
+        quiet: print only the table.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError: any mistake that shows before the model is loaded.
+    """
+    from grass_ray.export.model import load_trained_model
+    from grass_ray.results.leaderboard import build_leaderboard
+    from grass_ray.results.rendering import render
+    from grass_ray.tasks.evaluation import evaluate
+    from grass_ray.tasks.lm_eval_results import HarnessResults
+    from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
+    from grass_ray.training.models import cache_folder, load_model
+    from grass_ray.training.weights import base_model_sha256
+
+    _check(config)
+    check_new_folder(output)
+    started_at = now()
+    collected = HarnessResults()
+    loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
+    with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
+        results = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            config.data,
+            config.evaluation,
+            cache=cache_folder() / "tokens",
+            on_progress=progress.on_evaluation,
+            on_outcome=collected.add,
+        )
+    record = build_record(
+        run_id=f"eval-{config.fingerprint}",
+        sweep="eval",
+        sweep_id="eval",
+        config=config,
+        status="finished",
+        failure=None,
+        outcome=RunOutcome(
+            metrics=accuracy_metrics(results) | workload_metrics(results),
+            series={},
+            tasks=results,
+            engagement=None,
+            data={},
+            model_revision=loaded.revision,
+        ),
+        started_at=started_at,
+        model_sha256=base_model_sha256(config.model),
+    )
+    print(render(build_leaderboard([record])))
+    for line in describe_lost_test_rows(record):
+        print(line)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        record.save(output / "record.json")
+        write_examples(output / "examples.jsonl", results)
+        name = config.model.name if run_folder is None else str(run_folder)
+        collected.write(output / "lm_eval", model=name, evaluation=config.evaluation)
+        if not quiet:
+            print(f"wrote {output}/record.json, examples.jsonl and lm_eval/")
+    return 0
+
+
+def _check(config: RunConfig) -> None:
+    """Find what cannot be evaluated before weights are loaded. Raises :class:`ConfigError`."""
+    from grass_ray.tasks.evaluation import check_evaluation
+    from grass_ray.tasks.readback import check_answers
+    from grass_ray.tasks.sources import check_data
+    from grass_ray.training.models import check_lengths, check_model, load_tokenizer
+
+    check_model(config.model)
+    check_lengths(config.model_copy(update={"training": config.training.model_copy(update={"steps": 0})}))
+    check_data(config.data, training=False)
+    check_evaluation(config.data, config.evaluation)
+    check_answers(config.data, config.evaluation, load_tokenizer(config.model), online=True)

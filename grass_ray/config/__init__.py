@@ -1,0 +1,99 @@
+"""The configuration of a run: typed, immutable, unknown keys are refused.
+
+A :class:`RunConfig` holds everything that determines the numbers of a run, and reads the YAML it writes::
+
+    config = RunConfig.from_yaml(path)
+    config = config.override({"method.sampler.temperature": 0.2, "training.steps": 100})
+    config.save(folder / "config.yaml")
+
+Importing this package loads no torch, so that command lines start at once.
+"""
+
+from __future__ import annotations
+
+from grass_ray.config.adapters import AdapterConfig, AnyAdapterConfig, LoraConfig, PrefixConfig, PromptConfig
+from grass_ray.config.base import ConfigPart
+from grass_ray.config.data import (
+    CustomFields,
+    CustomSource,
+    DataConfig,
+    FolderSource,
+    GeneratedSource,
+    HubSource,
+    SourceConfig,
+)
+from grass_ray.config.files import from_json, to_json, whole_file
+from grass_ray.config.method import (
+    AnyProjectionConfig,
+    ApolloConfig,
+    GaLoreConfig,
+    MethodConfig,
+    OptimizerConfig,
+    ProjectionConfig,
+)
+from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, slug
+from grass_ray.config.samplers import (
+    AllLayersConfig,
+    AnySamplerConfig,
+    CyclicSamplerConfig,
+    GradNormSamplerConfig,
+    MatrixNormSamplerConfig,
+    OutlierSamplerConfig,
+    RewardSamplerConfig,
+    SamplerConfig,
+    UniformSamplerConfig,
+)
+from grass_ray.config.schedules import (
+    AnyScheduleConfig,
+    CosineScheduleConfig,
+    LinearScheduleConfig,
+    ScheduleConfig,
+    StepScheduleConfig,
+)
+from grass_ray.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "AllLayersConfig",
+    "AnyAdapterConfig",
+    "AnyProjectionConfig",
+    "AnySamplerConfig",
+    "AnyScheduleConfig",
+    "ApolloConfig",
+    "ConfigError",
+    "ConfigPart",
+    "CosineScheduleConfig",
+    "CustomFields",
+    "CustomSource",
+    "CyclicSamplerConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FolderSource",
+    "GaLoreConfig",
+    "GeneratedSource",
+    "GradNormSamplerConfig",
+    "HubSource",
+    "LinearScheduleConfig",
+    "LoraConfig",
+    "MatrixNormSamplerConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutlierSamplerConfig",
+    "Parallel",
+    "PrefixConfig",
+    "ProjectionConfig",
+    "PromptConfig",
+    "RewardSamplerConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "StepScheduleConfig",
+    "TrainingConfig",
+    "UniformSamplerConfig",
+    "from_json",
+    "slug",
+    "to_json",
+    "whole_file",
+]

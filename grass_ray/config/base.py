@@ -1,0 +1,56 @@
+"""What every part of a configuration shares: the base class, limits of numbers, and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ConfigPart(BaseModel):
+    """Base class of every configuration: immutable, unknown keys are refused, docstrings describe the keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class BuildablePart(ConfigPart):
+    """Base class of configurations of one object, whose constructor takes the keys as arguments."""
+
+    builds: ClassVar[str]
+    """Import path of the object's class, which may need torch; it is imported when the object is built."""
+
+    def make(self, **arguments: Any) -> Any:
+        """Construct the object from the keys and ``arguments``, which take precedence."""
+        module, _, name = self.builds.rpartition(".")
+        keys = {key: value for key, value in self if key != "kind"}
+        return getattr(import_module(module), name)(**keys | arguments)
+
+
+def explain(error: ValidationError) -> str:
+    """List all mistakes of a failed validation in one line, each with its dotted key and the value given."""
+    # pydantic adds the chosen alternative of a union to a location; users never wrote it
+    alternatives = {"number", "schedule", *_kinds(ConfigPart)}
+    lines = []
+    for mistake in error.errors():
+        where = ".".join(str(key) for key in mistake["loc"] if key not in alternatives)
+        given = mistake.get("input")
+        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        lines.append(f"{where or 'configuration'}: {mistake['msg']}{shown}")
+    return "; ".join(lines)
+
+
+def _kinds(base: type[ConfigPart]) -> Iterator[str]:
+    """The values of ``kind`` of all configurations derived from ``base``."""
+    for part in base.__subclasses__():
+        if "kind" in part.model_fields:
+            yield from get_args(part.model_fields["kind"].annotation)
+        yield from _kinds(part)

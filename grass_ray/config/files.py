@@ -1,0 +1,47 @@
+"""Text files that are never half written, and JSON that strict readers accept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pydantic_core
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[str]]:
+    """Open a text file for writing and move it to ``path`` when the block succeeds.
+
+    If the disk is full or the process is killed, the previous file stays as it was.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_json(value: object, *, indent: int | None = None, keep: bool = False) -> str:
+    """JSON that strict readers take, which know no bare NaN: a number that is none is null.
+
+    With ``keep`` it is the text ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, which :func:`from_json` reads back.
+    """
+    return pydantic_core.to_json(value, indent=indent, inf_nan_mode="strings" if keep else "null").decode()
+
+
+def from_json(text: str) -> Any:
+    """What :func:`to_json` wrote with ``keep``; a bare NaN is read, too."""
+    return _with_numbers(json.loads(text))
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

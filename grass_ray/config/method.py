@@ -1,0 +1,118 @@
+"""A fine-tuning method: which parameters train, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from grass_ray.config.adapters import AnyAdapterConfig
+from grass_ray.config.base import BuildablePart, ConfigPart, Decay, NonNegativeFloat, PositiveFloat, PositiveInt
+from grass_ray.config.samplers import AllLayersConfig, AnySamplerConfig
+
+
+class ProjectionConfig(BuildablePart):
+    """Base class of the low-rank projections."""
+
+    kind: str
+
+    def build(self) -> Any:
+        """Build the :class:`~grass_ray.optim.projection.Projection`."""
+        return self.make()
+
+
+class GaLoreConfig(ProjectionConfig):
+    """GaLore (arXiv 2403.03507): keeps the moments of each matrix along the top singular directions of its gradient."""
+
+    builds: ClassVar[str] = "grass_ray.optim.projection.GaLore"
+    kind: Literal["galore"] = "galore"
+    rank: PositiveInt = 128
+    """Number of singular directions (r), at most the shorter side of the matrix."""
+    refresh_period: PositiveInt = 200
+    """Number of optimizer steps between new projections (T)."""
+    scale: PositiveFloat = 0.25
+    """Factor of the projected update (alpha)."""
+
+
+class ApolloConfig(ProjectionConfig):
+    """APOLLO (arXiv 2412.05270): scales gradients as Adam would scale them in a random low-rank space."""
+
+    builds: ClassVar[str] = "grass_ray.optim.projection.Apollo"
+    kind: Literal["apollo"] = "apollo"
+    rank: PositiveInt = 256
+    """Dimension of the random projection (r), at most the shorter side of the matrix."""
+    refresh_period: PositiveInt = 200
+    """Number of optimizer steps between new projections (T)."""
+    scale: PositiveFloat = 1.0
+    """Scale of the update, which is multiplied by its square root (alpha)."""
+    scaling: Literal["channel", "tensor"] = "channel"
+    """Whether each channel of a matrix or the whole matrix (APOLLO-Mini) has a scaling factor."""
+
+
+AnyProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
+
+
+class OptimizerConfig(ConfigPart):
+    """AdamW and gradient clipping."""
+
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay rates of the first and second moments."""
+    eps: PositiveFloat = 1e-8
+    """Term added to the denominator for numerical stability."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay. Not applied to biases and norms."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Maximum norm of the gradients of all parameters that train. ``null`` does not clip."""
+    projection: AnyProjectionConfig | None = None
+    """Low-rank projection of the moments of the layers' weight matrices."""
+    precision: Literal["weights", "rem16", "exact"] = "rem16"
+    """State kept for bfloat16 weights: ``weights`` keeps moments in bfloat16; ``rem16`` also keeps the 16 bits that
+    make the weight a float32 number; ``exact`` keeps these and float32 moments. No effect on other weights."""
+
+
+class MethodConfig(ConfigPart):
+    """A fine-tuning method: adapter, sampler, optimizer, and what happens to the states of inactive layers."""
+
+    name: str
+    """Name of the method in tables and records."""
+    adapter: AnyAdapterConfig | None = None
+    """Adapter that is trained in place of the model's own weights."""
+    sampler: AnySamplerConfig = AllLayersConfig()
+    """Which layers train at which step."""
+    granularity: Literal["layer", "block", "matrix"] = "layer"
+    """Units that the sampler selects: decoder layers (``layer``); decoder layers, embeddings, and head with final norm
+    (``block``); or weight matrices (``matrix``)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    offload: Literal["none", "resident", "blocking", "overlap", "lazy", "auto"] = "none"
+    """Where optimizer states are kept: on the device (``none``); on the device for active layers and on the host for
+    others (``resident``); on the host, streamed to the device at each step (``blocking``, ``overlap``, ``lazy``).
+    ``auto`` selects ``resident`` if that fits into memory, else ``lazy``. All modes give identical weights."""
+    inactive_states: Literal["keep", "reset"] = "keep"
+    """Whether to keep or reset the optimizer states of a layer that becomes inactive."""
+    train_embeddings: bool = False
+    """Whether to train the embeddings (and a head tied to them) at every step."""
+    train_head: bool = False
+    """Whether to train the language modeling head at every step, unless it is tied to the embeddings."""
+    train_norm: bool = False
+    """Whether to train the final norm at every step."""
+
+    @property
+    def allows_checkpointing(self) -> bool:
+        """Whether the method can be trained with gradient checkpointing."""
+        return self.adapter is None or self.adapter.allows_checkpointing
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if mismatch := self.sampler.mismatch(self.adapter, self.granularity):
+            raise ValueError(mismatch)
+        if self.optimizer.projection is not None and self.offload in ("blocking", "overlap", "lazy"):
+            raise ValueError(
+                f"offload {self.offload}: projected states are small and not streamed; use none or resident"
+            )
+        if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
+            raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
+        if self.adapter is not None and self.adapter.virtual_tokens and not self.sampler.trains_all:
+            raise ValueError(f"{self.adapter.kind} tuning trains nothing inside the layers; its sampler must be all")
+        return self

@@ -1,0 +1,158 @@
+"""The configuration of one run, and its YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
+from grass_ray.config.data import DataConfig
+from grass_ray.config.files import whole_file
+from grass_ray.config.method import MethodConfig
+from grass_ray.errors import ConfigError
+from grass_ray.overrides import Changes, apply, flatten
+
+# what each data-parallel worker holds: the whole model, or a shard of it (FSDP2); changes memory, not the numbers
+Parallel = Literal["replicate", "shard"]
+
+
+class ModelConfig(ConfigPart):
+    """The model that is fine-tuned."""
+
+    name: str = "smollm2-135m"
+    """Model id on the Hugging Face Hub, path of a folder, or a built-in model (``smollm2-135m``, ``tiny``)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the weights."""
+    trust_remote_code: bool = False
+    """Whether to run model code that comes with the weights."""
+
+
+class TrainingConfig(ConfigPart):
+    """The training loop."""
+
+    steps: NonNegativeInt = 50
+    """Number of optimizer steps, not counting the steps that only measure."""
+    batch_size: PositiveInt = 8
+    """Number of rows per optimizer step."""
+    accumulation_steps: PositiveInt = 1
+    """Number of micro-batches per optimizer step. Must divide ``batch_size``."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate schedule after the warmup."""
+    warmup_steps: NonNegativeInt = 5
+    """Number of steps over which the learning rate rises from zero."""
+    gradient_checkpointing: bool = False
+    """Whether to recompute activations in the backward pass to save memory."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Number of steps between checkpoints. ``null`` saves only at the end."""
+
+    @model_validator(mode="after")
+    def _batches_split_evenly(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal micro-batches; "
+                "make it a multiple of accumulation_steps"
+            )
+        return self
+
+
+class EvaluationConfig(ConfigPart):
+    """How accuracy is measured after training."""
+
+    test: bool = True
+    """Whether to evaluate on the test sets. Trials of a search are judged by their validation loss alone."""
+    limit: PositiveInt | None = None
+    """Maximum number of examples per task. ``null`` evaluates all examples."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Number of examples evaluated at a time. ``auto`` selects what fits into memory. Does not change accuracy."""
+    scoring: Literal["generation", "loglikelihood"] = "generation"
+    """Whether the model generates its answer, or the most likely of the possible answers is taken."""
+    extraction: Literal["published", "strict"] = "published"
+    """How an answer is read from generated text: as in the LLM-Adapters evaluation (``published``), or only where the
+    text states its answer (``strict``)."""
+    num_beams: PositiveInt = 1
+    """Number of beams for beam search. 1 is greedy decoding."""
+
+
+class RunConfig(ConfigPart):
+    """Everything that determines the numbers of one run."""
+
+    method: MethodConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: NonNegativeInt = 0
+    """Seed of data order, layer sampling, adapter initialization and dropout."""
+
+    # -- text in, the same text out
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Validate plain values. Raises :class:`ConfigError` that lists every mistake at once."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """Read a configuration file. Raises :class:`ConfigError` on a missing or malformed one."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of keys")
+        return cls.parse(values)
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML; reading it back gives an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as YAML."""
+        with whole_file(path) as file:
+            file.write(self.to_yaml())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def flatten(self) -> dict[str, str]:
+        """Return dotted keys and their values as text, as MLflow params want them."""
+        flat = flatten(self.to_dict())
+        return {
+            key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat.items()
+        }
+
+    def override(self, changes: Changes) -> RunConfig:
+        """Return a copy with the values of dotted keys changed. Raises :class:`ConfigError`."""
+        return RunConfig.parse(apply(self.to_dict(), changes))
+
+    # -- names
+
+    @property
+    def name(self) -> str:
+        """The run's name, such as ``grass-smollm2_135m-commonsense-s0``."""
+        return f"{self.method.name}-{slug(self.model.name)}-{slug(self.data.suite)}-s{self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that two equal configurations share."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def slug(name: str) -> str:
+    """A model's or suite's name as one word: the last path component, ``-`` and odd characters as ``_``."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name.rstrip("/").rsplit("/", 1)[-1]).strip("_")
