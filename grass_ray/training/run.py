@@ -23,7 +23,6 @@ import torch
 
 from grass_ray.config import (
     ConfigError,
-    HubSource,
     MethodConfig,
     ModelConfig,
     Parallel,
@@ -151,7 +150,7 @@ class Run:
         torch.manual_seed(config.seed)
         device = device or default_device()
         loaded = load_model(config.model)
-        if isinstance(config.data.source, HubSource) and config.evaluation.test:
+        if config.data.source.downloads and config.evaluation.test:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         rows = load_train_rows(config.data)
         training = config.training
