@@ -16,10 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grass_ray.cluster.job import Job, SweepContext, TrialResources
+from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.reporter import SweepCallback, TrialStore
+from grass_ray.cluster.resources import ClusterInfo, TrialResources
 from grass_ray.cluster.search import Final, MethodSearch
-from grass_ray.cluster.session import ClusterInfo, ray_cluster
+from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
 from grass_ray.experiment.flags import SweepOptions

@@ -22,9 +22,10 @@ from ray.tune.schedulers import TrialScheduler
 from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.pbt import STATE_FILE, MemberState, drive_member
 from grass_ray.cluster.reporter import TrialStore
+from grass_ray.cluster.resources import driver_memory
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.tuner import TuneRun, driver_memory
+from grass_ray.cluster.tuner import TuneRun
 from grass_ray.config import RunConfig
 from grass_ray.experiment.space import Picks, to_plain
 from grass_ray.experiment.suggest import Observation, suggest

@@ -1,10 +1,9 @@
-"""Join a Ray cluster or start Ray here, and divide its machines among trials.
+"""Join a Ray cluster, or start Ray here.
 
 ::
 
     with ray_cluster() as cluster:
-        cluster.check_storage(storage)
-        resources = cluster.trial_resources(cpus=None, gpus=None, max_concurrent=None)
+        print(cluster.describe())
 
 Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
 On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,11 +28,9 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grass_ray.cluster.job import TrialResources
 from grass_ray.cluster.orphans import free_orphans
-from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.resources import ClusterInfo
 from grass_ray.config import ConfigError
 
 WORKER_ENVIRONMENT = {
@@ -57,111 +53,6 @@ _PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 _SHORT_FOLDER = "/tmp"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
-PROBE_FILE = ".seen-by-every-machine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterInfo:
-    """The machines of the Ray cluster that was joined or started."""
-
-    address: str
-    machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
-    joined: bool = False  # a Ray that was there; otherwise one that was started and ends with this process
-    node_ids: tuple[str, ...] = ()  # Ray's names of the machines
-    memories: tuple[int, ...] = ()  # bytes that each offers to tasks
-    dashboard: bool = True
-    freed: int = 0  # what dead sweeps still held
-
-    def describe(self) -> str:
-        """One line for the head of a sweep."""
-        cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
-        how = "joined" if self.joined else "started"
-        freed = f" ({self.freed} placement groups of dead jobs freed)" if self.freed else ""
-        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs{freed}"
-
-    def check_storage(self, storage: Storage) -> None:
-        """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
-
-        Raises:
-            ConfigError: When a machine does not see the file.
-        """
-        if len(self.machines) < 2:
-            return
-        storage.write_text("", PROBE_FILE)
-        looks = [
-            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(storage.uri)
-            for node in self.node_ids
-        ]
-        blind = [place for sees, place in ray.get(looks) if not sees]
-        storage.remove(PROBE_FILE)
-        if blind:
-            raise ConfigError(
-                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
-                f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
-            )
-
-    def check_dashboard(self) -> None:
-        """Raise :class:`ConfigError` where what a stopped trial held would never be free again."""
-        if not self.dashboard:
-            raise ConfigError(
-                f"the Ray at {self.address} runs without its dashboard, through which Ray Train frees the resources of "
-                "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
-            )
-
-    def trial_resources(
-        self,
-        *,
-        cpus: int | None,
-        gpus: int | None,
-        max_concurrent: int | None,
-        workers: int = 1,
-        min_workers: int | None = None,
-    ) -> TrialResources:
-        """Divide the machines among trials.
-
-        Args:
-            cpus: of each worker; None takes those that come with its GPU, or of a machine without one all.
-            gpus: of each worker; None takes one where there are any.
-            max_concurrent: trials at once, at most.
-            workers: of each trial.
-            min_workers: an elastic trial needs room for so many only; others run beside it where there is room for all
-                ``workers`` of each.
-
-        Raises:
-            ConfigError: the machines cannot hold a trial's workers; Ray would wait for ever.
-        """
-        min_workers = workers if min_workers is None else min_workers
-        if gpus is None:
-            gpus = 1 if any(machine[1] for machine in self.machines) else 0
-        able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
-        if able and cpus is None:
-            on_one = -(-workers // len(able))  # workers that must share a machine
-            cpus = min(
-                max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
-            )
-        room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
-        if room < min_workers:
-            raise ConfigError(self._no_room(cpus or 1, gpus, min_workers))
-        slots = max(room // workers, 1)
-        return TrialResources(
-            cpus=cpus or 1,
-            gpus=gpus,
-            slots=min(slots, max_concurrent or slots),
-            workers=workers,
-            min_workers=min_workers,
-        )
-
-    def _no_room(self, cpus: int, gpus: int, workers: int) -> str:
-        held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
-        if workers > 1:
-            return (
-                f"the cluster cannot hold {workers} workers of {cpus} CPUs and {gpus} GPUs each; "
-                f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
-            )
-        return (
-            f"no machine can hold a trial of {cpus} CPUs and {gpus} GPUs; the cluster has {held}; "
-            "lower --cpus-per-trial or --gpus-per-trial"
-        )
 
 
 @contextmanager
@@ -331,12 +222,6 @@ def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]
                 "see `ray status` and /tmp/ray/session_latest/logs/monitor.log on the head, or give a smaller number"
             )
         time.sleep(1)
-
-
-@ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
-def _sees(uri: str) -> tuple[bool, str]:
-    """Whether this machine sees the storage's file, and this machine's address."""
-    return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

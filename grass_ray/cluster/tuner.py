@@ -78,16 +78,5 @@ def run_trials(tune_run: TuneRun, context: SweepContext, callbacks: list[tune.Ca
     tuner.fit()
 
 
-def driver_memory(machines: Sequence[int], slots: int) -> int:
-    """Compute how much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
-
-    Args:
-        machines: bytes that each offers.
-        slots: how many trials may run at once.
-    """
-    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
-    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
-
-
 def _trial_name(trial: Any) -> str:
     return str(trial.config["job"]["key"])

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -61,7 +60,7 @@ from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
 from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
-from grass_ray.training.trace import EngagementLog
+from grass_ray.training.trace import LayerTracer
 from grass_ray.training.validation import answer_loss, hold_out
 from grass_ray.training.weights import parameters_sha256
 from grass_ray.training.without_effect import settings_without_effect
@@ -192,7 +191,7 @@ class Run:
             batches=batches,
             optimizer=optimizer,
             schedule=_build_schedule(optimizer, config),
-            engagement=EngagementLog(optimizer, model),
+            tracer=LayerTracer(optimizer, model),
             memory=MemoryMeter(device),
         )
         data = {"train": rows.provenance, **batches.summary()}
@@ -292,7 +291,8 @@ class Run:
         metrics = accuracy_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
-        engagement = replace(state.engagement.engagement, without_effect=settings_without_effect(self.config))
+        layers = state.tracer.trace.model_copy(deep=True)
+        layers.without_effect = settings_without_effect(self.config)
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
@@ -307,14 +307,14 @@ class Run:
             }
             if shares := state.series.get("data/padding_share"):
                 metrics["data/padding_share"] = fmean(share for _, share in shares)
-            visits = state.engagement.engagement.visits
+            visits = state.tracer.trace.visits
             if len(visits) <= MOST_UNITS_AS_SERIES:
                 metrics |= {f"layers/visits_{layer:02d}": number for layer, number in enumerate(visits)}
         return RunOutcome(
             metrics=metrics,
             series=state.series,
             tasks=self._results,
-            engagement=engagement if state.trained else None,
+            layers=layers if state.trained else None,
             data=self._data,
             model_revision=self._revision,
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.job import FAILURE_FILE, Job, SweepContext, TrialResources
+from grass_ray.cluster.job import FAILURE_FILE, Job, SweepContext
 from grass_ray.cluster.listeners import EndTogether
+from grass_ray.cluster.resources import TrialResources
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.training.report import TrainingFailure

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.session import ClusterInfo, knock, ray_cluster, short_folders, token_without_home
+from grass_ray.cluster.resources import ClusterInfo
+from grass_ray.cluster.session import knock, ray_cluster, short_folders, token_without_home
 from grass_ray.config import ConfigError
 
 
