@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# two processes, each with one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-fast slow-test lint docs setup
 .DEFAULT_GOAL := demo
@@ -21,10 +23,10 @@ demo: setup
 	$(BIN)/python sweeps/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not slow"
+	$(PYTEST) -m "not long and not slow"
 
 slow-test: setup
 	$(BIN)/python -m pytest --slow

@@ -26,7 +26,6 @@ import tyro
 from torch import Tensor
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
-from grass_ray.layerwise.samplers import AllLayersSampler
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
@@ -39,7 +38,6 @@ from grass_ray.training.metrics import MemoryMeter, default_device, storage_byte
 from grass_ray.training.models import SHAPES, build_shape, load_model
 from grass_ray.training.report import GIB
 from grass_ray.training.run import build_optimizer
-from grass_ray.training.sampling import build_sampler
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2
@@ -216,9 +214,9 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
     if case.shape.checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
-    sampler = build_sampler(config.method, 0, 10)
+    sampler = config.method.sampler.build(seed=0, train_steps=10)
     num_units = len(Planner(config.model, "cpu").put_on(config.method).units)
-    forced = sampler if isinstance(sampler, AllLayersSampler) else Forced(sampler, active, num_units)
+    forced = sampler if sampler.trains_all else Forced(sampler, active, num_units)
     optimizer = build_optimizer(model, forced, config.method)
     model.train()
     batches = make_batches(case.shape, vocabulary, device)

@@ -22,7 +22,6 @@ from tyro.conf import arg
 from grass_ray.layerwise.grad_norm import TEMPERATURE, GradNormSampler
 from grass_ray.methods import METHODS
 from grass_ray.results.provenance import git_state
-from grass_ray.training.sampling import build_sampler
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, STEPS = 22, 1000
@@ -47,7 +46,7 @@ def make_sampler(setting: str, seed: int) -> GradNormSampler:
     method = METHODS[setting if setting in METHODS else "grass"].config
     changes = dict(change.split("=") for change in SETTINGS[setting])
     config = type(method.sampler).model_validate(method.sampler.model_dump() | changes)
-    sampler = build_sampler(method.model_copy(update={"sampler": config}), seed, STEPS)
+    sampler = config.build(seed=seed, train_steps=STEPS)
     assert isinstance(sampler, GradNormSampler)
     return sampler
 

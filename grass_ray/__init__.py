@@ -14,13 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from grass_ray.layerwise.all_layers import AllLayersSampler as AllLayersSampler
+    from grass_ray.layerwise.cyclic import CyclicSampler as CyclicSampler
     from grass_ray.layerwise.grad_norm import GradNormSampler as GradNormSampler
     from grass_ray.layerwise.matrix_norm import MatrixNormSampler as MatrixNormSampler
     from grass_ray.layerwise.outliers import OutlierSampler as OutlierSampler
     from grass_ray.layerwise.rewards import RewardSampler as RewardSampler
-    from grass_ray.layerwise.samplers import AllLayersSampler as AllLayersSampler
-    from grass_ray.layerwise.samplers import CyclicSampler as CyclicSampler
-    from grass_ray.layerwise.samplers import UniformSampler as UniformSampler
+    from grass_ray.layerwise.uniform import UniformSampler as UniformSampler
     from grass_ray.optim.holding import hold_while_probing as hold_while_probing
     from grass_ray.optim.layerwise_adamw import LayerwiseAdamW as LayerwiseAdamW
     from grass_ray.optim.projection import Apollo as Apollo
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AllLayersSampler": "grass_ray.layerwise.samplers",
+    "AllLayersSampler": "grass_ray.layerwise.all_layers",
     "Apollo": "grass_ray.optim.projection",
-    "CyclicSampler": "grass_ray.layerwise.samplers",
+    "CyclicSampler": "grass_ray.layerwise.cyclic",
     "GaLore": "grass_ray.optim.projection",
     "GradNormSampler": "grass_ray.layerwise.grad_norm",
     "LayerwiseAdamW": "grass_ray.optim.layerwise_adamw",
     "MatrixNormSampler": "grass_ray.layerwise.matrix_norm",
     "OutlierSampler": "grass_ray.layerwise.outliers",
     "RewardSampler": "grass_ray.layerwise.rewards",
-    "UniformSampler": "grass_ray.layerwise.samplers",
+    "UniformSampler": "grass_ray.layerwise.uniform",
     "hold_while_probing": "grass_ray.optim.holding",
 }
 

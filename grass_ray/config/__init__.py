@@ -23,10 +23,18 @@ from grass_ray.config.data import (
     SourceConfig,
 )
 from grass_ray.config.files import from_json, to_json, whole_file
-from grass_ray.config.method import ApolloConfig, GaLoreConfig, MethodConfig, OptimizerConfig, ProjectionConfig
+from grass_ray.config.method import (
+    AnyProjectionConfig,
+    ApolloConfig,
+    GaLoreConfig,
+    MethodConfig,
+    OptimizerConfig,
+    ProjectionConfig,
+)
 from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, slug
 from grass_ray.config.samplers import (
     AllLayersConfig,
+    AnySamplerConfig,
     CyclicSamplerConfig,
     GradNormSamplerConfig,
     MatrixNormSamplerConfig,
@@ -35,13 +43,22 @@ from grass_ray.config.samplers import (
     SamplerConfig,
     UniformSamplerConfig,
 )
-from grass_ray.config.schedules import CosineScheduleConfig, LinearScheduleConfig, ScheduleConfig, StepScheduleConfig
+from grass_ray.config.schedules import (
+    AnyScheduleConfig,
+    CosineScheduleConfig,
+    LinearScheduleConfig,
+    ScheduleConfig,
+    StepScheduleConfig,
+)
 from grass_ray.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
     "AllLayersConfig",
     "AnyAdapterConfig",
+    "AnyProjectionConfig",
+    "AnySamplerConfig",
+    "AnyScheduleConfig",
     "ApolloConfig",
     "ConfigError",
     "ConfigPart",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, get_args
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +20,19 @@ class ConfigPart(BaseModel):
     """Base class of every configuration: immutable, unknown keys are refused, docstrings describe the keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class BuildablePart(ConfigPart):
+    """Base class of configurations of one object, whose constructor takes the keys as arguments."""
+
+    builds: ClassVar[str]
+    """Import path of the object's class, which may need torch; it is imported when the object is built."""
+
+    def make(self, **arguments: Any) -> Any:
+        """Construct the object from the keys and ``arguments``, which take precedence."""
+        module, _, name = self.builds.rpartition(".")
+        keys = {key: value for key, value in self if key != "kind"}
+        return getattr(import_module(module), name)(**keys | arguments)
 
 
 def explain(error: ValidationError) -> str:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from grass_ray.config.adapters import AnyAdapterConfig, LoraConfig
-from grass_ray.config.base import ConfigPart, Decay, NonNegativeFloat, PositiveFloat, PositiveInt
-from grass_ray.config.samplers import AllLayersConfig, MatrixNormSamplerConfig, RewardSamplerConfig, SamplerConfig
+from grass_ray.config.adapters import AnyAdapterConfig
+from grass_ray.config.base import BuildablePart, ConfigPart, Decay, NonNegativeFloat, PositiveFloat, PositiveInt
+from grass_ray.config.samplers import AllLayersConfig, AnySamplerConfig
 
 
-class GaLoreConfig(ConfigPart):
+class ProjectionConfig(BuildablePart):
+    """Base class of the low-rank projections."""
+
+    kind: str
+
+    def build(self) -> Any:
+        """Build the :class:`~grass_ray.optim.projection.Projection`."""
+        return self.make()
+
+
+class GaLoreConfig(ProjectionConfig):
     """GaLore (arXiv 2403.03507): keeps the moments of each matrix along the top singular directions of its gradient."""
 
+    builds: ClassVar[str] = "grass_ray.optim.projection.GaLore"
     kind: Literal["galore"] = "galore"
     rank: PositiveInt = 128
     """Number of singular directions (r), at most the shorter side of the matrix."""
@@ -23,9 +34,10 @@ class GaLoreConfig(ConfigPart):
     """Factor of the projected update (alpha)."""
 
 
-class ApolloConfig(ConfigPart):
+class ApolloConfig(ProjectionConfig):
     """APOLLO (arXiv 2412.05270): scales gradients as Adam would scale them in a random low-rank space."""
 
+    builds: ClassVar[str] = "grass_ray.optim.projection.Apollo"
     kind: Literal["apollo"] = "apollo"
     rank: PositiveInt = 256
     """Dimension of the random projection (r), at most the shorter side of the matrix."""
@@ -37,7 +49,7 @@ class ApolloConfig(ConfigPart):
     """Whether each channel of a matrix or the whole matrix (APOLLO-Mini) has a scaling factor."""
 
 
-ProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
+AnyProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(ConfigPart):
@@ -53,7 +65,7 @@ class OptimizerConfig(ConfigPart):
     """Decoupled weight decay. Not applied to biases and norms."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Maximum norm of the gradients of all parameters that train. ``null`` does not clip."""
-    projection: ProjectionConfig | None = None
+    projection: AnyProjectionConfig | None = None
     """Low-rank projection of the moments of the layers' weight matrices."""
     precision: Literal["weights", "rem16", "exact"] = "rem16"
     """State kept for bfloat16 weights: ``weights`` keeps moments in bfloat16; ``rem16`` also keeps the 16 bits that
@@ -67,7 +79,7 @@ class MethodConfig(ConfigPart):
     """Name of the method in tables and records."""
     adapter: AnyAdapterConfig | None = None
     """Adapter that is trained in place of the model's own weights."""
-    sampler: SamplerConfig = AllLayersConfig()
+    sampler: AnySamplerConfig = AllLayersConfig()
     """Which layers train at which step."""
     granularity: Literal["layer", "block", "matrix"] = "layer"
     """Units that the sampler selects: decoder layers (``layer``); decoder layers, embeddings, and head with final norm
@@ -93,16 +105,14 @@ class MethodConfig(ConfigPart):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if isinstance(self.sampler, RewardSamplerConfig) and not isinstance(self.adapter, LoraConfig):
-            raise ValueError("the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora")
-        if isinstance(self.sampler, MatrixNormSamplerConfig) and self.granularity != "matrix":
-            raise ValueError("the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix")
+        if mismatch := self.sampler.mismatch(self.adapter, self.granularity):
+            raise ValueError(mismatch)
         if self.optimizer.projection is not None and self.offload in ("blocking", "overlap", "lazy"):
             raise ValueError(
                 f"offload {self.offload}: projected states are small and not streamed; use none or resident"
             )
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
-        if self.adapter is not None and self.adapter.virtual_tokens and self.sampler.kind != "all":
+        if self.adapter is not None and self.adapter.virtual_tokens and not self.sampler.trains_all:
             raise ValueError(f"{self.adapter.kind} tuning trains nothing inside the layers; its sampler must be all")
         return self

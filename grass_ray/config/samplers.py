@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from grass_ray.config.adapters import AdapterConfig, LoraConfig
 from grass_ray.config.base import (
-    ConfigPart,
+    BuildablePart,
     Decay,
     Fraction,
     NonNegativeFloat,
@@ -15,18 +16,61 @@ from grass_ray.config.base import (
     PositiveFloat,
     PositiveInt,
 )
-from grass_ray.config.schedules import ScheduledCount, ScheduledFloat, ScheduledFraction, ScheduledLayers
+from grass_ray.config.schedules import (
+    ScheduleConfig,
+    ScheduledCount,
+    ScheduledFloat,
+    ScheduledFraction,
+    ScheduledLayers,
+)
 
 
-class AllLayersConfig(ConfigPart):
+class SamplerConfig(BuildablePart):
+    """Base class of the samplers. A subclass names its ``kind``, its keys with their defaults, and what it builds."""
+
+    trains_all: ClassVar[bool] = False
+    """Whether every layer trains at every step."""
+
+    kind: str
+
+    def build(self, *, seed: int, train_steps: int) -> Any:
+        """Build the :class:`~grass_ray.layerwise.sampler.Sampler`.
+
+        Args:
+            seed: of its draws.
+            train_steps: length of the training, which schedules without a length span.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        schedules = {key: value.build(train_steps) for key, value in self if isinstance(value, ScheduleConfig)}
+        return self.make(**schedules, **self.arguments(seed, train_steps))
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """Arguments of the sampler that are not keys."""
+        return {"seed": seed}
+
+    def mismatch(self, adapter: AdapterConfig | None, granularity: str) -> str | None:
+        """Why the sampler cannot train a method with this adapter and granularity; None if it can."""
+        return None
+
+
+class AllLayersConfig(SamplerConfig):
     """Trains every layer at every step."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.all_layers.AllLayersSampler"
+    trains_all: ClassVar[bool] = True
     kind: Literal["all"] = "all"
 
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """None: nothing is drawn at random."""
+        return {}
 
-class UniformSamplerConfig(ConfigPart):
+
+class UniformSamplerConfig(SamplerConfig):
     """LISA (arXiv 2403.17919): samples layers uniformly without replacement."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.uniform.UniformSampler"
     kind: Literal["uniform"] = "uniform"
     num_active_layers: ScheduledCount = 2
     """Number of layers trained at a time (gamma)."""
@@ -34,9 +78,10 @@ class UniformSamplerConfig(ConfigPart):
     """Number of optimizer steps between draws (K)."""
 
 
-class GradNormSamplerConfig(ConfigPart):
+class GradNormSamplerConfig(SamplerConfig):
     """GRASS (arXiv 2604.07808): samples layers from a softmax over their mean gradient norms."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.grad_norm.GradNormSampler"
     kind: Literal["grad_norm"] = "grad_norm"
     num_active_layers: ScheduledCount = 2
     """Number of layers trained at a time (gamma)."""
@@ -72,9 +117,10 @@ class GradNormSamplerConfig(ConfigPart):
         return self
 
 
-class OutlierSamplerConfig(ConfigPart):
+class OutlierSamplerConfig(SamplerConfig):
     """OWS (Findings of ACL 2025): samples layers in proportion to their fraction of outlier weights."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.outliers.OutlierSampler"
     kind: Literal["outlier"] = "outlier"
     num_active_layers: ScheduledCount = 5
     """Number of layers trained at a time (gamma)."""
@@ -86,9 +132,10 @@ class OutlierSamplerConfig(ConfigPart):
     """Number of training steps whose batches are used to measure the outliers."""
 
 
-class CyclicSamplerConfig(ConfigPart):
+class CyclicSamplerConfig(SamplerConfig):
     """LIFT, HiFT and BAdam: trains groups of neighbouring units in turn."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.cyclic.CyclicSampler"
     kind: Literal["cyclic"] = "cyclic"
     num_active_layers: PositiveInt = 1
     """Number of units in a group."""
@@ -100,10 +147,15 @@ class CyclicSamplerConfig(ConfigPart):
     hold_lr: bool = False
     """Whether the learning rate stays the same within a cycle, as in HiFT."""
 
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """The length of the training too, for a period of ``null``."""
+        return {"seed": seed, "training_steps": train_steps}
 
-class RewardSamplerConfig(ConfigPart):
+
+class RewardSamplerConfig(SamplerConfig):
     """IST (Findings of EMNLP 2024): samples layers by an importance learned from damped forward passes. Needs LoRA."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.rewards.RewardSampler"
     kind: Literal["reward"] = "reward"
     share: Fraction = 0.25
     """Fraction of the layers trained at a time, rounded down to at least one layer."""
@@ -120,10 +172,17 @@ class RewardSamplerConfig(ConfigPart):
     learning_rate: PositiveFloat = 10.0
     """Learning rate of the importance."""
 
+    def mismatch(self, adapter: AdapterConfig | None, granularity: str) -> str | None:
+        """Why the adapter does not fit: the sampler damps LoRA adapters."""
+        if isinstance(adapter, LoraConfig):
+            return None
+        return "the reward sampler (IST) damps LoRA adapters; the method needs an adapter of kind lora"
 
-class MatrixNormSamplerConfig(ConfigPart):
+
+class MatrixNormSamplerConfig(SamplerConfig):
     """MISA (arXiv 2511.00056): samples weight matrices by gradient norm until a budget of parameters is used up."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.matrix_norm.MatrixNormSampler"
     kind: Literal["matrix_norm"] = "matrix_norm"
     budget: Fraction = 0.03
     """Fraction of the model's parameters that may train at a time (delta)."""
@@ -136,8 +195,14 @@ class MatrixNormSamplerConfig(ConfigPart):
     forced: NonNegativeInt = 2
     """Number of least recently trained matrices that are selected before any are drawn."""
 
+    def mismatch(self, adapter: AdapterConfig | None, granularity: str) -> str | None:
+        """Why the granularity does not fit: the units are weight matrices."""
+        if granularity == "matrix":
+            return None
+        return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
-SamplerConfig = Annotated[
+
+AnySamplerConfig = Annotated[
     AllLayersConfig
     | UniformSamplerConfig
     | GradNormSamplerConfig

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from grass_ray.config.base import ConfigPart, Fraction, PositiveFloat, PositiveInt
+from grass_ray.config.base import BuildablePart, ConfigPart, Fraction, PositiveFloat, PositiveInt
 
 
-class LinearScheduleConfig(ConfigPart):
+class ScheduleConfig(BuildablePart):
+    """Base class of the schedules. A subclass has the key ``steps``, its length in optimizer steps."""
+
+    @property
+    def length(self) -> int | None:
+        """The length in optimizer steps; None for the whole training."""
+        steps: int | None = dict(self)["steps"]
+        return steps
+
+    def build(self, train_steps: int) -> Any:
+        """Build the :class:`~grass_ray.layerwise.schedules.Schedule` for a training of ``train_steps`` steps."""
+        return self.make(steps=self.length or max(train_steps, 1))
+
+
+class LinearScheduleConfig(ScheduleConfig):
     """Changes from ``start`` to ``end`` in equal steps."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Linear"
     kind: Literal["linear"]
     start: PositiveFloat
     """Value at the first optimizer step."""
@@ -21,9 +36,10 @@ class LinearScheduleConfig(ConfigPart):
     """Length of the schedule in optimizer steps. Defaults to the whole training."""
 
 
-class CosineScheduleConfig(ConfigPart):
+class CosineScheduleConfig(ScheduleConfig):
     """Changes from ``start`` to ``end`` along half a cosine."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Cosine"
     kind: Literal["cosine"]
     start: PositiveFloat
     """Value at the first optimizer step."""
@@ -33,9 +49,10 @@ class CosineScheduleConfig(ConfigPart):
     """Length of the schedule in optimizer steps. Defaults to the whole training."""
 
 
-class StepScheduleConfig(ConfigPart):
+class StepScheduleConfig(ScheduleConfig):
     """Takes each of ``values`` in turn."""
 
+    builds: ClassVar[str] = "grass_ray.layerwise.schedules.Step"
     kind: Literal["step"]
     values: tuple[PositiveFloat, ...]
     """The values, in order."""
@@ -53,7 +70,7 @@ class StepScheduleConfig(ConfigPart):
         return self
 
 
-ScheduleConfig = Annotated[
+AnyScheduleConfig = Annotated[
     LinearScheduleConfig | CosineScheduleConfig | StepScheduleConfig, Field(discriminator="kind")
 ]
 
@@ -62,7 +79,7 @@ def _number_or_schedule(value: object) -> str:
     return "schedule" if isinstance(value, dict | ConfigPart) else "number"
 
 
-_Schedule = Annotated[ScheduleConfig, Tag("schedule")]
+_Schedule = Annotated[AnyScheduleConfig, Tag("schedule")]
 _Choose = Discriminator(_number_or_schedule)
 ScheduledCount = Annotated[Annotated[PositiveInt, Tag("number")] | _Schedule, _Choose]
 ScheduledFloat = Annotated[Annotated[PositiveFloat, Tag("number")] | _Schedule, _Choose]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from grass_ray.layerwise.samplers import PeriodicSampler, age_since, draw_without_replacement, require
+from grass_ray.layerwise.drawing import draw_without_replacement
+from grass_ray.layerwise.periodic import PeriodicSampler
+from grass_ray.layerwise.sampler import age_since, require
 from grass_ray.layerwise.schedules import Scheduled, bounds_of, value_at
 from grass_ray.layerwise.windows import Window, means, steps_ago, window_of_sums
 
@@ -118,7 +120,7 @@ class GradNormSampler(PeriodicSampler):
         return not self.probing and super().due
 
     @property
-    def refreshes(self) -> int:  # type: ignore[override]
+    def refreshes(self) -> int:
         """How often the probabilities were computed from measurements, the end of probing included."""
         return self._refreshes
 
@@ -222,6 +224,29 @@ class GradNormSampler(PeriodicSampler):
             entropy = -float((log_p.exp() * log_p).nansum())
             low, high = (low, middle) if math.exp(entropy) > effective_layers else (middle, high)
         return scale * math.exp2((low + high) / 2)
+
+    def without_effect(self, train_steps: int) -> Iterator[str]:
+        """A period longer than the training; what measures, and what is done with it."""
+        yield from super().without_effect(train_steps)
+        if self.exploration == 1:
+            yield "exploration=1: every draw is uniform, so what is measured, and the temperature, change nothing"
+            return
+        refreshed = self.refresh_period is not None and self.draw_steps(train_steps)[-1] >= self.refresh_period
+        if self.refresh_period is not None and not refreshed:
+            kept = "what probing measured, as in grass-static" if self.probing_steps else "uniform"
+            yield (
+                f"refresh_period={self.refresh_period}: nothing is drawn after a refresh before training ends after "
+                f"{train_steps} steps, so the probabilities stay {kept}"
+            )
+        elif not refreshed and not self.probing_steps:
+            yield (
+                "refresh_period=null with probing_steps=0: nothing is ever measured, so every draw is uniform whatever "
+                "the temperature"
+            )
+        if self.staleness != "none" and not refreshed:
+            yield f"staleness={self.staleness}: it corrects at refreshes, and none comes before a draw"
+        if self.probing_steps > train_steps:
+            yield f"probing_steps={self.probing_steps}: more steps only measure than train ({train_steps})"
 
     def state_dict(self) -> dict[str, Any]:
         """Clocks, draw index, importance and the open window."""

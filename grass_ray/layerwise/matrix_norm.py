@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from grass_ray.layerwise.samplers import PeriodicSampler, age_since, distinct_sets, random_order, require
+from grass_ray.layerwise.drawing import distinct_sets, random_order
+from grass_ray.layerwise.periodic import PeriodicSampler
+from grass_ray.layerwise.sampler import age_since, require
 from grass_ray.layerwise.schedules import Scheduled
 from grass_ray.layerwise.windows import Window, means, steps_ago, window_of_sums
 
@@ -72,7 +74,7 @@ class MatrixNormSampler(PeriodicSampler):
         self._refreshes = 0
 
     @property
-    def refreshes(self) -> int:  # type: ignore[override]
+    def refreshes(self) -> int:
         """How often the norms of an interval entered the probabilities."""
         return self._refreshes
 
@@ -173,6 +175,10 @@ class MatrixNormSampler(PeriodicSampler):
     def _log_probabilities(self) -> Tensor:
         g = torch.tensor(self.importance(), dtype=torch.float64).nan_to_num(nan=0.0)
         return torch.log_softmax((self.eta * g.square()).clamp(max=HIGHEST_EXPONENT), dim=0)
+
+    def without_effect(self, train_steps: int) -> Iterator[str]:
+        """Nothing: the first sweep draws at every step whatever the period."""
+        yield from ()
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, draw index, means and the open interval."""

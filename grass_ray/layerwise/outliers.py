@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass_ray.layerwise.samplers import Measure, PeriodicSampler, age_since, draw_without_replacement, require
+from grass_ray.layerwise.drawing import draw_without_replacement
+from grass_ray.layerwise.periodic import PeriodicSampler
+from grass_ray.layerwise.sampler import Measure, age_since, require
 from grass_ray.layerwise.schedules import Scheduled
 
 
@@ -65,7 +67,7 @@ class OutlierSampler(PeriodicSampler):
         return bool(self._scores) and super().due
 
     @property
-    def refreshes(self) -> int:  # type: ignore[override]
+    def refreshes(self) -> int:
         """1 as soon as there are scores."""
         return int(bool(self._scores))
 

@@ -8,19 +8,14 @@ Importance ``I`` starts at 0, and a *high* value means unimportant: layers to tr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from grass_ray.layerwise.samplers import (
-    Measure,
-    PeriodicSampler,
-    age_since,
-    draw_without_replacement,
-    heaviest_sets,
-    require,
-)
+from grass_ray.layerwise.drawing import draw_without_replacement, heaviest_sets
+from grass_ray.layerwise.periodic import PeriodicSampler
+from grass_ray.layerwise.sampler import Measure, age_since, require
 from grass_ray.layerwise.schedules import Scheduled
 
 # when the weights leave no chance of another set, trials repeat one
@@ -80,7 +75,7 @@ class RewardSampler(PeriodicSampler):
         self._refreshed_at = 0
 
     @property
-    def refreshes(self) -> int:  # type: ignore[override]
+    def refreshes(self) -> int:
         """How often the importance was updated."""
         return self._refreshes
 
@@ -151,6 +146,15 @@ class RewardSampler(PeriodicSampler):
         """A draw without replacement in proportion to ``sigmoid(-I)``."""
         log_p = torch.tensor(self.probabilities(), dtype=torch.float64).log()
         return draw_without_replacement(log_p, self._count, self.seed, self._draws)
+
+    def without_effect(self, train_steps: int) -> Iterator[str]:
+        """A period or a refresh that is longer than the training."""
+        yield from super().without_effect(train_steps)
+        if self.refresh_period >= train_steps:
+            yield (
+                f"refresh_period={self.refresh_period}: training ends after {train_steps} steps, so the importance is "
+                "never updated and every draw is uniform"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, draw index and importance."""

@@ -117,6 +117,11 @@ def bounds_of(value: Scheduled) -> tuple[float, float]:
     return (value, value) if isinstance(value, int | float) else value.bounds()
 
 
+def described(value: Scheduled) -> str:
+    """A number as it is, a schedule by its kind."""
+    return f"{value}" if isinstance(value, int | float) else type(value).__name__.lower()
+
+
 def check_boundaries(values: Sequence[float], at_progress: Sequence[float]) -> None:
     """Raise ValueError unless ``at_progress`` separates ``values``."""
     ascending = all(a < b for a, b in zip([0.0, *at_progress], [*at_progress, 1.0], strict=True))

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from grass_ray.config import AdapterConfig, ConfigError, MethodConfig, ModelConfig
-from grass_ray.layerwise.samplers import AllLayersSampler
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, put_on
@@ -183,7 +182,7 @@ class Planner:
     def _compose(
         self, trains: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, *, states: int, parts: Parts
     ) -> MemoryPlan:
-        moves = trains.method.inactive_states == "keep" and not isinstance(trains.sampler, AllLayersSampler)
+        moves = trains.method.inactive_states == "keep" and not trains.sampler.trains_all
         on_host = mode in STREAMING or (mode == "resident" and moves)
         return MemoryPlan(
             method=trains.method.name,

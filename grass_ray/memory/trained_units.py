@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.config import ConfigError, MethodConfig
-from grass_ray.layerwise.samplers import AllLayersSampler, Sampler
+from grass_ray.layerwise.all_layers import AllLayersSampler
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
@@ -21,8 +22,7 @@ from grass_ray.optim.kernels import adamw, state_layout
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
 from grass_ray.training.adapters import add_adapter
-from grass_ray.training.run import build_optimizer, build_projection
-from grass_ray.training.sampling import build_sampler
+from grass_ray.training.run import build_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +117,12 @@ def put_on(model: nn.Module, method: MethodConfig, training_steps: int) -> Train
     try:
         # built for its units alone: no state is moved, nothing is measured
         optimizer = build_optimizer(model, AllLayersSampler(), method.model_copy(update={"offload": "none"}))
-        sampler = build_sampler(method, 0, training_steps)
+        sampler = method.sampler.build(seed=0, train_steps=training_steps)
         sampler.start([unit.size for unit in optimizer.units], total=_count(model.parameters()))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    projection = build_projection(method.optimizer.projection)
+    given = method.optimizer.projection
+    projection = None if given is None else given.build()
     projected = {p for layer in optimizer.stack.layers for p in layer if projection is not None and p.ndim == 2}
     return TrainedUnits(
         model=model,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from grass_ray.layerwise.importance import GradNormMeter
-from grass_ray.layerwise.samplers import Measure, Sampler
+from grass_ray.layerwise.sampler import Measure, Sampler
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Reduction, Workers
 from grass_ray.optim.hooks import WeakHook, remove

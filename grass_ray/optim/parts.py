@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_ray.layerwise.samplers import AllLayersSampler, Sampler
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.stack import DecoderStack, decay_parameters, find_decoder_stack
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.refusals import refuse_half
@@ -75,7 +75,7 @@ def take_apart(
     stack = find_decoder_stack(model, layers)
     decayed = decay_parameters(model)
     units = sampled_units(stack, granularity, decayed)
-    if not isinstance(sampler, AllLayersSampler):
+    if not sampler.trains_all:
         units = [unit for unit in units if unit.parameters]
         if not units:
             raise ValueError(

@@ -202,7 +202,7 @@ def _report(state: TrainState, micro_batches: list[Batch], before: _Counters, **
 
 
 class StepMeasure:
-    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.samplers.Measure`).
+    """The extra passes a sampler may ask for before a step (:class:`grass_ray.layerwise.sampler.Measure`).
 
     Args:
         state: the run.

@@ -21,20 +21,16 @@ from typing import Any
 import torch
 
 from grass_ray.config import (
-    ApolloConfig,
     ConfigError,
-    GaLoreConfig,
     HubSource,
     MethodConfig,
     ModelConfig,
     Parallel,
-    ProjectionConfig,
     RunConfig,
 )
-from grass_ray.layerwise.samplers import CyclicSampler, Sampler
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
-from grass_ray.optim.projection import Apollo, GaLore, Projection
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.readback import check_answers
@@ -58,7 +54,6 @@ from grass_ray.training.models import (
 )
 from grass_ray.training.packing import check_packed_adapter, check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
-from grass_ray.training.sampling import build_sampler
 from grass_ray.training.sharding import check_shardable, shard_model
 from grass_ray.training.trace import LayerTracer
 from grass_ray.training.validation import answer_loss, hold_out
@@ -182,7 +177,7 @@ class Run:
             check_packing(model)
         if parallel == "shard":
             shard_model(model, device)
-        sampler = build_sampler(config.method, config.seed, training.steps)
+        sampler = config.method.sampler.build(seed=config.seed, train_steps=training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
             config=training,
@@ -331,7 +326,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        projection=build_projection(settings.projection),
+        projection=None if settings.projection is None else settings.projection.build(),
         precision=settings.precision,
         offload=method.offload,
         inactive_states=method.inactive_states,
@@ -342,22 +337,6 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         # the loop divides by the labels of all workers
         gradient_reduction="sum",
     )
-
-
-def build_projection(config: ProjectionConfig | None) -> Projection | None:
-    """The projection of moments that a method's row describes."""
-    match config:
-        case None:
-            return None
-        case GaLoreConfig():
-            return GaLore(rank=config.rank, refresh_period=config.refresh_period, scale=config.scale)
-        case ApolloConfig():
-            return Apollo(
-                rank=config.rank,
-                refresh_period=config.refresh_period,
-                scale=config.scale,
-                scaling=config.scaling,
-            )
 
 
 def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
@@ -371,8 +350,8 @@ def _build_schedule(optimizer: LayerwiseAdamW, config: RunConfig) -> torch.optim
         num_warmup_steps=training.warmup_steps,
         num_training_steps=max(training.steps, 1),
     )
-    if isinstance(optimizer.sampler, CyclicSampler) and getattr(config.method.sampler, "hold_lr", False):
-        _hold_within_cycles(schedule, optimizer.sampler.cycle_steps, training.warmup_steps)
+    if optimizer.sampler.lr_cycle_steps > 1:
+        _hold_within_cycles(schedule, optimizer.sampler.lr_cycle_steps, training.warmup_steps)
     return schedule
 
 
@@ -422,6 +401,6 @@ def _check_model(config: RunConfig) -> None:
     # nothing is streamed here, so no host memory is taken for it
     method = config.method.model_copy(update={"offload": "none"})
     try:
-        build_optimizer(model, build_sampler(method, config.seed, config.training.steps), method)
+        build_optimizer(model, method.sampler.build(seed=config.seed, train_steps=config.training.steps), method)
     except ValueError as error:
         raise ConfigError(f"{config.model.name}: {error}") from None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
 
 import pytest
 import torch
+from small import backward, make_llama
 
 from grass_ray import (
     AllLayersSampler,
@@ -20,8 +24,51 @@ from grass_ray import (
     RewardSampler,
     UniformSampler,
 )
-from grass_ray.layerwise.samplers import Sampler
+from grass_ray.config import (
+    AnyProjectionConfig,
+    AnySamplerConfig,
+    AnyScheduleConfig,
+    MethodConfig,
+    ModelConfig,
+    SamplerConfig,
+    ScheduleConfig,
+)
+from grass_ray.config.schedules import ScheduledCount
+from grass_ray.layerwise.drawing import draw_without_replacement
+from grass_ray.layerwise.grad_norm import TEMPERATURE
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.schedules import Cosine, Linear, Step, bounds_of
+from grass_ray.memory.plan import Planner
+from grass_ray.memory.step import StepShape
+from grass_ray.training.run import build_optimizer
+
+
+class TopHeavySampler(UniformSampler):
+    """Stands for a sampler of your own (CONTRIBUTING.md): later layers are drawn more often."""
+
+    def probabilities(self) -> tuple[float, ...]:
+        """In proportion to the layer's place, from 1."""
+        total = self._num_units * (self._num_units + 1) / 2
+        return tuple((layer + 1) / total for layer in range(self._num_units))
+
+    def pick(self) -> tuple[int, ...]:
+        """A draw from the probabilities."""
+        log_p = torch.tensor(self.probabilities(), dtype=torch.float64).log()
+        return draw_without_replacement(log_p, self.now_active, self.seed, self._draws)
+
+
+class TopHeavyConfig(SamplerConfig):
+    """Its configuration, which would be a line of ``AnySamplerConfig``."""
+
+    builds: ClassVar[str] = "test_samplers.TopHeavySampler"
+    kind: Literal["top_heavy"] = "top_heavy"
+    num_active_layers: ScheduledCount = 2
+    period: ScheduledCount = 20
+
+
+class TopHeavyMethod(MethodConfig):
+    sampler: TopHeavyConfig = TopHeavyConfig()
+
 
 LAYERS = 6
 SIZES = [10, 20, 30, 10, 20, 30]
@@ -59,8 +106,69 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "cyclic-one-pass": lambda seed: CyclicSampler(1, None, training_steps=40, seed=seed),
     "reward": lambda seed: RewardSampler(0.34, refresh_period=3, seed=seed),
     "matrix_norm": lambda seed: MatrixNormSampler(0.34, 3, eta=1e4, seed=seed),
+    "top_heavy": lambda seed: TopHeavySampler(2, 3, seed=seed),
 }
 WITHOUT_CHANCE = {"all", "cyclic", "cyclic-descending", "cyclic-one-pass"}
+
+
+KINDS: list[type[SamplerConfig]] = [*get_args(get_args(AnySamplerConfig)[0]), TopHeavyConfig]
+
+
+def kind_of(config: type[SamplerConfig]) -> str:
+    return str(config.model_fields["kind"].default)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=kind_of)
+def test_every_kind_of_a_configuration_builds_a_sampler_of_this_contract(config: type[SamplerConfig]) -> None:
+    sampler = config().build(seed=7, train_steps=100)
+    assert type(sampler) in {type(make(0)) for make in SAMPLERS.values()}
+    assert sampler.trains_all == config.trains_all
+    assert getattr(sampler, "seed", 7) == 7
+
+
+@pytest.mark.parametrize("config", KINDS, ids=kind_of)
+def test_a_sampler_and_its_configuration_have_the_same_settings_and_defaults(config: type[SamplerConfig]) -> None:
+    sampler = type(config().build(seed=0, train_steps=100))
+    settings = {name: field.default for name, field in config.model_fields.items() if name != "kind"}
+    arguments = inspect.signature(sampler).parameters
+    # what a configuration does not say, and a default that depends on another argument
+    beside = {"seed", "training_steps", "scores"}
+    defaults = {name: value.default for name, value in arguments.items() if name not in beside}
+    if "temperature" in defaults:
+        assert defaults["temperature"] is None, "so that effective_layers alone can be given"
+        defaults["temperature"] = TEMPERATURE
+    assert defaults == settings
+
+
+def test_a_new_sampler_trains_and_is_planned_by_its_class_configuration_and_line_here_alone() -> None:
+    method = TopHeavyMethod(name="top-heavy")
+    planner = Planner(ModelConfig(name="tiny"), "cpu")
+    plans = planner.plan_modes(method, StepShape(rows=2, tokens=8), training_steps=10)
+    assert [plan.offload for plan in plans] == ["none", "resident", "blocking", "overlap", "lazy"]
+    assert planner.put_on(method).active_sets() == [(0, 3)], "of four equal layers two, one of them the lowest"
+    model = make_llama()
+    optimizer = build_optimizer(model, method.sampler.build(seed=0, train_steps=10), method)
+    for step in range(45):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.switches == 2
+
+
+@pytest.mark.parametrize("config", get_args(get_args(AnyScheduleConfig)[0]), ids=lambda config: config.__name__)
+def test_every_kind_of_schedule_is_built(config: type[ScheduleConfig]) -> None:
+    values = {"values": (4.0, 2.0), "at_progress": (0.5,)} if "values" in config.model_fields else {}
+    settings = values or {"start": 4.0, "end": 2.0}
+    kind = get_args(config.model_fields["kind"].annotation)[0]
+    whole, own = config(kind=kind, **settings).build(100), config(kind=kind, steps=10, **settings).build(100)
+    assert (whole.steps, own.steps) == (100, 10)
+    assert (whole.at(0), whole.at(100), whole.bounds()) == (4.0, 2.0, (2.0, 4.0))
+
+
+@pytest.mark.parametrize("config", get_args(get_args(AnyProjectionConfig)[0]), ids=kind_of)
+def test_every_kind_of_projection_is_built_with_the_defaults_of_its_configuration(config) -> None:
+    projection = config().build()
+    assert projection == type(projection)()
 
 
 class Passes:
@@ -122,21 +230,28 @@ def test_draws_valid_distinct_layers_and_probabilities(make: Callable[[int], Sam
             assert min(probabilities) >= 0
 
 
-@pytest.mark.long
-def test_same_seed_same_sequence_in_a_fresh_process(make: Callable[[int], Sampler], request) -> None:
-    name = request.node.callspec.params["make"]
-    sampler = make(7)
-    sampler.start(SIZES)
-    here = as_json(drive(sampler, 30))
+@pytest.fixture(scope="module")
+def from_a_fresh_process() -> dict[str, object]:
+    """Every sampler's sequence from seed 7, all of them from one process."""
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import test_samplers as t\n"
-        f"s = t.SAMPLERS[{name!r}](7); s.start(t.SIZES); print(json.dumps(t.drive(s, 30)))"
+        "samplers = {name: make(7) for name, make in t.SAMPLERS.items()}\n"
+        "for sampler in samplers.values(): sampler.start(t.SIZES)\n"
+        "print(json.dumps({name: t.drive(sampler, 30) for name, sampler in samplers.items()}))"
     )
-    from pathlib import Path
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    sequences: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return sequences
 
-    folder = str(Path(__file__).parent)
-    there = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True).stdout
-    assert as_json(json.loads(there)) == here
+
+@pytest.mark.long
+def test_same_seed_same_sequence_in_a_fresh_process(
+    make: Callable[[int], Sampler], request: pytest.FixtureRequest, from_a_fresh_process: dict[str, object]
+) -> None:
+    sampler = make(7)
+    sampler.start(SIZES)
+    name = request.node.callspec.params["make"]
+    assert as_json(from_a_fresh_process[name]) == as_json(drive(sampler, 30))
 
 
 def test_another_seed_gives_another_sequence() -> None:

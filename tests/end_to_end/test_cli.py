@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -34,15 +35,40 @@ FAST_SCHEDULE = ["method.sampler.period=2", "method.sampler.probing_steps=2", "m
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": ""}
 
 
-def grass_ray(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from grass_ray.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
+CODE = "from grass_ray.cli import main; main()"
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def grass_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in ``tmp_path``, carried out in this process: a process of its own would import for seconds."""
+
+    def carry_out(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setenv("MLFLOW_TRACKING_URI", "")
+            patch.setattr("sys.argv", ["grass-ray", *words])
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as left:
+                main(words)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(left.value.code or 0), said.out, said.err)
+
+    return carry_out
+
+
+def in_a_process(*arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line as a shell starts it, after the Python code ``before``."""
+    command = [sys.executable, "-c", before + CODE, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    """The command line in a process of its own, to be interrupted."""
+    command = [sys.executable, "-c", CODE, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -55,8 +81,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in said, said
 
 
-def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
-    done = grass_ray("train", "grass", *SMALL, *FAST_SCHEDULE, cwd=tmp_path)
+def test_train_leaderboard_eval_export(grass_ray: Command, tmp_path: Path) -> None:
+    done = in_a_process("train", "grass", *SMALL, *FAST_SCHEDULE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "grass_ray_results" / "train").iterdir()
     written = {path.name for path in run.iterdir()}
@@ -67,7 +93,7 @@ def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
     assert head == ["run", "model", "method", "tasks", "trains", "device", "config"]
     assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == "grass"
 
-    board = grass_ray("leaderboard", "--format", "json", cwd=tmp_path)
+    board = grass_ray("leaderboard", "--format", "json")
     assert board.returncode == 0, board.stderr
     (row,) = json.loads(board.stdout)
     record = json.loads((run / "record.json").read_text())
@@ -77,14 +103,12 @@ def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
     assert row["host_pinned_gib"] > 0
     assert record["layers"]["only_active_layers_changed"] is True
 
-    export = grass_ray("export", run, "--output", "exported", cwd=tmp_path)
+    export = grass_ray("export", run, "--output", "exported")
     assert export.returncode == 0, export.stderr
     assert "largest logit difference 0.0e+00" in export.stdout
     assert "| generated |" in (tmp_path / "exported" / "README.md").read_text()
     trained, exported = (
-        grass_ray(
-            "eval", "--model", model, "--limit=6", "--set", "data.source.test_rows=8", "--output", out, cwd=tmp_path
-        )
+        grass_ray("eval", "--model", model, "--limit=6", "--set", "data.source.test_rows=8", "--output", out)
         for model, out in ((run, "eval-run"), ("exported", "eval-exported"))
     )
     assert trained.returncode == exported.returncode == 0, trained.stderr + exported.stderr
@@ -95,17 +119,17 @@ def test_train_leaderboard_eval_export(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 6
 
-    again = grass_ray("train", "grass", *SMALL, *FAST_SCHEDULE, cwd=tmp_path)
+    again = grass_ray("train", "grass", *SMALL, *FAST_SCHEDULE)
     assert_refused(again, "exists and is not empty")
-    assert_refused(grass_ray("export", run, "--output", "exported", cwd=tmp_path), "exists and is not empty")
-    listing = grass_ray("ls", "runs", cwd=tmp_path)
+    assert_refused(grass_ray("export", run, "--output", "exported"), "exists and is not empty")
+    listing = grass_ray("ls", "runs")
     assert "grass-tiny-generated-s0" in listing.stdout
 
 
-def test_lora_export_merges_adapters(tmp_path: Path) -> None:
-    done = grass_ray("train", "lora", *SMALL, "method.optimizer.lr=0.01", "--output", "run", cwd=tmp_path)
+def test_lora_export_merges_adapters(grass_ray: Command, tmp_path: Path) -> None:
+    done = grass_ray("train", "lora", *SMALL, "method.optimizer.lr=0.01", "--output", "run")
     assert done.returncode == 0, done.stderr
-    export = grass_ray("export", "run", "--output", "merged", cwd=tmp_path)
+    export = grass_ray("export", "run", "--output", "merged")
     assert export.returncode == 0, export.stderr
     assert not list((tmp_path / "merged").glob("adapter*"))
     from transformers import AutoModelForCausalLM
@@ -113,27 +137,27 @@ def test_lora_export_merges_adapters(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in model.named_parameters())
 
-    adapter = grass_ray("export", "run", "--adapter", "--output", "adapter", cwd=tmp_path)
+    adapter = grass_ray("export", "run", "--adapter", "--output", "adapter")
     assert adapter.returncode == 0, adapter.stderr
     assert "reloaded with peft, largest logit difference 0.0e+00" in adapter.stdout
     assert {path.name for path in (tmp_path / "adapter").glob("adapter*")} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    delta = grass_ray("export", "run", "--delta", "--output", "delta", cwd=tmp_path)
+    delta = grass_ray("export", "run", "--delta", "--output", "delta")
     assert_refused(delta, "run is a run of lora", "--adapter", "the merged model")
     assert not (tmp_path / "delta").exists()
 
 
 def test_delta_there_and_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    grass_ray: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one_draw = [*FAST_SCHEDULE, "method.sampler.period=6", "method.sampler.num_active_layers=1"]
-    done = grass_ray("train", "grass", *SMALL, *one_draw, "--output", "run", cwd=tmp_path)
+    done = grass_ray("train", "grass", *SMALL, *one_draw, "--output", "run")
     assert done.returncode == 0, done.stderr
-    whole = grass_ray("export", "run", "--output", "whole", cwd=tmp_path)
+    whole = grass_ray("export", "run", "--output", "whole")
     assert whole.returncode == 0, whole.stderr
-    there = grass_ray("export", "run", "--delta", "--output", "delta", cwd=tmp_path)
+    there = grass_ray("export", "run", "--delta", "--output", "delta")
     assert there.returncode == 0, there.stderr
     assert re.search(r"wrote delta: 0\.1\d of 0\.8\d MiB \(1\d\.\d %\): decoder layer [0-3] \(of 4,", there.stdout)
     assert "base model tiny (built-in, float32)" in there.stdout
@@ -141,7 +165,7 @@ def test_delta_there_and_back(
     assert files.keys() == {"README.md", "delta.json", "delta.safetensors"}
     assert files["delta.safetensors"] < 0.2 * (tmp_path / "whole" / "model.safetensors").stat().st_size
 
-    back = grass_ray("export", "delta", "--output", "back", cwd=tmp_path)
+    back = grass_ray("export", "delta", "--output", "back")
     assert back.returncode == 0, back.stderr
     assert "the same in every bit" in back.stdout
     assert {path.name for path in (tmp_path / "back").iterdir()} == {
@@ -152,7 +176,7 @@ def test_delta_there_and_back(
     ).read_bytes()
 
     # "whole" is the trained model, not the base that the delta belongs on
-    wrong = grass_ray("export", "delta", "--model", "whole", "--output", "wrong", cwd=tmp_path)
+    wrong = grass_ray("export", "delta", "--model", "whole", "--output", "wrong")
     assert_refused(wrong, "delta belongs on tiny (built-in, float32)", "has other values")
     assert not (tmp_path / "wrong").exists()
     monkeypatch.chdir(tmp_path)
@@ -171,17 +195,9 @@ def test_delta_there_and_back(
     assert not (tmp_path / "new").exists()
 
 
-def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
+def test_interrupt_leaves_a_resumable_run(grass_ray: Command, tmp_path: Path) -> None:
     arguments = ["train", "grass", *SMALL, *FAST_SCHEDULE, "training.steps=400", "--output", "run"]
-    code = "from grass_ray.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*arguments, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if " step " in line:
@@ -197,7 +213,7 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
 
     stopped_at = len(first["series"]["train/loss"])
     assert 0 < stopped_at < 400
-    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    resumed = grass_ray(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"after step {stopped_at}" in resumed.stdout
     record = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -205,9 +221,7 @@ def test_interrupt_leaves_a_resumable_run(tmp_path: Path) -> None:
     assert [step for step, _ in record["series"]["train/loss"]] == list(range(1, 403))
     assert record["series"]["train/loss"][:stopped_at] == first["series"]["train/loss"]
     rows = json.loads(
-        grass_ray(
-            "leaderboard", "--format", "json", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", cwd=tmp_path
-        ).stdout
+        grass_ray("leaderboard", "--format", "json", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db").stdout
     )
     assert len(rows) == 1, "found again in the store, not doubled"
 
@@ -249,19 +263,11 @@ def test_a_model_folder_is_found_from_anywhere_and_never_on_the_hub(
         assert f"there is no model folder '{folder}'" in said
 
 
-def test_interrupt_while_evaluating_stops_and_can_go_on(tmp_path: Path) -> None:
+def test_interrupt_while_evaluating_stops_and_can_go_on(grass_ray: Command, tmp_path: Path) -> None:
     arguments = ["train", "full", "--model=tiny", "--steps=2", "--limit=100", "--output", "run", "--set"]
     arguments += ["data.source.train_rows=40", "data.source.test_rows=100", "evaluation.batch_size=1"]
     arguments += ["training.warmup_steps=0"]
-    code = "from grass_ray.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*arguments, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if " evaluating " in line:
@@ -273,7 +279,7 @@ def test_interrupt_while_evaluating_stops_and_can_go_on(tmp_path: Path) -> None:
     assert f"go on     grass-ray {' '.join(arguments)} --resume" in out
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "stopped"
     assert statuses(tmp_path / "mlflow.db") == ["KILLED"]
-    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    resumed = grass_ray(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "after step 2" in resumed.stdout
     assert statuses(tmp_path / "mlflow.db") == ["FINISHED"]
@@ -285,14 +291,13 @@ def statuses(database: Path) -> list[str]:
         return [status for (status,) in connection.execute("SELECT status FROM runs WHERE name != 'train-train'")]
 
 
-def test_files_that_cannot_be_written_are_one_message_and_a_run_that_can_go_on(tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_one_message_and_a_run_that_can_go_on(
+    grass_ray: Command, tmp_path: Path
+) -> None:
     """A full disk, by a limit on the size of files: the store fits into it and the optimizer's states do not."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))"
-    code = f"{limit}\nfrom grass_ray.cli import main; main()"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, resource.RLIM_INFINITY))\n"
     arguments = ["train", "full", *SMALL, "--output", "run"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = in_a_process(*arguments, cwd=tmp_path, before=limit)
     assert done.returncode == 1, done.stderr
     assert re.fullmatch(
         r"failed: a file could not be written whole \(after step 6 of 6; .* free in run\)\n", done.stderr
@@ -300,7 +305,7 @@ def test_files_that_cannot_be_written_are_one_message_and_a_run_that_can_go_on(t
     assert "--resume" in done.stdout
     assert not list((tmp_path / "run").glob("checkpoint*"))
     assert statuses(tmp_path / "mlflow.db") == ["FAILED"]
-    resumed = grass_ray(*arguments, "--resume", cwd=tmp_path)
+    resumed = grass_ray(*arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert statuses(tmp_path / "mlflow.db") == ["FINISHED"]
 
@@ -359,8 +364,16 @@ ROW = {"instruction": "Is it?", "input": "", "output": "the correct answer is tr
     ],
     ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else None,
 )
-def test_bad_input_is_one_message_and_exit_code_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str], words: list[str], grass_ray: Command, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     write_rows(tmp_path / "broken", "[{")
     write_rows(tmp_path / "keyless", json.dumps([ROW, {key: ROW[key] for key in ROW if key != "answer"}]))
-    assert_refused(grass_ray(*arguments, cwd=tmp_path), *words)
+    assert_refused(grass_ray(*arguments), *words)
+
+
+def test_a_shell_sees_the_message_and_the_exit_code(tmp_path: Path) -> None:
+    done = in_a_process("train", "gras", cwd=tmp_path)
+    assert_refused(done, "unknown method 'gras'")
+    assert done.stderr.count("\n") == 1

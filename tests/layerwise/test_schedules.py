@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grass_ray import GradNormSampler, UniformSampler
-from grass_ray.layerwise.samplers import Sampler
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.schedules import Cosine, Linear, Schedule, Step, bounds_of, count_at, value_at
 
 NAN = math.nan

@@ -25,7 +25,7 @@ from grass_ray import (
     RewardSampler,
     UniformSampler,
 )
-from grass_ray.layerwise.samplers import Sampler
+from grass_ray.layerwise.sampler import Sampler
 
 CHUNK = 64 * 1024
 STEPS = 14

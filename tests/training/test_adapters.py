@@ -8,9 +8,8 @@ import pytest
 import torch
 from small import make_batch, make_llama
 
-from grass_ray import LayerwiseAdamW
+from grass_ray import AllLayersSampler, LayerwiseAdamW
 from grass_ray.config import AdapterConfig, ConfigError, LoraConfig, MethodConfig, PrefixConfig, PromptConfig
-from grass_ray.layerwise.samplers import AllLayersSampler
 from grass_ray.training.adapters import add_adapter
 
 
