@@ -36,8 +36,8 @@ from grass_ray.training.batches import IGNORED, Batch
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import MemoryMeter, default_device, storage_bytes
 from grass_ray.training.models import SHAPES, build_shape, load_model
+from grass_ray.training.optimizer import build_optimizer
 from grass_ray.training.report import GIB
-from grass_ray.training.run import build_optimizer
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2

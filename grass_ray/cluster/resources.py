@@ -65,17 +65,17 @@ class ClusterInfo:
     freed: int = 0
 
     def describe(self) -> str:
-        """One line for the head of a sweep."""
+        """One line about the cluster."""
         cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
         how = "joined" if self.joined else "started"
         freed = f" ({self.freed} placement groups of dead jobs freed)" if self.freed else ""
         return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs{freed}"
 
     def check_storage(self, storage: Storage) -> None:
-        """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
+        """Check that every machine sees the storage; one that does not would lose its trials' results.
 
         Raises:
-            ConfigError: When a machine does not see the file.
+            ConfigError: a machine does not see it.
         """
         if len(self.machines) < 2:
             return
@@ -93,7 +93,11 @@ class ClusterInfo:
             )
 
     def check_dashboard(self) -> None:
-        """Raise :class:`ConfigError` where what a stopped trial held would never be free again."""
+        """Check that the resources of trials that are stopped early will be freed.
+
+        Raises:
+            ConfigError: Ray's dashboard, which frees them, does not run.
+        """
         if not self.dashboard:
             raise ConfigError(
                 f"the Ray at {self.address} runs without its dashboard, through which Ray Train frees the resources of "
@@ -112,12 +116,12 @@ class ClusterInfo:
         """Divide the machines among trials.
 
         Args:
-            cpus: of each worker; None takes those that come with its GPU, or of a machine without one all.
-            gpus: of each worker; None takes one where there are any.
-            max_concurrent: trials at once, at most.
+            cpus: of each worker; None takes its GPU's part of the machine, or the whole machine without GPUs.
+            gpus: of each worker; None takes one if a machine has any.
+            max_concurrent: the most trials at once.
             workers: of each trial.
-            min_workers: an elastic trial needs room for so many only; others run beside it where there is room for all
-                ``workers`` of each.
+            min_workers: room for so many is enough for an elastic trial; other trials run beside it only if there is
+                room for all ``workers`` of each.
 
         Raises:
             ConfigError: the machines cannot hold a trial's workers; Ray would wait for ever.
@@ -169,5 +173,5 @@ def driver_memory(machines: Sequence[int], slots: int) -> int:
 
 @ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
 def _sees(uri: str) -> tuple[bool, str]:
-    """Whether this machine sees the storage's file, and this machine's address."""
+    """Return whether this machine sees the storage's file, and the machine's address."""
     return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()

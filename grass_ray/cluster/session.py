@@ -48,7 +48,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
-KNOCK_S = 10.0  # Ray itself would wait for many minutes
+ANSWER_WITHIN_S = 10.0  # Ray itself would wait for many minutes
 _PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 _SHORT_FOLDER = "/tmp"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
@@ -61,19 +61,19 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
 
     Args:
         machines: wait until so many have joined; None takes those that are there.
-        within_s: how long to wait for them, in seconds.
+        within_s: seconds to wait for them.
 
     Raises:
-        ConfigError: When the cluster does not answer, or too few machines join.
+        ConfigError: the cluster does not answer, or too few machines join.
     """
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials' errors as pages; their records say them
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # pages for a failed trial; its record says why
     wanted = os.environ.get("RAY_ADDRESS")
     previous = signal.getsignal(signal.SIGTERM)  # Ray has a handler of its own
     try:
         if wanted and wanted not in ("auto", "local"):
-            knock(wanted)
+            check_address(wanted)
             context = _connect({})
         else:
             os.environ.update(token_without_home())
@@ -103,8 +103,12 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         ray.shutdown()
 
 
-def knock(address: str) -> None:
-    """Raise ``ConnectionError`` where RAY_ADDRESS is no address of a cluster, or nobody listens there."""
+def check_address(address: str) -> None:
+    """Check that the head of a Ray cluster answers at ``address``.
+
+    Raises:
+        ConnectionError: it is not of the form HOST:PORT, or no head of a cluster answers.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConnectionError(
@@ -112,20 +116,20 @@ def knock(address: str) -> None:
             "cluster of this machine). http:// is for `ray job submit`, and Ray Client's ray:// is not supported."
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_WITHIN_S).close()
     except OSError as error:
         raise ConnectionError(f"Nobody answers there ({error.strerror or error}).") from None
     if "RAY_USE_TLS" in os.environ:
         return
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray speaks
         try:
-            grpc.channel_ready_future(channel).result(timeout=KNOCK_S)
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_WITHIN_S)
         except grpc.FutureTimeoutError:
             raise ConnectionError("What answers there is no head of a Ray cluster; its dashboard, perhaps.") from None
 
 
 def short_folders() -> dict[str, str]:
-    """What a Ray that is started must find in its environment to have its sockets where their paths are short enough.
+    """Return the environment in which a Ray that is started has its sockets at paths that are short enough.
 
     Raises:
         ConfigError: ``/tmp`` cannot be written to, or RAY_TMPDIR itself is too long.
@@ -146,7 +150,7 @@ def short_folders() -> dict[str, str]:
 
 
 def token_without_home() -> dict[str, str]:
-    """A secret for a Ray that is started, where Ray cannot keep one in the home folder."""
+    """Return a secret for a Ray that is started, as environment; empty if Ray can keep one in the home folder."""
     if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return {}
     try:
@@ -160,12 +164,10 @@ def token_without_home() -> dict[str, str]:
 
 
 def _connect(folders: Mapping[str, str]) -> Any:
-    """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
-
-    Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
-    several run on one machine: the resources would never be free again. So the address of a Ray that is started here is
-    chosen beforehand; one that was joined is joined again with its address known.
-    """
+    """Join or start Ray, and tell every process of the sweep which Ray it belongs to."""
+    # Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up if several
+    # run on one machine: the resources would never be free again. So the address of a Ray that is started here is
+    # chosen beforehand; one that was joined is joined again with its address known.
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
@@ -205,12 +207,12 @@ def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
 
 
 def _is_own(context: Any) -> bool:
-    """Whether this process started the Ray: a session is named after the process that did."""
+    """Return whether this process started the Ray; a session is named after the process that did."""
     return str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
 
 
 def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
-    """The machines that are alive, once there are enough of them. Raises :class:`ConfigError`."""
+    """Wait until there are enough machines and return those that are alive. Raises :class:`ConfigError`."""
     deadline = time.monotonic() + within_s
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]
@@ -225,5 +227,5 @@ def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Make a termination end like Ctrl-C: children stopped, a message on how to resume."""
+    """End a termination like Ctrl-C: children are stopped, and a message says how to resume."""
     raise KeyboardInterrupt

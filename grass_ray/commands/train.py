@@ -27,7 +27,7 @@ from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import hardware, redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import default_tracking_uri
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracking import Tracker, trial_tags
 from grass_ray.tasks.readback import choose_extraction
 from grass_ray.training.report import TrainingFailure
 
@@ -104,8 +104,8 @@ def train_locally(
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.memory.fit import fit_to_memory
+    from grass_ray.training.checks import check_run, tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
-    from grass_ray.training.run import check_run, tokenizer_to_check
     from grass_ray.training.without_effect import settings_without_effect
 
     check_run(config)
@@ -175,15 +175,7 @@ class _LocalRun(Listener):
         """Open the run in the store; from here on it must be closed."""
         config = self.config
         config.save(self.output / "config.yaml")
-        tags = {
-            "method": config.method.name,
-            "model": config.model.name,
-            "suite": config.data.suite,
-            "seed": str(config.seed),
-            "sweep": EXPERIMENT,
-            "stage": "training",
-            "folder": str(self.output.absolute()),
-        }
+        tags = trial_tags(config, sweep=EXPERIMENT, stage="training", folder=str(self.output.absolute()))
         self._steps.run_id = self.tracker.start_trial(
             EXPERIMENT, config.fingerprint, config.name, tags, config.flatten()
         )

@@ -139,7 +139,10 @@ class LayerTrace(BaseModel):
     units: list[str] = Field(default_factory=list, description="what the sampler picked from, in the order of visits")
     total_parameters: int
     trainable_parameters: int = Field(description="the most that trained at one time")
-    trainable_share: float = 0.0
+    trainable_share: float = Field(
+        default_factory=lambda fields: fields["trainable_parameters"] / fields["total_parameters"],
+        description="of all parameters",
+    )
     intervals: list[tuple[int, tuple[int, ...]]] = Field(
         default_factory=list, description="(first step, active units) of every draw"
     )

@@ -79,8 +79,7 @@ class LayerTracer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.trace = trace = LayerTrace.model_validate(state["engagement"])
-        trace.trainable_share = trace.trainable_parameters / trace.total_parameters
+        self.trace = LayerTrace.model_validate(state["engagement"])
         self._proof.load_state_dict(state)
         self._switches = state["switches"]
         self._sent_bytes, self._trained_steps = state.get("sent_bytes", 0), state.get("trained_steps", 0)

@@ -117,8 +117,8 @@ def test_the_engagement_report_is_words_and_strict_json(tmp_path: Path) -> None:
     assert layers is not None
     layers.units = ["layer_00", "layer_01"]
     write_layer_trace(tmp_path, layers)
-    assert (tmp_path / "layers.txt").read_text() == layers.describe() + "\n"
-    values = json.loads((tmp_path / "layers.json").read_text(), parse_constant=pytest.fail)
+    assert (tmp_path / "engagement.txt").read_text() == layers.describe() + "\n"
+    values = json.loads((tmp_path / "engagement.json").read_text(), parse_constant=pytest.fail)
     assert values["refreshes"] == [[1, [None, 2.0], [0.25, 0.75]]]
     assert values["visits"] == [1, 1]
 

@@ -20,7 +20,8 @@ from small import short_run
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.optim.sharded import whole
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.checks import check_run
+from grass_ray.training.run import Run
 from grass_ray.training.weights import parameters_sha256
 
 pytestmark = pytest.mark.long

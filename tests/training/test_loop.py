@@ -11,9 +11,10 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.training.batches import IGNORED
+from grass_ray.training.checks import check_run
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.report import LayerTrace, StepReport, TrainingFailure
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.run import Run
 
 
 def make_run(method: str = "grass", *overrides: str) -> Run:

@@ -22,9 +22,10 @@ from grass_ray.config import ConfigError, RunConfig
 from grass_ray.memory.fit import real_shape
 from grass_ray.memory.plan import Planner
 from grass_ray.methods import METHODS
+from grass_ray.training.checks import check_run
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.report import GIB
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.run import Run
 
 pytestmark = pytest.mark.long
 
