@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
+from tyro.extras import literal_type_from_choices
 
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
-from grass_ray.results.figures.kinds import Kind as PictureKind
+from grass_ray.results.figures.registry import FIGURES
 
 if TYPE_CHECKING:
     from grass_ray.results.record import RunRecord
     from grass_ray.results.selection import Selection
+
+    FigureName = str
+else:
+    FigureName = literal_type_from_choices(FIGURES)
 
 RESULTS = Path("grass_ray_results")
 
@@ -237,27 +242,27 @@ class Leaderboard:
 class Plot:
     """Draw a picture of the runs of a tracking store, with its numbers as CSV beside it."""
 
-    kind: Positional[Annotated[PictureKind, arg(help="what to draw")]]
+    kind: Positional[Annotated[FigureName, arg(help="what to draw")]]
     chosen: Chosen
     output: Annotated[Path | None, arg(help="picture to write: .png, .svg or .pdf; default: KIND.png")] = None
 
     def run(self) -> int:
         """Carry it out."""
         from grass_ray.results.figures.figure import check_suffix
-        from grass_ray.results.figures.registry import FIGURES, draw_kind
+        from grass_ray.results.figures.registry import draw_kind
         from grass_ray.results.leaderboard import build_leaderboard
 
         output = self.output or Path(f"{self.kind}.png")
         check_suffix(output)
         selection = self.chosen.selection()
         records = selection.records(self.chosen.load())
-        pictures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
-        if not pictures:
+        figures = draw_kind(self.kind, selection.tables(build_leaderboard(records)), records)
+        if not figures:
             raise ConfigError(f"there is nothing to draw: {FIGURES[self.kind].missing}")
-        for picture in pictures:
-            suffix = picture.name.removeprefix(self.kind) if len(pictures) > 1 else ""
-            written = picture.save(output.with_stem(output.stem + suffix))
-            print(f"wrote {' and '.join(map(str, written))}: {picture.description}")
+        for figure in figures:
+            suffix = figure.name.removeprefix(self.kind) if len(figures) > 1 else ""
+            written = figure.save(output.with_stem(output.stem + suffix))
+            print(f"wrote {' and '.join(map(str, written))}: {figure.description}")
         return 0
 
 

@@ -8,7 +8,8 @@ set to the host. ``Streamed`` holds all of them on the host and updates them thr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,21 @@ class States:
             adamw([local(p) for p in plain], gradients, states, steps, groups[index], skip, firsts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that a placement needs once every unit was active.
+
+    Attributes:
+        states: optimizer states on the device.
+        staging: ring on the device through which states on the host are streamed.
+        host: blocks of states on the host.
+    """
+
+    states: int
+    staging: int = 0
+    host: int = 0
+
+
 class OnDevice:
     """All states on the device (``offload="none"``).
 
@@ -122,6 +138,18 @@ class OnDevice:
         self.host = HostStore(device, chunk_bytes)
         # names of units whose states are on the host now
         self._offloaded: set[str] = set()
+
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active.
+
+        Args:
+            active: bytes of the states of the active units.
+            inactive: bytes of the states of all others; 0 if they are not kept, or if there are none.
+            blocks: bytes of the host blocks of all sampled units.
+            ring: bytes of the ring.
+        """
+        return Footprint(states=active + inactive)
 
     def offloaded(self, unit: Unit) -> bool:
         """Whether a unit's states are on the host."""
@@ -234,6 +262,11 @@ class Resident(OnDevice):
 
     has_blocks = True
 
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
+        return Footprint(states=active, host=blocks if inactive else 0)
+
     def leave(self, unit: Unit) -> None:
         """Move the unit's states to the host."""
         states = {p: self._states.tensors(p) for p in unit.parameters}
@@ -292,6 +325,11 @@ class Streamed(OnDevice):
         self._ring_slots = ring_slots
         self.streams = streams or make_streams(device, merged=mode == "blocking")
         self.streamer = self._make_streamer()
+
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
+        return Footprint(states=0, staging=ring, host=blocks)
 
     def _make_streamer(self) -> Streamer:
         return Streamer(
@@ -371,8 +409,14 @@ def make_placement(
         return Streamed(
             states, device, stats, mode=offload, chunk_bytes=chunk_bytes, ring_slots=ring_slots, streams=streams
         )
-    kind = Resident if offload == "resident" else OnDevice
-    return kind(states, device, stats, chunk_bytes=chunk_bytes)
+    return placement_class(offload)(states, device, stats, chunk_bytes=chunk_bytes)
+
+
+def placement_class(offload: Offload) -> type[OnDevice]:
+    """The class of the placement called ``offload`` (``"auto"`` is resolved before)."""
+    if offload in get_args(StreamMode):
+        return Streamed
+    return Resident if offload == "resident" else OnDevice
 
 
 def tensors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.figures.colours import colour_of
 from grass_ray.results.figures.registry import write_sweep_plots
+from grass_ray.results.figures.style import style_of
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.pairing import scope
 from grass_ray.results.record import RunRecord
@@ -220,7 +220,7 @@ def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow
     for place, row in enumerate(rows):
         accuracy = 100 * _accuracy(row)
         low, high = (accuracy if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
-        axes.barh(place, accuracy, color=colour_of(row.method), height=0.66, alpha=0.85)
+        axes.barh(place, accuracy, color=style_of(row.method).colour, height=0.66, alpha=0.85)
         spread = [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]]
         axes.errorbar(accuracy, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
         axes.annotate(
