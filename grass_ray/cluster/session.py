@@ -32,6 +32,7 @@ import torch
 from grass_ray.cluster.orphans import free_orphans
 from grass_ray.cluster.resources import ClusterInfo
 from grass_ray.config import ConfigError
+from grass_ray.process import environment
 
 WORKER_ENVIRONMENT = {
     # a report waits up to this long; Ray's own 2 s would slow the loop, and much less would wake too many processes
@@ -173,27 +174,13 @@ def _connect(folders: Mapping[str, str]) -> Any:
         port = free.getsockname()[1]
     chosen = f"{ray.util.get_node_ip_address()}:{port}"
     kept = {name: os.environ[name] for name in folders if name in os.environ}  # trials write to the user's TMPDIR
-    with _environment({_PORT: str(port), **folders}):
+    with environment({_PORT: str(port), **folders}):
         context = _init(None, chosen, kept)
     address = context.address_info["gcs_address"]
     if address != chosen and not _is_own(context):
         ray.shutdown()  # leaves it
         context = _init(address, address, kept)
     return context
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
