@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grass_ray.cluster.storage import Storage
@@ -34,7 +34,7 @@ class TrialResources(BaseModel):
     gpus: int
     slots: int = 1
     workers: int = 1
-    min_workers: int = 1
+    min_workers: int = Field(default_factory=lambda fields: fields["workers"])
 
     @property
     def elastic(self) -> bool:

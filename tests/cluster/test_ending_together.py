@@ -16,7 +16,7 @@ from grass_ray.training.report import TrainingFailure
 
 
 def make_job(storage: Path, workers: int) -> Job:
-    resources = TrialResources(cpus=1, gpus=0, workers=workers, min_workers=workers)
+    resources = TrialResources(cpus=1, gpus=0, workers=workers)
     context = SweepContext(sweep="sweep", sweep_id="sweep-1", storage=str(storage), resources=resources)
     return Job(config=RunConfig(method=METHODS["full"].config), key="key", folder="trials/key", context=context)
 
