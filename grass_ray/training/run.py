@@ -28,12 +28,13 @@ from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
+from grass_ray.training.built_in import cache_folder
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.checks import check_run
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
-from grass_ray.training.models import cache_folder, load_model
+from grass_ray.training.models import load_model
 from grass_ray.training.optimizer import build_optimizer, build_schedule
 from grass_ray.training.packing import check_packing
 from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
