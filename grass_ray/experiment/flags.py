@@ -18,7 +18,8 @@ from typing import Annotated
 
 import tyro
 
-from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
+from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel
+from grass_ray.config.data import AnySourceConfig
 from grass_ray.experiment.algorithms import ALGORITHMS, Search
 from grass_ray.experiment.search import Scheduler
 from grass_ray.methods import METHODS
@@ -171,7 +172,7 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
     return at_home(options)
 
 
-def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], SourceConfig]:
+def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], AnySourceConfig]:
     """Suite, tasks and source that ``--task`` and ``--data-dir`` mean. Raises :class:`ConfigError`.
 
     A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
@@ -188,7 +189,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
     return source.name, (source.name,), source
 
 
-def data_source(suite: str, data_dir: Path | None) -> SourceConfig:
+def data_source(suite: str, data_dir: Path | None) -> AnySourceConfig:
     """Where a suite's rows come from: made, a folder, or the hub. Raises :class:`ConfigError`."""
     if suite == "generated":
         if data_dir is not None:
