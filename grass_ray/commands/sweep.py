@@ -221,7 +221,7 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
     if plan.search is not None:
         for line in plan.search.describe():
             _say(console, f"search: {line}")
-    wide = Console(width=None if console.is_terminal else 1000)  # nothing crops a file
+    wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)
     for line in _without_effect(plan):
         _say(console, f"without effect: {line}")
