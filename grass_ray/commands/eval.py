@@ -18,16 +18,13 @@ if TYPE_CHECKING:
 
 
 def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
-    """Evaluate a model and print a table.
+    """Evaluate a model and print a table; returns the exit code, 0.
 
     Args:
         config: model, data and evaluation; nothing is trained.
         run_folder: of a run whose trained model is evaluated; None takes the model of ``config``.
         output: new or empty folder for the record, the examples and lm-eval's own files; None writes nothing.
         quiet: print only the table.
-
-    Returns:
-        The exit code, 0.
 
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
