@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from grass_ray.config import ConfigError, HubSource, Parallel, RunConfig
+from grass_ray.config import ConfigError, Parallel, RunConfig
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
@@ -87,7 +87,7 @@ class Run:
         device = device or default_device()
         training = config.training
         loaded = load_model(config.model)
-        if isinstance(config.data.source, HubSource) and config.evaluation.test:
+        if config.data.source.downloads and config.evaluation.test:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
         model = add_adapter(loaded.model, config.method.adapter)
