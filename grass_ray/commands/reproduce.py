@@ -234,7 +234,7 @@ def _environment(config: RunConfig) -> Environment:
 
 
 class _Retrace(Listener):
-    """Takes a rerun the way of its record: measures what was measured on the way, and stops where it was stopped."""
+    """Validates a rerun at the steps at which the original was validated, and stops it where the original was stopped."""
 
     def __init__(self, record: RunRecord) -> None:
         self._measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, in a search
