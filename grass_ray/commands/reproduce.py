@@ -234,7 +234,7 @@ def _environment(config: RunConfig) -> Environment:
 
 
 class _Retrace(Listener):
-    """Validates a rerun at the steps at which the original was validated, and stops it where the original was stopped."""
+    """Validates a rerun at the steps at which the original was validated, and stops it where that was stopped."""
 
     def __init__(self, record: RunRecord) -> None:
         self._measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, in a search
