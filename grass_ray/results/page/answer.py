@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grass_ray.results.columns import limits, percent
+from grass_ray.results.formats import limits, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 
 LEVEL = 0.05  # of a test: how often a difference is reported where there is none
@@ -25,11 +25,11 @@ def findings(table: LeaderboardTable) -> str:
         return "No row is ranked."
     best = [row for row in ranked if row.rank == 1]
     sentences = [_first(best)] if best else []
-    compared = [row for row in ranked if row.p_adjusted_to_best is not None]
+    compared = [row for row in ranked if row.to_best is not None]
     if compared:
         sentences.append(_against_best(best, compared))
     sentences += _against_full(ranked)
-    covered = {seen for row in ranked for seen in (row.covers_training, row.covers_training_to_best)}
+    covered = {found.covers_training for row in ranked for found in (row.to_full, row.to_best) if found is not None}
     if False in covered:
         where = "Where a side has one seed" if True in covered else "With one seed on a side"
         sentences.append(f"{where}, this holds for these runs alone, not for other seeds.")
@@ -45,7 +45,7 @@ def _first(best: Sequence[LeaderboardRow]) -> str:
 def _against_best(best: Sequence[LeaderboardRow], compared: Sequence[LeaderboardRow]) -> str:
     # the row that the others were compared with; a filter may have left it out of the table
     name = next((row.label for row in best if row not in compared), "the best row")
-    told = [row for row in compared if (row.p_adjusted_to_best or 0.0) < LEVEL]
+    told = [row for row in compared if row.to_best is not None and (row.to_best.p_adjusted or 0.0) < LEVEL]
     alike = [row for row in compared if row not in told]
     if not told:
         words = f"{name} cannot be told from any other row"
@@ -58,11 +58,11 @@ def _against_best(best: Sequence[LeaderboardRow], compared: Sequence[Leaderboard
 
 def _against_full(ranked: Sequence[LeaderboardRow]) -> list[str]:
     """Who is better or worse than full fine-tuning; nothing if full is the row of the sentence before."""
-    compared = [row for row in ranked if row.p_adjusted is not None]
-    if not compared or any(row.method == "full" and row.p_adjusted_to_best is None for row in ranked):
+    compared = [row for row in ranked if row.to_full is not None]
+    if not compared or any(row.method == "full" and row.to_best is None for row in ranked):
         return []
-    told = [row for row in compared if (row.p_adjusted or 0.0) < LEVEL]
-    better = [row for row in told if (row.difference_to_full or 0.0) > 0]
+    told = [row for row in compared if row.to_full is not None and (row.to_full.p_adjusted or 0.0) < LEVEL]
+    better = [row for row in told if row.to_full is not None and row.to_full.value > 0]
     worse = [row for row in told if row not in better]
     alike = [row for row in compared if row not in told]
     parts = [f"{_names(rows)} {_are(rows)} {word}" for rows, word in ((better, "better"), (worse, "worse")) if rows]

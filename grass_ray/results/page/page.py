@@ -20,23 +20,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from grass_ray.paths import model_label
+from grass_ray.results.column import Column
 from grass_ray.results.columns import (
     METHOD,
     RANK,
     WORDS,
-    Column,
     all_columns,
-    limits,
-    reasons,
+    leaderboard_csv,
     result_columns,
-    table_notes,
     task_columns,
 )
 from grass_ray.results.figures.figure import Figure, Runs, page_colour, page_colours
 from grass_ray.results.figures.registry import FIGURES, draw_methods
 from grass_ray.results.figures.style import style_of
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
-from grass_ray.results.leaderboard_csv import leaderboard_csv
 from grass_ray.results.page.answer import findings
 from grass_ray.results.page.provenance import environment, run_again
 from grass_ray.results.record import RunRecord
@@ -187,32 +184,12 @@ class _Section:
         return [row for row in self.table.rows if row.tasks]
 
     @property
-    def reasons(self) -> list[str]:
-        return reasons(self.table)
-
-    @property
     def notes(self) -> list[str]:
-        return [note for note in table_notes(self.table) if note != self.table.budget]
+        return [note for note in self.table.all_notes if note != self.table.budget]
 
     @property
     def csv(self) -> str:
         return leaderboard_csv([self.table])
-
-    @staticmethod
-    def cell(column: Column, row: LeaderboardRow) -> str:
-        """A difference with its interval, everything else as in the other formats."""
-        text = column.cell(row)
-        if column.name == "vs full" and row.difference_to_full_low is not None:
-            text += f" ({limits(row.difference_to_full_low, row.difference_to_full_high, sign=True)})"
-        if column.name == "vs best" and row.difference_to_best_low is not None:
-            text += f" ({limits(row.difference_to_best_low, row.difference_to_best_high, sign=True)})"
-        return text
-
-    @staticmethod
-    def task_cell(column: Column, row: LeaderboardRow) -> str:
-        """An accuracy with its interval."""
-        found = row.task_intervals.get(column.name)
-        return column.cell(row) + (f" ({limits(*found)})" if found else "")
 
     @cached_property
     def _runs(self) -> Runs:
