@@ -20,14 +20,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grass_ray.config import ConfigError, whole_file
+from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
-
-TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
-PHASE = "step/phase"  # PROBE or TRAIN
-TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing
-STALL_S = "step/stall_s"  # seconds that the step waited for optimizer states to move
-PROBE, TRAIN = 0.0, 1.0
 
 
 class RecordPart(BaseModel):

@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grass_ray.results.record import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerHistory, RunRecord, TaskScore
+from grass_ray.results.record import LayerHistory, RunRecord, TaskScore
+from grass_ray.training.report import PHASE, STALL_S, TOKENS, TRAIN_STEP
 
 Point = tuple[int, float]
 Answers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file

@@ -27,7 +27,8 @@ from urllib.request import getproxies, proxy_bypass, url2pathname
 
 from grass_ray.config import ConfigError
 from grass_ray.results.provenance import redact
-from grass_ray.results.record import TOKENS, RunRecord
+from grass_ray.results.record import RunRecord
+from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

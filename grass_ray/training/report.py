@@ -16,6 +16,13 @@ GIB = 1024**3
 VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
 MOST_UNITS_AS_SERIES = 128
 
+# Names of the series that keep what happened at each step.
+TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
+PHASE = "step/phase"  # PROBE or TRAIN
+TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing
+STALL_S = "step/stall_s"  # seconds that the step waited for optimizer states to move
+PROBE, TRAIN = 0.0, 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -31,6 +38,8 @@ class StepReport:
     start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move. ``sent_bytes`` are what this
     worker gave to reductions over the ``workers`` in this step, ``full_bytes`` the gradients of all parameters, what
     full data-parallel training would give. ``padding_share`` is the part of the step's positions that held no token.
+    ``train_step`` counts training steps alone, this one included (0 while probing); ``stall_s`` is the part of
+    ``step_s`` in which training waited for optimizer states to move.
     """
 
     step: int
@@ -56,6 +65,8 @@ class StepReport:
     full_bytes: int = 0
     padding_share: float = 0.0
     ages: tuple[float, ...] | None = None
+    train_step: int = 0
+    stall_s: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
@@ -68,8 +79,12 @@ class StepReport:
             "memory/peak_allocated_gib": self.peak_allocated_gib,
             "memory/host_pinned_gib": self.host_pinned_gib,
             "data/padding_share": self.padding_share,
+            TOKENS: float(self.tokens),
+            PHASE: TRAIN if self.phase == "train" else PROBE,
+            TRAIN_STEP: float(self.train_step),
         }
-        values |= {f"offload/{name}": value for name, value in self.offload.items()}
+        if self.offload:
+            values |= {f"offload/{name}": value for name, value in self.offload.items()} | {STALL_S: self.stall_s}
         if self.workers > 1:
             values |= {
                 "comm/bytes_per_step": float(self.sent_bytes),
