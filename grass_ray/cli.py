@@ -587,6 +587,6 @@ def _carry_out(verb: Verb, rest: Sequence[str]) -> int:
 
 def _tracking_uri(given: str | None) -> str:
     """The store asked for by flag or environment, else the database under ``./grass_ray_results``."""
-    from grass_ray.results.store import default_tracking_uri
+    from grass_ray.results.connection import default_tracking_uri
 
     return given or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(RESULTS)

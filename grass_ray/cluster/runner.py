@@ -32,7 +32,7 @@ from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes

@@ -23,7 +23,7 @@ from grass_ray.results.formats import limits, markdown_text, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40

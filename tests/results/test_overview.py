@@ -13,7 +13,7 @@ from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import LONGEST_NOTE, Overview, describe_sweep, draw_ranking
 from grass_ray.results.record import RunRecord
-from grass_ray.results.tracking import RANKING_FILE, Tracker
+from grass_ray.results.tracker import RANKING_FILE, Tracker
 
 
 def records() -> list[RunRecord]:
@@ -82,10 +82,10 @@ def test_while_the_store_is_away_only_the_latest_ranking_waits(tmp_path: Path) -
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "away")
     tracker.open()
     sweep = tracker.start_sweep("s1", {}, {})
-    tracker._not_before = float("inf")
+    tracker._outbox._not_before = float("inf")
     for number in (1, 2, 3):
         tracker.show_sweep(sweep, note=f"{number} trials", table=[{"n": number}])
-    assert len(tracker._waiting) == 1
+    assert tracker.waiting == 1
     assert tracker.close() == 0
     assert MlflowClient(tracker.tracking_uri).get_run(sweep).data.tags["mlflow.note.content"] == "3 trials"
 

@@ -38,6 +38,11 @@ def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:
     assert reports[2].tokens == reports[0].tokens
     assert reports[2].lr == METHODS["grass"].config.optimizer.lr
     assert reports[-1].lr == pytest.approx(reports[2].lr / 6)
+    series = {name: [value for _, value in points] for name, points in run.state.series.items()}
+    assert series["step/phase"] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert series["step/train_step"] == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert series["step/tokens"] == [report.tokens for report in reports]
+    assert sum(series["step/stall_s"]) == pytest.approx(series["offload/exposed_s"][-1])
 
 
 def assert_ages(run: Run, engagement: Engagement) -> None:

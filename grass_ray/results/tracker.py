@@ -19,38 +19,22 @@ next call and at :meth:`Tracker.close`; each can be repeated without counting an
 from __future__ import annotations
 
 import errno
-import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_ray.config import ConfigError, to_json
+from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
+from grass_ray.results.outbox import Outbox
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
-from grass_ray.results.store import (
-    PARENT_TAG,
-    SQLITE,
-    absolute_uri,
-    connect,
-    failures,
-    impatient,
-    metric_name,
-    quoted,
-    sqlite_path,
-    store_errors,
-)
-from grass_ray.results.store import default_tracking_uri as default_tracking_uri
-from grass_ray.results.store import load_records as load_records
+from grass_ray.results.store import PARENT_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-log = logging.getLogger(__name__)
 
 RUN_STATUS: Mapping[Status, str] = {
     "finished": "FINISHED",
@@ -68,16 +52,6 @@ _FILES = ("config.yaml", "record.json", "examples.jsonl", "engagement.json", "en
 _PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
 _METRICS_A_BATCH = 1000
 _OTHERS_A_BATCH = 100
-# Answers that stay the same however often one asks; waiting for another would block everything behind them.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Something to tell the store; ``act`` may be repeated."""
-
-    what: str
-    act: Callable[[], None]
 
 
 class Tracker:
@@ -96,9 +70,7 @@ class Tracker:
         self.artifact_root = None if artifact_root is None else Path(artifact_root).absolute()
         self._client: MlflowClient | None = None
         self._experiment_id = ""
-        self._waiting: deque[_Call] = deque()
-        self._not_before = 0.0
-        self._failing = False
+        self._outbox = Outbox(redact(self.tracking_uri))
         self._run_ids: dict[str, str] = {}
         self._reopened: set[str] = set()
         self._logged: dict[tuple[str, str], int] = {}
@@ -141,14 +113,11 @@ class Tracker:
     @property
     def waiting(self) -> int:
         """Calls that the store has not taken yet."""
-        return len(self._waiting)
+        return len(self._outbox)
 
     def close(self, wait_s: float = 10.0) -> int:
         """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
-        deadline = time.monotonic() + wait_s
-        while not self._send(at_once=True) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        return len(self._waiting)
+        return self._outbox.flush(wait_s)
 
     # -- runs
 
@@ -329,7 +298,7 @@ class Tracker:
         """
         self._shown[run_id] = (note, list(table), list(files), dict(tags or {}))
         what = f"ranking of {run_id}"
-        if all(call.what != what for call in self._waiting):  # else the call that waits sends this one
+        if what not in self._outbox:  # else the call that waits sends this one
             self._do(what, lambda: self._show(run_id))
 
     def _show(self, run_id: str) -> None:
@@ -355,7 +324,7 @@ class Tracker:
 
         self._do("end of the sweep", act)
 
-    # -- the queue
+    # -- the connection
 
     def _known(self, run_id: str) -> str | None:
         """The store's id behind a stand-in; None when the store refused to start that run."""
@@ -367,36 +336,7 @@ class Tracker:
 
     def _do(self, what: str, act: Callable[[], None]) -> None:
         self._opened()
-        self._waiting.append(_Call(what, act))
-        self._send()
-
-    def _send(self, at_once: bool = False) -> bool:
-        """Make the waiting calls in order. Returns whether none is left."""
-        if not at_once and time.monotonic() < self._not_before:
-            return False
-        while self._waiting:
-            call, started = self._waiting[0], time.monotonic()
-            try:
-                with impatient(timeout_s=15):
-                    call.act()
-            except failures() as error:
-                if getattr(error, "error_code", None) not in _REFUSALS:
-                    self._wait(call, error, time.monotonic() - started)
-                    return False
-                log.warning("MLflow refuses the %s, which is left out: %s", call.what, redact(str(error)))
-            self._waiting.popleft()
-        if self._failing:
-            log.warning("MLflow at %s answers again; everything that waited is logged", redact(self.tracking_uri))
-        self._failing = False
-        return True
-
-    def _wait(self, call: _Call, error: Exception, took_s: float) -> None:
-        # An address that hangs instead of refusing must not slow training by more than a tenth.
-        self._not_before = time.monotonic() + (10 * took_s if took_s > 1 else 0)
-        if not self._failing:
-            first = redact(str(error)).strip().splitlines() or [type(error).__name__]
-            log.warning("MLflow failed at the %s; training goes on and logging is tried again: %s", call.what, first[0])
-        self._failing = True
+        self._outbox.send(what, act)
 
 
 def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
