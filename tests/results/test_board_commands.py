@@ -12,7 +12,8 @@ from typing import get_args, get_type_hints
 import pytest
 from result_records import answers, asha, make_history, make_record, make_series, members
 
-from grass_ray.cli import Plot, main
+from grass_ray.cli import main
+from grass_ray.commands.plot import Plot
 from grass_ray.results.figures.registry import FIGURES
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.record import RunRecord
