@@ -4,7 +4,7 @@
 
     overview = Overview(tracker, sweep_run, "Which method learns most?", num_trials=30, folder=folder)
     overview.show(records)                     # again and again, as trials finish
-    overview.show(records, at_once=True)       # at the end
+    tables = overview.update(records)          # at the end
 
 Somebody who only opens ``mlflow ui`` sees the same leaderboard as ``grass-ray leaderboard`` prints.
 """
@@ -55,16 +55,18 @@ class Overview:
         self.folder = folder
         self._not_before = 0.0
 
-    def show(self, records: Sequence[RunRecord], *, at_once: bool = False) -> None:
-        """Write the files from the records so far and send them; nothing when that was done a moment ago.
+    def show(self, records: Sequence[RunRecord]) -> None:
+        """As :meth:`update`, unless that was done a moment ago.
 
         Args:
             records: of all trials that ended.
-            at_once: do it in any case.
         """
+        if time.monotonic() >= self._not_before:
+            self.update(records)
+
+    def update(self, records: Sequence[RunRecord]) -> list[LeaderboardTable]:
+        """Build the leaderboard, write its files and send them to MLflow; returns its tables."""
         started = time.monotonic()
-        if started < self._not_before and not at_once:
-            return
         tables = build_leaderboard(records)
         write_summary(records, tables, self.folder)
         finished = sum(record.status == "finished" for record in records)
@@ -87,15 +89,18 @@ class Overview:
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
         # drawing must not take more than a tenth of the driver's time, however many trials end at once
         self._not_before = time.monotonic() + max(_LEAST_PAUSE_S, 10 * (time.monotonic() - started))
+        return tables
 
 
 def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path) -> None:
     """Write the leaderboard as Markdown, CSV and JSON, and the sweep's pictures, into ``folder``."""
+    from grass_ray.results.figures.figure import Runs  # loads matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, form in _FORMS.items():
         (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
     draw_ranking(tables, folder / "ranking.png")
-    write_sweep_plots(records, folder)
+    write_sweep_plots(Runs(tables, records), folder)
 
 
 # ------------------------------------------------------------------------------------------------ table and description
