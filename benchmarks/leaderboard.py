@@ -32,9 +32,10 @@ from grass_ray.methods import METHODS
 from grass_ray.results.connection import connect, default_tracking_uri
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.provenance import git_state, hardware, now, versions
-from grass_ray.results.record import LayerHistory, RunRecord, TaskScore
+from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.rendering import render
 from grass_ray.results.store import PARENT_TAG, iter_records, load_records
+from grass_ray.training.report import LayerTrace
 
 EXPERIMENT = "synthetic"
 GOAL = 5.0  # times the time of reading
@@ -244,12 +245,11 @@ def make_record(number: int, options: Options) -> RunRecord:
                 extraction="published",
             )
         },
-        layers=LayerHistory(
+        layers=LayerTrace(
             num_layers=4,
             units=[f"layer_{layer:02d}" for layer in range(4)],
             total_parameters=1000,
             trainable_parameters=300,
-            trainable_share=0.3,
             intervals=[(step, (0, 1)) for step in range(1, options.steps, 10)],
             refreshes=[(step, (1.0,) * 4, (0.25,) * 4) for step in range(10, options.steps, 40)],
             visits=[1] * 4,

@@ -1,6 +1,6 @@
-"""What a run tells whoever listens: one :class:`StepReport` an optimizer step, one :class:`Engagement` at the end.
+"""What a run reports: a :class:`StepReport` per optimizer step, and a :class:`RunOutcome` at the end.
 
-Plain data, no torch, so that trackers, progress bars and plots can use it anywhere.
+Plain data without torch, so that trackers, progress bars and plots can use it anywhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, isfinite, log
 from typing import Any, Literal
+
+from pydantic import ConfigDict, computed_field, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from grass_ray.tasks.scores import EvaluationResult
 
@@ -109,18 +112,28 @@ def entropy(probabilities: tuple[float, ...]) -> float:
     return -sum(p * log(p) for p in probabilities if p > 0)
 
 
-@dataclass(kw_only=True)
-class Engagement:
-    """Proof that layer-wise training was engaged (what users of other implementations could not see).
+@pydantic_dataclass(kw_only=True, config=ConfigDict(extra="forbid", ser_json_inf_nan="strings"))
+class LayerTrace:
+    """Which layers trained when: proof that layer-wise training happened, and a part of the run's record.
 
-    ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
-    ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
-    probabilities) with one entry a unit, and ``ages`` (step, steps since each unit's importance was last measured) at
-    the same steps; ``without_effect`` says which settings could change nothing in this run;
-    ``only_active_layers_changed`` is False as soon as another set of weights changed than was active. ``workers`` is
-    the largest number of them; ``sent_bytes_per_step`` is what a worker gives to reductions, the mean over training
-    steps of several workers; ``sent_share_of_full`` is that over the gradients of all parameters; both 0 with one
-    worker.
+    Attributes:
+        num_layers: decoder layers of the model.
+        total_parameters: parameters of the model.
+        trainable_parameters: the most that trained at one time.
+        units: names of what the sampler picks from: decoder layers; for some methods weight matrices, or layers,
+            embeddings and head. Other fields number the units in this order.
+        intervals: (first step, active units) of every draw.
+        refreshes: (step, importance, probabilities) of every measurement, one number per unit; NaN where a unit was
+            never measured.
+        ages: (step, steps since each unit's importance was last measured) at the same steps.
+        visits: how often each unit was drawn.
+        without_effect: settings that changed nothing in this run.
+        only_active_layers_changed: False as soon as weights changed that were not active, or active ones did not.
+        resident_state_bytes: optimizer states on the device.
+        host_state_bytes: optimizer states in host memory.
+        workers: the largest number of workers.
+        sent_bytes_per_step: what one of several workers sends for reductions, the mean over training steps.
+        sent_share_of_full: that over the gradients of all parameters.
     """
 
     num_layers: int
@@ -139,9 +152,18 @@ class Engagement:
     sent_bytes_per_step: float = 0.0
     sent_share_of_full: float = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_computed(cls, values: Any) -> Any:
+        """A record holds the share, too."""
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != "trainable_share"}
+        return values
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def trainable_share(self) -> float:
-        """Most parameters that train at one time, over all parameters."""
+        """The most parameters that trained at one time, over all parameters."""
         return self.trainable_parameters / self.total_parameters
 
     def describe(self) -> str:
@@ -187,7 +209,7 @@ class RunOutcome:
     metrics: Mapping[str, float]
     series: Mapping[str, list[tuple[int, float]]]
     tasks: Mapping[str, EvaluationResult]
-    engagement: Engagement | None
+    engagement: LayerTrace | None
     data: Mapping[str, Any]
     model_revision: str | None
 

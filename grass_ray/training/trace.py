@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
-from grass_ray.training.report import Engagement, StepReport
+from grass_ray.training.report import LayerTrace, StepReport
 
 
 class EngagementLog:
-    """Writes an :class:`Engagement` step by step.
+    """Writes an :class:`LayerTrace` step by step.
 
     Args:
         optimizer: the optimizer whose units are followed.
@@ -26,7 +26,7 @@ class EngagementLog:
         self._trained_steps = 0
         # what a step of full data-parallel training would reduce
         self.full_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.engagement = Engagement(
+        self.engagement = LayerTrace(
             num_layers=optimizer.stack.num_layers,
             units=[unit.name for unit in optimizer.units],
             total_parameters=sum(p.numel() for p in model.parameters()),
@@ -82,7 +82,7 @@ class EngagementLog:
         values["intervals"] = [(step, tuple(active)) for step, active in values["intervals"]]
         values["refreshes"] = [(step, tuple(m), tuple(p)) for step, m, p in values["refreshes"]]
         values["ages"] = [(step, tuple(ages)) for step, ages in values.get("ages", ())]
-        self.engagement = Engagement(**values)
+        self.engagement = LayerTrace(**values)
         self._proof.load_state_dict(state)
         self._switches = state["switches"]
         self._sent_bytes, self._trained_steps = state.get("sent_bytes", 0), state.get("trained_steps", 0)

@@ -23,7 +23,7 @@ from grass_ray.results.provenance import (
 )
 from grass_ray.results.record import RunRecord
 from grass_ray.tasks.scores import EvaluationResult, Example
-from grass_ray.training.report import Engagement, RunOutcome
+from grass_ray.training.report import LayerTrace, RunOutcome
 
 
 def outcome() -> RunOutcome:
@@ -31,7 +31,7 @@ def outcome() -> RunOutcome:
         Example(id=f"q{n}", prompt="2 + 2 =", target="4", output=text, extracted=found, correct=found == "4")
         for n, (text, found) in enumerate([("it is 4", "4"), ("\n“five”", None)])
     )
-    engagement = Engagement(
+    engagement = LayerTrace(
         num_layers=2,
         total_parameters=100,
         trainable_parameters=25,

@@ -12,7 +12,7 @@ from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.training.batches import IGNORED
 from grass_ray.training.loop import accumulate_gradients
-from grass_ray.training.report import Engagement, StepReport, TrainingFailure
+from grass_ray.training.report import LayerTrace, StepReport, TrainingFailure
 from grass_ray.training.run import Run, check_run
 
 
@@ -45,7 +45,7 @@ def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:
     assert sum(series["step/stall_s"]) == pytest.approx(series["offload/exposed_s"][-1])
 
 
-def assert_ages(run: Run, engagement: Engagement) -> None:
+def assert_ages(run: Run, engagement: LayerTrace) -> None:
     """At every refresh and in every step's series: how long ago a layer was last active, by the draws themselves."""
     series, last = run.state.series, run.state.total_steps
     probed = [(step, (0, 1, 2, 3)) for step in (1, 2)]
