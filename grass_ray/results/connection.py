@@ -37,7 +37,7 @@ _STILL_GROWING_S = 5.0  # a half-made database that somebody changed so recently
 
 
 def default_tracking_uri(storage_path: Path) -> str:
-    """The embedded store of a storage folder."""
+    """Address of the SQLite store in a storage folder."""
     from sqlalchemy import URL
 
     database = Path(storage_path).expanduser().absolute() / "mlflow.db"
@@ -45,20 +45,20 @@ def default_tracking_uri(storage_path: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path:
-    """The file of a ``sqlite:///...`` store, whose address has ``%3F`` and ``%25`` for a path's ``?`` and ``%``."""
+    """File of a ``sqlite:///...`` store. In the address ``?`` and ``%`` of a path are written ``%3F`` and ``%25``."""
     from sqlalchemy import make_url
 
     return Path(make_url(uri).database or "").expanduser()
 
 
 def metric_name(name: str) -> str:
-    """The nearest name MLflow accepts: letters, digits, ``_ - . : /`` and space, and clean as a path."""
+    """The nearest name that MLflow accepts: letters, digits, ``_ - . : /`` and space, no empty path components."""
     parts = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name).split("/")
     return ("/".join(part for part in parts if part not in ("", ".", "..")) or "_")[:250]
 
 
 def absolute_uri(uri: str) -> str:
-    """The address with a SQLite path made absolute."""
+    """The address, with a SQLite path made absolute."""
     if not uri.startswith(SQLITE):
         return uri
     from sqlalchemy import make_url
@@ -68,14 +68,14 @@ def absolute_uri(uri: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """The text as a string of MLflow's search language."""
+    """The text as a string literal for MLflow's search."""
     if '"' in text and "'" in text:
         raise ConfigError(f"sweep id or trial key {text!r} holds both kinds of quotes; use at most one")
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client whose store answered once. Raises :class:`ConfigError` within seconds when it does not."""
+    """A client whose store has answered once. Raises :class:`ConfigError` within seconds if it does not answer."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # pages about migrations of a fresh store
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # and about errors that it raises, too
     with store_errors(uri):
@@ -87,7 +87,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _first_answer(uri: str) -> MlflowClient:
-    """A client that has been answered once; in a database server another first use may be making the tables."""
+    """Ask until the store answers: in a database server another process may just be creating the tables."""
     from mlflow import MlflowClient
 
     pauses = iter((1, 2, 4) if uri.startswith(_DATABASE_SERVERS) else ())
@@ -104,10 +104,10 @@ def _first_answer(uri: str) -> MlflowClient:
 
 
 def _make_database(path: Path) -> None:
-    """Make MLflow's database where there is none yet: beside its place, and linked there when it is whole.
+    """Create MLflow's database if there is none: elsewhere, and linked into place when it is complete.
 
-    MLflow itself makes the tables in place, where two first uses break each other, and a kill leaves half of them.
-    A half-made one, which holds nothing, is put aside.
+    MLflow creates the tables in place, where two processes break each other and a kill leaves half of them. An
+    incomplete database, which holds no data, is renamed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while _is_unfinished(path):
@@ -135,7 +135,7 @@ def _make_database(path: Path) -> None:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a SQLite file was abandoned while MLflow made its tables: it holds no row of anything."""
+    """Whether a SQLite file was abandoned while MLflow created its tables: no table has a row."""
     if not path.is_file():
         return False
     try:
@@ -150,7 +150,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _knock(uri: str) -> None:
-    """Fail soon where nobody listens, so that a server that is merely slow at its first request may be waited for."""
+    """Fail at once if nothing listens there, so that a slow server can be waited for."""
     address = urlsplit(uri)
     behind_proxy = address.scheme in getproxies() and not proxy_bypass(address.hostname or "")
     if address.scheme in ("http", "https") and address.hostname and not behind_proxy:
@@ -160,7 +160,7 @@ def _knock(uri: str) -> None:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn a store's failure into one readable message."""
+    """Turn a store's failure into one readable :class:`ConfigError`."""
     try:
         with impatient(timeout_s=30):
             yield
@@ -177,7 +177,7 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a store's failure may be; MLflow does not wrap every error of its database."""
+    """The exceptions of a failing store; MLflow does not wrap every error of its database."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -187,7 +187,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def impatient(timeout_s: int) -> Iterator[None]:
-    """MLflow waits for minutes and prints where each run can be seen; its only switches are in the environment."""
+    """Limit how long MLflow waits, and keep it from printing; its only switches are environment variables."""
     wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",

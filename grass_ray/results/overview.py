@@ -1,4 +1,4 @@
-"""What a sweep's parent run shows in MLflow: the ranking as a table, as Markdown in the description, and as pictures.
+"""What a sweep's parent run shows in MLflow: the ranking as a table, as Markdown in the description, and as figures.
 
 ::
 
@@ -6,7 +6,7 @@
     overview.show(records)                     # again and again, as trials finish
     tables = overview.update(records)          # at the end
 
-Somebody who only opens ``mlflow ui`` sees the same leaderboard as ``grass-ray leaderboard`` prints.
+``mlflow ui`` shows the same leaderboard as ``grass-ray leaderboard`` prints.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _DPI = 150
 
 
 class Overview:
-    """Keeps a parent run's table, description and pictures up to date.
+    """Keeps a parent run's table, description and figures up to date.
 
     Args:
         tracker: an open tracker.
         run_id: the parent run.
         question: what the sweep asks.
         num_trials: how many trials it has.
-        folder: a local folder for the files; must stay until the tracker is closed.
+        folder: a local folder for the files; must exist until the tracker is closed.
     """
 
     def __init__(self, tracker: Tracker, run_id: str, question: str, *, num_trials: int, folder: Path) -> None:
@@ -93,7 +93,7 @@ class Overview:
 
 
 def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path) -> None:
-    """Write the leaderboard as Markdown, CSV and JSON, and the sweep's pictures, into ``folder``."""
+    """Write the leaderboard as Markdown, CSV and JSON, and the sweep's figures, into ``folder``."""
     from grass_ray.results.figures.figure import Runs  # loads matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
 
 
 def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
-    """The sweep in Markdown, at most ``LONGEST_NOTE`` characters: lower rows are left out where it would be longer."""
+    """The sweep in Markdown, at most ``LONGEST_NOTE`` characters; the lowest rows are left out if there is no room."""
     best = next((row for table in tables for row in table.rows if row.rank == 1), None)
     found = "" if best is None or len(tables) > 1 else f"Best: **{markdown_text(best.label)}**, {_interval(best)} %. "
     # MLflow folds what comes after the first lines
@@ -146,7 +146,7 @@ def _accuracy(row: LeaderboardRow) -> float:
 
 
 def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
-    """Draw accuracies with their intervals, best at the top, a panel a table. False where nothing is ranked."""
+    """Draw accuracies with their intervals, one panel per table. Returns False if nothing is ranked."""
     from matplotlib.figure import Figure
 
     panels = [(table, rows) for table in tables if (rows := [row for row in table.rows if row.rank is not None])]

@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, hardware, git commit - and the builder of run records. No mlflow, no ray here.
+"""Where numbers come from: versions, hardware and git commit, and how a run record is built. Needs no mlflow or ray.
 
 ::
 
@@ -39,17 +39,17 @@ class GitState(NamedTuple):
 
 
 def now() -> str:
-    """The time as ISO text in UTC."""
+    """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def redact(text: str) -> str:
-    """The text without access tokens and without the passwords of URLs."""
+    """Replace access tokens and passwords in URLs with ``***``."""
     return _SECRETS.sub("***", text)
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions, absent packages left out. Imports none of them."""
+    """Versions of Python and of the installed packages, without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -60,10 +60,10 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str | None = None) -> str:
-    """The device in words: the GPU's name, or the CPU's model, cores and memory.
+    """The device's description: the GPU's name, or the CPU's model, cores and memory.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``, what the run used; None takes the GPU when torch sees one.
+        device: ``"cpu"`` or ``"cuda"``, whichever the run used; None means the GPU if torch sees one.
     """
     if device != "cpu":
         import torch
@@ -92,9 +92,10 @@ def _cpu_model() -> str:
 
 
 def git_state(folder: Path | None = None) -> GitState:
-    """Commit and dirtiness of the checkout the package runs from; a package installed elsewhere has none.
+    """The commit of the checkout that the package runs from, and whether files differ from it.
 
-    A copy of a checkout without its history may say which commit it is: ``GRASS_RAY_GIT_COMMIT``.
+    An installed package has no checkout. The environment variable ``GRASS_RAY_GIT_COMMIT`` names the commit of a copy
+    without history.
 
     Args:
         folder: the package's folder, by default grass_ray's own.
@@ -136,24 +137,24 @@ def build_record(
     weights_sha256: str | None = None,
     search: SearchPart | None = None,
 ) -> RunRecord:
-    """Make the record of one trial, whether it finished or not.
+    """Build the record of one trial, finished or not.
 
     Args:
-        run_id: the trial's own name, the same after a restart.
+        run_id: the trial's identifier, the same after a restart.
         sweep: the sweep's name, such as ``quickstart``.
-        sweep_id: which execution of that sweep.
-        config: what was asked for.
+        sweep_id: identifies one execution of the sweep.
+        config: the run's configuration.
         status: how it ended.
-        failure: the reason when it did not finish; tokens in it are masked.
-        outcome: what came out, None when nothing did.
+        failure: why it did not finish; access tokens in it are masked.
+        outcome: what was measured; None if nothing was.
         started_at: ISO time (see :func:`now`).
         finished_at: ISO time, by default now.
-        hardware_name: what the workers ran on, by default this process's :func:`hardware`.
+        hardware_name: what the workers ran on; None means this process's :func:`hardware`.
         world_size: number of workers.
         model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
-        threads: CPU threads that torch computed with; another number may change the last bits of a sum.
+        threads: CPU threads that torch used; another number may change the last bits of a sum.
         weights_sha256: hash of the trained weights (:func:`grass_ray.training.weights.parameters_sha256`).
-        search: which search it belongs to, if any.
+        search: the search it belongs to, if any.
     """
     git = git_state()
     return RunRecord(
@@ -198,7 +199,7 @@ def _score(result: EvaluationResult) -> TaskScore:
 
 
 def write_engagement(folder: str | Path, engagement: LayerTrace | None) -> None:
-    """Write what layer-wise training did, as ``engagement.json`` and ``engagement.txt``; nothing where it is None."""
+    """Write ``engagement.json`` and ``engagement.txt``; nothing if the run has no trace."""
     if engagement is not None:
         values = to_json(asdict(engagement), indent=1)
         (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 ::
 
     print(render(build_leaderboard(records), "table"))
-    page = render(tables, "html", records=records)        # with pictures, which need the records
+    page = render(tables, "html", records=records)        # with figures, which need the records
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def render(
 
     Args:
         tables: what :func:`grass_ray.results.leaderboard.build_leaderboard` made.
-        format: ``json`` is one flat list of rows, ``csv`` one line a row with a column a task.
-        width: columns of a terminal, for ``table``.
-        records: what the tables were made of; ``html`` draws its pictures from them.
+        format: ``json`` is one flat list of rows, ``csv`` has one line per row and columns per task.
+        width: of the terminal in characters, for ``table``.
+        records: what the tables were built from; ``html`` draws its figures from them.
     """
     if format == "json":
         rows = [row_values(row) for table in tables for row in table.rows]

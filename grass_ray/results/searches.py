@@ -37,12 +37,12 @@ Settings = dict[str, list[str]]
 
 
 def is_search(record: RunRecord) -> bool:
-    """Whether a record is of a trial that searched, and met no test."""
+    """Whether a record is of a search's trial, which is not evaluated on the test."""
     return record.search is not None and record.search.stage == "search"
 
 
 def searched(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The trials of each method's search, in their order; of two sweeps' trials of one number the later stand last."""
+    """The trials of each method's search by number, those of a later sweep last."""
     found: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         if is_search(record):
@@ -55,18 +55,18 @@ def _place(record: RunRecord) -> tuple[str, int]:
 
 
 def trial_loss(record: RunRecord) -> float:
-    """The loss on held-out rows at a trial's end; NaN where it did not come there."""
+    """The loss on held-out rows at a trial's end; NaN if it did not finish."""
     return record.metrics.get(VALIDATION, math.nan) if record.status == "finished" else math.nan
 
 
 def winner(records: Sequence[RunRecord]) -> RunRecord | None:
-    """The trial with the lowest loss on held-out rows, of equal ones the first; None where none came to its end."""
+    """The trial with the lowest loss on held-out rows, the first of equal ones; None if no trial finished."""
     finished = [record for record in records if math.isfinite(trial_loss(record))]
     return min(finished, key=lambda record: (trial_loss(record), _place(record)), default=None)
 
 
 def rung_losses(record: RunRecord) -> dict[int, float]:
-    """The losses on held-out rows that were measured on the way, by the number of training steps done."""
+    """Losses on held-out rows that were measured during training, by the number of training steps done."""
     losses = dict(record.series.get(VALIDATION, ()))
     return {done: losses[step] for step, done in record.train_steps(losses).items()}
 

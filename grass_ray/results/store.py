@@ -33,15 +33,15 @@ RECORD_FILE = "record.json"
 
 
 def load_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> list[RunRecord]:
-    """Read the records of all trials of an experiment (None: of all experiments), oldest first.
+    """Read the records of all trials of an experiment, oldest first.
 
-    The latest run counts for each sweep id and trial key; trials without a record yet are left out.
+    For each sweep id and trial key the latest run counts. Trials without a record yet are left out.
 
     Args:
         tracking_uri: ``sqlite:///...`` or the address of a server.
-        experiment: the name of a sweep.
-        series: keep what was measured at every step, which is most of a record. Without, the tokens of all steps stay
-            as one point, so that leaderboards come out the same.
+        experiment: the name of a sweep; None means all experiments.
+        series: keep what was measured at every step, which is most of a record. Without it the number of tokens stays
+            as one point, so that leaderboards are the same.
 
     Raises:
         ConfigError: the store or the experiment does not exist.
@@ -50,7 +50,7 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
 
 
 def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> Iterator[RunRecord]:
-    """The same one after another, so that only the one in hand is in memory."""
+    """As :func:`load_records`, one record at a time, so that only one is in memory."""
     uri = _existing(tracking_uri)
     client = connect(uri)
     with store_errors(uri):
@@ -74,7 +74,7 @@ def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bo
 
 
 def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Copy those of a run's artifacts that are there into ``folder``.
+    """Download the artifacts ``names`` of a run into ``folder``; those that do not exist are left out.
 
     Raises:
         ConfigError: the store or the run does not exist.
@@ -88,10 +88,10 @@ def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path)
 
 
 def run_folder(tracking_uri: str, run_id: str) -> str:
-    """Where a run wrote its files, as its tag ``folder`` says.
+    """The folder that a run wrote its files to, from its tag ``folder``.
 
     Raises:
-        ConfigError: the store or the run does not exist, or the run is of a version that did not tell.
+        ConfigError: the store or the run does not exist, or the run is of a version that did not set the tag.
     """
     uri = _existing(tracking_uri)
     client = connect(uri)
@@ -125,7 +125,7 @@ def is_run_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What is kept of a run that was found; MLflow's own object holds all its metrics and parameters."""
+    """What is kept of a run; MLflow's own object holds all its metrics and parameters."""
 
     run_id: str
     name: str
@@ -133,7 +133,7 @@ class _Found:
 
 
 def _existing(tracking_uri: str) -> str:
-    """The absolute address. Raises :class:`ConfigError` where a SQLite file would be made by looking at it."""
+    """The absolute address. Raises :class:`ConfigError` if a SQLite file does not exist, which MLflow would create."""
     uri = absolute_uri(tracking_uri)
     if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ConfigError(f"there is no MLflow store at {uri}; run a sweep first, or name another with --tracking-uri")
@@ -168,7 +168,7 @@ def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[
 
 
 def _record_file(client: MlflowClient, found: _Found, folder: Path) -> Path | None:
-    """The record as a file: in its place where that is on this machine, else downloaded into ``folder``."""
+    """The record's file: the artifact itself if it is on this machine, else a download in ``folder``."""
     if found.artifacts.startswith("file:"):
         path = Path(url2pathname(urlsplit(found.artifacts).path)) / RECORD_FILE
         return path if path.is_file() else None
@@ -186,7 +186,7 @@ def _read(path: Path, found: _Found) -> RunRecord | None:
 
 
 def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunRecord:
-    """The record with each question's id in memory once however many runs answered it, and without steps if asked."""
+    """Share each question's id among all records, and drop the series unless they are wanted."""
     for score in record.tasks.values():
         score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
     if not series:

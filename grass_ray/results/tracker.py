@@ -1,4 +1,4 @@
-"""MLflow tracking: a parent run a sweep, a child run a trial.
+"""MLflow tracking: one parent run per sweep, one child run per trial.
 
 ::
 
@@ -46,7 +46,7 @@ SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found amon
 RANKING_FILE = "ranking.json"
 _NOTE_TAG = "mlflow.note.content"  # MLflow's page shows it as the run's description
 _TABLES_TAG = "mlflow.loggedArtifacts"  # and what this names as tables
-_STAND_IN = "waiting-"
+_PLACEHOLDER = "waiting-"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open on runs, not on chats
 _FILES = ("config.yaml", "record.json", "examples.jsonl", "engagement.json", "engagement.txt")
 _PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
@@ -55,13 +55,13 @@ _OTHERS_A_BATCH = 100
 
 
 class Tracker:
-    """Writes one experiment. Construction and pickling are plain data; a copy must be opened again.
+    """Writes one experiment. A pickled copy holds only the arguments and must be opened again.
 
     Args:
         tracking_uri: ``sqlite:///...`` (made absolute) or the address of an MLflow server.
         experiment: the experiment's name, that of the sweep.
-        artifact_root: where a SQLite store keeps artifacts, by default ``artifacts`` beside the database; a server
-            decides that itself.
+        artifact_root: where a SQLite store keeps artifacts; None means ``artifacts`` beside the database. A server
+            decides this itself.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: Path | None = None) -> None:
@@ -82,7 +82,7 @@ class Tracker:
     # -- opening and closing
 
     def open(self) -> None:
-        """Prepare store and experiment. Raises :class:`ConfigError` within seconds when that cannot be done."""
+        """Prepare store and experiment. Raises :class:`ConfigError` within seconds if that fails."""
         client = connect(self.tracking_uri)
         with store_errors(self.tracking_uri):
             found = client.get_experiment_by_name(self.experiment) or self._create_experiment(client)
@@ -128,16 +128,16 @@ class Tracker:
     def start_trial(
         self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        """Find or create a trial's child run, open again if it had ended, and return its run id.
+        """Find or create a trial's child run, reopen it if it had ended, and return its run id.
 
-        While the store is away the answer is a stand-in for the run id, which the other methods understand.
+        While the store does not answer, a placeholder is returned, which the other methods accept.
         """
         return self._start(sweep_id, trial_key, run_name, tags, params)
 
     def _start(
         self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        stand_in = f"{_STAND_IN}{uuid.uuid4().hex}"
+        placeholder = f"{_PLACEHOLDER}{uuid.uuid4().hex}"
         quoted(sweep_id), quoted(trial_key)  # a name that cannot be searched for is a mistake to report now
 
         def act() -> None:
@@ -146,10 +146,10 @@ class Tracker:
             own = {key: str(value)[:5000] for key, value in tags.items()}
             run_id = self._find_or_create(sweep_id, trial_key, run_name, parent, own)
             self._add_params(run_id, params)
-            self._run_ids[stand_in] = run_id
+            self._run_ids[placeholder] = run_id
 
         self._do(f"start of {run_name}", act)
-        return self._run_ids.get(stand_in, stand_in)
+        return self._run_ids.get(placeholder, placeholder)
 
     def _sweep_name(self, sweep_id: str) -> str:
         return f"{self.experiment}-{sweep_id}"
@@ -162,7 +162,7 @@ class Tracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> str:
-        """The run with these two tags. They are part of its creation, so a killed process leaves no run without."""
+        """The run with these two tags. They are set at its creation, so a killed process leaves no run without them."""
         client = self._opened()
         wanted = f"tags.sweep_id = {quoted(sweep_id)} and tags.trial_key = {quoted(trial_key)}"
         found = client.search_runs([self._experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
@@ -196,7 +196,7 @@ class Tracker:
     # -- numbers and files
 
     def log_steps(self, run_id: str, points: list[tuple[int, dict[str, float]]]) -> None:
-        """Log the metrics of (step, metrics) points; what a run already had when it was reopened is not repeated."""
+        """Log the metrics of (step, metrics) points. Steps that a reopened run already had are not logged again."""
         from mlflow.entities import Metric
 
         moment = int(time.time() * 1000)  # fixed here: MLflow drops exact repetitions, so a retry adds nothing
@@ -286,14 +286,14 @@ class Tracker:
         files: Sequence[Path] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Put a ranking on a sweep's run, in the place of the one before.
+        """Show a ranking on a sweep's run, replacing the previous one.
 
         Args:
             run_id: the parent run.
             note: Markdown for the run's description, and the experiment's.
             table: rows with the same columns; MLflow shows them as a table (``ranking.json``). ``mlflow.log_table``
-                itself would append them to the rows of the last call.
-            files: artifacts, pictures among them; must stay until :meth:`close`.
+                would append them to the rows of the last call.
+            files: artifacts such as figures; must exist until :meth:`close`.
             tags: further tags.
         """
         self._shown[run_id] = (note, list(table), list(files), dict(tags or {}))
@@ -327,8 +327,8 @@ class Tracker:
     # -- the connection
 
     def _known(self, run_id: str) -> str | None:
-        """The store's id behind a stand-in; None when the store refused to start that run."""
-        return self._run_ids.get(run_id) if run_id.startswith(_STAND_IN) else run_id
+        """The run id behind a placeholder; None if the store refused to start that run."""
+        return self._run_ids.get(run_id) if run_id.startswith(_PLACEHOLDER) else run_id
 
     def _opened(self) -> MlflowClient:
         assert self._client is not None, "call Tracker.open() first"
@@ -340,6 +340,6 @@ class Tracker:
 
 
 def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows in the form of ``pandas.DataFrame.to_json(orient="split")``, which MLflow's page reads as a table."""
+    """Rows as ``pandas.DataFrame.to_json(orient="split")`` writes them, which MLflow shows as a table."""
     columns = list(rows[0]) if rows else []
     return to_json({"columns": columns, "data": [[row[column] for column in columns] for row in rows]})
