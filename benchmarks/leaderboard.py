@@ -250,6 +250,7 @@ def make_record(number: int, options: Options) -> RunRecord:
             units=[f"layer_{layer:02d}" for layer in range(4)],
             total_parameters=1000,
             trainable_parameters=300,
+            trainable_share=0.3,
             intervals=[(step, (0, 1)) for step in range(1, options.steps, 10)],
             refreshes=[(step, (1.0,) * 4, (0.25,) * 4) for step in range(10, options.steps, 40)],
             visits=[1] * 4,

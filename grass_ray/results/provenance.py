@@ -168,7 +168,7 @@ def build_record(
         metrics={} if outcome is None else {key: float(value) for key, value in outcome.metrics.items()},
         series={} if outcome is None else {key: list(points) for key, points in outcome.series.items()},
         tasks={} if outcome is None else {name: _score(result) for name, result in outcome.tasks.items()},
-        layers=None if outcome is None else outcome.engagement,
+        layers=None if outcome is None else outcome.layers,
         data={} if outcome is None else dict(outcome.data),
         hardware=hardware_name or hardware(),
         world_size=world_size,
@@ -198,12 +198,12 @@ def _score(result: EvaluationResult) -> TaskScore:
     )
 
 
-def write_engagement(folder: str | Path, engagement: LayerTrace | None) -> None:
-    """Write ``engagement.json`` and ``engagement.txt``; nothing if the run has no trace."""
-    if engagement is not None:
-        values = to_json(asdict(engagement), indent=1)
+def write_layer_trace(folder: str | Path, trace: LayerTrace | None) -> None:
+    """Write which layers trained when, as ``engagement.json`` and ``engagement.txt``; nothing if it is None."""
+    if trace is not None:
+        values = to_json(trace.model_dump(), indent=1)
         (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")
-        (Path(folder) / "engagement.txt").write_text(engagement.describe() + "\n", encoding="utf-8")
+        (Path(folder) / "engagement.txt").write_text(trace.describe() + "\n", encoding="utf-8")
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
@@ -30,6 +30,19 @@ log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 RECORD_FILE = "record.json"
+
+
+def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
+    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
+    return {
+        "method": config.method.name,
+        "model": config.model.name,
+        "suite": config.data.suite,
+        "seed": str(config.seed),
+        "sweep": sweep,
+        "stage": stage,
+        "folder": folder,
+    }
 
 
 def load_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> list[RunRecord]:
