@@ -20,7 +20,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grass_ray.config import RunConfig, to_json, whole_file
 from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
@@ -165,24 +165,30 @@ def build_record(
         status=status,
         failure=None if failure is None else redact(failure),
         config=config.to_dict(),
-        metrics={} if outcome is None else {key: float(value) for key, value in outcome.metrics.items()},
-        series={} if outcome is None else {key: list(points) for key, points in outcome.series.items()},
-        tasks={} if outcome is None else {name: _score(result) for name, result in outcome.tasks.items()},
-        layers=None if outcome is None else outcome.layers,
-        data={} if outcome is None else dict(outcome.data),
         hardware=hardware_name or hardware(),
         world_size=world_size,
         versions=versions(),
         git_commit=git.commit,
         git_dirty=git.dirty,
-        model_revision=None if outcome is None else outcome.model_revision,
         started_at=started_at,
         finished_at=finished_at or now(),
         model_sha256=model_sha256,
         threads=threads,
         weights_sha256=weights_sha256,
         search=search,
+        **({} if outcome is None else _measured(outcome)),
     )
+
+
+def _measured(outcome: RunOutcome) -> dict[str, Any]:
+    return {
+        "metrics": {key: float(value) for key, value in outcome.metrics.items()},
+        "series": {key: list(points) for key, points in outcome.series.items()},
+        "tasks": {name: _score(result) for name, result in outcome.tasks.items()},
+        "layers": outcome.layers,
+        "data": dict(outcome.data),
+        "model_revision": outcome.model_revision,
+    }
 
 
 def _score(result: EvaluationResult) -> TaskScore:
