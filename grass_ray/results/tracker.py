@@ -97,18 +97,15 @@ class Tracker:
     def _create_experiment(self, client: MlflowClient) -> Any:
         from mlflow.exceptions import MlflowException
 
+        artifacts = None  # a server decides itself
+        if self.tracking_uri.startswith(SQLITE):
+            artifacts = (self.artifact_root or sqlite_path(self.tracking_uri).parent / "artifacts").as_uri()
         try:
-            client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
+            client.create_experiment(self.experiment, artifacts, _EXPERIMENT_TAGS)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
                 raise
         return client.get_experiment_by_name(self.experiment)
-
-    def _artifact_location(self) -> str | None:
-        if not self.tracking_uri.startswith(SQLITE):
-            return None
-        beside = sqlite_path(self.tracking_uri).parent / "artifacts"
-        return (self.artifact_root or beside).as_uri()
 
     @property
     def waiting(self) -> int:
@@ -145,7 +142,7 @@ class Tracker:
             parent = None if is_sweep else self._find_or_create(sweep_id, SWEEP_KEY, self._sweep_name(sweep_id))
             own = {key: str(value)[:5000] for key, value in tags.items()}
             run_id = self._find_or_create(sweep_id, trial_key, run_name, parent, own)
-            self._add_params(run_id, params)
+            _add_params(self._opened(), run_id, params)
             self._run_ids[placeholder] = run_id
 
         self._do(f"start of {run_name}", act)
@@ -176,22 +173,8 @@ class Tracker:
             self._reopened.add(run_id)
             self._logged = {known: step for known, step in self._logged.items() if known[0] != run_id}
             client.update_run(run_id, status="RUNNING")
-            self._set_tags(run_id, every)
+            _set_tags(client, run_id, every)
         return run_id
-
-    def _add_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        present = self._opened().get_run(run_id).data.params  # params never change in MLflow: only new ones are sent
-        new = {metric_name(key): str(value)[:6000] for key, value in params.items()}
-        rows = [Param(key, value) for key, value in new.items() if key not in present]
-        for start in range(0, len(rows), _OTHERS_A_BATCH):
-            self._opened().log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
-
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._opened().log_batch(run_id, tags=[RunTag(metric_name(key), value) for key, value in tags.items()])
 
     # -- numbers and files
 
@@ -209,7 +192,7 @@ class Tracker:
         def act() -> None:
             known = self._known(run_id)
             if known is not None:
-                self._log_metrics(known, [row for row in rows if row.step > self._last_step(known, row.key)])
+                _log_metrics(self._opened(), known, [row for row in rows if row.step > self._last_step(known, row.key)])
 
         self._do(f"{len(points)} steps", act)
 
@@ -220,10 +203,6 @@ class Tracker:
             history = self._opened().get_metric_history(run_id, key)
             self._logged[run_id, key] = max((metric.step for metric in history), default=-1)
         return self._logged[run_id, key]
-
-    def _log_metrics(self, run_id: str, rows: list[Any]) -> None:
-        for start in range(0, len(rows), _METRICS_A_BATCH):
-            self._opened().log_batch(run_id, metrics=rows[start : start + _METRICS_A_BATCH])
 
     def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
         """End a trial: final metrics, artifacts (record, configuration, examples, pictures), tags, status.
@@ -255,15 +234,15 @@ class Tracker:
             if known is None:
                 return
             if record.status != "finished":
-                self._set_tags(known, tags)
+                _set_tags(client, known, tags)
                 client.set_terminated(known, RUN_STATUS[record.status], ended)
-            self._log_metrics(known, rows)
+            _log_metrics(client, known, rows)
             try:
                 upload(client, known)
             except OSError as error:
                 if record.status == "finished" or error.errno != errno.ENOSPC:
                     raise  # else there is no room for the files; what is behind this call must not wait for it
-            self._set_tags(known, tags)
+            _set_tags(client, known, tags)
             client.set_terminated(known, RUN_STATUS[record.status], ended)
 
         def upload(client: MlflowClient, known: str) -> None:
@@ -309,7 +288,7 @@ class Tracker:
             for path in files:
                 client.log_artifact(known, str(path))
             is_table = to_json([{"path": RANKING_FILE, "type": "table"}])
-            self._set_tags(known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
+            _set_tags(client, known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
             client.set_experiment_tag(self._experiment_id, _NOTE_TAG, note)  # the newest sweep's, on the first page
 
     def finish_sweep(self, run_id: str, *, status: Status = "finished") -> None:
@@ -319,7 +298,7 @@ class Tracker:
         def act() -> None:
             client, known = self._opened(), self._known(run_id)
             if known is not None:
-                self._set_tags(known, {"status": status})
+                _set_tags(client, known, {"status": status})
                 client.set_terminated(known, RUN_STATUS[status], ended)
 
         self._do("end of the sweep", act)
@@ -337,6 +316,27 @@ class Tracker:
     def _do(self, what: str, act: Callable[[], None]) -> None:
         self._opened()
         self._outbox.send(what, act)
+
+
+def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    present = client.get_run(run_id).data.params  # params never change in MLflow: only new ones are sent
+    new = {metric_name(key): str(value)[:6000] for key, value in params.items()}
+    rows = [Param(key, value) for key, value in new.items() if key not in present]
+    for start in range(0, len(rows), _OTHERS_A_BATCH):
+        client.log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(metric_name(key), value) for key, value in tags.items()])
+
+
+def _log_metrics(client: MlflowClient, run_id: str, rows: list[Any]) -> None:
+    for start in range(0, len(rows), _METRICS_A_BATCH):
+        client.log_batch(run_id, metrics=rows[start : start + _METRICS_A_BATCH])
 
 
 def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
