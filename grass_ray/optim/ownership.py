@@ -11,7 +11,7 @@ import weakref
 from typing import Protocol
 
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 
 class Owner(Protocol):
@@ -23,6 +23,8 @@ class Owner(Protocol):
 
 # for every parameter that required a gradient when an optimizer was built on it: that optimizer
 _OWNERS = WeakTensorKeyDictionary()
+# which optimizer a sampler serves
+_SERVED = WeakIdKeyDictionary()
 
 
 class Takeover:
@@ -60,3 +62,17 @@ class Takeover:
             )
         for parameter in parameters:
             _OWNERS[parameter] = weakref.ref(owner)
+
+
+def claim_sampler(sampler: object, owner: Owner) -> None:
+    """Let ``sampler`` serve ``owner`` from now on, and no other optimizer."""
+    _SERVED[sampler] = weakref.ref(owner)
+
+
+def check_sampler(sampler: object, owner: Owner) -> None:
+    """Raise RuntimeError if ``sampler`` does not serve ``owner``."""
+    if sampler not in _SERVED or _SERVED[sampler]() is not owner:
+        raise RuntimeError(
+            "the sampler was given to another optimizer after this one, or put here after it was built; build each "
+            "optimizer with a sampler of its own"
+        )

@@ -1,37 +1,83 @@
-"""Gradients of several workers become one: whole ones by an all-reduce, rows of each by FSDP2."""
+"""The gradients of several workers become one: whole gradients by an all-reduce, rows of each by FSDP2."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.data_parallel import GradientReducer, Workers
+from grass_ray.optim.hooks import WeakHook
+from grass_ray.optim.options import LayerwiseOptions
+from grass_ray.optim.parts import Parts
 from grass_ray.optim.sharded import Shards
+from grass_ray.optim.state_dict import Saved, check_shard, gather, rows_of
 from grass_ray.optim.units import Unit
+from grass_ray.optim.watch import Watch
+
+Watcher = weakref.WeakMethod[Callable[[nn.Parameter, nn.Parameter], None]]
 
 
 class GradientSync(Protocol):
-    """How the gradients of the active units become those of all workers."""
+    """How the parameters of a model lie over the workers, and how gradients become those of all workers.
+
+    Attributes:
+        workers: who takes part.
+        sharded: each worker has some rows of each parameter (FSDP2), and not all.
+    """
+
+    workers: Workers
+    sharded: bool
 
     @property
     def under_way(self) -> frozenset[str]:
-        """Names of units whose gradients this step's backward has given to a reduction."""
+        """Names of the units whose gradients this step's backward has given to a reduction."""
 
-    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit]) -> None:
-        """Backward has completed a gradient."""
+    def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
+        """Call ``watcher(parameter, seen)`` once per parameter; ``seen`` is the one whose gradient autograd computes.
+
+        Returns:
+            Handles that remove the hooks.
+        """
+
+    def before_forward(self, wait: WeakHook) -> list[Any]:
+        """Call ``wait`` before a forward gathers any weight; the handles of the hooks."""
+
+    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
+        """Backward has completed a gradient; ``last`` if no other micro-batch of this step adds to it."""
 
     def finish(self, active: Sequence[Unit]) -> None:
-        """Every gradient of ``active`` is that of all workers."""
+        """Make every gradient of ``active`` that of all workers."""
 
     def norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
         """The norm of each group's gradients."""
 
+    def check_scalable(self) -> None:
+        """Raise RuntimeError if a loss scaler cannot work with these gradients."""
+
+    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
+        """Raise RuntimeError, or warn, if the model changed after the optimizer was built."""
+
+    # ------------------------------------------------------------------------------------------------- saved states
+
+    def entry(self) -> dict[str, Any]:
+        """What a saved state says about the rows it holds."""
+
+    def check_entry(self, entry: Mapping[str, int] | None) -> None:
+        """Raise ValueError if a saved state holds the rows of another worker; None stands for whole parameters."""
+
+    def gather(self, states: Mapping[int, Saved], ordered: Sequence[nn.Parameter]) -> dict[int, Any]:
+        """States of whole parameters, on rank 0. Collective: call on every rank."""
+
+    def own(self, states: Mapping[int, Saved], entry: Mapping[str, int] | None) -> Mapping[int, Saved]:
+        """This worker's part of saved states; ``entry`` as in :meth:`check_entry`."""
+
 
 class WholeGradients:
-    """Each worker has all gradients of its own micro-batches: they are reduced unit by unit.
+    """Each worker has the whole gradients of its own micro-batches; they are reduced unit by unit.
 
     Args:
         workers: who takes part.
@@ -39,17 +85,32 @@ class WholeGradients:
         constant: what trains at every step.
     """
 
+    sharded = False
+
     def __init__(self, workers: Workers, units: Sequence[Unit], constant: Sequence[Unit]) -> None:
+        self.workers = workers
         self._reducer = GradientReducer(workers, units, constant)
 
     @property
     def under_way(self) -> frozenset[str]:
-        """Names of units whose gradients are on their way."""
+        """Names of the units whose gradients are in a reduction."""
         return self._reducer.under_way
 
-    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit]) -> None:
-        """Reduce the unit's gradients when all are there."""
-        self._reducer.arrived(unit, active)
+    def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
+        """Autograd computes the gradient of each parameter itself."""
+        for parameter in parameters:
+            if (watch := watcher()) is not None:
+                watch(parameter, parameter)
+        return []
+
+    def before_forward(self, wait: WeakHook) -> list[Any]:
+        """Nothing is gathered."""
+        return []
+
+    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
+        """Reduce the unit's gradients once all of them are complete."""
+        if last:
+            self._reducer.arrived(unit, active)
 
     def finish(self, active: Sequence[Unit]) -> None:
         """Reduce what is left, and wait for all."""
@@ -59,34 +120,121 @@ class WholeGradients:
         """The norm of each group's gradients."""
         return [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
 
+    def check_scalable(self) -> None:
+        """Gradients must not be in a reduction yet."""
+        if self.under_way:
+            _refuse_scaler()
+
+    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
+        """Refuse a model that was sharded, frozen, moved or cast; warn of parameters that nothing trains."""
+        # sharding puts new parameters into a model; the old ones never get a gradient again
+        if hasattr(model_parameter, "placements"):
+            raise RuntimeError(
+                "the model was sharded (fully_shard) after the optimizer was built, which still has the old weights; "
+                "shard the model first, then build the optimizer"
+            )
+        watch.check_active(active)
+        watch.check_strangers(active)
+
+    def entry(self) -> dict[str, Any]:
+        """Nothing: the states are those of whole parameters."""
+        return {}
+
+    def check_entry(self, entry: Mapping[str, int] | None) -> None:
+        """Rows of a worker do not fit a whole model."""
+        check_shard(entry, None)
+
+    def gather(self, states: Mapping[int, Saved], ordered: Sequence[nn.Parameter]) -> dict[int, Any]:
+        """The states as they are, on rank 0."""
+        return dict(states) if self.workers.rank == 0 else {}
+
+    def own(self, states: Mapping[int, Saved], entry: Mapping[str, int] | None) -> Mapping[int, Saved]:
+        """The states as they are."""
+        return states
+
 
 class ShardedGradients:
-    """FSDP2 has reduced and scattered gradients by the end of backward.
+    """FSDP2 has reduced and scattered the gradients by the end of backward.
 
     Args:
         workers: who takes part.
-        shards: how parameters lie over them.
+        shards: how the parameters lie over them.
         device: of the rows here.
     """
 
+    sharded = True
     under_way: frozenset[str] = frozenset()
 
     def __init__(self, workers: Workers, shards: Shards, device: torch.device) -> None:
-        self._workers = workers
+        self.workers = workers
         self._shards = shards
         self._device = device
 
-    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit]) -> None:
-        """Count what was sent."""
-        if self._workers.count > 1:
-            self._workers.sent_bytes += parameter.numel() * parameter.element_size()
+    def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
+        """Autograd computes the gradients of gathered parameters, which exist from the first forward on."""
+        return self._shards.watch(parameters, watcher)
+
+    def before_forward(self, wait: WeakHook) -> list[Any]:
+        """FSDP2 gathers weights on a stream that waits for this hook alone."""
+        return self._shards.before_forward(wait)
+
+    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
+        """Count the bytes that FSDP2 has sent."""
+        # FSDP2 has sent it already: only count it
+        if self.workers.count > 1:
+            self.workers.sent_bytes += parameter.numel() * parameter.element_size()
 
     def finish(self, active: Sequence[Unit]) -> None:
-        """Make of the mean over the workers their sum, where that is wanted."""
+        """Turn the mean over the workers into their sum, if that is wanted."""
         parameters = [p for unit in active for p in unit.parameters]
-        self._shards.finish(parameters, summed=self._workers.reduction == "sum")
+        self._shards.finish(parameters, summed=self.workers.reduction == "sum")
 
     def norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-        """The norm of each group's gradients, by one reduction for all."""
+        """The norm of each group's gradients, by one reduction for all groups."""
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
         return list(self._shards.norms(gradients, self._device))
+
+    def check_scalable(self) -> None:
+        """Never: the gradients are reduced when step() sees them."""
+        _refuse_scaler()
+
+    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
+        """Nothing: FSDP2 replaces parameters and flags for its forward."""
+
+    def entry(self) -> dict[str, Any]:
+        """Which worker's rows the states hold."""
+        return {"shard": self._shards.saved.to_dict()}
+
+    def check_entry(self, entry: Mapping[str, int] | None) -> None:
+        """Rows must be this worker's own."""
+        check_shard(entry, self._shards)
+
+    def gather(self, states: Mapping[int, Saved], ordered: Sequence[nn.Parameter]) -> dict[int, Any]:
+        """All workers' rows put together, on rank 0."""
+        return gather(states, ordered, self._shards, keep=self.workers.rank == 0)
+
+    def own(self, states: Mapping[int, Saved], entry: Mapping[str, int] | None) -> Mapping[int, Saved]:
+        """This worker's rows."""
+        if entry is not None:
+            return states
+        return {index: rows_of(saved, self._shards) for index, saved in states.items()}
+
+
+def make_sync(parts: Parts, options: LayerwiseOptions) -> GradientSync:
+    """The workers of a model, sharded or not.
+
+    Raises:
+        ValueError: the model is sharded over other workers than ``options.process_group``, or an unknown reduction.
+    """
+    if parts.shards is None:
+        workers = Workers(options.process_group, options.gradient_reduction)
+        return WholeGradients(workers, parts.units, parts.constant)
+    workers = Workers(parts.shards.of_all(options.process_group), options.gradient_reduction)
+    return ShardedGradients(workers, parts.shards, parts.device)
+
+
+def _refuse_scaler() -> None:
+    raise RuntimeError(
+        "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
+        "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
+    )

@@ -99,7 +99,6 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
         micro_batches = state.batches[number]
         lr = optimizer.param_groups[0]["lr"]
         sent_bytes = optimizer.workers.sent_bytes
-        refreshes, switches = optimizer.sampler.refreshes, optimizer.switches
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
         _wait_for(state.device)
         started = time.perf_counter()
@@ -110,7 +109,6 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
                 _wait_for(state.device)
                 measured_s = time.perf_counter() - started
                 state.engagement.begin_step(state.steps_done + 1, optimizer)
-                active_layers = optimizer.active_layers
                 # 3. forward and backward over the micro-batches; measure, or clip, update and switch
                 loss = accumulate_gradients(
                     state.model,
@@ -124,6 +122,8 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
                 optimizer.zero_grad(set_to_none=True)
         except torch.OutOfMemoryError as error:
             raise TrainingFailure("out_of_memory", f"step {state.steps_done + 1}: {error}") from error
+        done = optimizer.last
+        assert done is not None
         assert optimizer.grad_norm is not None
         grad_norm = float(optimizer.grad_norm)
         _check_finite("gradient norm", grad_norm, state)
@@ -150,13 +150,13 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
             loss=loss,
             lr=0.0 if probing else lr,
             grad_norm=grad_norm,
-            active_layers=active_layers,
-            probabilities=optimizer.sampler.probabilities(),
-            importance=optimizer.sampler.importance(),
-            ages=optimizer.sampler.ages(),
+            active_layers=done.active_layers,
+            probabilities=done.probabilities,
+            importance=done.importance,
+            ages=done.ages,
             visits=tuple(state.engagement.engagement.visits),
-            refreshed=optimizer.sampler.refreshes > refreshes,
-            switched=optimizer.switches > switches,
+            refreshed=done.refreshed,
+            switched=done.switched,
             tokens=tokens,
             padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
             step_s=elapsed,

@@ -32,6 +32,7 @@ from grass_ray.config import (
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import check_evaluation, evaluate
 from grass_ray.tasks.readback import check_answers
@@ -326,16 +327,18 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        projection=None if settings.projection is None else settings.projection.build(),
         precision=settings.precision,
         offload=method.offload,
-        inactive_states=method.inactive_states,
-        train_embeddings=method.train_embeddings,
-        train_head=method.train_head,
-        train_norm=method.train_norm,
-        granularity=method.granularity,
-        # the loop divides by the labels of all workers
-        gradient_reduction="sum",
+        options=LayerwiseOptions(
+            projection=None if settings.projection is None else settings.projection.build(),
+            inactive_states=method.inactive_states,
+            train_embeddings=method.train_embeddings,
+            train_head=method.train_head,
+            train_norm=method.train_norm,
+            granularity=method.granularity,
+            # the loop divides by the labels of all workers
+            gradient_reduction="sum",
+        ),
     )
 
 

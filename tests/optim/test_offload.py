@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_batch, make_llama
+from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
@@ -131,7 +131,7 @@ def test_exact_precision_is_adamw_on_float32_masters(mode: Any) -> None:
     """Bit for bit, in every mode: the bfloat16 weight is the rounded master, the remainder the rest."""
     model = make_odd_llama(dtype=torch.bfloat16)
     start = copy.deepcopy(model)
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model,
         AllLayersSampler(),
         lr=1e-5,
@@ -241,7 +241,7 @@ def test_every_mode_rounds_alike() -> None:
     models = {}
     for mode, chunk_bytes in (*((mode, CHUNK) for mode in MODES), ("lazy", 16 * 1024)):
         model = models[mode, chunk_bytes] = make_odd_llama(dtype=torch.bfloat16)
-        optimizer = LayerwiseAdamW(model, UniformSampler(2, 3), lr=1e-3, offload=mode, chunk_bytes=chunk_bytes)  # type: ignore[arg-type]
+        optimizer = make_optimizer(model, UniformSampler(2, 3), lr=1e-3, offload=mode, chunk_bytes=chunk_bytes)  # type: ignore[arg-type]
         train(model, optimizer, range(10))
         states = optimizer.state_dict()["state"]
         models[mode, chunk_bytes] = (model, [states[i]["exp_avg_sq"] for i in sorted(states)])
@@ -267,7 +267,7 @@ def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
     models, states = {}, {}
     for mode in MODES:
         model = models[mode] = make_odd_llama(tied=tied)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             GradNormSampler(gamma, period, probing_steps=2, refresh_period=4, seed=2),
             lr=1e-3,
@@ -295,7 +295,7 @@ def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_streaming_is_torchs_adamw(mode: Any) -> None:
     ours, theirs = make_odd_llama(), make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK, ring_slots=1
     )
     layers = [p for layer in find_decoder_stack(theirs).layers for p in layer]
@@ -313,7 +313,7 @@ def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
     def build(mode: Any) -> tuple[nn.Module, LayerwiseAdamW]:
         model = make_odd_llama()
         sampler = GradNormSampler(2, 3, probing_steps=2, refresh_period=4, seed=5)
-        return model, LayerwiseAdamW(model, sampler, lr=1e-3, offload=mode, chunk_bytes=CHUNK, train_norm=True)
+        return model, make_optimizer(model, sampler, lr=1e-3, offload=mode, chunk_bytes=CHUNK, train_norm=True)
 
     whole, optimizer = build(saved_in)
     snapshots = []
@@ -335,7 +335,7 @@ def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
 def test_torchs_adamw_goes_on_from_the_exported_states(mode: Any) -> None:
     """The standard layout, loaded into torch's optimizer over the same groups: the next steps are the same bits."""
     ours = make_odd_llama()
-    optimizer = LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK)
     train(ours, optimizer, range(5))
     theirs = copy.deepcopy(ours)
     place = {id(p): q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)}
@@ -353,7 +353,7 @@ def test_torchs_adamw_goes_on_from_the_exported_states(mode: Any) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_memory_on_the_device_is_the_ring(mode: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(2, 2), lr=1e-3, offload=mode, chunk_bytes=CHUNK, ring_slots=3, train_norm=True
     )
     norm = 2 * 4 * model.model.norm.weight.numel()
@@ -373,7 +373,7 @@ def test_lazy_fetches_ahead_during_backward_and_overlap_does_not() -> None:
     hidden = {}
     for mode in ("overlap", "lazy"):
         model = make_odd_llama()
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             UniformSampler(1, 4),
             lr=1e-3,
@@ -391,7 +391,7 @@ def test_lazy_fetches_ahead_during_backward_and_overlap_does_not() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_that_are_not_finite_change_nothing(mode: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5, seed=1), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(model, UniformSampler(2, 5, seed=1), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
     train(model, optimizer, range(2))
     before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()["state"]))
     backward(model, 99, vocabulary=61)
@@ -412,7 +412,7 @@ def test_gradients_that_are_not_finite_change_nothing(mode: Any) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_an_interrupted_update_is_never_saved(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(model, UniformSampler(2, 5), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
     train(model, optimizer, range(2))
     saved_weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     expected = copy.deepcopy(saved)
@@ -442,8 +442,8 @@ def test_an_interrupted_update_is_never_saved(mode: Any, monkeypatch: pytest.Mon
 def test_an_exception_in_backward_harms_nothing(mode: Any) -> None:
     model, reference = make_odd_llama(), make_odd_llama()
     build = {"lr": 1e-3, "chunk_bytes": CHUNK}
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 3, seed=1), offload=mode, **build)  # type: ignore[arg-type]
-    other = LayerwiseAdamW(reference, UniformSampler(2, 3, seed=1), offload="none", **build)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, UniformSampler(2, 3, seed=1), offload=mode, **build)  # type: ignore[arg-type]
+    other = make_optimizer(reference, UniformSampler(2, 3, seed=1), offload="none", **build)  # type: ignore[arg-type]
     for step in range(6):
         handle = optimizer.active_parameters()[0].register_hook(_interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -467,9 +467,9 @@ def test_host_memory_that_is_not_there_is_a_clear_error(monkeypatch: pytest.Monk
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="projected states are small and not streamed; use resident"):
-        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
+        make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
     with pytest.raises(ValueError, match="ring_slots is 0"):
-        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
+        make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
     with pytest.raises(ValueError, match="precision is 'half'; available: weights, rem16, exact"):
         LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), precision="half")  # type: ignore[arg-type]
 
@@ -477,7 +477,7 @@ def test_bad_settings_are_refused() -> None:
 @pytest.mark.parametrize("offload", ["none", "resident"])
 def test_projected_states_travel_whole(offload: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(1, 2), lr=1e-3, offload=offload, projection=GaLore(rank=4, refresh_period=3)
     )
     train(model, optimizer, range(12))
@@ -559,7 +559,7 @@ def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None
 
     for index, layer in enumerate(model.model.layers):
         layer.mlp.down_proj.weight.register_hook(noting_backward(f"layer_{index:02d}"))
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model,
         UniformSampler(2, 3, seed=3),
         lr=1e-3,
@@ -669,7 +669,7 @@ def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precisi
     models = {}
     for each in ("resident", mode):
         model = models[each] = make_odd_llama(dtype=torch.bfloat16).to(device)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             GradNormSampler(2, 3, probing_steps=2, refresh_period=4),
             lr=1e-3,
@@ -702,7 +702,7 @@ def test_gpu_kernel_is_the_reference() -> None:
 @pytest.mark.parametrize("sampler", [UniformSampler(2, 100), GradNormSampler(2, 100, probing_steps=1)])
 def test_gpu_step_never_makes_the_host_wait(sampler: Any) -> None:
     model = make_odd_llama(dtype=torch.bfloat16).cuda()
-    optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0)
     batch = make_batch(0, vocabulary=61).cuda()
     for step in range(6):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -717,7 +717,7 @@ def test_gpu_step_never_makes_the_host_wait(sampler: Any) -> None:
 @pytest.mark.gpu
 def test_gpu_memory_stays_flat() -> None:
     model = make_llama(hidden=512, layers=8).cuda().bfloat16()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload="lazy", chunk_bytes=1024 * 1024)
+    optimizer = make_optimizer(model, UniformSampler(2, 5), lr=1e-3, offload="lazy", chunk_bytes=1024 * 1024)
     batch = make_batch(0).cuda()
 
     def step() -> None:
@@ -737,7 +737,7 @@ def test_gpu_memory_stays_flat() -> None:
 def overlapped_share(mode: Any, rows: int = 16) -> float:
     """Share of the copies' time during which a kernel runs on another stream, from a profiler trace."""
     model = make_llama(hidden=2048, layers=8).cuda().bfloat16()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(2, 1000), lr=1e-3, offload=mode, chunk_bytes=32 * 1024 * 1024, ring_slots=8
     )
     batch = make_batch(0, rows=rows, tokens=1024).cuda()
@@ -794,7 +794,7 @@ def test_gpu_peak_is_the_ring_and_one_units_gradients() -> None:
         batch = make_batch(0, rows=4, tokens=256).cuda()
         optimizer = None
         if mode == "lazy":
-            optimizer = LayerwiseAdamW(
+            optimizer = make_optimizer(
                 model, UniformSampler(2, 1000), lr=1e-3, offload="lazy", chunk_bytes=chunk, ring_slots=4
             )
             gradients = 2 * sum(p.numel() for p in optimizer.stack.layers[0])
