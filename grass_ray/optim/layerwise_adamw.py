@@ -320,6 +320,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         """
         self._active.uninterrupted.check()
         refuse_checkpoint_api()
+        self._placement.synchronize_host()
         return self._saver.save(super().state_dict())
 
     def full_state_dict(self) -> dict[str, Any]:

@@ -90,6 +90,17 @@ class OnDevice:
         kept = range(len(units)) if options.inactive_states == "keep" else active
         return Footprint(device=sum(units[unit].device for unit in kept))
 
+    @classmethod
+    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
+        """Whether this placement can serve a method, and differs from leaving all states on the device.
+
+        Args:
+            leaves: whether units ever leave the active set.
+            options: of the optimizer.
+            adapter: whether the states are those of a small adapter.
+        """
+        return True
+
     def hooks(
         self,
         model: nn.Module,
@@ -235,6 +246,11 @@ class Resident(OnDevice):
         """States of active units on the device; blocks of all units on the host if states that leave are kept."""
         moved = units if leaves and options.inactive_states == "keep" else ()
         return Footprint(device=sum(units[unit].device for unit in active), host=sum(unit.host for unit in moved))
+
+    @classmethod
+    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
+        """If states are kept of units that leave."""
+        return leaves and options.inactive_states == "keep"
 
     def leave(self, unit: Unit) -> None:
         """Move the unit's states to the host."""

@@ -42,8 +42,10 @@ class StateSaver:
         self._index = index
 
     def save(self, torch_state: dict[str, Any]) -> dict[str, Any]:
-        """Complete torch's state dictionary by the states on the host, the sampler's state and the active units."""
-        self._placement.synchronize_host()
+        """Complete torch's state dictionary by the states on the host, the sampler's state and the active units.
+
+        The host must be able to read every block (``placement.synchronize_host()``).
+        """
         for group in torch_state["param_groups"]:
             group["params"] = [index for index in group["params"] if index < len(self._index)]
         torch_state["state"] = self._with_offloaded(torch_state["state"])

@@ -50,6 +50,11 @@ class Streamed(OnDevice):
         """The ring on the device, and blocks of all units on the host."""
         return Footprint(ring=options.ring_slots * options.chunk_bytes, host=sum(unit.host for unit in units))
 
+    @classmethod
+    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
+        """If the states are large, neither projected nor those of an adapter."""
+        return options.projection is None and not adapter
+
     def hooks(
         self,
         model: nn.Module,

@@ -7,24 +7,28 @@ import copy
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 
-from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
+from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, LayerwiseOptions, UniformSampler
+from grass_ray.config import PLACEMENTS, Offload
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.optim import host_store, streaming
 from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
 from grass_ray.optim.kernels import adamw, join, split, state_layout
+from grass_ray.optim.placement import Footprint, OnDevice, Resident, StateBytes, placement_class
 from grass_ray.optim.rounding import MIX_1, MIX_2, PLACE, STEP, round_stochastically
+from grass_ray.optim.units import Unit
 
 MODES = ("none", "resident", "blocking", "overlap", "lazy")
 STREAMED = MODES[2:]
@@ -252,6 +256,80 @@ def test_every_mode_rounds_alike() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- every mode
+
+
+class Counted(Resident):
+    """A mode of one's own (CONTRIBUTING.md): resident, and counts how often units leave."""
+
+    left = 0
+
+    def leave(self, unit: Unit) -> None:
+        super().leave(unit)
+        self.left += 1
+
+
+def test_an_offload_mode_is_a_class_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLACEMENTS, "counted", "test_offload.Counted")
+    weights = {}
+    for mode in ("none", "counted"):
+        model = weights[mode] = make_llama()
+        optimizer = make_optimizer(model, UniformSampler(1, 2, seed=4), lr=1e-3, offload=mode)
+        train(model, optimizer, range(9))
+    assert_same(weights["none"], weights["counted"])
+    assert optimizer.switches >= optimizer._placement.left > 0
+    assert optimizer.last is not None
+
+
+def test_every_mode_of_the_configuration_has_a_class_that_says_what_it_takes() -> None:
+    assert (*PLACEMENTS, "auto") == get_args(Offload)
+    units = [StateBytes(device=10, host=16), StateBytes(device=20, host=32), StateBytes(device=30, host=32)]
+    kept, reset = LayerwiseOptions(chunk_bytes=1024, ring_slots=2), LayerwiseOptions(inactive_states="reset")
+    found = {mode: placement_class(mode).footprint(units, (0, 2), kept, leaves=True) for mode in PLACEMENTS}
+    ring = Footprint(ring=2048, host=80)
+    assert found == {
+        "none": Footprint(device=60),
+        "resident": Footprint(device=40, host=80),
+        **dict.fromkeys(STREAMED, ring),
+    }
+    assert OnDevice.footprint(units, (0, 2), reset, leaves=True) == Footprint(device=40)
+    assert Resident.footprint(units, (0, 2), reset, leaves=True) == Footprint(device=40)
+    assert Resident.footprint(units, (0, 1, 2), kept, leaves=False) == Footprint(device=60)
+
+
+def test_what_a_step_did_adds_up() -> None:
+    model = make_llama()
+    sampler = GradNormSampler(2, 3, probing_steps=2, refresh_period=3, seed=2)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK)
+    assert optimizer.last is None
+    done = []
+    for step in range(11):
+        active, layers = optimizer.active_units, optimizer.active_layers
+        train(model, optimizer, [step])
+        assert optimizer.last is not None
+        assert (optimizer.last.active_units, optimizer.last.active_layers) == (active, layers)
+        done.append(optimizer.last)
+    assert [info.probed for info in done] == [True, True, *[False] * 9]
+    assert sum(info.refreshed for info in done) == sampler.refreshes == 4
+    assert sum(info.switched for info in done) == optimizer.switches == 4
+    assert sum(info.bytes_in for info in done) == optimizer.stats.bytes_in > 0
+    assert sum(info.bytes_out for info in done) == optimizer.stats.bytes_out > 0
+    assert sum(info.stall_s for info in done) == pytest.approx(optimizer.stats.exposed_s)
+    assert done[-1].probabilities == sampler.probabilities()
+    other = make_optimizer(make_llama(), GradNormSampler(2, 3, probing_steps=2, refresh_period=3), offload="lazy")
+    other.load_state_dict(optimizer.state_dict())
+    train(other._model(), other, [11])
+    assert other.last is not None
+    assert not other.last.refreshed
+    assert not other.last.switched
+
+
+@pytest.mark.parametrize("moved", [{"train_head": True}, {"granularity": "matrix", "ring_slots": 2}])
+def test_an_option_among_the_arguments_is_told_its_place(moved: dict[str, Any]) -> None:
+    names = ", ".join(f"{name}=..." for name in moved)
+    with pytest.raises(TypeError, match=re.escape(f"pass options=LayerwiseOptions({names})")):
+        LayerwiseAdamW(make_llama(), UniformSampler(2, 3), **moved)
+    with pytest.raises(TypeError, match="LayerwiseAdamW has no argument rate, speed"):
+        LayerwiseAdamW(make_llama(), UniformSampler(2, 3), speed=1, rate=2, **moved)
 
 
 SETTINGS = list(itertools.product([1, 3, 10], [1, 2, 4]))
