@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.data_parallel import Workers
+from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.parts import Parts
 from grass_ray.optim.placement import OnDevice
 from grass_ray.optim.proof import Proof
@@ -53,7 +54,7 @@ class ActiveSet:
         watch: is told of every new active set.
         workers: must agree about the active set.
         stats: counts the seconds that switches take.
-        reset: states of a unit that leaves begin anew.
+        options: of the optimizer.
 
     Attributes:
         parts: the model taken apart.
@@ -72,8 +73,7 @@ class ActiveSet:
         watch: Watch,
         workers: Workers,
         stats: OffloadStats,
-        *,
-        reset: bool,
+        options: LayerwiseOptions,
     ) -> None:
         self.parts = parts
         self.sampler = sampler
@@ -81,7 +81,7 @@ class ActiveSet:
         self._watch = watch
         self._workers = workers
         self._stats = stats
-        self._reset = reset
+        self._reset = options.inactive_states == "reset"
         self.indices: tuple[int, ...] = ()
         self.switches = 0
         self.uninterrupted = Uninterrupted()

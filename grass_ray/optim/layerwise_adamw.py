@@ -137,15 +137,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         self.offload = resolve_offload(offload, sampler, self.units, states, parts.device)
         self._placement = placement_class(self.offload)(states, parts.device, self.stats, options)
         self._handles += self._placement.hooks(model, self.stack.modules, self.units, self._sync.before_forward)
-        self._active = ActiveSet(
-            parts,
-            sampler,
-            self._placement,
-            self._watch,
-            self.workers,
-            self.stats,
-            reset=options.inactive_states == "reset",
-        )
+        self._active = ActiveSet(parts, sampler, self._placement, self._watch, self.workers, self.stats, options)
         self._gradients = Gradients(self, self._active, self._sync, self._placement, self._watch, self._handles)
         self._saver = StateSaver(self._active, states, self._placement, self._sync, index)
         if self._gradients.witness is not None:
@@ -211,15 +203,13 @@ class LayerwiseAdamW(OneModelOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        units, layers = self.active_units, self.active_layers
+        trained = self.active_units, self.active_layers
         if self._gradients.nothing_arrived():
             self._watch.no_gradient_at_all()
             self.grad_norm = torch.zeros((), device=self._active.parts.device)
         else:
             self._advance()
-        self.last = self._recorder.step(
-            probed=self.probed, active_units=units, active_layers=layers, switches=self.switches
-        )
+        self.last = self._recorder.step(*trained, probed=self.probed, switches=self.switches)
         return loss
 
     def _advance(self) -> None:

@@ -59,9 +59,9 @@ class StepRecorder:
         self._exposed_s = self._stats.exposed_s
 
     def step(
-        self, *, probed: bool, active_units: tuple[int, ...], active_layers: tuple[int, ...], switches: int
+        self, active_units: tuple[int, ...], active_layers: tuple[int, ...], *, probed: bool, switches: int
     ) -> StepInfo:
-        """What happened since the step before."""
+        """What happened since the step before; ``switches`` counts all active sets drawn after the first one."""
         sampler, stats = self._sampler, self._stats
         info = StepInfo(
             probed=probed,
