@@ -1,6 +1,6 @@
 """Find the decoder stack of a model: which modules are its layers, and what else could train.
 
-``find_decoder_stack(model)`` looks for the one list of blocks that the model's configuration speaks of, and fails
+``find_decoder_stack(model)`` looks for the one list of blocks that the model's configuration describes, and fails
 loudly with what it found when there is none or more than one. It knows no model by name.
 """
 
@@ -204,7 +204,7 @@ def _choose(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
     if config is not None and hasattr(config, "get_text_config"):
         length = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     named = {name: layers for name, layers in candidates.items() if len(layers) == length}
-    # hybrid models mix classes of blocks; where no configuration speaks of the list, its blocks must be equal
+    # hybrid models mix classes of blocks; if no configuration describes the list, its blocks must be equal
     alike = {name: layers for name, layers in candidates.items() if len({type(layer) for layer in layers}) == 1}
     candidates = named or alike
     if len(candidates) > 1:

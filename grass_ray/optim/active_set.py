@@ -32,7 +32,7 @@ class Uninterrupted:
         self._broken = kind is not None
 
     def reset(self) -> None:
-        """Weights and states belong together again: they were loaded."""
+        """Forget an interruption: weights and states were loaded and belong together again."""
         self._broken = False
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class ActiveSet:
         indices: of the units that train, ascending.
         switches: active sets drawn after the first one.
         uninterrupted: for everything that changes weights and states together.
-        proof: compares weights at switches; None if nobody asked for it.
+        proof: compares weights at switches; None unless :meth:`prove` was called.
     """
 
     def __init__(

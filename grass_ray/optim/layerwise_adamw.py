@@ -47,7 +47,7 @@ from grass_ray.optim.watch import Watch
 class LayerwiseAdamW(OneModelOptimizer):
     """AdamW over the layers a sampler draws.
 
-    Parameters that do not require a gradient when the optimizer is built stay frozen for ever (a peft model's base
+    Parameters that do not require a gradient when the optimizer is built stay frozen (a peft model's base
     weights, layers that the sampler shall not draw from); all others belong to it, and those outside the active set are
     frozen by it. Under ``torch.amp.GradScaler`` importance is measured at the scale of the loss itself, and a step that
     the scaler skips is not measured. If torch.distributed is initialised, the gradients of the active set are averaged
@@ -177,8 +177,7 @@ class LayerwiseAdamW(OneModelOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Measure, average over the workers, clip and update the active layers; at a boundary draw the next ones.
 
-        Gradients that are not finite change nothing: weights, states and counters stay as they are, and ``grad_norm``
-        tells.
+        If a gradient is not finite, weights, states and counters stay as they are, and ``grad_norm`` is not finite.
 
         Args:
             closure: computes the loss and its gradients, and returns the loss.

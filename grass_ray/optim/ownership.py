@@ -1,7 +1,7 @@
 """Which LayerwiseAdamW a model's parameters belong to, so that a second one starts from the model as it was given.
 
 An optimizer freezes what does not train now. Another one built on the same model (a notebook cell run twice) must not
-take that for the user's wish.
+mistake that for the user's choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Owner(Protocol):
     """An optimizer that freezes parameters."""
 
     def retire(self) -> None:
-        """Take every hook away and refuse to go on."""
+        """Remove all hooks, and refuse further steps."""
 
 
 # for every parameter that required a gradient when an optimizer was built on it: that optimizer

@@ -1,4 +1,4 @@
-"""Take a model apart for an optimizer: what its sampler picks from, what always trains, what nobody trains."""
+"""Take a model apart for an optimizer: what its sampler picks from, what always trains, what never trains."""
 
 from __future__ import annotations
 
