@@ -215,7 +215,7 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
     sampler = config.method.sampler.build(seed=0, train_steps=10)
-    num_units = len(Planner(config.model, "cpu").put_on(config.method).units)
+    num_units = len(Planner(config.model, "cpu").apply(config.method).units)
     forced = sampler if sampler.trains_all else Forced(sampler, active, num_units)
     optimizer = build_optimizer(model, forced, config.method)
     model.train()
@@ -253,9 +253,9 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
 def run_case(case: Case, device: torch.device) -> Row:
     """Predict, then measure; of several worst sets the one with the higher peak."""
     planner = Planner(case.config.model, "cuda" if device.type == "cuda" else "cpu")
-    (plan,) = planner.plan_modes(case.config.method, case.shape, modes=[case.offload], training_steps=10)
+    (plan,) = planner.plan_modes(case.config.method, case.shape, modes=[case.offload], train_steps=10)
     rows = []
-    for active in planner.put_on(case.config.method, 10).active_sets():
+    for active in planner.apply(case.config.method, 10).active_sets():
         rows.append(measure(case, plan, active, device))
         gc.collect()
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Follow what operations allocate, without allocating it: bookkeeping of storages on torch's meta device.
+"""Track the memory that operations would allocate, on torch's meta device, which allocates nothing.
 
 ::
 
@@ -7,8 +7,9 @@
         loss(model).backward()              # everything on the meta device
     print(log.peak().total)
 
-Only what a kernel hides from the dispatcher is modelled by hand: fused attention and dropout, which differ between
-devices. Sizes are bytes.
+Only fused attention and dropout are modelled by hand, because the dispatcher does not see what these kernels allocate.
+``torch.distributed._tools.MemTracker`` does the same for whole models, but it hooks every parameter and therefore fails
+as soon as one is frozen. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 DeviceKind = Literal["cpu", "cuda"]
 Kind = Literal["gradients", "activations", "logits", "workspace"]
-# CUDA's caching allocator hands out multiples of this
+# CUDA's caching allocator rounds sizes up to multiples of this
 CUDA_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes alive at one moment, by what they are; ``workspace`` is what kernels use for themselves."""
+    """Bytes allocated at one moment, by what they hold; ``workspace`` is temporary memory inside kernels."""
 
     gradients: int = 0
     activations: int = 0
@@ -43,7 +44,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.gradients + self.activations + self.logits + self.workspace
 
 
@@ -54,11 +55,12 @@ class _Storage:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Notes every storage that operations make inside the mode, from its first use to its end.
+    """Dispatch mode that records when each storage is allocated and freed.
 
     Args:
-        device: whose allocator; CUDA's rounds sizes up.
-        logits: (positions, vocabulary) of a micro-batch's logits, to tell them from the rest; None knows no logits.
+        device: whose allocator to assume; that of CUDA rounds sizes up.
+        logits: shape (positions, vocabulary) of the logits of a micro-batch, which tells them from other tensors. None
+            counts logits as activations.
     """
 
     def __init__(self, device: DeviceKind, *, logits: tuple[int, int] | None = None) -> None:
@@ -78,12 +80,12 @@ class AllocationLog(TorchDispatchMode):
         return result
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count the storages of ``tensors``: they were there before."""
+        """Leave out the storages of ``tensors``, which existed before."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     @contextmanager
     def workspace(self) -> Iterator[None]:
-        """Count what is made in the block as kernels' own."""
+        """Count what is allocated in the block as workspace."""
         self._workspace = True
         try:
             yield
@@ -91,18 +93,18 @@ class AllocationLog(TorchDispatchMode):
             self._workspace = False
 
     def mark_gradient(self, parameter: Tensor) -> None:
-        """What ``parameter.grad`` holds is a gradient."""
+        """Count the storage of ``parameter.grad`` as a gradient."""
         assert parameter.grad is not None
         storage = self._alive.get(parameter.grad.untyped_storage()._cdata)
         if storage is not None:
             storage.kind = "gradients"
 
     def size_of(self, tensor: Tensor) -> int:
-        """Bytes of the tensor's storage, rounded as the device does."""
+        """Bytes of the tensor's storage, rounded as on the device."""
         return math.ceil(tensor.untyped_storage().nbytes() / self._granule) * self._granule
 
     def peak(self) -> Parts:
-        """The moment at which most bytes were alive."""
+        """The parts at the moment with most bytes allocated."""
         alive: dict[_Storage, None] = {}
         now = highest = at = 0
         for index, (storage, sign) in enumerate(self._events):
@@ -139,29 +141,30 @@ class AllocationLog(TorchDispatchMode):
             return "workspace"
         if self._logits is None or tensor.ndim not in (2, 3) or tensor.shape[-1] != self._logits[1]:
             return "activations"
-        # a matrix of the vocabulary's width may also be the gradient of a transposed head
+        # a matrix with as many columns may also be the gradient of a transposed head
         return "logits" if tensor.ndim == 3 or tensor.shape[0] == self._logits[0] else "activations"
 
 
 def storages_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind ``tensors`` on the meta device (or any), each counted once."""
+    """Bytes of the storages of ``tensors``, each counted once. Works on the meta device."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
-# -------------------------------------------------------------------------------------------------- kernels' own ways
+# ------------------------------------------------------------------------------------------------------ fused kernels
 
 
 @contextmanager
 def kernel_stand_ins(device: DeviceKind, log: AllocationLog) -> Iterator[None]:
-    """In the block, give fused kernels on meta tensors the memory they take on ``device``.
+    """In the block, let attention and dropout on meta tensors allocate what the kernels of ``device`` allocate.
 
-    Attention is flash attention where there is no mask and, with one, the kernel that adds a bias (memory-efficient on
-    CUDA, flash on a CPU): no matrix of scores, but one bias of (rows, 1, tokens, tokens) a layer, which autograd keeps.
-    Where no fused kernel serves (dropout on a CPU, values of another width) scores are computed as they are on meta.
+    Attention is flash attention without a mask, and with a mask a kernel that adds a bias (memory-efficient attention
+    on CUDA, flash attention on a CPU). Neither allocates the matrix of scores. With a mask autograd keeps one bias of
+    shape (rows, 1, tokens, tokens) per layer. If no fused kernel applies (dropout on a CPU, values of another width),
+    attention runs as usual on the meta device.
 
-    The functions are replaced where modules look them up, since autograd leaves a TorchFunctionMode behind when
-    checkpointing computes a layer again. Tensors that are not on the meta device get the functions that were there.
+    The functions are replaced in ``torch.nn.functional``, because a TorchFunctionMode is not active while checkpointing
+    recomputes a layer in backward. Tensors on other devices get the original functions.
     """
     attention, dropout = functional.scaled_dot_product_attention, functional.dropout
 
@@ -198,7 +201,7 @@ def kernel_stand_ins(device: DeviceKind, log: AllocationLog) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """Fused attention: keeps its inputs, its output and a float32 number a row and head."""
+    """Fused attention: saves its inputs, its output, and a float32 log-sum of shape (rows, heads, tokens)."""
 
     @staticmethod
     def forward(
@@ -230,14 +233,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _scratch(query: Tensor, key: Tensor, device: DeviceKind, *, backward: bool) -> Tensor:
-    """What the attention kernel needs for itself while it runs."""
+    """Workspace of the attention kernel."""
     rows, heads, tokens, width = query.shape
     if device == "cuda":
-        # backward sums the queries' gradients in float32, and takes a float32 number a row and head
+        # backward accumulates the gradient of the queries in float32, and needs one float32 per query and head
         elements = rows * heads * tokens * (width + 1) if backward else 0
     else:
         block = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
         columns = min(512, key.shape[2])
-        a_thread = 2 * block * columns if backward else block * (columns + width + 2)
-        elements = torch.get_num_threads() * a_thread
+        per_thread = 2 * block * columns if backward else block * (columns + width + 2)
+        elements = torch.get_num_threads() * per_thread
     return query.new_empty(elements, dtype=torch.float32)

@@ -1,54 +1,64 @@
-"""Predict a run's peak memory part by part before any weight is loaded, for every method and offload mode.
+"""Predict the peak memory of a run before any weight is loaded, for every method and offload mode.
 
-Weights, gradients and states are sums over the shapes of the very units that the optimizer would train; activations
-and logits come from one step on the meta device (:mod:`grass_ray.memory.step`), so nothing is fitted and the
-same predictor serves CPUs and CUDA devices::
+Weights, gradients and states are sums over the shapes of the units that the optimizer would train. Activations and
+logits come from one step on the meta device (:mod:`grass_ray.memory.step`). Nothing is fitted to measurements, and the
+same planner serves CPUs and CUDA devices::
 
     planner = Planner(ModelConfig(name="llama2-7b", dtype="bfloat16"), device="cuda")
     for plan in planner.plan_modes(METHODS["grass"].config, StepShape(rows=4, tokens=1024)):
         print(plan.offload, plan.peak_bytes / GIB, plan.host_bytes / GIB)
 
-A plan is for the worst case: of the active sets that a sampler may draw the one that takes most (the lowest layer is
-in it, so backward runs through the whole model), every layer visited, rows as long as ``StepShape.tokens``. Evaluation
-is not part of it. Sizes are bytes, or GiB where a name says so.
+A plan is for the worst case: the active set that needs most memory (backward then runs down to the lowest layer), every
+layer visited, every row as long as ``StepShape.tokens``. Evaluation is not included. Sizes are bytes, or GiB if a name
+says so.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from grass_ray.config import AdapterConfig, ConfigError, MethodConfig, ModelConfig
+from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import StepProfile, StepShape, profile_step
-from grass_ray.memory.trained_units import TrainedUnits, put_on
+from grass_ray.memory.trained_units import TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
+from grass_ray.optim.placement import Footprint, placement_class
 from grass_ray.training.models import build_shape
 from grass_ray.training.report import GIB
 
-Mode = Literal["none", "resident", "blocking", "overlap", "lazy"]
+Mode = str  # a key of PLACEMENTS
 Phase = Literal["probing", "backward", "exchange", "update"]
-STREAMING: tuple[Mode, ...] = ("blocking", "overlap", "lazy")
 RING_BYTES = 4 * CHUNK_BYTES
-# cuBLAS takes its workspace from the caching allocator and keeps it: 32 MiB on Hopper, 8 before
+# cuBLAS takes its workspace from the caching allocator and keeps it: 32 MiB on Hopper, 8 MiB on older GPUs
 CUBLAS_BYTES = 32 * 1024 * 1024
-# a sampler's schedules are looked at as if training were this long, unless a run says how long it is
-ANY_STEPS = 1000
+# length of the training that a sampler's schedules assume if there is no run to ask
+DEFAULT_TRAIN_STEPS = 1000
 
 
 class CannotPlanError(ConfigError):
-    """This model's step does not run on the meta device, so nothing can be said about it."""
+    """A step of this model does not run on the meta device, so its memory cannot be predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one method takes in one offload mode; bytes at the moment of its peak, which is in ``phase``.
+    """Predicted memory of a method in one offload mode, in bytes at the moment of its peak.
 
-    ``weights`` include buffers, ``states`` are those on the device, ``staging`` is the ring that others are streamed
-    through, ``workspace`` is what kernels and the update use for themselves, ``host_bytes`` are the blocks of states in
-    host memory once every layer was visited.
+    Attributes:
+        method: name of the method.
+        offload: the mode.
+        shape: work of a step.
+        phase: when the peak occurs.
+        weights: parameters and buffers.
+        gradients: gradients.
+        states: optimizer states on the device.
+        staging: ring through which states on the host are streamed.
+        activations: what backward needs, and temporary tensors of forward and backward.
+        logits: logits and their gradients.
+        workspace: memory that kernels and the update use internally.
+        host_bytes: blocks of states in host memory once every layer was visited.
     """
 
     method: str
@@ -66,22 +76,22 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """All parts on the device."""
+        """Sum of all parts on the device."""
         parts = (self.weights, self.gradients, self.states, self.staging, self.activations, self.logits)
         return sum(parts) + self.workspace
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """All values, with the peak, as plain JSON values."""
         return asdict(self) | {"peak_bytes": self.peak_bytes, "peak_gib": round(self.peak_bytes / GIB, 4)}
 
 
 class Planner:
-    """Plans methods on one model; the model's skeleton and equal steps are looked at once.
+    """Predicts the memory of methods on one model. The model is built once, and equal steps are profiled once.
 
     Args:
-        model: a hub id, a folder, a built-in model, or a built-in shape (``llama2-7b``); its dtype counts.
+        model: a hub id, a folder, a built-in model, or a built-in shape (``llama2-7b``). Its dtype matters.
         device: whose kernels and allocator to assume.
-        workers: how many share a step's micro-batches, each with the whole model.
+        workers: number of workers that share the micro-batches of a step, each with the whole model.
 
     Raises:
         ConfigError: there is no such model.
@@ -99,123 +109,119 @@ class Planner:
         shape: StepShape,
         *,
         modes: Sequence[Mode] | None = None,
-        training_steps: int = ANY_STEPS,
+        train_steps: int = DEFAULT_TRAIN_STEPS,
     ) -> list[MemoryPlan]:
-        """Plan one method in each offload mode that can serve it (or in ``modes``).
+        """Plan a method in each of ``modes``, by default in all that are applicable to it.
 
         Raises:
-            ConfigError: the method cannot work with this model (more active layers than layers, for example), or not
-                with what was asked for.
+            ConfigError: the method cannot train this model (it needs more layers, for example), or not with this shape.
         """
-        trains = self.put_on(method, training_steps)
-        chosen = applicable_modes(method) if modes is None else modes
-        return [self.plan(trains, shape, mode) for mode in chosen]
+        trained = self.apply(method, train_steps)
+        return [self.plan(trained, shape, mode) for mode in (applicable_modes(method) if modes is None else modes)]
 
-    def put_on(self, method: MethodConfig, training_steps: int = ANY_STEPS) -> TrainedUnits:
-        """Put a method on the model. Raises :class:`ConfigError` as :meth:`plan_modes`."""
-        return put_on(copy.deepcopy(self._skeleton), method, training_steps)
+    def apply(self, method: MethodConfig, train_steps: int = DEFAULT_TRAIN_STEPS) -> TrainedUnits:
+        """Apply a method to the model. Raises :class:`ConfigError` as :meth:`plan_modes`."""
+        return apply_method(copy.deepcopy(self._skeleton), method, train_steps)
 
-    def least_bytes(self, trains: TrainedUnits, mode: Mode) -> int:
-        """What a step takes whatever its batch: weights, gradients and states; nothing is profiled."""
+    def min_bytes(self, trained: TrainedUnits, mode: Mode) -> int:
+        """Memory that a step needs whatever its batch: weights, gradients and states. Profiles nothing."""
         shape = StepShape(rows=1, tokens=1)
         plans = []
-        for active in trains.active_sets():
-            gradients = storages_bytes(p for unit in trains.trained(active) for p in unit.parameters)
-            states = _states_on_device(trains, mode, active)
-            plans.append(self._compose(trains, shape, mode, "update", states=states, parts=Parts(gradients=gradients)))
+        for active in trained.active_sets():
+            gradients = storages_bytes(p for unit in trained.trained(active) for p in unit.parameters)
+            footprint = _footprint(trained, mode, active)
+            plans.append(self._compose(trained, shape, mode, "update", footprint, Parts(gradients=gradients)))
         return max(plan.peak_bytes for plan in plans)
 
-    def plan(self, trains: TrainedUnits, shape: StepShape, mode: Mode) -> MemoryPlan:
-        """The phase and the active set with the highest peak.
+    def plan(self, trained: TrainedUnits, shape: StepShape, mode: Mode) -> MemoryPlan:
+        """Plan the phase and the active set with the highest peak.
 
         Raises:
             ConfigError: the method does not work with gradient checkpointing.
-            CannotPlanError: the model's step cannot be followed without values.
+            CannotPlanError: the model's step does not run on the meta device.
         """
-        adapter = trains.method.adapter
+        adapter = trained.method.adapter
         if shape.checkpointing and adapter is not None and not adapter.allows_checkpointing:
             raise ConfigError(f"{adapter.kind} tuning cannot train with gradient checkpointing; leave it off")
-        plans = [plan for active in trains.active_sets() for plan in self._phases_of_step(trains, shape, mode, active)]
-        if trains.sampler.probing_steps:
-            profile = self._profile(trains, shape, tuple(range(len(trains.units))), drop_gradients=True)
-            plans.append(self._compose(trains, shape, mode, "probing", states=0, parts=profile.peak))
+        plans = [plan for active in trained.active_sets() for plan in self._plan_phases(trained, shape, mode, active)]
+        if trained.sampler.probing_steps:
+            profile = self._profile(trained, shape, tuple(range(len(trained.units))), drop_gradients=True)
+            before_training = replace(_footprint(trained, mode, ()), states=0)
+            plans.append(self._compose(trained, shape, mode, "probing", before_training, profile.peak))
         return max(plans, key=lambda plan: plan.peak_bytes)
 
-    def _phases_of_step(
-        self, trains: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
-    ) -> list[MemoryPlan]:
-        profile = self._profile(trains, shape, active)
-        states = _states_on_device(trains, mode, active)
-        update = Parts(gradients=profile.gradients, workspace=trains.update_bytes(trains.trained(active), self.device))
-        plans = [
-            self._compose(trains, shape, mode, "backward", states=states, parts=profile.peak),
-            self._compose(trains, shape, mode, "update", states=states, parts=update),
-        ]
+    def _plan_phases(
+        self, trained: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
+    ) -> Iterator[MemoryPlan]:
+        profile = self._profile(trained, shape, active)
+        footprint, units = _footprint(trained, mode, active), trained.trained(active)
+        update = Parts(gradients=profile.gradients, workspace=trained.update_bytes(units, self.device))
+        yield self._compose(trained, shape, mode, "backward", footprint, profile.peak)
+        yield self._compose(trained, shape, mode, "update", footprint, update)
         if self.workers > 1:
-            # gradients travel as copies that take their place; one unit's at a time is in both
-            copied = max((storages_bytes(unit.parameters) for unit in trains.trained(active)), default=0)
+            # the reduced gradients are copies that replace the gradients, one unit at a time
+            copied = max((storages_bytes(unit.parameters) for unit in units), default=0)
             exchange = Parts(gradients=profile.gradients, workspace=copied)
-            plans.append(self._compose(trains, shape, mode, "exchange", states=states, parts=exchange))
-        return plans
+            yield self._compose(trained, shape, mode, "exchange", footprint, exchange)
 
     def _profile(
-        self, trains: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, drop_gradients: bool = False
+        self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, drop_gradients: bool = False
     ) -> StepProfile:
-        trained = {p for unit in trains.trained(active) for p in unit.parameters}
-        names = tuple(name for name, p in trains.model.named_parameters() if p in trained)
-        # the second of a worker's own meets gradients already
+        parameters = {p for unit in trained.trained(active) for p in unit.parameters}
+        names = tuple(name for name, p in trained.model.named_parameters() if p in parameters)
+        # of each worker's micro-batches, the second and all later ones are added to gradients that exist already
         shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), 2))
-        key = (_key(trains.method.adapter), shape, names, drop_gradients)
+        adapter = trained.method.adapter
+        key = ("" if adapter is None else adapter.model_dump_json(), shape, names, drop_gradients)
         if key not in self._profiles:
-            for parameter in trains.model.parameters():
-                parameter.requires_grad_(parameter in trained)
+            for parameter in trained.model.parameters():
+                parameter.requires_grad_(parameter in parameters)
             try:
-                profile = profile_step(trains.model, shape, device=self.device, drop_gradients=drop_gradients)
-            except RuntimeError as error:  # an operation that needs values, or has no kernel for meta tensors
+                profile = profile_step(trained.model, shape, device=self.device, drop_gradients=drop_gradients)
+            except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(
-                    f"cannot predict the memory of a step of {type(trains.model).__name__}: "
+                    f"cannot predict the memory of a step of {type(trained.model).__name__}: "
                     f"{str(error).splitlines()[0]}"
                 ) from error
             self._profiles[key] = profile
         return self._profiles[key]
 
     def _compose(
-        self, trains: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, *, states: int, parts: Parts
+        self, trained: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, footprint: Footprint, parts: Parts
     ) -> MemoryPlan:
-        moves = trains.method.inactive_states == "keep" and not trains.sampler.trains_all
-        on_host = mode in STREAMING or (mode == "resident" and moves)
         return MemoryPlan(
-            method=trains.method.name,
+            method=trained.method.name,
             offload=mode,
             shape=shape,
             phase=phase,
-            weights=storages_bytes((*trains.model.parameters(), *trains.model.buffers())),
+            weights=storages_bytes((*trained.model.parameters(), *trained.model.buffers())),
             gradients=parts.gradients,
-            states=states,
-            staging=RING_BYTES if mode in STREAMING else 0,
+            states=footprint.states,
+            staging=footprint.staging,
             activations=parts.activations,
             logits=parts.logits,
             workspace=parts.workspace + (CUBLAS_BYTES if self.device == "cuda" else 0),
-            host_bytes=trains.host_bytes(trains.units) if on_host else 0,
+            host_bytes=footprint.host,
         )
 
 
 def applicable_modes(method: MethodConfig) -> tuple[Mode, ...]:
-    """The offload modes that make a difference for a method; where nothing is sampled ``none`` is ``resident``."""
-    samples = method.sampler.kind != "all"
-    keeps = samples and method.inactive_states == "keep"
-    streams = method.optimizer.projection is None and method.adapter is None
-    return ("none", *(("resident",) if keeps else ()), *(STREAMING if streams else ()))
+    """The offload modes in which a method needs different memory.
+
+    ``resident`` is the same as ``none`` if no states of inactive layers are kept.
+    """
+    keeps = method.inactive_states == "keep" and not method.sampler.trains_all
+    small = method.optimizer.projection is not None or method.adapter is not None
+    return tuple(mode for mode in PLACEMENTS if placement_class(mode).suits(keeps=keeps, small=small))
 
 
-def _states_on_device(trains: TrainedUnits, mode: Mode, active: Iterable[int]) -> int:
-    constant = trains.state_bytes(trains.constant)
-    if mode in STREAMING:
-        return constant
-    if mode == "none" and trains.method.inactive_states == "keep":
-        return constant + trains.state_bytes(trains.units)
-    return constant + trains.state_bytes(trains.units[index] for index in active)
-
-
-def _key(adapter: AdapterConfig | None) -> str:
-    return "" if adapter is None else adapter.model_dump_json()
+def _footprint(trained: TrainedUnits, mode: Mode, active: Sequence[int]) -> Footprint:
+    """Memory of the states while the units with the indices ``active`` are active and all were visited."""
+    others = [unit for index, unit in enumerate(trained.units) if index not in active]
+    footprint = placement_class(mode).footprint(
+        active=trained.state_bytes(trained.units[index] for index in active),
+        inactive=trained.state_bytes(others) if trained.method.inactive_states == "keep" else 0,
+        blocks=trained.block_bytes,
+        ring=RING_BYTES,
+    )
+    return replace(footprint, states=footprint.states + trained.state_bytes(trained.constant))

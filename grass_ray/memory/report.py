@@ -1,4 +1,4 @@
-"""What ``grass-ray plan`` prints: every method's memory part by part, what fits, and settings that make it fit.
+"""The report of ``grass-ray plan``: memory of every method part by part, and settings with which it fits.
 
 ::
 
@@ -34,7 +34,16 @@ HEADER = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is asked: a model on a device with ``memory_bytes``, a step, and some methods with settings on top."""
+    """What to plan.
+
+    Attributes:
+        model: the model.
+        device: kind of device.
+        memory_bytes: memory of the device.
+        shape: work of a step.
+        methods: names of methods.
+        settings: ``dotted.key=value``, applied to every method that has the key.
+    """
 
     model: ModelConfig
     device: DeviceKind
@@ -46,26 +55,29 @@ class PlanRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """The answer to a :class:`PlanRequest`.
+    """The plans for a :class:`PlanRequest`.
 
-    ``plans`` are those of every method and mode, ``fits`` each method's first settings that fit (None where none that
-    were tried do), ``least_bytes`` what its weights, gradients and states take at least, ``refused`` why a method has
-    no plan.
+    Attributes:
+        request: the request.
+        plans: one per method and offload mode.
+        fits: by method, the first settings that fit; None if no setting that was tried does.
+        min_bytes: by method, the memory that weights, gradients and states need at least.
+        refused: by method, why it has no plan.
     """
 
     request: PlanRequest
     plans: tuple[MemoryPlan, ...]
     fits: dict[str, Fit | None]
-    least_bytes: dict[str, int]
+    min_bytes: dict[str, int]
     refused: dict[str, str]
 
     @property
     def usable_bytes(self) -> int:
-        """Memory without what a process takes besides its tensors."""
+        """Memory left for tensors."""
         return self.request.memory_bytes - RESERVE_BYTES
 
     def verdict(self, plan: MemoryPlan) -> Verdict:
-        """Whether a plan fits; ``tight`` is nearer to the limit than predictions are to measurements."""
+        """Whether a plan fits. ``tight`` if the difference to the limit is within the error of predictions."""
         needed = needed_bytes(plan, self.request.device)
         if needed > self.usable_bytes:
             return "no"
@@ -86,10 +98,23 @@ def make_request(
     methods: tuple[str, ...] | None,
     settings: tuple[str, ...],
 ) -> PlanRequest:
-    """A request from what the command line said; the memory and the device of this machine where it said nothing.
+    """Build a request from the flags of the command line.
+
+    Args:
+        model: name or folder of the model.
+        dtype: of its weights.
+        memory_gib: memory of the device; None takes that of this machine.
+        device: kind of device; None takes CUDA if ``memory_gib`` is given, else that of this machine.
+        batch_size: rows per optimizer step.
+        seq_len: tokens per row.
+        labelled: labelled tokens per row; None for all.
+        accumulation_steps: micro-batches per optimizer step.
+        checkpointing: whether activations are checkpointed.
+        methods: names of methods; None for all.
+        settings: ``dotted.key=value``.
 
     Raises:
-        ConfigError: a number out of range, all of them at once.
+        ConfigError: numbers are out of range; the message lists all of them.
     """
     rules = [
         (memory_gib is None or memory_gib > 0, f"--gpu-memory {memory_gib}: give more than 0 GiB"),
@@ -128,15 +153,16 @@ def make_request(
 
 
 def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda name: None) -> MemoryReport:
-    """Plan every method in every offload mode that can serve it, and look for settings that fit.
+    """Plan every method in all of its offload modes, and find settings that fit.
 
     Args:
-        request: what is asked.
-        on_method: called with a method's name before it is planned; a large model takes a second or two a method.
+        request: what to plan.
+        on_method: called with the name of each method before it is planned. A large model takes a second or two per
+            method.
 
     Raises:
-        ConfigError: an unknown model or method, a setting that no method has, memory that holds nothing, or no method
-            that can train this model.
+        ConfigError: an unknown model or method, a setting that no method has, too little memory for any run, or no
+            method that can train this model.
     """
     if request.memory_bytes <= RESERVE_BYTES:
         raise ConfigError(
@@ -147,15 +173,15 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
     planner = Planner(request.model, request.device)
     plans: list[MemoryPlan] = []
     fits: dict[str, Fit | None] = {}
-    least: dict[str, int] = {}
+    smallest: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name, config in configs.items():
         on_method(name)
         try:
-            trains = planner.put_on(config.method)
+            trained = planner.apply(config.method)
             modes = applicable_modes(config.method)
-            own = [planner.plan(trains, request.shape, mode) for mode in modes]
-            least[name] = min(planner.least_bytes(trains, mode) for mode in modes)
+            own = [planner.plan(trained, request.shape, mode) for mode in modes]
+            smallest[name] = min(planner.min_bytes(trained, mode) for mode in modes)
             fits[name] = find_fit(planner, config.method, request.shape, request.memory_bytes - RESERVE_BYTES)
         except CannotPlanError:
             raise
@@ -165,11 +191,11 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
         plans += own
     if not plans:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
-    return MemoryReport(request=request, plans=tuple(plans), fits=fits, least_bytes=least, refused=refused)
+    return MemoryReport(request=request, plans=tuple(plans), fits=fits, min_bytes=smallest, refused=refused)
 
 
 def _configure(request: PlanRequest) -> dict[str, RunConfig]:
-    """The configuration of every method that trains; settings go to the methods that have their keys."""
+    """Configure every method that trains; a setting is applied to the methods that have its key."""
     configs: dict[str, RunConfig] = {}
     reached: set[str] = set()
     for name in request.methods:
@@ -193,10 +219,10 @@ def _configure(request: PlanRequest) -> dict[str, RunConfig]:
 
 
 def render_report(report: MemoryReport, format: Literal["table", "json", "markdown"] = "table") -> str:
-    """The report as text: a table with advice below, Markdown, or JSON with all sizes in bytes."""
+    """Render the report as a table, as Markdown, or as JSON with all sizes in bytes."""
     if format == "json":
         return to_json(_values(report), indent=1)
-    rows = [_cells(report, plans) for plans in _alike(report.plans)]
+    rows = [_cells(report, plans) for plans in _grouped(report.plans)]
     if format == "markdown":
         lines = [f"**{_heading(report)}**", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -225,15 +251,15 @@ def _values(report: MemoryReport) -> dict[str, object]:
         "tolerance": TOLERANCE,
         "plans": [plan.to_dict() | {"fits": report.verdict(plan)} for plan in report.plans],
         "advice": {
-            name: None if fit is None else {"settings": list(fit.settings), "plan": fit.plan.to_dict()}
+            name: None if fit is None else {"settings": fit.settings, "plan": fit.plan.to_dict()}
             for name, fit in report.fits.items()
         },
         "refused": report.refused,
     }
 
 
-def _alike(plans: Sequence[MemoryPlan]) -> list[list[MemoryPlan]]:
-    """Modes of a method that take the same are one row."""
+def _grouped(plans: Sequence[MemoryPlan]) -> list[list[MemoryPlan]]:
+    """Group the modes of a method that need the same memory, to be shown in one row."""
     groups: dict[tuple[object, ...], list[MemoryPlan]] = {}
     for plan in plans:
         groups.setdefault((plan.method, plan.peak_bytes, plan.states, plan.host_bytes), []).append(plan)
@@ -272,12 +298,12 @@ def _heading(report: MemoryReport) -> str:
 
 
 def _advice(report: MemoryReport) -> list[str]:
-    """One line a method: the first settings that fit."""
+    """One line per method: the first settings that fit."""
     width = max(map(len, report.fits), default=0)
     lines = [f"what fits {report.request.memory_bytes / GIB:.4g} GiB, the least change first:"]
     for name, fit in report.fits.items():
         if fit is None:
-            said = f"no setting tried: weights, gradients and states take at least {_gib(report.least_bytes[name])} GiB"
+            said = f"no setting tried: weights, gradients and states take at least {_gib(report.min_bytes[name])} GiB"
         else:
             size = f"{needed_bytes(fit.plan, report.request.device) / GIB:.2f} GiB"
             said = f"{size}  " + (f"--set {' '.join(fit.settings)}" if fit.settings else "as it is")

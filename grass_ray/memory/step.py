@@ -1,9 +1,9 @@
-"""What one training step allocates, found without allocating it: the step runs on torch's meta device.
+"""Profile the memory of one training step without allocating it, on torch's meta device.
 
-The model's own forward, the loop's own loss and autograd's own backward run on tensors that have shapes and no memory,
-and :mod:`grass_ray.memory.allocations` notes when each storage begins and ends. So every rule that decides memory
-(what autograd keeps for which trained layer, where backward stops, what checkpointing recomputes, which copies a loss
-makes) is torch's and transformers' own and not a formula beside them::
+The forward pass of the model, the loss of the training loop and the backward pass of autograd run on tensors that have
+shapes but no memory, and :mod:`grass_ray.memory.allocations` records when each storage is allocated and freed. So what
+autograd saves, where backward stops, what checkpointing recomputes and which copies the loss makes are not estimated by
+formulas::
 
     model = build_skeleton(config)                      # on the meta device
     profile = profile_step(model, StepShape(rows=4, tokens=1024), device="cuda")
@@ -28,10 +28,15 @@ from grass_ray.training.loop import summed_loss
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The shape of an optimizer step's work.
+    """The work of an optimizer step.
 
-    ``rows`` and ``tokens`` are those of one micro-batch; ``labelled`` positions have a label (None: all of them);
-    ``padded`` says whether rows differ in length, so that attention needs a mask (None: with more than one row).
+    Attributes:
+        rows: rows per micro-batch.
+        tokens: tokens per row.
+        labelled: positions with a label; None for all.
+        padded: whether rows differ in length, so that attention needs a mask; None if there is more than one row.
+        micro_batches: micro-batches per step.
+        checkpointing: whether activations are checkpointed.
     """
 
     rows: int
@@ -43,7 +48,7 @@ class StepShape:
 
     @property
     def label_positions(self) -> int:
-        """Positions whose logits are computed."""
+        """Positions per row whose logits are computed."""
         return self.tokens if self.labelled is None else min(self.labelled, self.tokens)
 
     @property
@@ -54,7 +59,12 @@ class StepShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """``peak``: the moment of forward and backward with most bytes; ``gradients``: bytes alive when they ended."""
+    """Memory of a step.
+
+    Attributes:
+        peak: the parts at the moment of forward and backward with most bytes.
+        gradients: bytes of gradients after backward.
+    """
 
     peak: Parts
     gradients: int
@@ -70,10 +80,10 @@ def profile_step(
     """Run forward and backward of one optimizer step on the meta device.
 
     Args:
-        model: on the meta device; its parameters' ``requires_grad`` say what trains.
-        shape: rows, tokens and micro-batches.
-        device: whose kernels to assume.
-        drop_gradients: free each gradient as soon as it is complete, as a probing step does.
+        model: on the meta device; parameters with ``requires_grad`` train.
+        shape: work of the step.
+        device: whose kernels and allocator to assume.
+        drop_gradients: whether to free each gradient as soon as it is complete, as a probing step does.
     """
     vocabulary = _vocabulary(model)
     positions = shape.rows * shape.label_positions
@@ -104,7 +114,7 @@ def profile_step(
 
 
 def profile_block(block: Callable[[], object], *, device: DeviceKind, inputs: Iterable[Tensor] = ()) -> int:
-    """Most bytes that ``block`` holds at a time on the meta device, ``inputs`` left out."""
+    """Peak memory of ``block`` on the meta device, without that of ``inputs``."""
     log = AllocationLog(device)
     log.adopt(inputs)
     with log:
@@ -117,7 +127,7 @@ def profile_block(block: Callable[[], object], *, device: DeviceKind, inputs: It
 
 
 class _PlannedBatch(Batch):
-    """A batch without values: on the meta device, with as many labelled positions as planned."""
+    """A batch on the meta device, whose number of labelled positions is given."""
 
     @classmethod
     def of(cls, shape: StepShape) -> _PlannedBatch:
@@ -128,7 +138,7 @@ class _PlannedBatch(Batch):
 
     @property
     def num_labels(self) -> int:
-        """Tokens the loss is taken over."""
+        """Number of labels in the batch."""
         return int(self.input_ids.shape[0] * self._positions)
 
     @property
@@ -136,13 +146,13 @@ class _PlannedBatch(Batch):
         return int(self.__dict__["positions"])
 
     def labelled_positions(self) -> Tensor:
-        """Positions at which a row has a label, shape (positions,), on the meta device."""
+        """Positions with a label in any row, shape (positions,), on the meta device."""
         return torch.empty(self._positions, dtype=torch.long, device="meta")
 
 
 @contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing as the run switches it on, for the block."""
+    """Enable gradient checkpointing in the block, as a run does."""
     if not wanted:
         yield
         return
@@ -155,7 +165,7 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 
 class _MaskAnswers(TorchFunctionMode):
-    """Answers questions about the values of a mask, which a meta tensor does not have: there is padding, or none."""
+    """Gives an answer where the model asks whether a mask has padding, since meta tensors have no values."""
 
     def __init__(self, padded: bool) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
-"""What a method trains in a model, by shape alone: its units, their states, and the largest set that may be active.
+"""What a method trains in a model: its units, the size of their states, and the largest sets that may be active.
 
-Everything is summed over the units that :class:`~grass_ray.optim.layerwise_adamw.LayerwiseAdamW` itself makes of a
-model on the meta device; sizes are bytes.
+The units are those that :class:`~grass_ray.optim.layerwise_adamw.LayerwiseAdamW` itself makes of a model on the meta
+device, so nothing is allocated. Sizes are bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,17 @@ from grass_ray.training.run import build_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedUnits:
-    """A method put on a model's skeleton: its units, and what their states are."""
+    """A method applied to a model on the meta device.
+
+    Attributes:
+        model: the model with the method's adapter.
+        units: what the sampler picks from.
+        constant: what trains at every step.
+        sampler: started on ``units``.
+        projection: low-rank projection of the moments of ``projected`` matrices, if any.
+        projected: those matrices.
+        method: the method.
+    """
 
     model: nn.Module
     units: Sequence[Unit]
@@ -38,39 +49,30 @@ class TrainedUnits:
     method: MethodConfig
 
     def active_sets(self) -> list[tuple[int, ...]]:
-        """The active sets among which the one with the highest peak is."""
+        """The active sets one of which has the highest peak."""
         return self.sampler.largest_active_sets([self.state_bytes([unit]) for unit in self.units])
 
     def trained(self, active: Iterable[int]) -> list[Unit]:
-        """The units that train while ``active`` are drawn."""
+        """The units that train while the units with the indices ``active`` are active."""
         return [*(self.units[index] for index in active), *self.constant]
 
     def state_bytes(self, units: Iterable[Unit]) -> int:
-        """Bytes of the states of ``units``."""
-        return sum(self._parameter_states(p) for unit in units for p in unit.parameters)
+        """Bytes of the optimizer states of ``units``."""
+        return sum(self._states_of(p) for unit in units for p in unit.parameters)
 
-    def host_bytes(self, units: Iterable[Unit]) -> int:
-        """Bytes of the host blocks of the states of ``units``."""
-        total = 0
-        for unit in units:
-            if not self.projected.isdisjoint(unit.parameters):
-                total += self.state_bytes([unit])
-                continue
-            by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-            for parameter in reversed(unit.parameters):
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-            for dtype, own in by_dtype.items():
-                total += total_bytes(cut(unit.name, own, state_layout(dtype, self.method.optimizer.precision)))
-        return total
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of the host blocks that hold the states of all sampled units."""
+        return sum(self._blocks_of(unit) for unit in self.units)
 
     def update_bytes(self, units: Iterable[Unit], device: DeviceKind) -> int:
-        """What the update of the most demanding parameter of ``units`` needs beside its state and gradient."""
+        """Temporary memory of the update: the largest that any parameter of ``units`` needs, since they take turns."""
         shapes: dict[object, nn.Parameter] = {}
         for parameter in (p for unit in units for p in unit.parameters):
             shapes.setdefault((parameter.shape, parameter.dtype, parameter in self.projected), parameter)
         return max((self._update_of(parameter, device) for parameter in shapes.values()), default=0)
 
-    def _parameter_states(self, parameter: Tensor) -> int:
+    def _states_of(self, parameter: Tensor) -> int:
         if parameter in self.projected:
             assert self.projection is not None
             start = self.projection.start(parameter)
@@ -78,63 +80,65 @@ class TrainedUnits:
         layout = state_layout(parameter.dtype, self.method.optimizer.precision)
         return parameter.numel() * layout.bytes_per_parameter
 
+    def _blocks_of(self, unit: Unit) -> int:
+        if not self.projected.isdisjoint(unit.parameters):
+            return self.state_bytes([unit])  # projected states are kept on the host as they are
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in reversed(unit.parameters):
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        precision = self.method.optimizer.precision
+        return sum(total_bytes(cut(unit.name, own, state_layout(dtype, precision))) for dtype, own in by_dtype.items())
+
     @torch.no_grad()
     def _update_of(self, parameter: nn.Parameter, device: DeviceKind) -> int:
         settings = self.method.optimizer
-        group = {
-            "lr": settings.lr,
-            "betas": settings.betas,
-            "eps": settings.eps,
-            "weight_decay": settings.weight_decay,
-        }
+        group = {key: getattr(settings, key) for key in ("lr", "betas", "eps", "weight_decay")}
         weight = nn.Parameter(torch.empty_like(parameter))
-        weight.grad = torch.empty_like(parameter)
+        weight.grad = gradient = torch.empty_like(parameter)
         if parameter in self.projected:
             projection = self.projection
             assert projection is not None
             state = projection.start(weight)
-            inputs = (weight, weight.grad, *state.values())
+            inputs = (weight, gradient, *state.values())
             return profile_block(lambda: projection.update(weight, state, group, key=0), device=device, inputs=inputs)
         layout = state_layout(parameter.dtype, settings.precision)
         if device == "cuda" or len(layout.dtypes) == 2:
             return 0  # fused kernels change weights and states in place
         state = {name: torch.empty_like(weight, dtype=dtype) for name, dtype in layout.dtypes}
         step = torch.empty((), device="meta")
-        gradient = weight.grad
         inputs = (weight, gradient, step, *state.values())
         return profile_block(
             lambda: adamw([weight.data], [gradient], [state], [step], group), device=device, inputs=inputs
         )
 
 
-def put_on(model: nn.Module, method: MethodConfig, training_steps: int) -> TrainedUnits:
-    """Put a method on a model on the meta device, adapters and all.
+def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> TrainedUnits:
+    """Apply a method, with its adapter, to a model on the meta device; changes ``model``.
+
+    Args:
+        model: on the meta device.
+        method: what to apply.
+        train_steps: length of the training, which a sampler's schedules may depend on.
 
     Raises:
-        ConfigError: the method cannot work with this model.
+        ConfigError: the method cannot train this model.
     """
     model = add_adapter(model, method.adapter)
     try:
-        # built for its units alone: no state is moved, nothing is measured
+        # built only for its units: no state is moved and nothing is measured
         optimizer = build_optimizer(model, AllLayersSampler(), method.model_copy(update={"offload": "none"}))
-        sampler = method.sampler.build(seed=0, train_steps=training_steps)
-        sampler.start([unit.size for unit in optimizer.units], total=_count(model.parameters()))
+        sampler = method.sampler.build(seed=0, train_steps=train_steps)
+        sampler.start([unit.size for unit in optimizer.units], total=sum(p.numel() for p in model.parameters()))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    given = method.optimizer.projection
-    projection = None if given is None else given.build()
-    projected = {p for layer in optimizer.stack.layers for p in layer if projection is not None and p.ndim == 2}
+    settings = method.optimizer.projection
+    matrices = (p for layer in optimizer.stack.layers for p in layer if p.ndim == 2)
     return TrainedUnits(
         model=model,
         units=optimizer.units,
         constant=optimizer.constant_units,
         sampler=sampler,
-        projection=projection,
-        projected=frozenset(projected),
+        projection=None if settings is None else settings.build(),
+        projected=frozenset(() if settings is None else matrices),
         method=method,
     )
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    """Number of elements."""
-    return sum(p.numel() for p in parameters)

@@ -7,7 +7,7 @@ through a small ring. What trains at every step is always on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -30,19 +30,17 @@ RESIDENT_FRACTION = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Bytes of a unit's states: as tensors on the device, and as blocks on the host (powers of two)."""
-
-    device: int
-    host: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes that a placement takes: states on the device, the ring that others are streamed through, host blocks."""
+    """Bytes that a placement needs once every unit was active.
 
-    device: int = 0
-    ring: int = 0
+    Attributes:
+        states: optimizer states on the device.
+        staging: ring on the device through which states on the host are streamed.
+        host: blocks of states on the host.
+    """
+
+    states: int
+    staging: int = 0
     host: int = 0
 
 
@@ -75,29 +73,25 @@ class OnDevice:
         # names of units whose states are on the host now
         self._offloaded: set[str] = set()
 
-    @classmethod
-    def footprint(
-        cls, units: Sequence[StateBytes], active: Collection[int], options: LayerwiseOptions, *, leaves: bool
-    ) -> Footprint:
-        """Bytes of the states of sampled units once all of them were active, while ``active`` ones train.
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active.
 
         Args:
-            units: the bytes of each unit's states.
-            active: indices of the units that train.
-            options: of the optimizer.
-            leaves: whether units ever leave the active set.
+            active: bytes of the states of the active units.
+            inactive: bytes of the states of all others; 0 if they are not kept, or if there are none.
+            blocks: bytes of the host blocks of all sampled units.
+            ring: bytes of the ring.
         """
-        kept = range(len(units)) if options.inactive_states == "keep" else active
-        return Footprint(device=sum(units[unit].device for unit in kept))
+        return Footprint(states=active + inactive)
 
-    @classmethod
-    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
-        """Whether this placement can serve a method, and differs from leaving all states on the device.
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """Whether a method can use this placement, and needs other memory with it than with all states on the device.
 
         Args:
-            leaves: whether units ever leave the active set.
-            options: of the optimizer.
-            adapter: whether the states are those of a small adapter.
+            keeps: units leave the active set, and their states are kept.
+            small: the states are small: projected, or those of an adapter.
         """
         return True
 
@@ -239,18 +233,15 @@ class Resident(OnDevice):
 
     has_blocks: ClassVar[bool] = True
 
-    @classmethod
-    def footprint(
-        cls, units: Sequence[StateBytes], active: Collection[int], options: LayerwiseOptions, *, leaves: bool
-    ) -> Footprint:
-        """States of active units on the device; blocks of all units on the host if states that leave are kept."""
-        moved = units if leaves and options.inactive_states == "keep" else ()
-        return Footprint(device=sum(units[unit].device for unit in active), host=sum(unit.host for unit in moved))
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
+        return Footprint(states=active, host=blocks if inactive else 0)
 
-    @classmethod
-    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
-        """If states are kept of units that leave."""
-        return leaves and options.inactive_states == "keep"
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """If states of inactive units are kept; see :meth:`OnDevice.suits`."""
+        return keeps
 
     def leave(self, unit: Unit) -> None:
         """Move the unit's states to the host."""

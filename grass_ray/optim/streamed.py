@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from grass_ray.optim.hooks import WeakHook
 from grass_ray.optim.options import LayerwiseOptions
-from grass_ray.optim.placement import Footprint, OnDevice, StateBytes
+from grass_ray.optim.placement import Footprint, OnDevice
 from grass_ray.optim.states import STEP, States
 from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
 from grass_ray.optim.streams import make_streams
@@ -43,17 +43,15 @@ class Streamed(OnDevice):
             stats=self._stats,
         )
 
-    @classmethod
-    def footprint(
-        cls, units: Sequence[StateBytes], active: Collection[int], options: LayerwiseOptions, *, leaves: bool
-    ) -> Footprint:
-        """The ring on the device, and blocks of all units on the host."""
-        return Footprint(ring=options.ring_slots * options.chunk_bytes, host=sum(unit.host for unit in units))
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
+        return Footprint(states=0, staging=ring, host=blocks)
 
-    @classmethod
-    def suits(cls, *, leaves: bool, options: LayerwiseOptions, adapter: bool) -> bool:
-        """If the states are large, neither projected nor those of an adapter."""
-        return options.projection is None and not adapter
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """Unless the states are small; see :meth:`OnDevice.suits`."""
+        return not small
 
     def hooks(
         self,

@@ -143,9 +143,9 @@ def test_a_sampler_and_its_configuration_have_the_same_settings_and_defaults(con
 def test_a_new_sampler_trains_and_is_planned_by_its_class_configuration_and_line_here_alone() -> None:
     method = TopHeavyMethod(name="top-heavy")
     planner = Planner(ModelConfig(name="tiny"), "cpu")
-    plans = planner.plan_modes(method, StepShape(rows=2, tokens=8), training_steps=10)
+    plans = planner.plan_modes(method, StepShape(rows=2, tokens=8), train_steps=10)
     assert [plan.offload for plan in plans] == ["none", "resident", "blocking", "overlap", "lazy"]
-    assert planner.put_on(method).active_sets() == [(0, 3)], "of four equal layers two, one of them the lowest"
+    assert planner.apply(method).active_sets() == [(0, 3)], "of four equal layers two, one of them the lowest"
     model = make_llama()
     optimizer = build_optimizer(model, method.sampler.build(seed=0, train_steps=10), method)
     for step in range(45):

@@ -121,9 +121,9 @@ def test_gradients_are_exact(tiny: Planner) -> None:
     run = Run.prepare(short_run("lisa"))
     accumulate_gradients(run.state.model, run.state.batches[0], CPU)
     held = sum(p.grad.nbytes for p in run.state.model.parameters() if p.grad is not None)
-    trains = tiny.put_on(METHODS["lisa"].config)
+    trains = tiny.apply(METHODS["lisa"].config)
     (active,) = trains.active_sets()
-    assert tiny.least_bytes(trains, "none") == sum(
+    assert tiny.min_bytes(trains, "none") == sum(
         (
             sum(p.nbytes for p in run.state.model.parameters()),
             sum(b.nbytes for b in run.state.model.buffers()),
@@ -179,9 +179,9 @@ def test_a_step_of_other_families_is_followed_too(benchmark: ModuleType, family:
 
 def test_methods_and_modes_come_in_the_order_that_their_states_give(tinyllama: Planner) -> None:
     least = {
-        (name, mode): tinyllama.least_bytes(trains, mode)
+        (name, mode): tinyllama.min_bytes(trains, mode)
         for name in ("full", "galore", "apollo", "lora", "lisa", "lisa-keep", "grass", "badam")
-        for trains in (tinyllama.put_on(METHODS[name].config),)
+        for trains in (tinyllama.apply(METHODS[name].config),)
         for mode in applicable_modes(METHODS[name].config)
     }
     assert least["grass", "lazy"] < least["grass", "resident"] < least["lisa", "none"] < least["full", "none"]
@@ -196,7 +196,7 @@ def test_states_take_what_their_precision_says(tinyllama: Planner) -> None:
     one_layer = 44_044_288
     for precision, size in (("weights", 4), ("rem16", 6), ("exact", 10)):
         optimizer = METHODS["grass"].config.optimizer.model_copy(update={"precision": precision})
-        trains = tinyllama.put_on(METHODS["grass"].config.model_copy(update={"optimizer": optimizer}))
+        trains = tinyllama.apply(METHODS["grass"].config.model_copy(update={"optimizer": optimizer}))
         assert trains.state_bytes([trains.units[0]]) == one_layer * size
 
 
@@ -215,7 +215,7 @@ def test_activations_are_kept_down_to_the_lowest_active_layer() -> None:
 
 
 def test_no_other_active_set_takes_more_than_the_planned_one(tiny: Planner) -> None:
-    (planned,) = tiny.put_on(METHODS["grass"].config).active_sets()
+    (planned,) = tiny.apply(METHODS["grass"].config).active_sets()
     for shape in (SHAPE, StepShape(rows=1, tokens=2), StepShape(rows=4, tokens=48, checkpointing=True)):
         peaks = {
             layers: profile_step(trained_only(layers), shape, device="cpu").peak.total

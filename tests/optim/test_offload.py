@@ -20,13 +20,15 @@ import torch
 from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 
-from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, LayerwiseOptions, UniformSampler
-from grass_ray.config import PLACEMENTS, Offload
+from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
+from grass_ray.config import PLACEMENTS, MethodConfig, ModelConfig, Offload, UniformSamplerConfig
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.memory.plan import Planner
+from grass_ray.memory.step import StepShape
 from grass_ray.optim import host_store, streaming
 from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
 from grass_ray.optim.kernels import adamw, join, split, state_layout
-from grass_ray.optim.placement import Footprint, OnDevice, Resident, StateBytes, placement_class
+from grass_ray.optim.placement import Footprint, OnDevice, Resident, placement_class
 from grass_ray.optim.rounding import MIX_1, MIX_2, PLACE, STEP, round_stochastically
 from grass_ray.optim.units import Unit
 
@@ -277,23 +279,22 @@ def test_an_offload_mode_is_a_class_and_its_name(monkeypatch: pytest.MonkeyPatch
         train(model, optimizer, range(9))
     assert_same(weights["none"], weights["counted"])
     assert optimizer.switches >= optimizer._placement.left > 0
-    assert optimizer.last is not None
+    sampled = MethodConfig(name="own", sampler=UniformSamplerConfig())
+    plans = Planner(ModelConfig(name="tiny"), "cpu").plan_modes(sampled, StepShape(rows=1, tokens=8))
+    assert plans[-1].offload == "counted"
+    assert plans[-1].to_dict() == plans[1].to_dict() | {"offload": "counted"}
 
 
 def test_every_mode_of_the_configuration_has_a_class_that_says_what_it_takes() -> None:
     assert (*PLACEMENTS, "auto") == get_args(Offload)
-    units = [StateBytes(device=10, host=16), StateBytes(device=20, host=32), StateBytes(device=30, host=32)]
-    kept, reset = LayerwiseOptions(chunk_bytes=1024, ring_slots=2), LayerwiseOptions(inactive_states="reset")
-    found = {mode: placement_class(mode).footprint(units, (0, 2), kept, leaves=True) for mode in PLACEMENTS}
-    ring = Footprint(ring=2048, host=80)
-    assert found == {
-        "none": Footprint(device=60),
-        "resident": Footprint(device=40, host=80),
-        **dict.fromkeys(STREAMED, ring),
+    kept = {"active": 40, "inactive": 20, "blocks": 80, "ring": 16}
+    assert {mode: placement_class(mode).footprint(**kept) for mode in PLACEMENTS} == {
+        "none": Footprint(states=60),
+        "resident": Footprint(states=40, host=80),
+        **dict.fromkeys(STREAMED, Footprint(states=0, staging=16, host=80)),
     }
-    assert OnDevice.footprint(units, (0, 2), reset, leaves=True) == Footprint(device=40)
-    assert Resident.footprint(units, (0, 2), reset, leaves=True) == Footprint(device=40)
-    assert Resident.footprint(units, (0, 1, 2), kept, leaves=False) == Footprint(device=60)
+    reset = kept | {"inactive": 0}
+    assert OnDevice.footprint(**reset) == Resident.footprint(**reset) == Footprint(states=40)
 
 
 def test_what_a_step_did_adds_up() -> None:
