@@ -149,9 +149,6 @@ class OnDevice:
     def prefetch(self, unit: Unit) -> None:
         """Backward has reached a unit."""
 
-    def wait_for(self, names: Sequence[str]) -> None:
-        """Let the current stream wait for updates of these units that are under way."""
-
     def synchronize(self) -> None:
         """Let the current stream wait for every update under way."""
 
@@ -190,7 +187,7 @@ class OnDevice:
             active: whether the unit trains now.
             on_host: whether the unit had host blocks when it was saved.
         """
-        to_host = bool(saved) and self._belongs_on_host(active)
+        to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
         if on_host and self.has_blocks:
             self._allocate(unit)
         self.hold(saved, counters_only=to_host)
@@ -206,9 +203,6 @@ class OnDevice:
             if not counters_only:
                 held |= {name: t.to(parameter.device, copy=True) for name, t in tensors_of(state).items()}
             self._states.held[parameter] = held
-
-    def _belongs_on_host(self, active: bool) -> bool:
-        return False
 
     def _write(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
@@ -265,9 +259,6 @@ class Resident(OnDevice):
             if state:
                 state.update(self.read(unit, parameter, self._device))
             self._stats.bytes_in += sum(t.nbytes for t in tensors_of(state).values())
-
-    def _belongs_on_host(self, active: bool) -> bool:
-        return not active
 
 
 def placement_class(offload: str) -> type[OnDevice]:

@@ -99,7 +99,7 @@ class Streamed(OnDevice):
             self.streamer.prefetch(unit)
 
     def wait_for(self, names: Sequence[str]) -> None:
-        """Let the current stream wait for these units' updates."""
+        """Let the current stream wait for updates of these units that are under way."""
         for name in names:
             self.streamer.gate(name)
 
@@ -121,9 +121,6 @@ class Streamed(OnDevice):
         """Forget every state, and begin with an empty ring."""
         super().clear()
         self.streamer = self._make_streamer()
-
-    def _belongs_on_host(self, active: bool) -> bool:
-        return True
 
 
 class Blocking(Streamed):

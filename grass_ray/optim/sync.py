@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,28 @@ from grass_ray.optim.watch import Watch
 Watcher = weakref.WeakMethod[Callable[[nn.Parameter, nn.Parameter], None]]
 
 
-class GradientSync(Protocol):
-    """How the parameters of a model lie over the workers, and how gradients become those of all workers.
+class GradientSync:
+    """Each worker has the whole gradients of its own micro-batches; they are reduced unit by unit.
+
+    Args:
+        workers: who takes part.
+        parts: the model taken apart.
 
     Attributes:
+        sharded: each worker has some rows of each parameter, and not all.
         workers: who takes part.
-        sharded: each worker has some rows of each parameter (FSDP2), and not all.
     """
 
-    workers: Workers
-    sharded: bool
+    sharded: ClassVar[bool] = False
+
+    def __init__(self, workers: Workers, parts: Parts) -> None:
+        self.workers = workers
+        self._reducer = GradientReducer(workers, parts.units, parts.constant)
 
     @property
     def under_way(self) -> frozenset[str]:
         """Names of the units whose gradients this step's backward has given to a reduction."""
+        return self._reducer.under_way
 
     def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
         """Call ``watcher(parameter, seen)`` once per parameter; ``seen`` is the one whose gradient autograd computes.
@@ -42,78 +50,22 @@ class GradientSync(Protocol):
         Returns:
             Handles that remove the hooks.
         """
-
-    def before_forward(self, wait: WeakHook) -> list[Any]:
-        """Call ``wait`` before a forward gathers any weight; the handles of the hooks."""
-
-    def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
-        """Backward has completed a gradient; ``last`` if no other micro-batch of this step adds to it."""
-
-    def finish(self, active: Sequence[Unit]) -> None:
-        """Make every gradient of ``active`` that of all workers."""
-
-    def norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-        """The norm of each group's gradients."""
-
-    def check_scalable(self) -> None:
-        """Raise RuntimeError if a loss scaler cannot work with these gradients."""
-
-    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
-        """Raise RuntimeError, or warn, if the model changed after the optimizer was built."""
-
-    # ------------------------------------------------------------------------------------------------- saved states
-
-    def entry(self) -> dict[str, Any]:
-        """What a saved state says about the rows it holds."""
-
-    def check_entry(self, entry: Mapping[str, int] | None) -> None:
-        """Raise ValueError if a saved state holds the rows of another worker; None stands for whole parameters."""
-
-    def gather(self, states: Mapping[int, Saved], ordered: Sequence[nn.Parameter]) -> dict[int, Any]:
-        """States of whole parameters, on rank 0. Collective: call on every rank."""
-
-    def own(self, states: Mapping[int, Saved], entry: Mapping[str, int] | None) -> Mapping[int, Saved]:
-        """This worker's part of saved states; ``entry`` as in :meth:`check_entry`."""
-
-
-class WholeGradients:
-    """Each worker has the whole gradients of its own micro-batches; they are reduced unit by unit.
-
-    Args:
-        workers: who takes part.
-        units: what the sampler picks from, from the first layer up.
-        constant: what trains at every step.
-    """
-
-    sharded = False
-
-    def __init__(self, workers: Workers, units: Sequence[Unit], constant: Sequence[Unit]) -> None:
-        self.workers = workers
-        self._reducer = GradientReducer(workers, units, constant)
-
-    @property
-    def under_way(self) -> frozenset[str]:
-        """Names of the units whose gradients are in a reduction."""
-        return self._reducer.under_way
-
-    def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
-        """Autograd computes the gradient of each parameter itself."""
         for parameter in parameters:
             if (watch := watcher()) is not None:
                 watch(parameter, parameter)
         return []
 
     def before_forward(self, wait: WeakHook) -> list[Any]:
-        """Nothing is gathered."""
+        """Call ``wait`` before a forward gathers any weight; the handles of the hooks."""
         return []
 
     def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
-        """Reduce the unit's gradients once all of them are complete."""
+        """Backward has completed a gradient; ``last`` if no other micro-batch of this step adds to it."""
         if last:
             self._reducer.arrived(unit, active)
 
     def finish(self, active: Sequence[Unit]) -> None:
-        """Reduce what is left, and wait for all."""
+        """Make every gradient of ``active`` that of all workers."""
         self._reducer.finish(active)
 
     def norms(self, groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
@@ -121,14 +73,23 @@ class WholeGradients:
         return [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
 
     def check_scalable(self) -> None:
-        """Gradients must not be in a reduction yet."""
-        if self.under_way:
-            _refuse_scaler()
+        """Raise RuntimeError if a loss scaler cannot work with these gradients: they are reduced already."""
+        if self.sharded or self.under_way:
+            raise RuntimeError(
+                "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
+                "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
+            )
 
-    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
-        """Refuse a model that was sharded, frozen, moved or cast; warn of parameters that nothing trains."""
+    def check_model(self, parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
+        """Raise RuntimeError, or warn, if the model changed after the optimizer was built.
+
+        Args:
+            parameter: one that the model has now.
+            watch: compares the active units with those that the optimizer was built on.
+            active: the units that train.
+        """
         # sharding puts new parameters into a model; the old ones never get a gradient again
-        if hasattr(model_parameter, "placements"):
+        if hasattr(parameter, "placements"):
             raise RuntimeError(
                 "the model was sharded (fully_shard) after the optimizer was built, which still has the old weights; "
                 "shard the model first, then build the optimizer"
@@ -136,39 +97,40 @@ class WholeGradients:
         watch.check_active(active)
         watch.check_strangers(active)
 
+    # --------------------------------------------------------------------------------------------------- saved states
+
     def entry(self) -> dict[str, Any]:
-        """Nothing: the states are those of whole parameters."""
+        """What a saved state says about the rows it holds."""
         return {}
 
     def check_entry(self, entry: Mapping[str, int] | None) -> None:
-        """Rows of a worker do not fit a whole model."""
+        """Raise ValueError if a saved state holds the rows of another worker; None stands for whole parameters."""
         check_shard(entry, None)
 
     def gather(self, states: Mapping[int, Saved], ordered: Sequence[nn.Parameter]) -> dict[int, Any]:
-        """The states as they are, on rank 0."""
+        """States of whole parameters, on rank 0. Collective: call on every rank."""
         return dict(states) if self.workers.rank == 0 else {}
 
     def own(self, states: Mapping[int, Saved], entry: Mapping[str, int] | None) -> Mapping[int, Saved]:
-        """The states as they are."""
+        """This worker's part of saved states; ``entry`` as in :meth:`check_entry`."""
         return states
 
 
-class ShardedGradients:
+class ShardedGradients(GradientSync):
     """FSDP2 has reduced and scattered the gradients by the end of backward.
 
     Args:
         workers: who takes part.
-        shards: how the parameters lie over them.
-        device: of the rows here.
+        parts: the model taken apart.
+        shards: how its parameters lie over the workers.
     """
 
-    sharded = True
-    under_way: frozenset[str] = frozenset()
+    sharded: ClassVar[bool] = True
 
-    def __init__(self, workers: Workers, shards: Shards, device: torch.device) -> None:
-        self.workers = workers
+    def __init__(self, workers: Workers, parts: Parts, shards: Shards) -> None:
+        super().__init__(workers, parts)
         self._shards = shards
-        self._device = device
+        self._device = parts.device
 
     def watch(self, parameters: Sequence[nn.Parameter], watcher: Watcher) -> list[Any]:
         """Autograd computes the gradients of gathered parameters, which exist from the first forward on."""
@@ -180,7 +142,6 @@ class ShardedGradients:
 
     def arrived(self, parameter: Tensor, unit: Unit, active: Sequence[Unit], *, last: bool) -> None:
         """Count the bytes that FSDP2 has sent."""
-        # FSDP2 has sent it already: only count it
         if self.workers.count > 1:
             self.workers.sent_bytes += parameter.numel() * parameter.element_size()
 
@@ -194,11 +155,7 @@ class ShardedGradients:
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
         return list(self._shards.norms(gradients, self._device))
 
-    def check_scalable(self) -> None:
-        """Never: the gradients are reduced when step() sees them."""
-        _refuse_scaler()
-
-    def check_model(self, model_parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
+    def check_model(self, parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
         """Nothing: FSDP2 replaces parameters and flags for its forward."""
 
     def entry(self) -> dict[str, Any]:
@@ -227,14 +184,6 @@ def make_sync(parts: Parts, options: LayerwiseOptions) -> GradientSync:
         ValueError: the model is sharded over other workers than ``options.process_group``, or an unknown reduction.
     """
     if parts.shards is None:
-        workers = Workers(options.process_group, options.gradient_reduction)
-        return WholeGradients(workers, parts.units, parts.constant)
+        return GradientSync(Workers(options.process_group, options.gradient_reduction), parts)
     workers = Workers(parts.shards.of_all(options.process_group), options.gradient_reduction)
-    return ShardedGradients(workers, parts.shards, parts.device)
-
-
-def _refuse_scaler() -> None:
-    raise RuntimeError(
-        "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
-        "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
-    )
+    return ShardedGradients(workers, parts, parts.shards)
