@@ -305,7 +305,7 @@ def test_what_a_step_did_adds_up() -> None:
     done = []
     for step in range(11):
         active, layers = optimizer.active_units, optimizer.active_layers
-        train(model, optimizer, [step])
+        train(model, optimizer, range(step, step + 1))
         assert optimizer.last is not None
         assert (optimizer.last.active_units, optimizer.last.active_layers) == (active, layers)
         done.append(optimizer.last)
@@ -316,9 +316,10 @@ def test_what_a_step_did_adds_up() -> None:
     assert sum(info.bytes_out for info in done) == optimizer.stats.bytes_out > 0
     assert sum(info.stall_s for info in done) == pytest.approx(optimizer.stats.exposed_s)
     assert done[-1].probabilities == sampler.probabilities()
-    other = make_optimizer(make_llama(), GradNormSampler(2, 3, probing_steps=2, refresh_period=3), offload="lazy")
+    model = make_llama()
+    other = make_optimizer(model, GradNormSampler(2, 3, probing_steps=2, refresh_period=3), offload="lazy")
     other.load_state_dict(optimizer.state_dict())
-    train(other._model(), other, [11])
+    train(model, other, range(11, 12))
     assert other.last is not None
     assert not other.last.refreshed
     assert not other.last.switched
