@@ -42,13 +42,13 @@ from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import check_data, load_train_rows
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import Batches
+from grass_ray.training.built_in import cache_folder
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import check_some_row_fits, describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import (
     build_skeleton,
-    cache_folder,
     check_lengths,
     check_model,
     load_model,

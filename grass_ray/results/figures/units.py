@@ -23,8 +23,12 @@ MOST_NAMED = 60  # more units than that are weight matrices, and drawn in blocks
 class UnitRows:
     """The rows of an axis, from the bottom up.
 
-    ``what`` names the units in the plural, ``order`` lists them, ``place`` is its inverse, ``blocks`` are (name, first
-    row, number of rows) of the kinds of weight matrix, empty for layers.
+    Attributes:
+        what: the units in the plural, "layers" or "weight matrices".
+        names: of the units, in their own order.
+        order: the unit of each row.
+        place: the row of each unit.
+        blocks: (name, first row, number of rows) of each kind of weight matrix; empty for layers.
     """
 
     what: str
@@ -35,7 +39,7 @@ class UnitRows:
 
     @property
     def height_inches(self) -> float:
-        """A picture's height in which every row can be seen."""
+        """A figure's height in inches in which every row can be seen."""
         per_row = 0.13 if len(self.order) <= MOST_NAMED else 0.042
         return min(max(2.6, 1.3 + per_row * len(self.order)), 11)
 
