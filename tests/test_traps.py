@@ -23,6 +23,7 @@ import grass_ray.training.models as models_module
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
 from grass_ray.config import ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.placement import Resident
 from grass_ray.optim.states import States
 from grass_ray.optim.watch import Watch
@@ -165,14 +166,14 @@ def check_left_over_gradients_move_nothing() -> None:
 
 
 def update_whatever_has_a_gradient(patch: pytest.MonkeyPatch) -> None:
-    def leave_gradients(self: LayerwiseAdamW, units: tuple[int, ...]) -> None:
-        self.active_units = units
-        for index, unit in enumerate(self.units):
+    def leave_gradients(self: ActiveSet, units: tuple[int, ...]) -> None:
+        self.indices = units
+        for index, unit in enumerate(self.parts.units):
             for parameter in unit.parameters:
                 parameter.requires_grad_(index in units)
 
-    patch.setattr(LayerwiseAdamW, "_activate", leave_gradients)
-    patch.setattr(LayerwiseAdamW, "_active", lambda self: [*self.units, *self.constant_units])
+    patch.setattr(ActiveSet, "activate", leave_gradients)
+    patch.setattr(ActiveSet, "units", property(lambda self: [*self.parts.units, *self.parts.constant]))
     patch.setattr(Watch, "check_active", lambda self, units: None)
 
 
@@ -205,7 +206,7 @@ def switch_at_every_forward(patch: pytest.MonkeyPatch) -> None:
 
     def impatient(self: LayerwiseAdamW, model: nn.Module, *args: Any, **settings: Any) -> None:
         init(self, model, *args, **settings)
-        model.register_forward_pre_hook(lambda *_: self._switch(self.sampler.sample()))
+        model.register_forward_pre_hook(lambda *_: self._active.switch(self.sampler.sample()))
 
     patch.setattr(LayerwiseAdamW, "__init__", impatient)
 

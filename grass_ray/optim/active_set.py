@@ -106,13 +106,15 @@ class ActiveSet:
         self._workers.check_agreement(self.indices)
 
     def switch_if_due(self) -> None:
-        """Draw the next active set if it is time, and switch to it.
+        """Draw the next active set if it is time, and switch to it."""
+        if self.sampler.due:
+            self.switch(self.sampler.sample())
+
+    def switch(self, chosen: tuple[int, ...]) -> None:
+        """Make the units ``chosen`` the active ones.
 
         States of units that leave go before those of units that enter come, so that both never add up.
         """
-        if not self.sampler.due:
-            return
-        chosen = self.sampler.sample()
         self._check_proof()
         started = time.perf_counter()
         with self.uninterrupted:

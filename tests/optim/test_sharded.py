@@ -207,7 +207,7 @@ def full_states(share: Callable[[Any, int], float]) -> dict[str, Any]:
     again, other = make("grass-lazy", sharded=True)
     with torch.no_grad():
         for parameter, weight in zip(again.parameters(), weights, strict=True):
-            parameter.to_local().copy_(other._shards.own_rows(weight))
+            parameter.to_local().copy_(other._sync._shards.own_rows(weight))
     other.load_state_dict(everywhere[0])
     train(again, other, share, range(6, STEPS))
     return {
