@@ -6,10 +6,11 @@ happen when a verb runs, so that help is printed at once.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -18,23 +19,31 @@ from grass_ray.commands.leaderboard import Leaderboard
 from grass_ray.commands.ls import Ls
 from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
-from grass_ray.commands.runs import Eval, Reproduce, Sweep, SweepFile, Train, train_with_flags
+from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
 
-Verb = Train | SweepFile | Eval | Leaderboard | Plot | Export | Reproduce | Plan | Ls
+VERBS: Mapping[str, type] = {
+    "train": Train,
+    "sweep": SweepFile,
+    "eval": Eval,
+    "leaderboard": Leaderboard,
+    "plot": Plot,
+    "export": Export,
+    "reproduce": Reproduce,
+    "plan": Plan,
+    "ls": Ls,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
     prepare_output()
     words = sys.argv[1:] if argv is None else argv
-    train = train_with_flags(words)
-    verbs: Any = train | Sweep | Eval | Leaderboard | Plot | Export | Reproduce | Plan | Ls
     verb, rest = tyro.cli(
-        verbs,
+        _parsed_types(words),
         prog="grass-ray",
         description="Fair experiments on memory-efficient LLM fine-tuning (GRASS, arXiv 2604.07808).",
         args=words,
@@ -46,9 +55,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave(lambda: _run(at_home(verb), rest))
 
 
-def _run(verb: Verb, rest: Sequence[str]) -> int:
+def _parsed_types(words: Sequence[str]) -> Any:
+    """The union of all verbs; the one that is named has its examples in the help, and the flags of its method."""
+    options = []
+    for name, verb in VERBS.items():
+        help_text = inspect.getdoc(verb) or ""
+        if words[:1] != [name]:
+            help_text = help_text.partition("\n")[0]
+        kind = train_with_flags(words[1:]) if words[:1] == ["train"] == [name] else verb
+        options.append(Annotated[kind, tyro.conf.subcommand(name, description=help_text)])
+    return Union[tuple(options)]  # noqa: UP007 - made of a list
+
+
+def _run(verb: Any, rest: Sequence[str]) -> int:
     if isinstance(verb, SweepFile):
-        return verb.run(rest)
-    if rest:
+        code: int = verb.run(rest)
+    elif rest:
         raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help")
-    return verb.run()
+    else:
+        code = verb.run()
+    return code

@@ -62,7 +62,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
             metrics=accuracy_metrics(results) | workload_metrics(results),
             series={},
             tasks=results,
-            engagement=None,
+            layers=None,
             data={},
             model_revision=loaded.revision,
         ),

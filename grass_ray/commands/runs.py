@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from grass_ray.commands.flags import RESULTS, Settings, tracking_store
@@ -31,7 +30,7 @@ class Train:
     For example:
       grass-ray train grass --steps 50 --limit 100
       grass-ray train lora --model meta-llama/Llama-3.2-1B --task commonsense --data-dir DATA --lr 3e-4
-      grass-ray train grass --set method.sampler.temperature=0.2 method.sampler.period=10 --dry-run
+      grass-ray train grass --sampler.temperature 0.2 --set data.max_length_tokens=128 --dry-run
     """
 
     method: Positional[str]
@@ -102,15 +101,13 @@ class Train:
 
 
 def train_with_flags(words: Sequence[str]) -> type[Train]:
-    """Return :class:`Train` with the settings of the method that a command line names as flags of their own."""
-    method = next((METHODS[word] for word in words[1:] if word in METHODS), None)
-    if words[:1] != ["train"] or method is None:
+    """Return :class:`Train` with the settings of the method among ``words`` as flags of their own."""
+    method = next((METHODS[word] for word in words if word in METHODS), None)
+    if method is None:
         return Train
     flags = method_flags(method.config)
     settings = ("method_settings", flags, field(default_factory=flags))
-    train = make_dataclass("Train", [settings], bases=(Train,), frozen=True, kw_only=True)
-    train.__doc__ = Train.__doc__
-    return train
+    return make_dataclass("Train", [settings], bases=(Train,), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +131,6 @@ class SweepFile:
         sys.argv = [str(self.file), *rest]
         runpy.run_path(str(self.file), run_name="__main__")
         return 0
-
-
-Sweep = Annotated[SweepFile, tyro.conf.subcommand("sweep")]
 
 
 @dataclass(frozen=True, kw_only=True)

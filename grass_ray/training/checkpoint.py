@@ -67,7 +67,7 @@ def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], t
         "timed_tokens": state.timed_tokens,
         "timed_s": state.timed_s,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
-        "engagement": state.engagement.state_dict(),
+        "engagement": state.tracer.state_dict(),
         "memory": state.memory.state_dict(),
         "series": state.series,
     }
@@ -96,7 +96,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     load_weights(state.model, folder)
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.schedule.load_state_dict(values["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)})
-    state.engagement.load_state_dict(values["engagement"])
+    state.tracer.load_state_dict(values["engagement"])
     state.memory.load_state_dict(values["memory"])
     for name in ("probed", "trained", "train_s", "measure_s", "timed_tokens", "timed_s"):
         setattr(state, name, values[name])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError, HubSource, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.tasks.templates import render_prompt
 
@@ -27,7 +27,7 @@ def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
 
     Rows on the Hub are not checked, because they would have to be downloaded.
     """
-    if isinstance(config.data.source, HubSource):
+    if config.data.source.downloads:
         return
     rows = sorted(load_train_rows(config.data).rows, key=lambda row: len(render_prompt(row, config.data.template)))
     for row in rows:
@@ -41,7 +41,7 @@ def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
 
 def find_lost_rows(config: RunConfig, tokenizer: Any) -> list[str]:
     """Return what :func:`describe_lost_rows` will return for a run; empty for rows on the Hub."""
-    if isinstance(config.data.source, HubSource):
+    if config.data.source.downloads:
         return []
     loaded = load_train_rows(config.data)
     rows = loaded.rows[:: len(loaded.rows) // MOST_ROWS + 1]

@@ -17,7 +17,7 @@ from grass_ray.config import ConfigError
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.tasks.rows import Row
 from grass_ray.training.batches import Batches
-from grass_ray.training.loop import summed_loss
+from grass_ray.training.loss import summed_loss
 
 
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:

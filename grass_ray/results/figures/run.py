@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from grass_ray.results.figures.figure import Figure
 from grass_ray.results.figures.style import HOLE, SOFT, smooth, style_of, tidy, wrapped
 from grass_ray.results.figures.units import MOST_NAMED, UnitRows, unit_rows
-from grass_ray.results.record import LayerHistory, RunRecord
+from grass_ray.results.record import RunRecord
+from grass_ray.training.report import LayerTrace
 
 _MOST_COLUMNS = 200
 _MOST_CELLS = 500  # with more, an SVG becomes heavy and they are drawn as pixels
@@ -125,7 +126,7 @@ def draw_sampling(record: RunRecord, *, width: float = 8) -> Figure | None:
 _Span = tuple[int, int, int]
 
 
-def _active_spans(layers: LayerHistory, last: int) -> list[_Span]:
+def _active_spans(layers: LayerTrace, last: int) -> list[_Span]:
     """(unit, first step, end) of every stretch in which a unit was active; consecutive draws are one stretch."""
     ends = [*(first for first, _ in layers.intervals[1:]), last + 1]
     open_since: dict[int, tuple[int, int]] = {}
@@ -152,7 +153,7 @@ def _sampling_numbers(
     return [*probabilities, *((name, "active", first, end - 1, rows.names[unit], 1) for unit, first, end in spans)]
 
 
-def _probabilities(layers: LayerHistory, last: int) -> tuple[list[float], NDArray[Any]]:
+def _probabilities(layers: LayerTrace, last: int) -> tuple[list[float], NDArray[Any]]:
     """Steps at which columns begin and end, and probabilities of shape (units, columns); NaN before any measurement."""
     if not layers.refreshes:
         return [1, last + 1], np.full((len(layers.visits), 1), 1 / len(layers.visits))

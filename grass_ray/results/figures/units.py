@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from grass_ray.results.record import LayerHistory
+from grass_ray.training.report import LayerTrace
 
 MOST_NAMED = 60  # more units than that are weight matrices, and drawn in blocks of one kind
 
@@ -63,7 +63,7 @@ class UnitRows:
             axis.set_label_text("layer")
 
 
-def unit_rows(layers: LayerHistory) -> UnitRows:
+def unit_rows(layers: LayerTrace) -> UnitRows:
     """Order and name the units of a run; records without names have layers."""
     names = layers.units or [f"layer_{index:02d}" for index in range(len(layers.visits))]
     matrices = [name.partition(".") for name in names]

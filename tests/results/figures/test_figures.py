@@ -17,7 +17,8 @@ from grass_ray.results.figures.run import draw_importance, draw_loss, draw_sampl
 from grass_ray.results.figures.style import smooth
 from grass_ray.results.figures.sweep import draw_accuracy_memory, draw_loss_comparison, draw_tasks
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.record import LayerHistory, RunRecord
+from grass_ray.results.record import RunRecord
+from grass_ray.training.report import LayerTrace
 
 
 def drawn(path: Path) -> bool:
@@ -111,7 +112,7 @@ def test_the_numbers_of_a_heatmap() -> None:
     assert ("grass-smollm2_135m-generated-s0", "probability", 11, 20, "layer 2", 0.5) in figure.rows
 
 
-def matrices(num_layers: int = 30, steps: int = 60) -> LayerHistory:
+def matrices(num_layers: int = 30, steps: int = 60) -> LayerTrace:
     kinds = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [
         f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
     ]
