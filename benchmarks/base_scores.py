@@ -40,8 +40,9 @@ from grass_ray.tasks.questions import ask, select_examples
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.sources import check_data, load_test_rows
 from grass_ray.tasks.suites import SUITES, TASKS
+from grass_ray.training.built_in import cache_folder
 from grass_ray.training.metrics import default_device
-from grass_ray.training.models import cache_folder, load_model
+from grass_ray.training.models import load_model
 
 # lm-eval's task file, and the words that number the options of a row
 OPTION_TEXTS = {

@@ -38,7 +38,7 @@ from grass_ray.tasks.sources import load_test_rows, load_train_rows
 from grass_ray.tasks.suites import TASKS
 from grass_ray.tasks.templates import render_answer
 from grass_ray.training.batches import Batches
-from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import default_device
 from grass_ray.training.models import load_model
 

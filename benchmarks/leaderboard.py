@@ -31,9 +31,10 @@ from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.provenance import git_state, hardware, now, versions
-from grass_ray.results.record import LayerHistory, RunRecord, TaskScore
+from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.rendering import render
 from grass_ray.results.store import PARENT_TAG, connect, default_tracking_uri, iter_records, load_records
+from grass_ray.training.report import LayerTrace
 
 EXPERIMENT = "synthetic"
 GOAL = 5.0  # times the time of reading
@@ -243,7 +244,7 @@ def make_record(number: int, options: Options) -> RunRecord:
                 extraction="published",
             )
         },
-        layers=LayerHistory(
+        layers=LayerTrace(
             num_layers=4,
             units=[f"layer_{layer:02d}" for layer in range(4)],
             total_parameters=1000,

@@ -33,11 +33,12 @@ from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
-from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import MemoryMeter, default_device, storage_bytes
-from grass_ray.training.models import SHAPES, build_shape, load_model
+from grass_ray.training.models import load_model
+from grass_ray.training.optimizer import build_optimizer
 from grass_ray.training.report import GIB
-from grass_ray.training.run import build_optimizer
+from grass_ray.training.shapes import SHAPES, build_shape
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2

@@ -29,7 +29,8 @@ from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
-from grass_ray.training.loop import WARM_UP_STEPS, accumulate_gradients
+from grass_ray.training.loop import WARM_UP_STEPS
+from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.report import GIB
 from grass_ray.training.run import Run
 
@@ -104,7 +105,7 @@ def measure(method: str, options: Options, seed: int) -> Cost:
     return Cost(
         step_s=statistics.fmean(seconds),
         measure_share=measured / sum(seconds),
-        trainable_share=run.state.engagement.engagement.trainable_share,
+        trainable_share=run.state.tracer.trace.trainable_share,
         resident_state_gib=resident / GIB,
         host_state_gib=host / GIB,
         peak_allocated_gib=run.state.memory.peak_allocated_gib,

@@ -34,7 +34,8 @@ from grass_ray.config import LoraConfig, ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
-from grass_ray.training.models import SMOLLM2_SHAPE, build_shape
+from grass_ray.training.built_in import SMOLLM2_SHAPE
+from grass_ray.training.shapes import build_shape
 
 GIB = 1024**3
 GPU_MODELS = ("tinyllama-1.1b", "gemma-2b", "llama2-7b")

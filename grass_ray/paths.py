@@ -1,13 +1,13 @@
-"""Paths as users type them: ``~`` is home, and what goes into a configuration or a record is absolute.
+"""Expand ``~`` in the paths of a command line, and make paths in configurations absolute.
 
 ::
 
-    options = at_home(options)             # every ~ of a command line
-    name = find_model("models/mine")       # "/home/me/models/mine"; hub ids and built-in names stay as they are
+    options = at_home(options)             # expands every ~ of a command line
+    name = find_model("models/mine")       # "/home/me/models/mine"; hub ids and built-in models are returned unchanged
     config = with_absolute_paths(config)
 
-Workers, and ``reproduce`` tomorrow, run in other directories. A name that is not absolute is therefore never a folder
-in a record, and a folder never becomes a hub id.
+Workers and later commands, such as ``reproduce``, run in other directories. In a record, a model name that is not an
+absolute path is therefore always a hub id or a built-in model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grass_ray.config import ConfigError, CustomSource, FolderSource, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 
 BUILT_IN = ("smollm2-135m", "tiny")
 
@@ -25,7 +25,7 @@ Options = TypeVar("Options")
 
 
 def at_home(options: Options) -> Options:
-    """A command line's dataclass, with ``~`` at the beginning of a value replaced by the home folder."""
+    """Return a copy of a command line's dataclass with ``~`` at the start of values replaced by the home folder."""
     values = {field.name: _at_home(getattr(options, field.name)) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
     return dataclasses.replace(options, **values)  # type: ignore[type-var]
 
@@ -42,17 +42,20 @@ def _at_home(value: Any) -> Any:
 
 
 def absolute(path: str | Path) -> str:
-    """The path from the root, without links and ``~``."""
+    """Return the absolute path with links and ``~`` resolved."""
     return os.path.realpath(os.path.expanduser(path))
 
 
 def find_model(name: str) -> str:
-    """A model's name as configurations keep it: a folder's absolute path; a built-in name or a hub id unchanged.
+    """Return the name of a model as configurations keep it.
 
-    A folder that is there is taken, whether or not the hub has a model of its name.
+    An existing folder takes precedence over a model on the Hub with the same name.
+
+    Returns:
+        The absolute path of a folder; a hub id or the name of a built-in model unchanged.
 
     Raises:
-        ConfigError: the name can only be a path, and there is no folder.
+        ConfigError: the name can only be a path, and there is no such folder.
     """
     if name in BUILT_IN:
         return name
@@ -64,7 +67,7 @@ def find_model(name: str) -> str:
 
 
 def check_model_path(name: str) -> None:
-    """Raise :class:`ConfigError` on a name that can only be a folder's, and no folder has it."""
+    """Raise :class:`ConfigError` if the name can only be a path and there is no such folder."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return
@@ -79,22 +82,16 @@ def check_model_path(name: str) -> None:
 
 
 def model_label(name: str) -> str:
-    """A model's name to show: of a folder its last component."""
+    """Return the name of a model for tables: the last component of a folder's path."""
     return os.path.basename(name) if os.path.isabs(name) else name
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The configuration with its model's folder and its data's paths absolute.
+    """Return the configuration with absolute paths of the model and the data.
 
     Raises:
         ConfigError: as :func:`find_model`.
     """
-    source = config.data.source
-    match source:
-        case FolderSource():
-            source = source.model_copy(update={"path": absolute(source.path)})
-        case CustomSource():
-            train = None if source.train is None else absolute(source.train)
-            source = source.model_copy(update={"train": train, "test": absolute(source.test)})
     model = config.model.model_copy(update={"name": find_model(config.model.name)})
-    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"source": source})})
+    data = config.data.model_copy(update={"source": config.data.source.map_paths(absolute)})
+    return config.model_copy(update={"model": model, "data": data})

@@ -1,4 +1,4 @@
-"""A process at its edges: what its terminal can show, what ends it early, and how it exits.
+"""The edges of a process: output that any terminal can show, interrupts, and the exit code.
 
 ::
 
@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -34,7 +34,7 @@ CLEANING_S = 5.0  # a key that is hit again and again must not interrupt the cle
 
 # ------------------------------------------------------------------------------------------------------- the terminal
 
-# what is printed now and then and is not in every terminal's alphabet
+# characters that some terminals cannot show
 _PLAIN = {
     "±": "+-", "\u00d7": "x", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "≈": "~", "…": "...", "•": "*", "\u2013": "-",
     "\u2014": "-", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "─": "-", "━": "-",
@@ -43,7 +43,7 @@ _PLAIN = {
 
 
 def _readable(error: UnicodeError) -> tuple[str, int]:
-    r"""What stands for characters that an encoding lacks: their look in ASCII, else JSON's ``\u00e9``."""
+    r"""Replace characters that an encoding lacks: by similar ones of ASCII, else as JSON writes them (``\u00e9``)."""
     assert isinstance(error, UnicodeEncodeError)
     parts = []
     for character in error.object[error.start : error.end]:
@@ -56,7 +56,7 @@ codecs.register_error("grass_ray.readable", _readable)
 
 
 class _Output(io.FileIO):
-    """A terminal, pipe or file to print to. What it takes no more is dropped, so that the work goes on."""
+    """A terminal, pipe or file to print to. What it refuses is dropped, so that the work goes on."""
 
     failure: OSError | None = None
 
@@ -69,7 +69,7 @@ class _Output(io.FileIO):
 
 
 def prepare_output() -> None:
-    """Print on whatever there is: any encoding, a reader that leaves, a full disk, no standard streams at all."""
+    """Make printing safe with any encoding, a reader that leaves, a full disk, and closed standard streams."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -81,7 +81,7 @@ def prepare_output() -> None:
         stream = getattr(sys, name)
         if stream is not None:
             if stream is not getattr(sys, f"__{name}__") or type(_raw(stream)) is not io.FileIO:
-                continue  # somebody, such as a test, listens in; or it is prepared
+                continue  # redirected, by a test perhaps, or prepared already
             stream.flush()
         buffer = io.BufferedWriter(_Output(number, "w", closefd=False))
         encoding = "utf-8" if stream is None else stream.encoding
@@ -91,13 +91,13 @@ def prepare_output() -> None:
 
 
 def _raw(stream: Any) -> Any:
-    """The file behind a stream, buffered or not."""
+    """Return the file behind a stream, buffered or not."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
 
 def _lost_output() -> str | None:
-    """Why not everything could be printed; None where it could, or where nobody wanted to read on."""
+    """Return why not everything could be printed; None if it could, or if its reader has left."""
     sys.stdout.flush()
     failure = getattr(_raw(sys.stdout), "failure", None)
     if failure is None or failure.errno in (errno.EPIPE, errno.EIO):
@@ -107,7 +107,7 @@ def _lost_output() -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------ the end
 
-# what the system said, as libraries say it in errors of their own
+# the system's messages, as libraries repeat them in their own errors
 _REFUSALS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -120,7 +120,7 @@ _REFUSED_TO_TORCH = ("inline_container.cc", "iostream error")  # torch keeps the
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One sentence where the system refused something (a full disk, a read-only folder); None for any other error."""
+    """Return one sentence if the system refused something (a full disk, a read-only folder); None for other errors."""
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return error.strerror + place if error.strerror else str(error) or type(error).__name__
@@ -136,11 +136,11 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 def leave(act: Callable[[], int], stopped: Callable[[], str] = lambda: "stopped") -> NoReturn:
-    """Do it and exit with its code; a mistake in the input, a refusal of the system and Ctrl-C are one message each.
+    """Call ``act`` and exit with its code; bad input, a refusal of the system and Ctrl-C print one message each.
 
     Args:
         act: returns the exit code.
-        stopped: what to say of an interruption.
+        stopped: returns the message about an interruption.
     """
     try:
         with Interrupts():
@@ -161,7 +161,7 @@ def leave(act: Callable[[], int], stopped: Callable[[], str] = lambda: "stopped"
     if lost := _lost_output():
         print(f"error: {lost}", file=sys.stderr)
         code = code or FAILED
-    if isinstance(_raw(sys.stdout), _Output):  # the process is ours, and all that is left is Python's own end
+    if isinstance(_raw(sys.stdout), _Output):  # this process is a command, and all that is left is Python's own end
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
@@ -177,9 +177,12 @@ def _check_current_folder() -> None:
 
 
 class Interrupts:
-    """Ends a block by ``KeyboardInterrupt`` at Ctrl-C, at SIGTERM, and when the terminal is closed.
+    """Raises ``KeyboardInterrupt`` in a block at Ctrl-C, at SIGTERM, and when the terminal is closed.
 
-    At once, but for :meth:`finishing`. Whoever then cleans up calls :meth:`ignore` first.
+    It is raised at once, except inside :meth:`finishing`. Call :meth:`ignore` before cleaning up.
+
+    Attributes:
+        heard: number of interrupts so far.
     """
 
     def __init__(self) -> None:
@@ -203,11 +206,11 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Exception) and self.heard and not self._ignoring:
-            raise KeyboardInterrupt from error  # some libraries turn it into an error of their own
+            raise KeyboardInterrupt from error  # some libraries turn an interrupt into an error of their own
 
     @contextmanager
     def finishing(self, what: str) -> Iterator[None]:
-        """The first Ctrl-C is only said, and ends the block when it is done; a second one ends it at once."""
+        """Defer the first Ctrl-C to the end of the block, and announce it; a second one ends the block at once."""
         before = self.heard
         self.defer(what)
         try:
@@ -227,11 +230,11 @@ class Interrupts:
         self.check()
 
     def ignore(self) -> None:
-        """From now on nothing interrupts."""
+        """Ignore all further interrupts."""
         self._ignoring = True
 
     def check(self) -> None:
-        """Raise ``KeyboardInterrupt`` again where it was heard but got lost, as in a destructor."""
+        """Raise ``KeyboardInterrupt`` again if it was raised where it got lost, as in a destructor."""
         if self.heard:
             raise KeyboardInterrupt
 
@@ -244,3 +247,18 @@ class Interrupts:
             raise KeyboardInterrupt
         with suppress(RuntimeError):  # it came in the middle of another print
             print(f"\nstopping after {self._finishing}; Ctrl-C again stops at once", file=sys.stderr)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside a block, and what they were before afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,6 +1,6 @@
-"""What a run and a sweep show on the terminal: a live display, or one plain line now and then when not on a terminal.
+"""Progress of a run and of a sweep: a live display on a terminal, a plain line now and then elsewhere.
 
-Imports no ray, so that a single local run can show its progress without it::
+::
 
     execute(config, listeners=[RunProgress(config.name)])
 
@@ -40,16 +40,16 @@ ENDED: tuple[State, ...] = ("finished", "failed", "out_of_memory", "stopped")
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say to their own developers off the terminal; call it before torch and tqdm are imported."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler on memory that was there before it
+    """Silence messages for libraries' own developers; call it before torch and tqdm are imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler about memory allocated before it started
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading and saving, a line for every tick
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home that cannot be written to
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading and saving, a line per tick
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about a home folder that cannot be written to
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def step_summary(report: StepReport) -> dict[str, Any]:
-    """The part of a step that displays show, as plain values."""
+    """Return the part of a step that displays show, as plain values."""
     return {
         "step": report.step,
         "total_steps": report.total_steps,
@@ -162,7 +162,7 @@ class RunProgress(Listener):
 
 @dataclass(kw_only=True)
 class TrialView:
-    """What the display knows of one trial."""
+    """One trial on the display."""
 
     name: str
     key: str
@@ -176,7 +176,7 @@ class TrialView:
     earlier: bool = False
 
     def describe(self) -> str:
-        """One line on where the trial is."""
+        """One line about the trial."""
         if self.state == "finished":
             result = "accuracy -" if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %"
             if self.accuracy is None and self.loss is not None:
@@ -191,7 +191,17 @@ class TrialView:
 
 
 class SweepProgress:
-    """Progress of a sweep: how many trials are done, running and failed, where each is, the best so far, and an ETA."""
+    """Progress of a sweep: trials done, running and failed, the state of each, the best so far, and an ETA.
+
+    Args:
+        title: the sweep's name.
+        trials: (key, name) of those that are known.
+        slots: how many run at once.
+        console: where to print; by default the terminal.
+        every_s: seconds between plain lines.
+        quiet: show nothing.
+        expected: how many trials there will be, if a search adds more.
+    """
 
     def __init__(
         self,
@@ -204,10 +214,6 @@ class SweepProgress:
         quiet: bool = False,
         expected: int = 0,
     ) -> None:
-        """``trials`` are (key, name) pairs; ``slots`` trials run at once; ``quiet`` shows nothing.
-
-        ``expected`` is how many trials there will be, where a search adds more.
-        """
         self.expected = expected
         self.title = title
         self.console = Console(quiet=True) if quiet else console or Console()
@@ -233,7 +239,7 @@ class SweepProgress:
     # -- what happened
 
     def add(self, key: str, name: str) -> None:
-        """A trial that was not known at the start; nothing where it was."""
+        """Add a trial unless it is known."""
         self.trials.setdefault(key, TrialView(name=name, key=key))
 
     def start(self, key: str) -> None:
@@ -251,7 +257,7 @@ class SweepProgress:
         self.tick()
 
     def note(self, key: str, text: str) -> None:
-        """Say something about a trial that stays on the screen."""
+        """Print a line about a trial that stays on the screen."""
         self._print(f"{self.trials[key].name} {key}  {text}")
 
     def end(
@@ -264,7 +270,7 @@ class SweepProgress:
         loss: float | None = None,
         earlier: bool = False,
     ) -> None:
-        """A trial ended; ``earlier`` means before a resume, so it took no time now."""
+        """A trial ended; ``earlier``: before this process began, so that it took no time now."""
         trial = self.trials[key]
         trial.loss = loss
         trial.state, trial.accuracy, trial.failure, trial.earlier = state, accuracy, failure, earlier
@@ -273,7 +279,7 @@ class SweepProgress:
         self._say(trial)
 
     def tick(self) -> None:
-        """Print a plain line when one is due and this is no terminal."""
+        """Print plain lines if they are due and this is no terminal."""
         if self._live is None and time.monotonic() - self._last_line >= self.every_s:
             for trial in self._running():
                 self._say(trial)
@@ -307,7 +313,7 @@ class SweepProgress:
         return Group(Text(f"{self.title}: {self.summary()}", style="bold"), table)
 
     def _shown(self, most: int = 24) -> list[TrialView]:
-        """Trials worth a line: all of a small sweep; of a large one those running, then the latest ended."""
+        """The trials to show: all of a small sweep; of a large one those running, then those that ended last."""
         trials = list(self.trials.values())
         if len(trials) <= most:
             return trials

@@ -89,7 +89,9 @@ def check_command(words: list[str]) -> None:
     if scripts and words[scripts[0]].startswith("sweeps/"):
         check_flags(words, words[scripts[0] + 1 :], help_of("python", words[scripts[0]]))
     elif words[0] == "grass-ray":
-        said = help_of("grass-ray", words[1])
+        # the settings of a method are flags, too
+        method = [word for word in words[2:3] if words[1] == "train" and word in METHODS]
+        said = help_of("grass-ray", words[1], *method)
         check_flags(words, words[2:], said)
         for named in words[2:3]:
             if words[1] in ("plot", "ls"):

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from small import short_run
 
-from grass_ray.cli import Chosen, Export, Leaderboard, Train
+from grass_ray.commands.export import Export
+from grass_ray.commands.flags import RunFilters
+from grass_ray.commands.leaderboard import Leaderboard
+from grass_ray.commands.runs import Train
 from grass_ray.commands.train import build_config
 from grass_ray.config import ConfigError
 from grass_ray.experiment.flags import parse_options
@@ -26,8 +29,8 @@ def test_a_tilde_is_home_in_every_option(tmp_path: Path) -> None:
     train = at_home(Train(method="full", model="~/m", output=Path("~/x"), task=("~/t.yaml",), set=("seed=1",)))
     assert (train.model, train.output, train.task) == (f"{home}/m", Path(f"{home}/x"), (f"{home}/t.yaml",))
     assert train.set == ("seed=1",)
-    nested = at_home(Leaderboard(chosen=Chosen(model=("~/m", "tiny")), output=Path("~/page.html")))
-    assert nested.chosen.model == (f"{home}/m", "tiny")
+    nested = at_home(Leaderboard(runs=RunFilters(model=("~/m", "tiny")), output=Path("~/page.html")))
+    assert nested.runs.model == (f"{home}/m", "tiny")
     assert at_home(Export(run_or_delta="~/run", output=Path("~/x"))).run_or_delta == f"{home}/run"
     sweep = parse_options("s.py", "?", ["--models=~/m", "--tasks=~/t.yaml", "--settings=~/best.yaml"])
     assert (sweep.models, sweep.tasks, sweep.settings) == (

@@ -47,10 +47,10 @@ def check_every_drawn_layer_is_really_trained() -> None:
     run = Run.prepare(short_run("grass", steps=12))
     for _ in run.fit():
         pass
-    engagement = run.outcome().engagement
-    assert engagement is not None
-    assert all(engagement.visits)
-    assert engagement.only_active_layers_changed
+    layers = run.outcome().layers
+    assert layers is not None
+    assert all(layers.visits)
+    assert layers.only_active_layers_changed
     frozen = make_llama().requires_grad_(False)
     with pytest.raises(ValueError, match="none of the 4 layers has a parameter that requires a gradient"):
         LayerwiseAdamW(frozen, UniformSampler(1, 2))

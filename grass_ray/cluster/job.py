@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from grass_ray.cluster.resources import TrialResources
 from grass_ray.config import Parallel, RunConfig
 from grass_ray.execute import RunContext
 from grass_ray.experiment.trial_spec import TrialSpec
@@ -19,26 +20,6 @@ TIME = "step"  # training steps, in the reports that Tune's schedulers look at
 RECORD_FILE = "record.json"
 TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
 FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
-
-
-class TrialResources(BaseModel):
-    """What each worker of a trial gets, and how many trials run at once.
-
-    An elastic trial goes on with any number of workers from ``min_workers`` to ``workers``.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    cpus: int
-    gpus: int
-    slots: int = 1
-    workers: int = 1
-    min_workers: int = 1
-
-    @property
-    def elastic(self) -> bool:
-        """Whether a trial goes on with fewer workers when machines are missing."""
-        return self.min_workers < self.workers
 
 
 class SweepContext(BaseModel):

@@ -69,7 +69,7 @@ class RayReporter(Listener):
     def on_step(self, run: Run, report: StepReport) -> Action:
         due = self._is_main and time.monotonic() - self._last_report >= REPORT_EVERY_S
         (self._due,) = run.state.optimizer.workers.maximum([due])
-        return Action.SAVE if report.phase == "train" and run.state.trained == self._job.until else Action.GO
+        return Action.SAVE if report.train_step == self._job.until else Action.GO
 
     @override
     def after_step(self, run: Run, report: StepReport, action: Action) -> None:
@@ -83,7 +83,7 @@ class RayReporter(Listener):
             import torch
 
             machine = {"hardware_name": self._job.hardware, "threads": torch.get_num_threads()}
-            message |= {**self._for_schedulers(run.state.trained, loss), "machine": machine}
+            message |= {**self._for_schedulers(report.train_step, loss), "machine": machine}
         self._report(run, message, saves=saves)
         self._reported, self._last_report = report.step, time.monotonic()
 
@@ -138,17 +138,17 @@ class Validation(Listener):
 
     @override
     def on_step(self, run: Run, report: StepReport) -> Action:
-        if report.phase == "train" and run.state.trained in self._job.validate_at:
+        if report.train_step in self._job.validate_at:
             run.validate()
             if self._waits:
-                self._storage.remove(self._job.folder, passed_file(run.state.trained))  # of an earlier attempt
+                self._storage.remove(self._job.folder, passed_file(report.train_step))  # of an earlier attempt
         return Action.GO
 
     @override
     def after_step(self, run: Run, report: StepReport, action: Action) -> None:
         if not self._waits or measured_now(run) is None:
             return
-        name, deadline = passed_file(run.state.trained), time.monotonic() + GATE_WITHIN_S
+        name, deadline = passed_file(report.train_step), time.monotonic() + GATE_WITHIN_S
         while not self._storage.exists(self._job.folder, name) and time.monotonic() < deadline:
             time.sleep(0.2)
         self._storage.remove(self._job.folder, name)

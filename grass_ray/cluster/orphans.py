@@ -1,8 +1,8 @@
-"""Free what the trials of dead sweeps still hold on a cluster.
+"""Free orphaned placement groups: what the trials of dead sweeps still hold on a cluster.
 
 When a sweep's driver is killed, its actors live on for a tenth of a second. A placement group that one of them creates
-after Ray has cleaned up behind the job belongs to nobody and is never freed (Ray 2.60): each takes a trial's CPUs and
-GPUs away, until the next sweep waits for ever.
+after Ray has cleaned up behind the job is never freed (Ray 2.60): each takes a trial's CPUs and GPUs away, until the
+next sweep waits for ever.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def free_orphans() -> int:
     """Remove the placement groups whose job has ended, except detached ones, which are meant to stay.
 
     Returns:
-        How many were removed; 0 also where the dashboard, which knows of them, does not answer.
+        The number of groups removed; 0 also if the dashboard, which lists them, does not answer.
     """
     try:
         # in this order: a job that begins in between is known before its groups would be looked at

@@ -26,7 +26,7 @@ from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracking import Tracker, trial_tags
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
@@ -208,15 +208,9 @@ class TrialStore:
         """The trial's run in MLflow, found or created once."""
         if trial.run_id is None:
             config = trial.spec.config
-            tags = {
-                "method": config.method.name,
-                "model": config.model.name,
-                "suite": config.data.suite,
-                "seed": str(config.seed),
-                "sweep": self.plan.name,
-                "stage": "trial" if trial.search is None else trial.search.stage,
-                "folder": f"{self.storage.uri}/{trial.spec.folder}",
-            }
+            stage = "trial" if trial.search is None else trial.search.stage
+            folder = f"{self.storage.uri}/{trial.spec.folder}"
+            tags = trial_tags(config, sweep=self.plan.name, stage=stage, folder=folder)
             trial.run_id = self.tracker.start_trial(
                 self.plan.sweep_id, trial.spec.key, config.name, tags, config.flatten()
             )

@@ -1,4 +1,4 @@
-"""One process's work on a plan: open the tracker, run the trials that are left, sum up.
+"""Run a sweep's plan in this process: open the tracker, run the trials that are left, sum up.
 
 ::
 
@@ -16,10 +16,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grass_ray.cluster.job import Job, SweepContext, TrialResources
-from grass_ray.cluster.reporter import SweepCallback, TrialStore
+from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.reporter import TrialStore
+from grass_ray.cluster.resources import ClusterInfo, TrialResources
 from grass_ray.cluster.search import Final, MethodSearch
-from grass_ray.cluster.session import ClusterInfo, ray_cluster
+from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
 from grass_ray.experiment.flags import SweepOptions
@@ -64,7 +65,7 @@ class SweepRunner:
         self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet, expected=plan.num_trials)
 
     def open(self) -> None:
-        """Reach the tracking store. Raises :class:`grass_ray.config.ConfigError` when it does not answer."""
+        """Open the tracking store. Raises :class:`grass_ray.config.ConfigError` if it does not answer."""
         self.tracker.open()
 
     def run(self, resume_command: str) -> int:
@@ -106,12 +107,12 @@ class SweepRunner:
         return code
 
     def _refusal(self, error: Exception) -> str | None:
-        """What the system refused, if that is why; a file that a full disk left half written fails in its own way."""
+        """Return what the system refused, if that is the reason of ``error``."""
         local = self.storage.local_folder
         free = None if local is None or not local.is_dir() else shutil.disk_usage(local).free / 1024**2
         where = self.storage.uri + ("" if free is None else f": {free:.1f} MiB are free there")
         reason = describe_failure(error)
-        if reason is None and free is not None and free < FULL_MIB:
+        if reason is None and free is not None and free < FULL_MIB:  # a file that was cut off fails in its own way
             reason = os.strerror(errno.ENOSPC)
         return None if reason is None else f"{reason} ({where})"
 
@@ -133,7 +134,7 @@ class SweepRunner:
             with self.progress:
                 for search in searches:
                     if search.is_left():
-                        self._run(search.tune_run(context, cluster.memories), context, trial_store)
+                        run_trials(search.tune_run(context, cluster.memories), context, trial_store)
                 for search in searches:
                     if not search.finals():
                         self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
@@ -143,7 +144,7 @@ class SweepRunner:
                     if not trial_store.has_ended(final.spec)
                 ]
                 if jobs:
-                    self._run(TuneRun(name="tune", jobs=jobs), context, trial_store)
+                    run_trials(TuneRun(name="tune", jobs=jobs), context, trial_store)
 
     def _context(self, cluster: ClusterInfo) -> SweepContext:
         """Divide the cluster among trials, and say how."""
@@ -186,12 +187,8 @@ class SweepRunner:
             finals.append(final)
         return finals
 
-    def _run(self, tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) -> None:
-        run_trials(tune_run, context, callbacks=[SweepCallback(trial_store, tune_run.scheduler)])
-        trial_store.settle()
-
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
-        """Plots and leaderboard as files and on the parent run; the leaderboard and the places on the terminal."""
+        """Write figures and leaderboard as files and to the parent run; print the leaderboard and where all is."""
         overview.show(records, at_once=True)
         if best := best_settings(records):
             write_settings(best, overview.folder / BEST_FILE)
@@ -215,7 +212,7 @@ class SweepRunner:
         return FAILED if failed else 0
 
     def _close_tracker(self, resume_command: str, *, patient: bool) -> None:
-        """Send what MLflow has not taken yet; ``patient``: its server may be down for minutes when a sweep ends."""
+        """Send what MLflow has not taken yet; ``patient`` waits for minutes if its server is down."""
         try:
             if self.tracker.close(wait_s=0 if patient else 10) and patient:
                 minutes = f"{TRACKING_WITHIN_S / 60:.0f} minutes"

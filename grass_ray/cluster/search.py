@@ -1,7 +1,7 @@
-"""A method's search while it runs: which trials it has, what is left, which point comes next, who won.
+"""A method's search while it runs: its trials, those that are left, the next point, and the winner.
 
-Nothing is kept that a new process could not read again: known points are in the plan, points that Optuna chose are
-files of the sweep's folder, and what came of them are records::
+A new process can read all of it again: known points are in the plan, points that Optuna chose are files in the sweep's
+folder, and trials that ended have records::
 
     search = MethodSearch(tuning, group, trial_store, storage)
     if search.is_left():
@@ -22,9 +22,10 @@ from ray.tune.schedulers import TrialScheduler
 from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.pbt import STATE_FILE, MemberState, drive_member
 from grass_ray.cluster.reporter import TrialStore
+from grass_ray.cluster.resources import driver_memory
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
 from grass_ray.cluster.storage import Storage
-from grass_ray.cluster.tuner import TuneRun, driver_memory
+from grass_ray.cluster.tuner import TuneRun
 from grass_ray.config import RunConfig
 from grass_ray.experiment.space import Picks, to_plain
 from grass_ray.experiment.suggest import Observation, suggest
@@ -77,7 +78,7 @@ class MethodSearch:
     # -- what there is, and what is left
 
     def ended(self) -> list[TrialSpec]:
-        """The trials that came to an end of their own; of a population all or none, since they depend on each other."""
+        """Trials that need not run again; of a population all or none, since they depend on each other."""
         ended = [spec for spec in self.specs if self._trial_store.has_ended(spec)]
         return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
 
@@ -175,7 +176,7 @@ class MethodSearch:
         )
 
     def _saved(self) -> list[Picks]:
-        """The points that Optuna chose in an earlier process."""
+        """Read the points that Optuna chose in an earlier process."""
         found: list[Picks] = []
         while self.tuning.search == "optuna" and self._storage.exists(*self._file(len(found))):
             found.append(json.loads(self._storage.read_text(*self._file(len(found)))))

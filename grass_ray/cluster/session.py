@@ -1,10 +1,9 @@
-"""Join a Ray cluster or start Ray here, and divide its machines among trials.
+"""Join a Ray cluster, or start Ray here.
 
 ::
 
     with ray_cluster() as cluster:
-        cluster.check_storage(storage)
-        resources = cluster.trial_resources(cpus=None, gpus=None, max_concurrent=None)
+        print(cluster.describe())
 
 Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
 On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,12 +28,11 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grass_ray.cluster.job import TrialResources
 from grass_ray.cluster.orphans import free_orphans
-from grass_ray.cluster.storage import Storage
+from grass_ray.cluster.resources import ClusterInfo
 from grass_ray.config import ConfigError
+from grass_ray.process import environment
 
 WORKER_ENVIRONMENT = {
     # a report waits up to this long; Ray's own 2 s would slow the loop, and much less would wake too many processes
@@ -52,116 +49,11 @@ CPU_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**28),
 }
 MACHINES_WITHIN_S = 900.0  # a cloud's machines come minutes after the head, with an installation before they join
-KNOCK_S = 10.0  # Ray itself would wait for many minutes
+ANSWER_WITHIN_S = 10.0  # Ray itself would wait for many minutes
 _PORT = "RAY_GCS_SERVER_PORT"  # where a Ray that is started listens
 _SHORT_FOLDER = "/tmp"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # the longest below its folder
 _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix socket's path
-PROBE_FILE = ".seen-by-every-machine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterInfo:
-    """The machines of the Ray cluster that was joined or started."""
-
-    address: str
-    machines: tuple[tuple[int, int], ...]  # (CPUs, GPUs) of each
-    joined: bool = False  # a Ray that was there; otherwise one that was started and ends with this process
-    node_ids: tuple[str, ...] = ()  # Ray's names of the machines
-    memories: tuple[int, ...] = ()  # bytes that each offers to tasks
-    dashboard: bool = True
-    freed: int = 0  # what dead sweeps still held
-
-    def describe(self) -> str:
-        """One line for the head of a sweep."""
-        cpus, gpus = (sum(machine[place] for machine in self.machines) for place in (0, 1))
-        how = "joined" if self.joined else "started"
-        freed = f" ({self.freed} placement groups of dead jobs freed)" if self.freed else ""
-        return f"{how} Ray at {self.address}: {len(self.machines)} machine(s), {cpus} CPUs, {gpus} GPUs{freed}"
-
-    def check_storage(self, storage: Storage) -> None:
-        """Let every machine look for a file in the storage; one that cannot see it would lose its trials' results.
-
-        Raises:
-            ConfigError: When a machine does not see the file.
-        """
-        if len(self.machines) < 2:
-            return
-        storage.write_text("", PROBE_FILE)
-        looks = [
-            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote(storage.uri)
-            for node in self.node_ids
-        ]
-        blind = [place for sees, place in ray.get(looks) if not sees]
-        storage.remove(PROBE_FILE)
-        if blind:
-            raise ConfigError(
-                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
-                f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
-            )
-
-    def check_dashboard(self) -> None:
-        """Raise :class:`ConfigError` where what a stopped trial held would never be free again."""
-        if not self.dashboard:
-            raise ConfigError(
-                f"the Ray at {self.address} runs without its dashboard, through which Ray Train frees the resources of "
-                "trials that are stopped early; start it with --include-dashboard=true, or take --scheduler none"
-            )
-
-    def trial_resources(
-        self,
-        *,
-        cpus: int | None,
-        gpus: int | None,
-        max_concurrent: int | None,
-        workers: int = 1,
-        min_workers: int | None = None,
-    ) -> TrialResources:
-        """Divide the machines among trials.
-
-        Args:
-            cpus: of each worker; None takes those that come with its GPU, or of a machine without one all.
-            gpus: of each worker; None takes one where there are any.
-            max_concurrent: trials at once, at most.
-            workers: of each trial.
-            min_workers: an elastic trial needs room for so many only; others run beside it where there is room for all
-                ``workers`` of each.
-
-        Raises:
-            ConfigError: the machines cannot hold a trial's workers; Ray would wait for ever.
-        """
-        min_workers = workers if min_workers is None else min_workers
-        if gpus is None:
-            gpus = 1 if any(machine[1] for machine in self.machines) else 0
-        able = [machine for machine in self.machines if machine[1] >= gpus and machine[0] >= (cpus or 1)]
-        if able and cpus is None:
-            on_one = -(-workers // len(able))  # workers that must share a machine
-            cpus = min(
-                max(1, machine[0] // on_one if gpus == 0 else machine[0] * gpus // machine[1]) for machine in able
-            )
-        room = sum(min(machine[0] // (cpus or 1), machine[1] // gpus if gpus else machine[0]) for machine in able)
-        if room < min_workers:
-            raise ConfigError(self._no_room(cpus or 1, gpus, min_workers))
-        slots = max(room // workers, 1)
-        return TrialResources(
-            cpus=cpus or 1,
-            gpus=gpus,
-            slots=min(slots, max_concurrent or slots),
-            workers=workers,
-            min_workers=min_workers,
-        )
-
-    def _no_room(self, cpus: int, gpus: int, workers: int) -> str:
-        held = ", ".join(f"{machine[0]} CPUs and {machine[1]} GPUs" for machine in self.machines)
-        if workers > 1:
-            return (
-                f"the cluster cannot hold {workers} workers of {cpus} CPUs and {gpus} GPUs each; "
-                f"it has {held}; lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial"
-            )
-        return (
-            f"no machine can hold a trial of {cpus} CPUs and {gpus} GPUs; the cluster has {held}; "
-            "lower --cpus-per-trial or --gpus-per-trial"
-        )
 
 
 @contextmanager
@@ -170,19 +62,19 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
 
     Args:
         machines: wait until so many have joined; None takes those that are there.
-        within_s: how long to wait for them, in seconds.
+        within_s: seconds to wait for them.
 
     Raises:
-        ConfigError: When the cluster does not answer, or too few machines join.
+        ConfigError: the cluster does not answer, or too few machines join.
     """
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials' errors as pages; their records say them
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # pages for a failed trial; its record says why
     wanted = os.environ.get("RAY_ADDRESS")
     previous = signal.getsignal(signal.SIGTERM)  # Ray has a handler of its own
     try:
         if wanted and wanted not in ("auto", "local"):
-            knock(wanted)
+            check_address(wanted)
             context = _connect({})
         else:
             os.environ.update(token_without_home())
@@ -212,8 +104,12 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
         ray.shutdown()
 
 
-def knock(address: str) -> None:
-    """Raise ``ConnectionError`` where RAY_ADDRESS is no address of a cluster, or nobody listens there."""
+def check_address(address: str) -> None:
+    """Check that the head of a Ray cluster answers at ``address``.
+
+    Raises:
+        ConnectionError: it is not of the form HOST:PORT, or no head of a cluster answers.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConnectionError(
@@ -221,20 +117,20 @@ def knock(address: str) -> None:
             "cluster of this machine). http:// is for `ray job submit`, and Ray Client's ray:// is not supported."
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_WITHIN_S).close()
     except OSError as error:
         raise ConnectionError(f"Nobody answers there ({error.strerror or error}).") from None
     if "RAY_USE_TLS" in os.environ:
         return
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray speaks
         try:
-            grpc.channel_ready_future(channel).result(timeout=KNOCK_S)
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_WITHIN_S)
         except grpc.FutureTimeoutError:
             raise ConnectionError("What answers there is no head of a Ray cluster; its dashboard, perhaps.") from None
 
 
 def short_folders() -> dict[str, str]:
-    """What a Ray that is started must find in its environment to have its sockets where their paths are short enough.
+    """Return the environment in which a Ray that is started has its sockets at paths that are short enough.
 
     Raises:
         ConfigError: ``/tmp`` cannot be written to, or RAY_TMPDIR itself is too long.
@@ -255,7 +151,7 @@ def short_folders() -> dict[str, str]:
 
 
 def token_without_home() -> dict[str, str]:
-    """A secret for a Ray that is started, where Ray cannot keep one in the home folder."""
+    """Return a secret for a Ray that is started, as environment; empty if Ray can keep one in the home folder."""
     if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return {}
     try:
@@ -269,38 +165,22 @@ def token_without_home() -> dict[str, str]:
 
 
 def _connect(folders: Mapping[str, str]) -> Any:
-    """Join or start Ray, and tell every process of the sweep which Ray it belongs to.
-
-    Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up where
-    several run on one machine: the resources would never be free again. So the address of a Ray that is started here is
-    chosen beforehand; one that was joined is joined again with its address known.
-    """
+    """Join or start Ray, and tell every process of the sweep which Ray it belongs to."""
+    # Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up if several
+    # run on one machine: the resources would never be free again. So the address of a Ray that is started here is
+    # chosen beforehand; one that was joined is joined again with its address known.
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     chosen = f"{ray.util.get_node_ip_address()}:{port}"
     kept = {name: os.environ[name] for name in folders if name in os.environ}  # trials write to the user's TMPDIR
-    with _environment({_PORT: str(port), **folders}):
+    with environment({_PORT: str(port), **folders}):
         context = _init(None, chosen, kept)
     address = context.address_info["gcs_address"]
     if address != chosen and not _is_own(context):
         ray.shutdown()  # leaves it
         context = _init(address, address, kept)
     return context
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
@@ -314,12 +194,12 @@ def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
 
 
 def _is_own(context: Any) -> bool:
-    """Whether this process started the Ray: a session is named after the process that did."""
+    """Return whether this process started the Ray; a session is named after the process that did."""
     return str(context.address_info["session_dir"]).endswith(f"_{os.getpid()}")
 
 
 def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]:
-    """The machines that are alive, once there are enough of them. Raises :class:`ConfigError`."""
+    """Wait until there are enough machines and return those that are alive. Raises :class:`ConfigError`."""
     deadline = time.monotonic() + within_s
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]
@@ -333,12 +213,6 @@ def _await_machines(number: int | None, within_s: float) -> list[dict[str, Any]]
         time.sleep(1)
 
 
-@ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
-def _sees(uri: str) -> tuple[bool, str]:
-    """Whether this machine sees the storage's file, and this machine's address."""
-    return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Make a termination end like Ctrl-C: children stopped, a message on how to resume."""
+    """End a termination like Ctrl-C: children are stopped, and a message says how to resume."""
     raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 ::
 
-    run_trials(TuneRun(name="tune", jobs=jobs), context, storage, callbacks=[SweepCallback(trial_store)])
+    run_trials(TuneRun(name="tune", jobs=jobs), context, trial_store)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.reporter import SweepCallback, TrialStore
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import drive_trial
 
@@ -43,13 +44,13 @@ class TuneRun:
     driver_memory: int = 1
 
 
-def run_trials(tune_run: TuneRun, context: SweepContext, callbacks: list[tune.Callback]) -> None:
+def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) -> None:
     """Run every trial; a failed one does not stop the others.
 
     Args:
         tune_run: the trials.
         context: what they share.
-        callbacks: what Tune calls in this process.
+        trial_store: where their results go.
     """
     population = tune_run.trainable is not drive_trial
     tuner = tune.Tuner(
@@ -71,22 +72,12 @@ def run_trials(tune_run: TuneRun, context: SweepContext, callbacks: list[tune.Ca
             storage_path=Storage(context.storage).join("ray").uri,
             # how often a trial's driver may die; Train counts the deaths of its workers
             failure_config=tune.FailureConfig(max_failures=context.max_failures),
-            callbacks=callbacks,
+            callbacks=[SweepCallback(trial_store, tune_run.scheduler)],
             verbose=0,
         ),
     )
     tuner.fit()
-
-
-def driver_memory(machines: Sequence[int], slots: int) -> int:
-    """Compute how much memory a trial's driver must claim so that ``slots`` of them, and no more, fit the machines.
-
-    Args:
-        machines: bytes that each offers.
-        slots: how many trials may run at once.
-    """
-    sizes = {memory // count for memory in machines for count in range(1, slots + 1) if memory >= count}
-    return min(size for size in sizes if sum(memory // size for memory in machines) <= slots)
+    trial_store.settle()
 
 
 def _trial_name(trial: Any) -> str:

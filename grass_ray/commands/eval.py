@@ -32,7 +32,8 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.tasks.evaluation import evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
     from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
-    from grass_ray.training.models import cache_folder, load_model
+    from grass_ray.training.built_in import cache_folder
+    from grass_ray.training.models import load_model
     from grass_ray.training.weights import base_model_sha256
 
     _check(config)
@@ -61,7 +62,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
             metrics=accuracy_metrics(results) | workload_metrics(results),
             series={},
             tasks=results,
-            engagement=None,
+            layers=None,
             data={},
             model_revision=loaded.revision,
         ),

@@ -1,12 +1,16 @@
-"""What ``grass-ray ls`` prints: methods, tasks and built-in models as tables. Loads no torch."""
+"""``grass-ray ls``: list methods, tasks, built-in models or tracked runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
+from grass_ray.commands.flags import tracking_store
 from grass_ray.methods import METHODS
 from grass_ray.tasks.suites import TASKS
 
@@ -16,8 +20,45 @@ MODELS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ls:
+    """List methods, tasks, built-in models or tracked runs.
+
+    For example:
+      grass-ray ls methods
+      grass-ray ls tasks
+      grass-ray ls runs --tracking-uri sqlite:///grass_ray_results/mlflow.db
+    """
+
+    what: Positional[Literal["methods", "tasks", "models", "runs"]]
+    """What to list."""
+    tracking_uri: str | None = None
+    """MLflow store of the runs."""
+
+    def run(self) -> int:
+        """Print the list and return the exit code."""
+        match self.what:
+            case "methods":
+                print(list_methods())
+            case "tasks":
+                print(list_tasks())
+            case "models":
+                print(list_models())
+            case "runs":
+                self._print_runs()
+        return 0
+
+    def _print_runs(self) -> None:
+        from grass_ray.results.store import load_records
+
+        for record in load_records(tracking_store(self.tracking_uri)):
+            average = record.metrics.get("eval/average")
+            accuracy = "-" if average is None else f"{100 * average:.1f} %"
+            print(f"{record.name}  {record.run_id}  {record.status}  accuracy {accuracy}  {record.started_at}")
+
+
 def list_methods() -> str:
-    """Every method row: name, what it is, its default learning rate, where it comes from."""
+    """Return a table of the methods: name, what it does, default learning rate, source."""
     rows = [
         (row.name, row.summary, f"{row.config.optimizer.lr:g}" if row.trains else "-", row.source)
         for row in METHODS.values()
@@ -26,7 +67,7 @@ def list_methods() -> str:
 
 
 def list_tasks() -> str:
-    """Every task: key, suite, what an answer is, size of the published test set, folder name, hub id."""
+    """Return a table of the tasks: key, suite, answers, size of the published test set, folder name, hub id."""
     rows = [
         (
             task.key,
@@ -42,7 +83,7 @@ def list_tasks() -> str:
 
 
 def list_models() -> str:
-    """The built-in models; any hub id or folder works besides."""
+    """Return a table of the built-in models."""
     return (
         _table(("model", "what it is"), list(MODELS.items())) + "\nbesides: any hub id, any folder of save_pretrained"
     )

@@ -117,7 +117,7 @@ def reproduce(
     Raises:
         ConfigError: the record cannot be run here.
     """
-    from grass_ray.training.run import check_run
+    from grass_ray.training.checks import check_run
 
     record = original.record
     if record.world_size != 1:

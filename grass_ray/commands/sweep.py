@@ -121,7 +121,7 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
 
 def _check(plan: SweepPlan, options: SweepOptions) -> None:
     """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
-    from grass_ray.training.run import check_run
+    from grass_ray.training.checks import check_run
 
     mistakes: dict[str, None] = {}
     checked: set[Hashable] = set()
@@ -136,8 +136,8 @@ def _check(plan: SweepPlan, options: SweepOptions) -> None:
 
 def _find_lost_rows(plan: SweepPlan) -> list[str]:
     """A line for each way in which the trials lose training rows."""
+    from grass_ray.training.checks import tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
-    from grass_ray.training.run import tokenizer_to_check
 
     configs = [spec.config for spec in plan.known_trials] + _templates(plan)
     distinct = {(config.model, config.data): config for config in configs if config.training.steps}

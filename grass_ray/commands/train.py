@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from typing_extensions import override
 
+from grass_ray.commands.listeners import Checkpoints, CtrlC, StepLog
 from grass_ray.commands.output import check_folder, claimed, describe_lost_test_rows
 from grass_ray.config import CustomSource, RunConfig
-from grass_ray.execute import Action, Ending, Listener, RunContext, RunResult, execute
+from grass_ray.execute import Ending, Listener, RunContext, RunResult, execute
 from grass_ray.experiment.flags import choose_data
 from grass_ray.methods import get_method
 from grass_ray.overrides import parse
@@ -27,15 +27,14 @@ from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import hardware, redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import default_tracking_uri
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracking import Tracker, trial_tags
 from grass_ray.tasks.readback import choose_extraction
-from grass_ray.training.report import StepReport, TrainingFailure
+from grass_ray.training.report import TrainingFailure
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
 
 EXPERIMENT = "train"
-LOG_EVERY_S = 10.0
 
 
 def build_config(
@@ -105,8 +104,8 @@ def train_locally(
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.memory.fit import fit_to_memory
+    from grass_ray.training.checks import check_run, tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
-    from grass_ray.training.run import check_run, tokenizer_to_check
     from grass_ray.training.without_effect import settings_without_effect
 
     check_run(config)
@@ -131,88 +130,6 @@ def _default_store(output: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(
         output.parent.parent if output.parent.name == EXPERIMENT else output.parent
     )
-
-
-class Checkpoints(Listener):
-    """Keeps the last checkpoint in a folder, and goes on from the one that is there."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._saved_after = -1
-
-    @override
-    def on_start(self, run: Run) -> None:
-        if self._folder.is_dir():
-            run.restore(self._folder)
-
-    @override
-    def after_step(self, run: Run, report: StepReport, action: Action) -> None:
-        if action is not Action.GO:
-            self._save(run)
-
-    @override
-    def on_trained(self, run: Run) -> None:
-        if self._saved_after != run.state.steps_done:
-            self._save(run)
-
-    def _save(self, run: Run) -> None:
-        run.save(self._folder)
-        self._saved_after = run.state.steps_done
-
-
-class StepLog(Listener):
-    """Sends steps to the tracker, several at a time. ``run_id`` is known once the run is opened there."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self.run_id = ""
-        self._tracker = tracker
-        self._pending: list[tuple[int, dict[str, float]]] = []
-        self._sent = time.monotonic()
-
-    @override
-    def on_step(self, run: Run, report: StepReport) -> Action:
-        self._pending.append((report.step, report.metrics()))
-        if time.monotonic() - self._sent >= LOG_EVERY_S or report.step == report.total_steps:
-            self.send()
-        return Action.GO
-
-    def send(self) -> None:
-        """Send what is waiting."""
-        if self._pending:
-            self._tracker.log_steps(self.run_id, self._pending)
-        self._pending, self._sent = [], time.monotonic()
-
-
-class CtrlC(Listener):
-    """Ends a run at the first Ctrl-C: after the current step, or at once while the model is loaded or evaluated."""
-
-    def __init__(self, interrupts: Interrupts) -> None:
-        self._interrupts = interrupts
-        self.doing = "while the model was loaded"
-
-    @override
-    def on_start(self, run: Run) -> None:
-        self._interrupts.defer("this step")
-
-    @override
-    def on_step(self, run: Run, report: StepReport) -> Action:
-        self.doing = f"after step {report.step} of {report.total_steps}"
-        return Action.STOP if self._interrupts.heard else Action.GO
-
-    @override
-    def on_trained(self, run: Run) -> None:
-        self._interrupts.deliver()
-        self.doing = f"while it was evaluated, after all {run.state.steps_done} steps"
-
-    @override
-    def on_evaluation(self, task: str, done: int, total: int) -> None:
-        self._interrupts.check()
-
-    @override
-    def on_error(self, error: BaseException) -> Ending | None:
-        if self._interrupts.heard and not isinstance(error, TrainingFailure):
-            return "stopped", f"interrupted {self.doing}"
-        return None
 
 
 class _LocalRun(Listener):
@@ -258,15 +175,7 @@ class _LocalRun(Listener):
         """Open the run in the store; from here on it must be closed."""
         config = self.config
         config.save(self.output / "config.yaml")
-        tags = {
-            "method": config.method.name,
-            "model": config.model.name,
-            "suite": config.data.suite,
-            "seed": str(config.seed),
-            "sweep": EXPERIMENT,
-            "stage": "training",
-            "folder": str(self.output.absolute()),
-        }
+        tags = trial_tags(config, sweep=EXPERIMENT, stage="training", folder=str(self.output.absolute()))
         self._steps.run_id = self.tracker.start_trial(
             EXPERIMENT, config.fingerprint, config.name, tags, config.flatten()
         )

@@ -23,30 +23,30 @@ class ScheduleConfig(BuildablePart):
         return self.make(steps=self.length or max(train_steps, 1))
 
 
-class LinearScheduleConfig(ScheduleConfig):
+class _RampConfig(ScheduleConfig):
+    """A schedule from one value to another."""
+
+    kind: str
+    start: PositiveFloat
+    """Value at the first optimizer step."""
+    end: PositiveFloat
+    """Value after ``steps`` optimizer steps, and from then on."""
+    steps: PositiveInt | None = None
+    """Length of the schedule in optimizer steps. Defaults to the whole training."""
+
+
+class LinearScheduleConfig(_RampConfig):
     """Changes from ``start`` to ``end`` in equal steps."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.schedules.Linear"
     kind: Literal["linear"]
-    start: PositiveFloat
-    """Value at the first optimizer step."""
-    end: PositiveFloat
-    """Value after ``steps`` optimizer steps, and from then on."""
-    steps: PositiveInt | None = None
-    """Length of the schedule in optimizer steps. Defaults to the whole training."""
 
 
-class CosineScheduleConfig(ScheduleConfig):
+class CosineScheduleConfig(_RampConfig):
     """Changes from ``start`` to ``end`` along half a cosine."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.schedules.Cosine"
     kind: Literal["cosine"]
-    start: PositiveFloat
-    """Value at the first optimizer step."""
-    end: PositiveFloat
-    """Value after ``steps`` optimizer steps, and from then on."""
-    steps: PositiveInt | None = None
-    """Length of the schedule in optimizer steps. Defaults to the whole training."""
 
 
 class StepScheduleConfig(ScheduleConfig):

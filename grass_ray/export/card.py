@@ -19,7 +19,7 @@ import yaml
 
 from grass_ray.config import RunConfig
 from grass_ray.paths import model_label
-from grass_ray.results.lost_rows import lost_by
+from grass_ray.results.notes import lost_by
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval, wilson_interval
 

@@ -26,8 +26,8 @@ from grass_ray.memory.step import StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.placement import Footprint, placement_class
-from grass_ray.training.models import build_shape
 from grass_ray.training.report import GIB
+from grass_ray.training.shapes import build_shape
 
 Mode = Literal["none", "resident", "blocking", "overlap", "lazy"]
 Phase = Literal["probing", "backward", "exchange", "update"]

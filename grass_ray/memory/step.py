@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
 from grass_ray.training.batches import Batch
-from grass_ray.training.loop import summed_loss
+from grass_ray.training.loss import summed_loss
 
 
 @dataclass(frozen=True, kw_only=True)

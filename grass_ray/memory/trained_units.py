@@ -23,7 +23,7 @@ from grass_ray.optim.kernels import adamw, state_layout
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
 from grass_ray.training.adapters import add_adapter
-from grass_ray.training.run import build_optimizer
+from grass_ray.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

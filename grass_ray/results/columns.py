@@ -1,192 +1,270 @@
-"""The columns of a leaderboard: what each is called, how its cells read, what it means. Shared by all formats."""
+"""The columns of a leaderboard, once for all outputs: terminal, Markdown, CSV, JSON, page, MLflow's table, ``--sort``.
+
+A new column is one entry in ``COLUMNS``: everything but its key has a default. ::
+
+    Column("gib_hours", "GiB h", lambda row: row.peak_allocated_gib * row.train_s / 3600, meaning="memory times time")
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
-from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
-from grass_ray.results.pairing import scope
+from grass_ray.results.column import COMPARED, COST, DETAILS, END, RANKING, Column
+from grass_ray.results.compare import Comparison, fact
+from grass_ray.results.formats import NONE, gib, limits, number, p_text, percent, points, scope
+from grass_ray.results.leaderboard import LeaderboardTable
+from grass_ray.results.rows import LeaderboardRow
 from grass_ray.tasks.suites import TASKS
-
-WORDS = ("method", "p for", "commit", "status")
-_ALWAYS = ("#", "method", "acc. %", "status")
-
-
-class Column(NamedTuple):
-    """A column: ``value`` sorts, None last; ``meaning`` explains the name to a reader."""
-
-    name: str
-    cell: Callable[[LeaderboardRow], str]
-    value: Callable[[LeaderboardRow], float | str | None]
-    meaning: str
-
-
-# ------------------------------------------------------------------------------------------------------------- cells
-
-
-def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
-    """A number with so many digits, a dash where there is none."""
-    return "-" if value is None else f"{scale * value:.{digits}f}"
-
-
-def significant(value: float | None) -> str:
-    """Gibibytes with enough digits for small models too."""
-    return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def p_text(value: float | None) -> str:
-    """A p-value with three digits."""
-    return "-" if value is None else "<.001" if value < 0.001 else f"{value:.3f}".lstrip("0") if value < 1 else "1"
-
-
-def percent(value: float | None, *, sign: bool = False) -> str:
-    """A share as percent without the sign."""
-    return "-" if value is None else f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-
-
-def limits(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    """Two shares as percent."""
-    if low is None or high is None:
-        return "-"
-    return f"{percent(low, sign=True)} to {percent(high, sign=True)}" if sign else f"{percent(low)}-{percent(high)}"
 
 
 def _accuracy(row: LeaderboardRow) -> str:
     return percent(row.accuracy) + ("" if row.accuracy_std is None else f" ±{percent(row.accuracy_std)}")
 
 
-def _scope(row: LeaderboardRow) -> str:
-    full, best = scope(row.covers_training), scope(row.covers_training_to_best)
-    if "-" in (full, best) or full == best:
-        return best if full == "-" else full
+def _scopes(row: LeaderboardRow) -> str:
+    full, best = (scope(fact(found, "covers_training")) for found in (row.to_full, row.to_best))
+    if NONE in (full, best) or full == best:
+        return best if full == NONE else full
     return f"full: {full}, best: {best}"
 
 
-RANK = Column("#", lambda row: "-" if row.rank is None else str(row.rank), lambda row: row.rank, "rank by accuracy")
+def _comparison(
+    name: str, suffix: str, p_name: str, whom: str, of: Callable[[LeaderboardRow], Comparison | None]
+) -> list[Column]:
+    """The columns of the comparison with one reference row."""
+    key = f"difference_to_{name}"
+    return [
+        Column(
+            key,
+            f"vs {name}",
+            lambda row: fact(of(row), "value"),
+            points,
+            f"difference to {whom} on the same questions, in percentage points",
+            interval=lambda row: fact(of(row), "limits"),
+            place=COMPARED + (name == "best"),
+            share=True,
+        ),
+        Column(f"{key}_low", get=lambda row: fact(of(row), "low")),
+        Column(f"{key}_high", get=lambda row: fact(of(row), "high")),
+        Column(f"p_value{suffix}", get=lambda row: fact(of(row), "p_value"), small_first=True),
+        Column(
+            f"p_adjusted{suffix}",
+            p_name,
+            lambda row: fact(of(row), "p_adjusted"),
+            p_text,
+            "of that difference, adjusted for the table",
+            place=COMPARED + (name == "best"),
+            small_first=True,
+        ),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- the columns
+
+RANK = Column("rank", "#", meaning="rank by accuracy", place=RANKING, small_first=True, always=True, mlflow="rank")
 METHOD = Column(
-    "method", lambda row: row.label + (" *" if row.pareto else ""), lambda row: row.label, "and what sets the row apart"
+    "label",
+    "method",
+    lambda row: row.label,
+    text=lambda row: row.label + (" *" if row.pareto else ""),
+    meaning="and what sets the row apart",
+    place=RANKING + 1,
+    data=False,
+    always=True,
+    words=True,
 )
 STATUS = Column(
     "status",
-    lambda row: row.status.replace("_", " "),
-    lambda row: row.status,
-    "finished, or what became of the row; partial: not every seed, or not every task",
+    "status",
+    form=lambda status: str(status).replace("_", " "),
+    meaning="finished, or what became of the row; partial: not every seed, or not every task",
+    place=END,
+    always=True,
+    words=True,
 )
-RESULTS: tuple[Column, ...] = (
-    RANK,
+# JSON and CSV have them in this order, which programs may rely on; tables for people are ordered by ``place``.
+COLUMNS: tuple[Column, ...] = (
     METHOD,
+    RANK,
+    Column("method"),
+    Column("model", mlflow="model"),
+    Column("suite", mlflow="suite"),
     Column(
+        "accuracy",
         "acc. %",
-        _accuracy,
-        lambda row: row.accuracy,
-        "accuracy, the mean over tasks of the means over seeds; ±: standard deviation over seeds",
+        form=percent,
+        text=_accuracy,
+        meaning="accuracy, the mean over tasks of the means over seeds; ±: standard deviation over seeds",
+        place=RANKING + 10,
+        share=True,
+        mlflow="accuracy %",
+        always=True,
     ),
     Column(
+        "interval",
         "95 %",
-        lambda row: limits(row.accuracy_low, row.accuracy_high),
         lambda row: row.accuracy_low,
-        "interval over questions (Wilson; of an average, Newcombe's combination)",
+        text=lambda row: limits(row.accuracy_low, row.accuracy_high),
+        plain=lambda row: limits(row.accuracy_low, row.accuracy_high).strip(NONE),
+        meaning="interval over questions (Wilson; of an average, Newcombe's combination)",
+        place=RANKING + 10,
+        sortable=False,
+        data=False,
     ),
+    Column("accuracy_low"),
+    Column("accuracy_high"),
+    Column("tasks", sortable=False),
     Column(
-        "vs full",
-        lambda row: percent(row.difference_to_full, sign=True),
-        lambda row: row.difference_to_full,
-        "difference to full fine-tuning on the same questions, in percentage points",
-    ),
-    Column(
-        "p",
-        lambda row: p_text(row.p_adjusted),
-        lambda row: row.p_adjusted,
-        "of that difference, adjusted for the table",
-    ),
-    Column(
-        "vs best",
-        lambda row: percent(row.difference_to_best, sign=True),
-        lambda row: row.difference_to_best,
-        "difference to the first row on the same questions, in percentage points",
-    ),
-    Column(
-        "p best",
-        lambda row: p_text(row.p_adjusted_to_best),
-        lambda row: row.p_adjusted_to_best,
-        "of that difference, adjusted for the table",
-    ),
-    Column(
-        "p for",
-        _scope,
-        _scope,
-        "what the differences and p-values speak of: any seeds and questions, or questions and these runs alone",
-    ),
-    Column(
+        "peak_allocated_gib",
         "alloc. GiB",
-        lambda row: significant(row.peak_allocated_gib),
-        lambda row: row.peak_allocated_gib,
-        "peak memory that tensors took on the device, the most of all seeds",
+        form=gib,
+        meaning="peak memory that tensors took on the device, the most of all seeds",
+        place=COST,
+        small_first=True,
+        mlflow="peak GiB",
     ),
     Column(
-        "tok/s", lambda row: number(row.tokens_per_second, 0), lambda row: row.tokens_per_second, "non-padding tokens"
-    ),
-    Column(
-        "min",
-        lambda row: number(row.train_s, 1, 1 / 60),
-        lambda row: row.train_s,
-        "minutes of training, a mean over seeds",
-    ),
-    Column("seeds", lambda row: str(len(row.seeds)), lambda row: len(row.seeds), "that finished"),
-)
-DETAILS: tuple[Column, ...] = (
-    Column(
-        "clean %",
-        lambda row: percent(row.accuracy_clean),
-        lambda row: row.accuracy_clean,
-        "average over the tasks whose test questions are not in the training data of any row",
-    ),
-    Column(
-        "norm. %",
-        lambda row: percent(row.accuracy_normalised),
-        lambda row: row.accuracy_normalised,
-        "average of (accuracy - chance) / (1 - chance): 0 is guessing, 100 perfect",
-    ),
-    Column(
+        "peak_reserved_gib",
         "resrv. GiB",
-        lambda row: significant(row.peak_reserved_gib),
-        lambda row: row.peak_reserved_gib,
-        "peak memory reserved by the allocator (CUDA) or resident in the process (CPU)",
+        form=gib,
+        meaning="peak memory reserved by the allocator (CUDA) or resident in the process (CPU)",
+        place=DETAILS + 20,
+        small_first=True,
     ),
     Column(
+        "host_pinned_gib",
         "pinned GiB",
-        lambda row: significant(row.host_pinned_gib),
-        lambda row: row.host_pinned_gib,
-        "host memory of offloaded optimizer states",
+        form=gib,
+        meaning="host memory of offloaded optimizer states",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="host GiB",
     ),
     Column(
+        "tokens_per_second",
+        "tok/s",
+        form=lambda speed: number(speed, 0),
+        meaning="non-padding tokens",
+        place=COST,
+        mlflow="tokens/s",
+    ),
+    Column(
+        "train_s",
+        "min",
+        form=lambda seconds: number(seconds, 1, 1 / 60),
+        meaning="minutes of training, a mean over seeds",
+        place=COST,
+        small_first=True,
+        mlflow="train s",
+    ),
+    Column(
+        "trainable_share",
         "train %",
-        lambda row: number(row.trainable_share, 1, 100),
-        lambda row: row.trainable_share,
-        "most parameters that train at one time",
+        form=percent,
+        meaning="most parameters that train at one time",
+        place=DETAILS + 20,
+        small_first=True,
+        share=True,
+    ),
+    Column("seeds", "seeds", meaning="that finished", place=COST + 1),
+    STATUS,
+    Column("failure", mlflow="reason", plain=lambda row: row.failure or ""),
+    Column("variant"),
+    Column("hardware", mlflow="hardware"),
+    Column("accuracy_std", small_first=True),
+    Column(
+        "accuracy_clean",
+        "clean %",
+        form=percent,
+        meaning="average over the tasks whose test questions are not in the training data of any row",
+        place=DETAILS + 10,
+        share=True,
     ),
     Column(
-        "rows",
-        lambda row: "-" if row.train_rows is None else f"{row.train_rows}{'!' * bool(row.train_rows_dropped)}",
-        lambda row: row.train_rows,
-        "trained on, the least of all seeds; !: others were dropped, a note says why",
+        "accuracy_normalised",
+        "norm. %",
+        form=percent,
+        meaning="average of (accuracy - chance) / (1 - chance): 0 is guessing, 100 perfect",
+        place=DETAILS + 10,
+        share=True,
     ),
+    Column("contaminated", sortable=False),
+    *_comparison("full", "", "p", "full fine-tuning", lambda row: row.to_full),
+    *_comparison("best", "_to_best", "p best", "the first row", lambda row: row.to_best),
+    Column("pareto", mlflow="Pareto"),
+    Column("task_intervals", sortable=False),
     Column(
+        "training_steps",
         "steps",
-        lambda row: f"{row.training_steps}" if row.trained else "-",
-        lambda row: row.training_steps,
-        "optimizer updates; probing comes on top",
+        text=lambda row: f"{row.training_steps}" if row.trained else NONE,
+        meaning="optimizer updates; probing comes on top",
+        place=DETAILS + 40,
+        small_first=True,
     ),
+    Column("batch_size"),
+    Column("train_tokens", small_first=True),
     Column(
+        "learning_rate",
         "lr",
-        lambda row: "-" if row.learning_rate is None else f"{row.learning_rate:.3g}",
-        lambda row: row.learning_rate,
-        "peak learning rate",
+        form=lambda rate: NONE if rate is None else f"{rate:.3g}",
+        meaning="peak learning rate",
+        place=DETAILS + 40,
     ),
-    Column("commit", lambda row: row.commit or "-", lambda row: row.commit, "of grass_ray; +: with changes"),
-    Column("date", lambda row: row.date, lambda row: row.date, "of the last run"),
+    Column("learning_rates_tried"),
+    Column("data_sha256", sortable=False),
+    Column("commit", "commit", meaning="of grass_ray; +: with changes", place=DETAILS + 60, words=True),
+    Column("date", "date", meaning="of the last run", place=DETAILS + 60),
+    Column("run_ids", sortable=False),
+    Column(
+        "p_for",
+        "p for",
+        _scopes,
+        meaning="what the differences and p-values speak of: any seeds and questions, or questions and these "
+        "runs alone",
+        place=COMPARED + 2,
+        sortable=False,
+        data=False,
+        words=True,
+    ),
+    Column("covers_training", get=lambda row: fact(row.to_full, "covers_training")),
+    Column("covers_training_to_best", get=lambda row: fact(row.to_best, "covers_training")),
+    Column(
+        "train_rows",
+        "rows",
+        text=lambda row: NONE if row.train_rows is None else f"{row.train_rows}{'!' * bool(row.train_rows_dropped)}",
+        meaning="trained on, the least of all seeds; !: others were dropped, a note says why",
+        place=DETAILS + 30,
+        mlflow="train rows",
+    ),
+    Column("train_rows_dropped", small_first=True, mlflow="rows dropped"),
+    Column("test", mlflow="test"),
 )
+WORDS = frozenset(column.name for column in COLUMNS if column.words)
+
+
+def task_column(task: str) -> Column:
+    """A task's accuracy."""
+    return Column(
+        task,
+        task,
+        lambda row: row.tasks.get(task),
+        percent,
+        f"accuracy (%) on {TASKS[task].title if task in TASKS else task}",
+        interval=lambda row: row.task_intervals.get(task),
+    )
+
+
+def sort_keys() -> list[str]:
+    """What ``--sort`` takes besides tasks."""
+    return [column.key for column in COLUMNS if column.sortable]
+
+
+def column_of(key: str) -> Column:
+    """The column of a key, or of a task."""
+    return next((column for column in COLUMNS if column.key == key), task_column(key))
 
 
 # --------------------------------------------------------------------------------------------------------- of a table
@@ -194,60 +272,63 @@ DETAILS: tuple[Column, ...] = (
 
 def result_columns(table: LeaderboardTable) -> list[Column]:
     """Ranking, costs and status, as far as they say anything."""
-    return used([*RESULTS, STATUS], table.rows)
+    return _shown(table, lambda column: not DETAILS <= column.place < END)
 
 
 def detail_columns(table: LeaderboardTable) -> list[Column]:
     """What does not fit beside the ranking on a terminal."""
-    return used(DETAILS, table.rows)
+    return _shown(table, lambda column: DETAILS <= column.place < END)
 
 
 def task_columns(table: LeaderboardTable) -> list[Column]:
-    """A column a task, none where there is only one task."""
-
-    def column(task: str) -> Column:
-        title = TASKS[task].title if task in TASKS else task
-        return Column(
-            task, lambda row: percent(row.tasks.get(task)), lambda row: row.tasks.get(task), f"accuracy (%) on {title}"
-        )
-
-    return [column(task) for task in table.tasks] if len(table.tasks) > 1 else []
+    """A column per task; none if there is only one task."""
+    return [task_column(task) for task in table.tasks] if len(table.tasks) > 1 else []
 
 
 def all_columns(table: LeaderboardTable) -> list[Column]:
-    """Every column that says anything."""
-    return [*used([*RESULTS, *DETAILS], table.rows), *task_columns(table), STATUS]
+    """Every column that says anything, the status last."""
+    return [*_shown(table, lambda column: column is not STATUS), *task_columns(table), STATUS]
 
 
-def used(columns: Sequence[Column], rows: Sequence[LeaderboardRow]) -> list[Column]:
-    """The columns that say anything, with number, method, accuracy and status always there."""
-    return [column for column in columns if column.name in _ALWAYS or any(column.cell(row) != "-" for row in rows)]
+def _shown(table: LeaderboardTable, chosen: Callable[[Column], bool]) -> list[Column]:
+    """The chosen columns for people that have a value in some row, and those that are always there."""
+    columns = [column for column in COLUMNS if column.name and chosen(column)]
+    shown = [column for column in columns if column.always or any(column.cell(row) != NONE for row in table.rows)]
+    return sorted(shown, key=lambda column: column.place)
 
 
-# -------------------------------------------------------------------------------------------------------------- notes
+# -------------------------------------------------------------------------------------------------------- for programs
 
 
-def table_notes(table: LeaderboardTable) -> list[str]:
-    """What a reader must know, one sentence each; the budget first."""
-    notes = [table.budget] if table.budget else []
-    notes += table.notes
-    if any(row.pareto for row in table.rows):
-        notes.append("* no other row has both more accuracy and less peak memory")
-    if any(row.accuracy_std is not None for row in table.rows):
-        notes.append("±: standard deviation over seeds; the 95 % interval is over the questions")
-    return notes
+def row_values(row: LeaderboardRow) -> dict[str, Any]:
+    """A row as plain JSON values in a fixed order."""
+    return {column.key: column.raw(row) for column in COLUMNS if column.data}
 
 
-def reasons(table: LeaderboardTable) -> list[str]:
-    """What became of the rows that are not ranked; rows that ended alike together."""
-    ends: dict[str, list[str]] = {}
-    for row in table.rows:
-        if row.rank is None:
-            reason = " ".join((row.failure or "").split())
-            end = row.status.replace("_", " ") + (f" - {reason}" if reason else "")
-            ends.setdefault(end, []).append(row.label)
+def leaderboard_csv(tables: Sequence[LeaderboardTable]) -> str:
+    """One line per row, with three columns per task for its accuracy and limits."""
+    rows = [row_values(row) for table in tables for row in table.rows]
+    tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
     lines = []
-    for end, labels in ends.items():
-        more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
-        lines.append(f"{', '.join(labels[:8])}{more}: {end}")
-    return lines
+    for row in rows:
+        accuracies, intervals = row.pop("tasks"), row.pop("task_intervals")
+        line = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
+        for task in tasks:
+            low, high = intervals.get(task) or (None, None)
+            line[f"eval/{task}/accuracy"] = accuracies.get(task)
+            line |= {f"eval/{task}/accuracy_low": low, f"eval/{task}/accuracy_high": high}
+        lines.append(line)
+    if not lines:
+        return ""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue().rstrip("\n")
+
+
+def overview_rows(tables: Sequence[LeaderboardTable]) -> list[dict[str, Any]]:
+    """The leaderboard as rows of one flat table for MLflow, with the same columns in every row."""
+    named = [(column.name if column.mlflow is None else column.mlflow, column) for column in COLUMNS]
+    named = sorted(((name, column) for name, column in named if name), key=lambda item: item[1].place)
+    return [{name: column.overview(row) for name, column in named} for table in tables for row in table.rows]

@@ -6,7 +6,7 @@
     print(render(tables, "markdown"))                     # grass_ray.results.rendering
 
 One table for each model, suite, hardware and worker count - and for each test, since answers to other questions, or
-read by other rules, cannot be ranked together (:mod:`grass_ray.results.comparable`). One row for each method as
+read by other rules, cannot be ranked together (:mod:`grass_ray.results.compare`). One row for each method as
 configured, over its seeds. Only rows whose every seed finished are ranked; failed, stopped and partly failed ones stay
 below with their reason.
 """
@@ -21,15 +21,21 @@ from datetime import datetime
 from typing import Any
 
 from grass_ray.paths import model_label
-from grass_ray.results.budget import budget_line
-from grass_ray.results.comparable import EVALUATION, Asked, comparable_groups, differences
-from grass_ray.results.lost_rows import lost_rows
-from grass_ray.results.pairing import Difference, collect_answers, compare_answers, scope_notes
+from grass_ray.results.compare import (
+    EVALUATION,
+    Asked,
+    Comparison,
+    adjust,
+    collect_answers,
+    comparable_groups,
+    compare_answers,
+    differences,
+)
+from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
 from grass_ray.results.rows import build_rows, settings_key, training_rows
-from grass_ray.results.statistics import benjamini_hochberg, mean_of_shares
-from grass_ray.tasks.suites import TASKS
+from grass_ray.results.statistics import mean_of_shares
 
 _MOST_DIFFERENCES = 4
 
@@ -78,6 +84,32 @@ class LeaderboardTable:
         for row in self.rows:
             first.setdefault(row.method, row)
         return tuple(first.values())
+
+    @property
+    def all_notes(self) -> list[str]:
+        """What a reader must know, one sentence each; the budget first."""
+        notes = [self.budget] if self.budget else []
+        notes += self.notes
+        if any(row.pareto for row in self.rows):
+            notes.append("* no other row has both more accuracy and less peak memory")
+        if any(row.accuracy_std is not None for row in self.rows):
+            notes.append("±: standard deviation over seeds; the 95 % interval is over the questions")
+        return notes
+
+    @property
+    def reasons(self) -> list[str]:
+        """What became of the rows that are not ranked; rows that ended alike together."""
+        ends: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.rank is None:
+                reason = " ".join((row.failure or "").split())
+                end = row.status.replace("_", " ") + (f" - {reason}" if reason else "")
+                ends.setdefault(end, []).append(row.label)
+        lines = []
+        for end, labels in ends.items():
+            more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+            lines.append(f"{', '.join(labels[:8])}{more}: {end}")
+        return lines
 
 
 def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
@@ -147,7 +179,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     rows = [replace(row, test=test.name) for row in build_rows(groups)]
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
-    rows, tests = _compare(rows, groups)
+    rows = _compare(rows, groups)
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
@@ -158,7 +190,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
         evaluation={key: config["evaluation"].get(key) for key in EVALUATION}
         | {"template": config["data"].get("template")},
         rows=tuple(_ranked(_pareto(rows))),
-        notes=(*lost, *_notes(rows, tests)),
+        notes=(*lost, *comparison_notes(rows)),
         warnings=tuple(lost),
         budget=budget_line(rows, records),
         test=test,
@@ -188,63 +220,33 @@ def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
 # ------------------------------------------------------------------------------------------- comparing and ranking
 
 
-def _compare(
-    rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]
-) -> tuple[list[LeaderboardRow], set[str]]:
-    """Differences to the best ``full`` row and to the best row, per question; and the names of the tests used."""
+def _compare(rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
+    """Compare each ranked row with the best ``full`` row and with the best row, question by question."""
     ranked = [index for index, row in enumerate(rows) if row.is_ranked]
     if len(ranked) < 2:
-        return list(rows), set()
+        return list(rows)
 
     def place(index: int) -> tuple[float, str]:
         return -(rows[index].accuracy or 0.0), rows[index].label
 
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
-    to_full, to_best = _differences(ranked, groups, full, best)
-    tests = {str(found.test) for found in (*to_full.values(), *to_best.values())}
-    adjusted, adjusted_to_best = _adjust(to_full), _adjust(to_best)
-    compared = []
-    for index, row in enumerate(rows):
-        if index in to_full:
-            row = replace(row, **_fields(to_full[index], "", "full"), p_adjusted=adjusted[index])
-        if index in to_best:
-            row = replace(
-                row, **_fields(to_best[index], "_to_best", "best"), p_adjusted_to_best=adjusted_to_best[index]
-            )
-        compared.append(row)
-    return compared, tests
+    to_full, to_best = _comparisons(ranked, groups, full, best)
+    return [replace(row, to_full=to_full.get(index), to_best=to_best.get(index)) for index, row in enumerate(rows)]
 
 
-def _differences(
+def _comparisons(
     ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], *references: int | None
-) -> list[dict[int, Difference]]:
-    """For each reference row the differences of all other ranked rows to it; answers of one row at a time."""
+) -> list[dict[int, Comparison]]:
+    """For each reference row the comparisons of all other ranked rows with it; answers of one row at a time."""
     theirs = {index: collect_answers(groups[index]) for index in references if index is not None}
-    found: dict[int, dict[int, Difference]] = {reference: {} for reference in theirs}
+    found: dict[int, dict[int, Comparison]] = {reference: {} for reference in theirs}
     for index in ranked:
         own = theirs.get(index) or collect_answers(groups[index])
         for reference in found:
-            if index != reference and (difference := compare_answers(own, theirs[reference])) is not None:
-                found[reference][index] = difference
-    return [{} if reference is None else found[reference] for reference in references]
-
-
-def _adjust(found: Mapping[int, Difference]) -> dict[int, float]:
-    adjusted = benjamini_hochberg([difference.p_value for difference in found.values()])
-    return dict(zip(found, adjusted, strict=True))
-
-
-def _fields(found: Difference, suffix: str, name: str) -> dict[str, Any]:
-    """What a row says about one difference."""
-    key = f"difference_to_{name}"
-    limits = {f"{key}_low": found.low, f"{key}_high": found.high}
-    return {
-        key: found.value,
-        **limits,
-        f"p_value{suffix}": found.p_value,
-        f"covers_training{suffix}": found.covers_training,
-    }
+            if index != reference and (comparison := compare_answers(own, theirs[reference])) is not None:
+                found[reference][index] = comparison
+    return [{} if reference is None else adjust(found[reference]) for reference in references]
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
@@ -272,43 +274,3 @@ def _ranked(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
         ranks.setdefault(row.accuracy, place)
     below = sorted((row for row in rows if not row.is_ranked), key=lambda row: (-len(row.seeds), row.label))
     return [replace(row, rank=ranks[row.accuracy]) for row in ranked] + below
-
-
-def _notes(rows: Sequence[LeaderboardRow], tests: set[str]) -> list[str]:
-    notes = []
-    if tests:
-        named = {
-            "exact McNemar": "exact McNemar",
-            "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
-            "two-level t": "two-level t-test over seeds and questions",
-        }
-        against = (
-            "against full and against the best row"
-            if any(row.p_value is not None for row in rows)
-            else ("against the best row")
-        )
-        notes.append(
-            f"p: {' or '.join(named[test] for test in sorted(tests))} {against}, on the same questions, "
-            "Benjamini-Hochberg over this table"
-        )
-        notes += scope_notes(covers for row in rows for covers in (row.covers_training, row.covers_training_to_best))
-        notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
-    notes += _contamination(rows)
-    return notes
-
-
-def _contamination(rows: Sequence[LeaderboardRow]) -> list[str]:
-    """What must be said of rows that trained on test questions: which tasks, and the average without them."""
-    found: defaultdict[tuple[str, ...], list[LeaderboardRow]] = defaultdict(list)
-    for row in rows:
-        if row.contaminated:
-            found[tuple(row.contaminated)].append(row)
-    trained = [row for row in rows if row.trained and row.tasks]
-    notes = []
-    for tasks, those in found.items():
-        titles = ", ".join(TASKS[task].title for task in tasks)
-        who = "" if len(those) == len(trained) else f" of {', '.join(row.label for row in those)}"
-        clean = [f"{row.label} {100 * row.accuracy_clean:.1f}" for row in those if row.accuracy_clean is not None]
-        without = f"; average without them: {', '.join(clean)}" if clean else ""
-        notes.append(f"the training data{who} contains test questions of {titles}{without}")
-    return notes

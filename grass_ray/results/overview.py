@@ -16,16 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.figures.colours import colour_of
+from grass_ray.results.columns import column_of, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
+from grass_ray.results.figures.style import style_of
+from grass_ray.results.formats import limits, markdown_text, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
-from grass_ray.results.pairing import scope
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rendering import Format, render
+from grass_ray.results.rendering import Format, markdown_rows, render
 from grass_ray.results.tracking import Tracker
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
+_DESCRIBED = (
+    *("rank", "label", "accuracy", "interval", "difference_to_full", "peak_allocated_gib", "tokens_per_second"),
+    *("seeds", "status"),
+)
 _FORMS: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
 _LEAST_PAUSE_S = 5.0
 _DPI = 150
@@ -75,9 +80,9 @@ class Overview:
         self._tracker.show_sweep(
             self._run_id,
             note=describe_sweep(self._question, tables, done=len(records), num_trials=self._num_trials),
-            table=ranking(tables),
+            table=overview_rows(tables),
             files=sorted(path for path in self.folder.iterdir() if path.is_file()),
-            tags={} if best is None else {"best": f"{best.label}: {100 * _accuracy(best):.1f} %"},
+            tags={} if best is None else {"best": f"{best.label}: {percent(best.accuracy)} %"},
         )
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
         # drawing must not take more than a tenth of the driver's time, however many trials end at once
@@ -96,46 +101,12 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
 # ------------------------------------------------------------------------------------------------ table and description
 
 
-def ranking(tables: Sequence[LeaderboardTable]) -> list[dict[str, Any]]:
-    """The leaderboard as rows of one flat table, accuracies in percent, with the same columns in every row."""
-    return [_cells(table, row) for table in tables for row in table.rows]
-
-
-def _cells(table: LeaderboardTable, row: LeaderboardRow) -> dict[str, Any]:
-    def percent(share: float | None) -> float | None:
-        return None if share is None else round(100 * share, 2)
-
-    return {
-        "rank": row.rank,
-        "method": row.label,
-        "accuracy %": percent(row.accuracy),
-        "95 %": _limits(row),
-        "status": row.status,
-        "vs full": percent(row.difference_to_full),
-        "p": row.p_adjusted,
-        "p for": scope(row.covers_training),
-        "Pareto": row.pareto,
-        "peak GiB": row.peak_allocated_gib,
-        "host GiB": row.host_pinned_gib,
-        "tokens/s": row.tokens_per_second,
-        "train s": row.train_s,
-        "seeds": len(row.seeds),
-        "reason": row.failure or "",
-        "train rows": row.train_rows,
-        "rows dropped": row.train_rows_dropped,
-        "test": row.test,
-        "model": row.model,
-        "suite": row.suite,
-        "hardware": table.hardware,
-        "commit": row.commit,
-    }
-
-
 def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
     """The sweep in Markdown, at most ``LONGEST_NOTE`` characters: lower rows are left out where it would be longer."""
     best = next((row for table in tables for row in table.rows if row.rank == 1), None)
-    found = "" if best is None or len(tables) > 1 else f"Best: **{_words(best.label)}**, {_interval(best)} %. "
-    head = f"{found}{done} of {num_trials} trials have ended.\n\n{_words(question)}"  # MLflow folds what comes after
+    found = "" if best is None or len(tables) > 1 else f"Best: **{markdown_text(best.label)}**, {_interval(best)} %. "
+    # MLflow folds what comes after the first lines
+    head = f"{found}{done} of {num_trials} trials have ended.\n\n{markdown_text(question)}"
     longest = max((len(table.rows) for table in tables), default=0)
     for shown in range(longest, 0, -1):
         text = "\n\n".join([head, *(_table(table, shown) for table in tables)])
@@ -145,50 +116,21 @@ def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: i
 
 
 def _table(table: LeaderboardTable, shown: int) -> str:
-    lines = [
-        f"**{_words(table.title)}**\n",
-        "| # | method | accuracy % (95 %) | vs full | peak GiB | tok/s | seeds | status |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in table.rows[:shown]:
-        cells = [
-            "-" if row.rank is None else str(row.rank),
-            _words(row.label) + (" \\*" if row.pareto else ""),
-            _interval(row),
-            "-" if row.difference_to_full is None else f"{100 * row.difference_to_full:+.1f}",
-            "-" if row.peak_allocated_gib is None else f"{row.peak_allocated_gib:.3g}",
-            "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
-            str(len(row.seeds)),
-            _words(row.status),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    rows, columns = table.rows[:shown], [column_of(key) for key in _DESCRIBED]
+    lines = [f"**{markdown_text(table.title)}**\n", *markdown_rows(columns, rows)]
     if len(table.rows) > shown:
         lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
-    lines += [f"\n{_words(warning)}" for warning in table.warnings]
-    if any(row.covers_training is False for row in table.rows[:shown]):
+    lines += [f"\n{markdown_text(warning)}" for warning in table.warnings]
+    if any(row.to_full is not None and not row.to_full.covers_training for row in rows):
         lines.append("\nvs full speaks of these runs alone where a side has one seed")
-    if any(row.pareto for row in table.rows[:shown]):
+    if any(row.pareto for row in rows):
         lines.append("\n\\* no other row has both more accuracy and less peak memory")
     return "\n".join(lines)
 
 
-def _limits(row: LeaderboardRow) -> str:
-    if row.accuracy_low is None or row.accuracy_high is None:
-        return ""
-    return f"{100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f}"
-
-
 def _interval(row: LeaderboardRow) -> str:
-    if row.accuracy is None:
-        return "-"
-    limits = _limits(row)
-    return f"{100 * row.accuracy:.1f}" + (f" ({limits})" if limits else "")
-
-
-def _words(text: str) -> str:
-    for mark in "\\|*_`#[<":
-        text = text.replace(mark, "\\" + mark)
-    return " ".join(text.split())
+    known = row.accuracy_low is not None and row.accuracy_high is not None
+    return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "")
 
 
 def _accuracy(row: LeaderboardRow) -> float:
@@ -220,7 +162,7 @@ def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow
     for place, row in enumerate(rows):
         accuracy = 100 * _accuracy(row)
         low, high = (accuracy if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
-        axes.barh(place, accuracy, color=colour_of(row.method), height=0.66, alpha=0.85)
+        axes.barh(place, accuracy, color=style_of(row.method).colour, height=0.66, alpha=0.85)
         spread = [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]]
         axes.errorbar(accuracy, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
         axes.annotate(

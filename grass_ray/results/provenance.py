@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grass_ray.config import RunConfig, to_json, whole_file
-from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
+from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
-from grass_ray.training.report import GIB, Engagement, RunOutcome
+from grass_ray.training.report import GIB, LayerTrace, RunOutcome
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "lm_eval", "grass_ray")
 _SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
@@ -167,7 +167,7 @@ def build_record(
         metrics={} if outcome is None else {key: float(value) for key, value in outcome.metrics.items()},
         series={} if outcome is None else {key: list(points) for key, points in outcome.series.items()},
         tasks={} if outcome is None else {name: _score(result) for name, result in outcome.tasks.items()},
-        layers=None if outcome is None or outcome.engagement is None else _history(outcome.engagement),
+        layers=None if outcome is None else outcome.layers,
         data={} if outcome is None else dict(outcome.data),
         hardware=hardware_name or hardware(),
         world_size=world_size,
@@ -197,29 +197,12 @@ def _score(result: EvaluationResult) -> TaskScore:
     )
 
 
-def _history(engagement: Engagement) -> LayerHistory:
-    return LayerHistory(
-        num_layers=engagement.num_layers,
-        units=list(engagement.units),
-        total_parameters=engagement.total_parameters,
-        trainable_parameters=engagement.trainable_parameters,
-        trainable_share=engagement.trainable_share,
-        intervals=list(engagement.intervals),
-        refreshes=list(engagement.refreshes),
-        ages=list(engagement.ages),
-        visits=list(engagement.visits),
-        only_active_layers_changed=engagement.only_active_layers_changed,
-        resident_state_bytes=engagement.resident_state_bytes,
-        host_state_bytes=engagement.host_state_bytes,
-    )
-
-
-def write_engagement(folder: str | Path, engagement: Engagement | None) -> None:
-    """Write what layer-wise training did, as ``engagement.json`` and ``engagement.txt``; nothing where it is None."""
-    if engagement is not None:
-        values = to_json(engagement, indent=1)
+def write_layer_trace(folder: str | Path, trace: LayerTrace | None) -> None:
+    """Write which layers trained when, as ``engagement.json`` and ``engagement.txt``; nothing if it is None."""
+    if trace is not None:
+        values = to_json(trace.model_dump(), indent=1)
         (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")
-        (Path(folder) / "engagement.txt").write_text(engagement.describe() + "\n", encoding="utf-8")
+        (Path(folder) / "engagement.txt").write_text(trace.describe() + "\n", encoding="utf-8")
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:

@@ -20,14 +20,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grass_ray.config import ConfigError, whole_file
+from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
-
-TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
-PHASE = "step/phase"  # PROBE or TRAIN
-TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing
-STALL_S = "step/stall_s"  # seconds that the step waited for optimizer states to move
-PROBE, TRAIN = 0.0, 1.0
 
 
 class RecordPart(BaseModel):
@@ -53,25 +48,6 @@ class TaskScore(RecordPart):
         if not self.num_examples == len(self.correct) == len(self.example_ids):
             raise ValueError("num_examples, correct and example_ids do not agree")
         return self
-
-
-class LayerHistory(RecordPart):
-    """What the sampler did (see grass_ray.training.report.Engagement)."""
-
-    num_layers: int
-    units: list[str] = Field(default_factory=list, description="what the sampler picked from, in the order of visits")
-    total_parameters: int
-    trainable_parameters: int
-    trainable_share: float
-    intervals: list[tuple[int, tuple[int, ...]]]
-    refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]]
-    ages: list[tuple[int, tuple[float, ...]]] = Field(
-        default_factory=list, description="(step, steps since each unit's importance was last measured) at refreshes"
-    )
-    visits: list[int]
-    only_active_layers_changed: bool
-    resident_state_bytes: int
-    host_state_bytes: int
 
 
 class LineageStep(RecordPart):
@@ -109,7 +85,7 @@ class RunRecord(RecordPart):
         default_factory=dict, description="(step, value) pairs; steps count probing and training together, from 1"
     )
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
-    layers: LayerHistory | None = None
+    layers: LayerTrace | None = None
     data: dict[str, Any] = Field(default_factory=dict, description="files, hashes, row counts, truncation counts")
     hardware: str
     world_size: int = 1

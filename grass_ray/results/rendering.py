@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from html import escape
 from typing import Literal
 
 from rich import box
@@ -19,20 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from grass_ray.config import to_json
+from grass_ray.results.column import Column
 from grass_ray.results.columns import (
     METHOD,
     RANK,
     WORDS,
-    Column,
     all_columns,
     detail_columns,
-    reasons,
+    leaderboard_csv,
     result_columns,
-    table_notes,
+    row_values,
     task_columns,
 )
+from grass_ray.results.formats import markdown_table, markdown_text
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
-from grass_ray.results.leaderboard_csv import leaderboard_csv
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sweep_comparison import (
     COMPARISON_HEADER,
@@ -62,7 +61,7 @@ def render(
         records: what the tables were made of; ``html`` draws its pictures from them.
     """
     if format == "json":
-        rows = [row.to_dict() for table in tables for row in table.rows]
+        rows = [row_values(row) for table in tables for row in table.rows]
         return to_json(rows, indent=2)
     if format == "csv":
         return leaderboard_csv(tables)
@@ -88,8 +87,8 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
 
         return render_comparison_page(title, COMPARISON_HEADER, cells, notes)
     if format == "markdown":
-        lines = [f"### {_markdown_text(title)}", "", *_markdown_table(COMPARISON_HEADER, cells), ""]
-        return "\n".join([*lines, *(f"- {_markdown_text(note)}" for note in notes)])
+        lines = [f"### {markdown_text(title)}", "", *markdown_table(COMPARISON_HEADER, cells, WORDS), ""]
+        return "\n".join([*lines, *(f"- {markdown_text(note)}" for note in notes)])
     return _print(title, [_grid(COMPARISON_HEADER, cells)] if cells else [], notes, width)
 
 
@@ -106,7 +105,7 @@ def _terminal(table: LeaderboardTable, width: int) -> str:
         _grid([column.name for column in columns], [[column.cell(row) for column in columns] for row in rows])
         for columns, rows in parts
     ]
-    return _print(table.title, grids, reasons(table) + table_notes(table), width)
+    return _print(table.title, grids, table.reasons + table.all_notes, width)
 
 
 def _print(title: str, grids: Sequence[Table], lines: Sequence[str], width: int) -> str:
@@ -134,21 +133,13 @@ def _grid(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return grid
 
 
+def markdown_rows(columns: Sequence[Column], rows: Sequence[LeaderboardRow]) -> list[str]:
+    """The lines of a Markdown table with these columns."""
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return markdown_table([column.name for column in columns], cells, WORDS)
+
+
 def _markdown(table: LeaderboardTable) -> str:
-    columns = all_columns(table)
-    cells = [[column.cell(row) for column in columns] for row in table.rows]
-    lines = [f"### {_markdown_text(table.title)}", "", *_markdown_table([column.name for column in columns], cells)]
-    lines += ["", *(f"- {_markdown_text(note)}" for note in reasons(table) + table_notes(table))]
+    lines = [f"### {markdown_text(table.title)}", "", *markdown_rows(all_columns(table), table.rows)]
+    lines += ["", *(f"- {markdown_text(note)}" for note in table.reasons + table.all_notes)]
     return "\n".join(lines).rstrip()
-
-
-def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(_markdown_text(name) for name in names) + " |"]
-    lines.append("|" + "|".join(" --- " if name in WORDS else " ---: " for name in names) + "|")
-    return lines + ["| " + " | ".join(_markdown_text(cell) for cell in row) + " |" for row in rows]
-
-
-def _markdown_text(text: str) -> str:
-    for mark in "\\|*_`#[":
-        text = text.replace(mark, "\\" + mark)
-    return escape(" ".join(text.split()), quote=False)

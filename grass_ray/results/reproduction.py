@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grass_ray.results.record import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerHistory, RunRecord, TaskScore
+from grass_ray.results.record import RunRecord, TaskScore
+from grass_ray.training.report import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Point = tuple[int, float]
 Answers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
@@ -147,7 +148,7 @@ def _mean(points: Sequence[Point]) -> float | None:
     return sum(value for _, value in points) / len(points) if points else None
 
 
-def _layers(old: LayerHistory | None, new: LayerHistory | None) -> list[Check]:
+def _layers(old: LayerTrace | None, new: LayerTrace | None) -> list[Check]:
     if old is None or new is None:
         return [Check(what="layers", agrees=False, detail="recorded for only one of the two")]
     checks = []

@@ -11,10 +11,11 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from grass_ray.results.compare import Comparison
 from grass_ray.results.record import RunRecord
 from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
@@ -34,9 +35,9 @@ class LeaderboardRow:
     time and tokens the mean. ``variant`` says what tells this row from others of its method; ``seeds`` lists the
     finished seeds. ``status`` is the seeds' common one, or ``partial`` when they differ.
 
-    ``difference_to_full`` and ``difference_to_best`` are per question (:mod:`grass_ray.results.pairing` says how),
-    with 95 % limits and p-values, adjusted (Benjamini-Hochberg) over the table. ``covers_training`` tells whether they
-    cover other trainings, too, or speak of these ones alone (one seed on a side). ``task_intervals`` are Wilson's.
+    ``to_full`` and ``to_best`` compare the row with the best ``full`` row and with the best row, question by question
+    (:mod:`grass_ray.results.compare`); None for that row itself, and where nothing can be compared.
+    ``task_intervals`` are Wilson's.
     ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean`` leaves
     them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where tasks have options.
     ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them. ``train_rows`` are
@@ -67,16 +68,8 @@ class LeaderboardRow:
     accuracy_clean: float | None
     accuracy_normalised: float | None = None
     contaminated: list[str]
-    difference_to_full: float | None = None
-    difference_to_full_low: float | None = None
-    difference_to_full_high: float | None = None
-    p_value: float | None = None
-    p_adjusted: float | None = None
-    difference_to_best: float | None = None
-    difference_to_best_low: float | None = None
-    difference_to_best_high: float | None = None
-    p_value_to_best: float | None = None
-    p_adjusted_to_best: float | None = None
+    to_full: Comparison | None = None
+    to_best: Comparison | None = None
     pareto: bool = False
     task_intervals: dict[str, tuple[float, float]]
     training_steps: int
@@ -88,8 +81,6 @@ class LeaderboardRow:
     commit: str | None
     date: str
     run_ids: list[str]
-    covers_training: bool | None = None
-    covers_training_to_best: bool | None = None
     train_rows: int | None = None
     train_rows_dropped: int | None = None
     test: str | None = None
@@ -108,10 +99,6 @@ class LeaderboardRow:
     def trained(self) -> bool:
         """Whether anything was to be trained; the untrained model is the floor of a table."""
         return self.training_steps > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values in a fixed order; a number that is not one becomes None."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
 
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
@@ -352,11 +339,3 @@ def _mean(values: Sequence[float]) -> float | None:
 def _commit(group: Sequence[RunRecord]) -> str | None:
     commits = {f"{record.git_commit[:9]}{'+' if record.git_dirty else ''}" for record in group if record.git_commit}
     return ", ".join(sorted(commits)) or None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value

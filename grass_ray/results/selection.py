@@ -12,7 +12,6 @@ differences and p-values stay those of the whole table, so that hiding rows chan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,20 +19,13 @@ from datetime import datetime
 from grass_ray.config import ConfigError
 from grass_ray.methods import unknown
 from grass_ray.paths import model_label
+from grass_ray.results.columns import column_of, sort_keys
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow
 from grass_ray.tasks.suites import SUITES, TASKS
 
 STATUSES = ("finished", "partial", "failed", "out_of_memory", "stopped")
-# columns whose small values are good; the others begin with their largest
-_SMALL_FIRST = frozenset(
-    {"rank", "peak_allocated_gib", "peak_reserved_gib", "host_pinned_gib", "train_s", "trainable_share", "accuracy_std"}
-    | {"p_value", "p_adjusted", "p_value_to_best", "p_adjusted_to_best", "training_steps", "train_tokens"}
-    | {"train_rows_dropped"}
-)
-_UNSORTABLE = frozenset({"tasks", "run_ids", "data_sha256", "contaminated"})
-SORT_KEYS = tuple(key for key in ("label", *LeaderboardRow.__dataclass_fields__) if key not in _UNSORTABLE)
 
 
 def merge_records(stores: Iterable[Sequence[RunRecord]]) -> list[RunRecord]:
@@ -107,8 +99,8 @@ class Selection:
         tasks = list(dict.fromkeys([*TASKS, *(task for record in records for task in record.config["data"]["tasks"])]))
         mistakes = [unknown("suite", name, suites) for name in self.suites if name not in suites]
         mistakes += [unknown("task", name, tasks) for name in self.tasks if name not in tasks]
-        if self.sort is not None and self.sort not in SORT_KEYS and self.sort not in tasks:
-            mistakes.append(unknown("column", self.sort, [*SORT_KEYS, *tasks]))
+        if self.sort is not None and self.sort not in (known := [*sort_keys(), *tasks]):
+            mistakes.append(unknown("column", self.sort, known))
         if mistakes:
             raise ConfigError("; ".join(mistakes))
 
@@ -153,18 +145,10 @@ class Selection:
 
     def _sorted(self, rows: Sequence[LeaderboardRow], key: str) -> list[LeaderboardRow]:
         """Sorted with what is best first, rows without the value last either way."""
-        values = [(_value(row, key), row) for row in rows]
+        column = column_of(key)
+        values = [(column.value(row), row) for row in rows]
         known = [(value, row) for value, row in values if value is not None]
         words = any(isinstance(value, str) for value, _ in known)
-        descending = not words and key not in _SMALL_FIRST
+        descending = not words and not column.small_first
         known.sort(key=lambda item: item[0], reverse=descending != self.reverse)  # stable: ties keep the ranking
         return [row for _, row in known] + [row for value, row in values if value is None]
-
-
-def _value(row: LeaderboardRow, key: str) -> float | str | None:
-    found = getattr(row, key) if key in SORT_KEYS else row.tasks.get(key)
-    if isinstance(found, list):
-        return float(len(found))
-    if isinstance(found, bool | int | float):
-        return float(found) if math.isfinite(found) else None
-    return found if isinstance(found, str) else None

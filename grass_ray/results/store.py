@@ -26,8 +26,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
 
 from grass_ray.config import ConfigError
+from grass_ray.process import environment
 from grass_ray.results.provenance import redact
-from grass_ray.results.record import TOKENS, RunRecord
+from grass_ray.results.record import RunRecord
+from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -199,16 +201,8 @@ def impatient(timeout_s: int) -> Iterator[None]:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
+    with environment(wanted):
         yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def load_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> list[RunRecord]:

@@ -7,7 +7,7 @@
 
 A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, and where that finds no
 partner by method, when each side has one such row left; only rows that were tested alike are
-(:mod:`grass_ray.results.comparable`). Differences are B minus A.
+(:mod:`grass_ray.results.compare`). Differences are B minus A.
 """
 
 from __future__ import annotations
@@ -16,18 +16,33 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grass_ray.config import ConfigError
-from grass_ray.results.comparable import Asked, comparable_groups, differences, same_test_key
+from grass_ray.results.compare import (
+    Answers,
+    Asked,
+    Comparison,
+    adjust,
+    collect_answers,
+    comparable_groups,
+    compare_answers,
+    differences,
+    fact,
+    same_test_key,
+)
+from grass_ray.results.formats import limits, p_text, percent, points, scope, times
 from grass_ray.results.leaderboard import seed_groups
-from grass_ray.results.pairing import Answers, collect_answers, compare_answers, scope, scope_notes
+from grass_ray.results.notes import scope_notes
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow, build_rows, settings
-from grass_ray.results.statistics import benjamini_hochberg
 
 _SHOWN_SETTINGS = 4
+# what the JSON of a row says of its comparison, and under which name
+_FACTS = {"difference": "value"} | {
+    name: name for name in ("low", "high", "p_value", "p_adjusted", "test", "covers_training")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +68,7 @@ class ComparisonRow:
     suite: str
     first: float | None
     second: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p_value: float | None
-    p_adjusted: float | None
-    test: str | None
-    covers_training: bool | None
+    comparison: Comparison | None
     questions: int
     only_first: int
     only_second: int
@@ -69,6 +78,15 @@ class ComparisonRow:
     second_status: str
     settings: list[str]
     changes: list[Change]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, those of the comparison among the others."""
+        found = {key: fact(self.comparison, name) for key, name in _FACTS.items()}
+        values = asdict(self)
+        before = list(values).index("comparison")
+        del values["comparison"]
+        items = list(values.items())
+        return dict([*items[:before], *found.items(), *items[before:]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +102,8 @@ class SweepComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        rows = [row.to_dict() for row in self.rows]
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"rows": rows}
 
 
 def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> SweepComparison:
@@ -102,10 +121,9 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
     ours, theirs = (_Side(side, tests) for side in chosen)
     pairs = _match(ours, theirs)
     rows = [_compare(ours, own, theirs, other) for own, other in pairs]
-    found = [index for index, row in enumerate(rows) if row.p_value is not None]
-    adjusted = dict(zip(found, benjamini_hochberg([rows[index].p_value or 0.0 for index in found]), strict=True))
-    rows = [_replace(row, p_adjusted=adjusted.get(index)) for index, row in enumerate(rows)]
-    rows.sort(key=lambda row: (row.difference is None, -(row.difference or 0.0), row.label))
+    adjusted = adjust({index: row.comparison for index, row in enumerate(rows) if row.comparison is not None})
+    rows = [replace(row, comparison=adjusted.get(index)) for index, row in enumerate(rows)]
+    rows.sort(key=lambda row: (row.comparison is None, -(fact(row.comparison, "value") or 0.0), row.label))
     return SweepComparison(
         first=first,
         second=second,
@@ -184,7 +202,6 @@ def _by_key(side: _Side, taken: set[int], whole: bool) -> dict[str, list[int]]:
 def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow:
     left, right = first.rows[own], second.rows[other]
     answers = collect_answers(first.groups[own]), collect_answers(second.groups[other])
-    found = compare_answers(answers[1], answers[0])
     changes, questions = _changes(*answers)
     same_machine = left.hardware == right.hardware
     before, after = settings(first.groups[own][0]), settings(second.groups[other][0])
@@ -195,13 +212,7 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         suite=left.suite,
         first=left.accuracy,
         second=right.accuracy,
-        difference=None if found is None else found.value,
-        low=None if found is None else found.low,
-        high=None if found is None else found.high,
-        p_value=None if found is None else found.p_value,
-        p_adjusted=None,
-        test=None if found is None else found.test,
-        covers_training=None if found is None else found.covers_training,
+        comparison=compare_answers(answers[1], answers[0]),
         questions=questions,
         only_first=sum(change.first > change.second for change in changes),
         only_second=sum(change.first < change.second for change in changes),
@@ -231,41 +242,22 @@ def _ratio(value: float | None, reference: float | None) -> float | None:
     return value / reference if value is not None and reference else None
 
 
-def _replace(row: ComparisonRow, **fields: Any) -> ComparisonRow:
-    return ComparisonRow(**{name: getattr(row, name) for name in row.__dataclass_fields__} | fields)
-
-
 # ------------------------------------------------------------------------------------------------------------ as text
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f}"
-
-
-def _limits(row: ComparisonRow) -> str:
-    return "-" if row.low is None or row.high is None else f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"x{value:.2f}"
 
 
 _COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
     ("method", lambda row: row.label),
-    ("A %", lambda row: _percent(row.first)),
-    ("B %", lambda row: _percent(row.second)),
-    ("B - A", lambda row: _percent(row.difference, "+")),
-    ("95 %", _limits),
-    (
-        "p",
-        lambda row: "-" if row.p_adjusted is None else "<.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}",
-    ),
-    ("p for", lambda row: scope(row.covers_training)),
+    ("A %", lambda row: percent(row.first)),
+    ("B %", lambda row: percent(row.second)),
+    ("B - A", lambda row: points(fact(row.comparison, "value"))),
+    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), sign=True)),
+    ("p", lambda row: p_text(fact(row.comparison, "p_adjusted"))),
+    ("p for", lambda row: scope(fact(row.comparison, "covers_training"))),
     ("only A", lambda row: str(row.only_first)),
     ("only B", lambda row: str(row.only_second)),
     ("asked", lambda row: str(row.questions)),
-    ("memory", lambda row: _times(row.memory_ratio)),
-    ("speed", lambda row: _times(row.speed_ratio)),
+    ("memory", lambda row: times(row.memory_ratio)),
+    ("speed", lambda row: times(row.speed_ratio)),
 )
 COMPARISON_HEADER = tuple(name for name, _ in _COLUMNS)
 
@@ -285,9 +277,10 @@ def comparison_cells(comparison: SweepComparison) -> list[list[str]]:
 def comparison_notes(comparison: SweepComparison) -> list[str]:
     """What a reader must know, one sentence each."""
     notes = [f"A: {comparison.first}; B: {comparison.second}; only A, only B: questions that side alone got right"]
-    if tests := sorted({row.test for row in comparison.rows if row.test}):
+    compared = [row.comparison for row in comparison.rows if row.comparison is not None]
+    if tests := sorted({found.test for found in compared}):
         notes.append(f"p: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
-        notes += scope_notes(row.covers_training for row in comparison.rows)
+        notes += scope_notes(found.covers_training for found in compared)
     for row in comparison.rows:
         if row.settings:
             more = len(row.settings) - _SHOWN_SETTINGS

@@ -29,7 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError, to_json
+from grass_ray.config import ConfigError, RunConfig, to_json
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import (
@@ -70,6 +70,19 @@ _METRICS_A_BATCH = 1000
 _OTHERS_A_BATCH = 100
 # Answers that stay the same however often one asks; waiting for another would block everything behind them.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+
+def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
+    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
+    return {
+        "method": config.method.name,
+        "model": config.model.name,
+        "suite": config.data.suite,
+        "seed": str(config.seed),
+        "sweep": sweep,
+        "stage": stage,
+        "folder": folder,
+    }
 
 
 @dataclass(frozen=True)

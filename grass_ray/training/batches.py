@@ -1,4 +1,4 @@
-"""Rows to batches: tokenised once, shuffled by (seed, epoch), addressed by index so that a resume is exact."""
+"""Training batches: rows are tokenized once and shuffled by (seed, epoch); batches have an index for exact resume."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from grass_ray.tasks.rows import Row
 from grass_ray.tasks.templates import render_prompt, render_response
 
 IGNORED = -100
-BUCKET_STEPS = 16  # steps whose rows are sorted together
-PACKED_TOKENS = 1024  # longer rows would compute more attention between documents, only to mask it
+BUCKET_STEPS = 16  # rows of so many steps are sorted together
+PACKED_TOKENS = 1024  # longer rows would spend more time on attention between documents, which is masked
 
-Document = tuple[list[int], list[int]]  # token ids, and labels that are not yet shifted
+Document = tuple[list[int], list[int]]  # token ids and labels before shifting
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, right-padded. All of shape (rows, tokens); ``labels`` are shifted: position t holds token t+1.
+    """One micro-batch, padded on the right. All tensors have shape (rows, tokens) and dtype int64.
 
-    ``tokens`` counts what is not padding. With ``position_ids`` the rows hold several documents, each of which begins
-    at position 0 and must not see the others (:mod:`grass_ray.training.packing`).
+    Attributes:
+        input_ids: token ids.
+        attention_mask: 1 for tokens, 0 for padding.
+        labels: shifted, so position t holds token t + 1; ``IGNORED`` where no loss is computed.
+        tokens: number of tokens without padding.
+        position_ids: if the rows are packed, the position of each token in its document. A document starts at
+            position 0 and must not attend to others (:mod:`grass_ray.training.packing`).
     """
 
     input_ids: Tensor
@@ -38,15 +43,15 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens the loss is taken over."""
+        """Number of tokens over which the loss is computed."""
         return int((self.labels != IGNORED).sum())
 
     def labelled_positions(self) -> Tensor:
-        """Positions at which at least one row has a label, ascending, shape (positions,)."""
+        """Return the positions where at least one row has a label, ascending, shape (positions,)."""
         return (self.labels != IGNORED).any(dim=0).nonzero().squeeze(1)
 
     def documents(self) -> Iterator[Tensor]:
-        """The token ids of each document, without padding."""
+        """Yield the token ids of each document without padding, shape (tokens,)."""
         for row, (ids, mask) in enumerate(zip(self.input_ids, self.attention_mask, strict=True)):
             ids = ids[: int(mask.sum())]
             if self.position_ids is None:
@@ -56,7 +61,7 @@ class Batch:
                 yield from ids.tensor_split(starts[1:].tolist())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
+        """Return a copy of the batch on ``device``."""
         return Batch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -67,22 +72,22 @@ class Batch:
 
 
 class Batches:
-    """The endless stream of training batches: ``batches[i]`` are the micro-batches of training step ``i``.
+    """An endless sequence of training batches: ``batches[i]`` are the micro-batches of training step ``i``.
 
-    Every row comes once an epoch, in an order that (seed, epoch) and ``data.batching`` decide alone. ``plain`` shuffles
-    the rows; ``bucketed`` shuffles them, but gives a micro-batch rows of about one length; ``packed`` takes the same
-    rows a step as ``plain``, one after another in as few rows as :data:`PACKED_TOKENS` allow, kept apart.
+    Every row occurs once per epoch, in an order that depends only on the seed, the epoch and ``data.batching``:
+    ``plain`` shuffles the rows; ``bucketed`` also gives the rows of a micro-batch similar lengths; ``packed`` takes the
+    same rows per step as ``plain`` and concatenates them into as few rows as :data:`PACKED_TOKENS` allows.
 
     Args:
         rows: training rows.
-        tokenizer: a Hugging Face tokenizer with a padding and an end token.
-        data: template, masking, cut-off and batching.
-        batch_size: rows a step.
-        accumulation_steps: micro-batches a step.
-        seed: of the shuffling.
+        tokenizer: a tokenizer of transformers with a padding and an end token.
+        data: template, masking, maximum length and batching.
+        batch_size: number of rows per step.
+        accumulation_steps: number of micro-batches per step.
+        seed: seed of the shuffling.
 
     Raises:
-        ConfigError: no row is left to learn from within the cut-off.
+        ConfigError: no row has a label within the maximum length.
     """
 
     def __init__(
@@ -115,7 +120,7 @@ class Batches:
             )
 
     def __getitem__(self, step: int) -> list[Batch]:
-        """The micro-batches of training step ``step``, from 0."""
+        """Return the micro-batches of training step ``step``, counted from 0."""
         first = step * self._batch_size
         chosen = [self._row(position) for position in range(first, first + self._batch_size)]
         return [
@@ -124,7 +129,7 @@ class Batches:
         ]
 
     def summary(self) -> dict[str, int]:
-        """Counts for the record."""
+        """Return how many rows are used, truncated, dropped and empty, for the record."""
         return {
             "train_rows_used": len(self._rows),
             "train_rows_truncated": self.truncated_rows,
@@ -140,11 +145,12 @@ class Batches:
         return self._rows[self._epoch[1][offset]]
 
     def _bucket(self, order: list[int], epoch: int) -> list[int]:
-        """Rows of about one length side by side in every micro-batch, micro-batches in random order.
+        """Reorder an epoch so that the rows of each micro-batch have similar lengths.
 
-        Rows are sorted by length within windows of :data:`BUCKET_STEPS` steps, so that an epoch stays mixed.
+        Rows are sorted by length within windows of :data:`BUCKET_STEPS` steps, and the micro-batches of a window are
+        shuffled, so that an epoch stays mixed.
         """
-        # the last micro-batch of an epoch is filled up with the first rows of the next
+        # the first rows of an epoch complete the last micro-batch of the epoch before
         ahead = -epoch * len(self._rows) % self._micro_size
         bucketed, order = order[:ahead], order[ahead:]
         generator = keyed_generator("buckets", self.seed, epoch)
@@ -165,7 +171,7 @@ def _split(items: list[int], size: int) -> list[list[int]]:
 
 
 def pad(documents: Sequence[Document], pad_token: int) -> Batch:
-    """One document a row."""
+    """Return a batch with one document per row."""
     length = max(len(ids) for ids, _ in documents)
     input_ids = torch.full((len(documents), length), pad_token)
     mask = torch.zeros((len(documents), length), dtype=torch.long)
@@ -178,9 +184,10 @@ def pad(documents: Sequence[Document], pad_token: int) -> Batch:
 
 
 def pack(documents: Sequence[Document], pad_token: int) -> Batch:
-    """Documents one after another in as few rows of about one length as :data:`PACKED_TOKENS` allow.
+    """Concatenate documents into as few rows of similar length as :data:`PACKED_TOKENS` allows.
 
-    The longest that is left goes to the shortest row. Padding at a row's end is a document without labels.
+    The longest document that is left is added to the shortest row. The padding at the end of a row counts as a document
+    without labels.
     """
     total = sum(len(ids) for ids, _ in documents)
     rows: list[list[Document]] = [[] for _ in range(min(-(-total // PACKED_TOKENS), len(documents)))]
@@ -206,7 +213,7 @@ def pack(documents: Sequence[Document], pad_token: int) -> Batch:
 
 
 def _encode(row: Row, tokenizer: Any, data: DataConfig) -> Document:
-    """Token ids and labels (unshifted) of a row: prompt, response, end token."""
+    """Return the token ids and labels (not shifted) of a row: prompt, response and end token."""
     prompt, answer = encode_pair(tokenizer, render_prompt(row, data.template), render_response(row))
     response = [*answer, tokenizer.eos_token_id]
     ids = prompt + response

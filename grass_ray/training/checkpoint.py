@@ -1,7 +1,7 @@
-"""Save a run and go on from it, bit for bit: weights, states, sampler, schedule, data position, random numbers.
+"""Save a run and resume it bit for bit: weights, optimizer, sampler, schedule, position in the data, random states.
 
-A checkpoint is a folder: ``weights.safetensors`` (the parameters that can train), ``optimizer.pt`` (tensors and plain
-values; read with ``weights_only=True``) and ``state.json``. It is written beside its place and moved there whole.
+A checkpoint is a folder with ``weights.safetensors`` (the parameters that can train), ``optimizer.pt`` (tensors and
+plain values, read with ``weights_only=True``) and ``state.json``. It is written next to its place and then renamed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FORMAT = 2
 
 
 def save_checkpoint(state: TrainState, folder: Path | None) -> None:
-    """Write ``state`` to ``folder``, replacing what is there only when everything is on disk.
+    """Write ``state`` to ``folder``. A previous checkpoint is replaced once the new one is complete.
 
-    A checkpoint is the same however many workers wrote it, sharded or not. Of a sharded model all workers must call
-    this, the first with a folder, the others with None. Where the weights are whole, None does nothing.
+    The checkpoint does not depend on the number of workers or on sharding. Collective if the model is sharded: call it
+    on every rank, with a folder on rank 0 and None on the others. Without sharding, None does nothing.
     """
     optimizer = state.optimizer
     if folder is None and not optimizer.sharded:
@@ -35,7 +35,7 @@ def save_checkpoint(state: TrainState, folder: Path | None) -> None:
     reshard(state.model)
     weights = {}
     for name, parameter in _trained_parameters(state).items():
-        weight = whole(parameter.data)  # one at a time, and on one worker only
+        weight = whole(parameter.data)  # one tensor at a time, and kept on one worker only
         if folder is not None:
             weights[name] = weight.cpu() if optimizer.sharded else weight
     states = optimizer.full_state_dict() if optimizer.sharded else optimizer.state_dict()
@@ -67,7 +67,7 @@ def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], t
         "timed_tokens": state.timed_tokens,
         "timed_s": state.timed_s,
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
-        "engagement": state.engagement.state_dict(),
+        "engagement": state.tracer.state_dict(),
         "memory": state.memory.state_dict(),
         "series": state.series,
     }
@@ -75,10 +75,10 @@ def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], t
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> None:
-    """Bring ``state``, freshly prepared from the same configuration, to where ``folder`` was saved.
+    """Restore ``state``, which was just prepared from the same configuration, from the checkpoint in ``folder``.
 
     Raises:
-        ConfigError: the folder is no readable checkpoint, or of another model.
+        ConfigError: the folder is not a readable checkpoint, or belongs to another model or method.
     """
     try:
         values = from_json((folder / "state.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     load_weights(state.model, folder)
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.schedule.load_state_dict(values["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)})
-    state.engagement.load_state_dict(values["engagement"])
+    state.tracer.load_state_dict(values["engagement"])
     state.memory.load_state_dict(values["memory"])
     for name in ("probed", "trained", "train_s", "measure_s", "timed_tokens", "timed_s"):
         setattr(state, name, values[name])
@@ -105,10 +105,10 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Put a checkpoint's trained weights into ``model``, which has the run's adapters already.
+    """Copy the trained weights of a checkpoint into ``model``, which already has the adapters of the run.
 
     Raises:
-        ConfigError: the folder is no readable checkpoint, or of another model.
+        ConfigError: the folder is not a readable checkpoint, or belongs to another model or method.
     """
     try:
         weights = load_file(folder / "weights.safetensors")
@@ -123,7 +123,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def _trained_parameters(state: TrainState) -> dict[str, nn.Parameter]:
-    """Every parameter the optimizer may ever change, by name."""
+    """Return all parameters that the optimizer may change, by name."""
     managed = {p for group in state.optimizer.param_groups for p in group["params"]}
     return {name: p for name, p in state.model.named_parameters() if p in managed}
 

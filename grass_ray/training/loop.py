@@ -6,28 +6,26 @@ owns probing, sampling and switching, so nothing here knows which method runs.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from grass_ray.config import TrainingConfig
-from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.layerwise.outliers import outlier_scores
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.sharded import local
-from grass_ray.training.adapters import leading_virtual_tokens, scaled_adapters
-from grass_ray.training.batches import IGNORED, Batch, Batches
+from grass_ray.training.adapters import scaled_adapters
+from grass_ray.training.batches import Batch, Batches
+from grass_ray.training.loss import accumulate_gradients, summed_loss
 from grass_ray.training.metrics import MemoryMeter
 from grass_ray.training.report import GIB, StepReport, TrainingFailure
-from grass_ray.training.trace import EngagementLog
+from grass_ray.training.trace import LayerTracer
 
 # the first steps of training warm up caches and are watched closely for memory; they never count as speed
 WARM_UP_STEPS = 3
@@ -37,8 +35,14 @@ WARM_UP_STEPS = 3
 class TrainState:
     """Everything a run consists of; what :mod:`grass_ray.training.checkpoint` saves.
 
-    ``probed`` and ``trained`` count steps done; ``measure_s`` is the part of ``train_s`` that only measured;
-    ``timed_tokens`` and ``timed_s`` leave the warm-up steps out.
+    Attributes:
+        probed: probing steps done.
+        trained: training steps done.
+        train_s: seconds of all steps.
+        measure_s: seconds of them that only measured.
+        timed_tokens: non-padding tokens of the training steps after the warm-up steps.
+        timed_s: seconds of these steps.
+        series: (step, value) pairs of everything that is measured over steps.
     """
 
     config: TrainingConfig
@@ -47,7 +51,7 @@ class TrainState:
     batches: Batches
     optimizer: LayerwiseAdamW
     schedule: torch.optim.lr_scheduler.LRScheduler
-    engagement: EngagementLog
+    tracer: LayerTracer
     memory: MemoryMeter
     probed: int = 0
     trained: int = 0
@@ -59,28 +63,39 @@ class TrainState:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps so far, probing included."""
+        """Steps so far, probing included."""
         return self.probed + self.trained
 
     def record(self, name: str, value: float) -> None:
         """Add a point to the series ``name``, at the step that was just done."""
         self.series.setdefault(name, []).append((self.steps_done, value))
 
+    def note(self, report: StepReport) -> None:
+        """Add a step to the sums, the trace and the series."""
+        self.train_s += report.step_s
+        self.measure_s += report.measure_s
+        if report.train_step > WARM_UP_STEPS:
+            self.timed_tokens += report.tokens
+            self.timed_s += report.step_s
+        self.tracer.note(report, self.optimizer)
+        for name, value in report.metrics().items():
+            self.record(name, value)
+
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in all, probing included."""
+        """Steps in all, probing included."""
         return self.optimizer.sampler.probing_steps + self.config.steps
 
     @property
     def tokens_per_second(self) -> float:
-        """Non-padding tokens a second of training, warm-up steps left out; NaN when there was nothing else."""
+        """Non-padding tokens per second of training without the warm-up steps; NaN if there were no others."""
         return self.timed_tokens / self.timed_s if self.timed_s else math.nan
 
 
 def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
-    """Train from where ``state`` stands to its last step, yielding one report per optimizer step.
+    """Train from where ``state`` is to its last step, yielding one report per optimizer step.
 
-    Probing steps see the first batches, and training starts again from the first batch: none is lost to it.
+    Probing steps see the first batches, and training starts again from the first batch: none is lost to probing.
 
     Args:
         state: the run.
@@ -93,32 +108,24 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
     optimizer = state.optimizer
     last = state.config.steps if until is None else min(until, state.config.steps)
     while state.trained < last:
-        probing = optimizer.probing
         # 1. the batch of this step
+        probing = optimizer.probing
         number = state.probed if probing else state.trained
         micro_batches = state.batches[number]
-        lr = optimizer.param_groups[0]["lr"]
-        sent_bytes = optimizer.workers.sent_bytes
-        refreshes, switches = optimizer.sampler.refreshes, optimizer.switches
+        lr = 0.0 if probing else optimizer.param_groups[0]["lr"]
+        before = _Counters.of(optimizer)
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
-        _wait_for(state.device)
-        started = time.perf_counter()
+        started = _synchronized_time(state.device)
         try:
             with state.memory.watch(_alive_tensors(state), closely=closely):
                 # 2. extra measurements, for the methods that need them
                 _measure(optimizer, StepMeasure(state, micro_batches), state)
-                _wait_for(state.device)
-                measured_s = time.perf_counter() - started
-                state.engagement.begin_step(state.steps_done + 1, optimizer)
+                measure_s = _synchronized_time(state.device) - started
+                state.tracer.begin_step(state.steps_done + 1, optimizer)
                 active_layers = optimizer.active_layers
                 # 3. forward and backward over the micro-batches; measure, or clip, update and switch
-                loss = accumulate_gradients(
-                    state.model,
-                    micro_batches,
-                    state.device,
-                    optimizer=optimizer,
-                    key=(state.batches.seed, "probe" if probing else "train", number),
-                )
+                key = (state.batches.seed, "probe" if probing else "train", number)
+                loss = accumulate_gradients(state.model, micro_batches, state.device, optimizer=optimizer, key=key)
                 _check_finite("loss", loss, state)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -133,103 +140,65 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
         else:
             state.trained += 1
             state.schedule.step()
-        _wait_for(state.device)
-        elapsed = time.perf_counter() - started
+        step_s = _synchronized_time(state.device) - started
         state.memory.raise_to(*optimizer.workers.maximum(state.memory.peaks))
-        tokens = sum(batch.tokens for batch in micro_batches)
-        state.train_s += elapsed
-        state.measure_s += elapsed if probing else measured_s
-        if not probing and state.trained > WARM_UP_STEPS:
-            state.timed_tokens += tokens
-            state.timed_s += elapsed
-        # 5. tell whoever listens
-        report = StepReport(
-            step=state.steps_done,
-            total_steps=state.total_steps,
-            phase="probe" if probing else "train",
+        # 5. the report
+        report = _report(
+            state,
+            micro_batches,
+            before,
             loss=loss,
-            lr=0.0 if probing else lr,
+            lr=lr,
             grad_norm=grad_norm,
             active_layers=active_layers,
-            probabilities=optimizer.sampler.probabilities(),
-            importance=optimizer.sampler.importance(),
-            ages=optimizer.sampler.ages(),
-            visits=tuple(state.engagement.engagement.visits),
-            refreshed=optimizer.sampler.refreshes > refreshes,
-            switched=optimizer.switches > switches,
-            tokens=tokens,
-            padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
-            step_s=elapsed,
-            measure_s=elapsed if probing else measured_s,
-            peak_allocated_gib=state.memory.peak_allocated_gib,
-            host_pinned_gib=optimizer.state_bytes()[1] / GIB,
-            workers=optimizer.workers.count,
-            sent_bytes=optimizer.workers.sent_bytes - sent_bytes,
-            full_bytes=state.engagement.full_bytes,
-            offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
+            step_s=step_s,
+            measure_s=step_s if probing else measure_s,
+            phase="probe" if probing else "train",
         )
-        state.engagement.note(report, optimizer)
-        for name, value in report.metrics().items():
-            state.record(name, value)
+        state.note(report)
         yield report
 
 
-def accumulate_gradients(
-    model: Any,
-    micro_batches: list[Batch],
-    device: torch.device,
-    *,
-    optimizer: LayerwiseAdamW | None = None,
-    key: tuple[int | str, ...] | None = None,
-) -> float:
-    """Backward over a step's micro-batches, or over this worker's share of them.
+class _Counters(NamedTuple):
+    """What the optimizer has counted before a step."""
 
-    Args:
-        model: what trains, on ``device``.
-        micro_batches: of all workers; their number is a multiple of the number of workers.
-        device: where they go.
-        optimizer: whose workers share them, and who is told of the last one; None takes all of them here.
-        key: what names the step. Random numbers (dropout) are keyed by it and by the micro-batch's place in the step,
-            so that neither a resume nor the number of workers changes them; None lets the generators go on.
+    refreshes: int
+    switches: int
+    sent_bytes: int
+    stall_s: float
 
-    Returns:
-        The mean loss over the step's labels, wherever they are and whichever worker has them.
-    """
-    num_labels = sum(batch.num_labels for batch in micro_batches)
-    places = list(enumerate(micro_batches))
-    own = places if optimizer is None else optimizer.workers.share(places)
-    losses: list[Tensor] = []
-    for place, batch in own:
-        if key is not None:
-            torch.manual_seed(keyed_generator("dropout", *key, place).initial_seed())
-        loss = summed_loss(model, batch.to(device)) / num_labels
-        if optimizer is not None:
-            optimizer.last_micro_batch = place == own[-1][0]
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-    total = float(torch.stack(losses).sum())
-    return total if optimizer is None else optimizer.workers.sum([total])[0]
+    @classmethod
+    def of(cls, optimizer: LayerwiseAdamW) -> _Counters:
+        workers, stall_s = optimizer.workers, optimizer.stats.exposed_s
+        return cls(optimizer.sampler.refreshes, optimizer.switches, workers.sent_bytes, stall_s)
 
 
-def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the labels of one micro-batch on the model's device, a scalar."""
-    virtual = leading_virtual_tokens(model)
-    labels = batch.labels
-    # the LM head is a large part of a small model: leave out positions where no row has a label
-    options = {}
-    if keeps_logits(model):
-        labelled = batch.labelled_positions()
-        options = {"logits_to_keep": labelled + virtual}
-        labels = labels[:, labelled]
-        virtual = 0
-    # documents that share a row are told apart by their positions, and then no mask may say otherwise
-    if batch.position_ids is None:
-        options["attention_mask"] = batch.attention_mask
-    else:
-        options["position_ids"] = batch.position_ids
-    output = model(input_ids=batch.input_ids, use_cache=False, **options)
-    logits = output.logits[:, virtual:].float()
-    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+def _report(state: TrainState, micro_batches: list[Batch], before: _Counters, **measured: Any) -> StepReport:
+    """The report of the step that was just done; ``measured`` are the fields that are not found in ``state``."""
+    optimizer, sampler = state.optimizer, state.optimizer.sampler
+    after = _Counters.of(optimizer)
+    tokens = sum(batch.tokens for batch in micro_batches)
+    return StepReport(
+        step=state.steps_done,
+        train_step=state.trained,
+        total_steps=state.total_steps,
+        probabilities=sampler.probabilities(),
+        importance=sampler.importance(),
+        ages=sampler.ages(),
+        visits=tuple(state.tracer.trace.visits),
+        refreshed=after.refreshes > before.refreshes,
+        switched=after.switches > before.switches,
+        tokens=tokens,
+        padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
+        stall_s=after.stall_s - before.stall_s,
+        peak_allocated_gib=state.memory.peak_allocated_gib,
+        host_pinned_gib=optimizer.state_bytes()[1] / GIB,
+        workers=optimizer.workers.count,
+        sent_bytes=after.sent_bytes - before.sent_bytes,
+        full_bytes=state.tracer.full_bytes,
+        offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
+        **measured,
+    )
 
 
 class StepMeasure:
@@ -273,12 +242,6 @@ class StepMeasure:
         return scores
 
 
-def keeps_logits(model: Any) -> bool:
-    """Whether the model can compute logits at some positions only (``logits_to_keep``, most decoders can)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
 def _alive_tensors(state: TrainState) -> Iterator[Tensor]:
     """Everything that stays on the device between steps: weights, buffers, gradients, resident states."""
     yield from map(local, itertools.chain(state.model.parameters(), state.model.buffers()))
@@ -298,10 +261,11 @@ def _check_finite(what: str, value: float, state: TrainState) -> None:
         raise TrainingFailure("failed", f"{what} became {value} at step {state.steps_done + 1}")
 
 
-def _wait_for(device: torch.device) -> None:
-    """Let the training's queued kernels finish, so that a step's time is its own.
+def _synchronized_time(device: torch.device) -> float:
+    """The time in seconds when the training's queued kernels have finished, so that a step's time is its own.
 
-    Only its own stream: with ``offload="lazy"`` updates go on beside it, under the next forward.
+    Waits for the training's stream alone: with ``offload="lazy"`` updates go on beside it, under the next forward.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter()

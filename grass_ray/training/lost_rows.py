@@ -1,10 +1,10 @@
-"""Training rows that teach nothing, or not all of their answer: looked for before training, and said in a line each.
+"""Report training rows that are skipped, dropped or truncated.
 
 ::
 
-    check_some_row_fits(config, tokenizer)              # ConfigError where no row would be left
-    for line in find_lost_rows(config, tokenizer): print(line)
-    for line in describe_lost_rows(record.data, max_length_tokens=256): print(line)      # of a run that was prepared
+    check_some_row_fits(config, tokenizer)              # ConfigError if no row would be left
+    for line in find_lost_rows(config, tokenizer): print(line)                           # before a run
+    for line in describe_lost_rows(record.data, max_length_tokens=256): print(line)      # after a run
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError, HubSource, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.tasks.templates import render_prompt
 
 if TYPE_CHECKING:
     from grass_ray.training.batches import Batches
 
-MOST_ROWS = 20_000  # rows that are tokenised to count; of more, as many spread over all of them
+MOST_ROWS = 20_000  # larger data sets are sampled at regular intervals, so that counting stays fast
 
 
 def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
-    """Raise :class:`ConfigError` unless at least one training row has an answer within the cut-off."""
-    if isinstance(config.data.source, HubSource):
+    """Raise :class:`ConfigError` unless a training row has its answer within the maximum length.
+
+    Rows on the Hub are not checked, because they would have to be downloaded.
+    """
+    if config.data.source.downloads:
         return
     rows = sorted(load_train_rows(config.data).rows, key=lambda row: len(render_prompt(row, config.data.template)))
     for row in rows:
@@ -37,8 +40,8 @@ def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
 
 
 def find_lost_rows(config: RunConfig, tokenizer: Any) -> list[str]:
-    """What :func:`describe_lost_rows` will say of a run; nothing of rows that must be downloaded first."""
-    if isinstance(config.data.source, HubSource):
+    """Return what :func:`describe_lost_rows` will return for a run; empty for rows on the Hub."""
+    if config.data.source.downloads:
         return []
     loaded = load_train_rows(config.data)
     rows = loaded.rows[:: len(loaded.rows) // MOST_ROWS + 1]
@@ -47,10 +50,15 @@ def find_lost_rows(config: RunConfig, tokenizer: Any) -> list[str]:
 
 
 def describe_lost_rows(data: Mapping[str, Any], max_length_tokens: int) -> list[str]:
-    """A line for each way in which rows were lost; ``data`` is that of a run or its record."""
+    """Return one line for each way in which rows were lost.
+
+    Args:
+        data: the counts of a run, as its record has them.
+        max_length_tokens: the maximum length of a row in the run.
+    """
     skipped = data.get("train", {}).get("rows_skipped", 0)
     dropped, empty = data.get("train_rows_dropped", 0), data.get("train_rows_empty", 0)
-    # the longest of them were dropped as a whole
+    # truncated rows without any label left are counted as dropped
     cut = data.get("train_rows_truncated", 0) - dropped
     total = data.get("train_rows_used", 0) + dropped + empty
     lines = {

@@ -1,8 +1,8 @@
-"""Measure what training costs: peak memory and speed.
+"""Measure the peak memory of training.
 
-On CUDA the allocator's own peaks. On a CPU, where no allocator keeps them: the bytes of weights, gradients and states
-that are alive at the start of a step plus the highest point of what the step allocates, as torch's profiler sees it
-(``peak_allocated``), and the process's peak resident set since training began (``peak_reserved``).
+On CUDA these are the peaks of the caching allocator. On a CPU, which has no such statistics, ``peak_allocated`` is the
+size of the weights, gradients and states at the start of a step plus the peak of the step's own allocations as recorded
+by torch's profiler, and ``peak_reserved`` is the peak resident set size of the process since training began.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class MemoryMeter:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start on stderr
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs every start to stderr
             _reset_peak_resident_set()
 
     @contextmanager
     def watch(self, alive: Iterable[Tensor], *, closely: bool) -> Iterator[None]:
-        """Take note of the peak inside the block.
+        """Measure the peak inside the block.
 
         Args:
-            alive: tensors on the device when the block begins (each storage is counted once).
-            closely: on a CPU, whether to look at this block's allocations; costs time, so only some steps should.
+            alive: tensors on the device at the start of the block. Each storage is counted once.
+            closely: whether to profile the allocations of the block, on a CPU. Slow, so only done for some steps.
         """
         if self._cuda:
             yield
@@ -67,31 +67,31 @@ class MemoryMeter:
 
     @property
     def peaks(self) -> tuple[float, float]:
-        """Peaks so far (allocated, reserved), in GiB."""
+        """Peaks of allocated and reserved memory so far, in GiB."""
         return self.peak_allocated_gib, self.peak_reserved_gib
 
     def raise_to(self, allocated_gib: float, reserved_gib: float) -> None:
-        """Take other measurements into account: another worker's, or those before a resume; peaks never shrink."""
+        """Raise the peaks to those of another worker or of the run before it was resumed; they never decrease."""
         self.peak_allocated_gib = max(self.peak_allocated_gib, allocated_gib)
         self.peak_reserved_gib = max(self.peak_reserved_gib, reserved_gib)
 
     def state_dict(self) -> dict[str, float]:
-        """Peaks so far, for a resume."""
+        """Return the peaks so far for a checkpoint."""
         return {"peak_allocated_gib": self.peak_allocated_gib, "peak_reserved_gib": self.peak_reserved_gib}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from :meth:`state_dict`; peaks never shrink."""
+        """Take over the peaks of :meth:`state_dict` if they are higher."""
         self.raise_to(state["peak_allocated_gib"], state["peak_reserved_gib"])
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind ``tensors``, each counted once."""
+    """Return the size in bytes of the storages of ``tensors``, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def _highest_allocation(profiler: torch.profiler.profile) -> int:
-    """Highest point of allocated minus freed CPU bytes over the profiled block."""
+    """Return the peak of allocated minus freed bytes on the CPU in the profiled block."""
     results: Any = profiler.profiler
     events = results.kineto_results.events()
     changes = sorted(
@@ -105,11 +105,11 @@ def _highest_allocation(profiler: torch.profiler.profile) -> int:
 
 
 def _reset_peak_resident_set() -> None:
-    """Linux keeps a peak resident set that can be set back; elsewhere it spans the process's life."""
+    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process."""
     if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # not permitted in some containers: the peak then includes loading
+        except OSError:  # not permitted in some containers; the peak then includes loading the model
             return
 
 
@@ -123,7 +123,7 @@ def _peak_resident_set_gib() -> float:
 
 
 def default_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
+    """Return the CUDA device of this local rank, or the CPU if there is none."""
     return (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )

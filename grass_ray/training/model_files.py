@@ -1,7 +1,7 @@
-"""What is wrong with a model's files, found before its weights are read.
+"""Check the files of a model before its weights are read.
 
-``check_folder`` looks at the folder, ``check_weights`` at the names and shapes in the headers of the weight files,
-through transformers' own loading on torch's meta device; ``refuse_misfits`` judges what a loading reported.
+:func:`check_folder` checks which files a folder has. :func:`check_weights` compares the names and shapes in the headers
+of the weight files with the configuration, by letting transformers load them on torch's meta device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def find_folder(config: ModelConfig) -> Path | None:
-    """Where the files of a folder or hub model are; None for a hub model that is not on this machine."""
+    """Return the folder with a model's files, or None if a model on the Hub has not been downloaded."""
     if os.path.isdir(config.name):
         return Path(config.name)
     from transformers.utils.hub import cached_file
@@ -41,16 +41,16 @@ def find_folder(config: ModelConfig) -> Path | None:
 
 
 def hub_revision(config: ModelConfig) -> str | None:
-    """The commit of a hub model on this machine; None for a folder."""
+    """Return the commit of a downloaded model on the Hub, or None for a folder."""
     folder = None if os.path.isdir(config.name) else find_folder(config)
     return None if folder is None else folder.name  # .../snapshots/<commit>
 
 
 def check_folder(config: ModelConfig) -> dict[str, Any]:
-    """What ``config.json`` says; nothing of a hub model that is not on this machine.
+    """Return the contents of ``config.json``, or an empty dictionary if a model on the Hub has not been downloaded.
 
     Raises:
-        ConfigError: the folder holds no model that transformers loads; the message says what it holds.
+        ConfigError: the folder holds no model that transformers can load; the message says what it holds.
     """
     name = config.name
     check_model_path(name)
@@ -100,7 +100,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_adapters(config: ModelConfig, *, ask_hub: bool) -> None:
-    """Raise :class:`ConfigError` on a folder or hub model that is, or has in it, an adapter of another model."""
+    """Raise :class:`ConfigError` if a folder or a model on the Hub is, or contains, an adapter of another model.
+
+    Args:
+        config: which model.
+        ask_hub: whether to look for the files on the Hub; otherwise only downloaded files are read.
+    """
     from transformers.utils import find_adapter_config_file
 
     name = config.name
@@ -123,12 +128,12 @@ def refuse_adapters(config: ModelConfig, *, ask_hub: bool) -> None:
 
 
 def check_weights(config: ModelConfig, loaded: Any, model_class: Any) -> None:
-    """Raise :class:`ConfigError` where the weight files are not those of the model that ``config.json`` describes.
+    """Raise :class:`ConfigError` if the weight files do not fit the model that ``config.json`` describes.
 
     Args:
-        config: which model; nothing is checked of a hub model that is not on this machine yet.
-        loaded: transformers' configuration of it.
-        model_class: the class that will be made of it.
+        config: which model. A model on the Hub that has not been downloaded is not checked.
+        loaded: its configuration in transformers.
+        model_class: its class in transformers.
     """
     from transformers.modeling_utils import load_state_dict
 
@@ -186,12 +191,12 @@ def _weight_files(folder: Path, *, must_exist: bool) -> list[Path] | None:
 
 @contextmanager
 def clear_errors(problem: str, advice: str) -> Iterator[None]:
-    """Turn whatever a library says of files it cannot use into one sentence."""
+    """Turn any error of a library that cannot use a file into a :class:`ConfigError` of one sentence."""
     try:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # each library has its own, some a bare Exception
+    except Exception as error:  # each library raises its own, some a bare Exception
         said = " ".join(str(error).split()) or type(error).__name__
         said = said if len(said) < 500 else f"{said[:500]} ..."
         raise ConfigError(f"{problem}: {said.rstrip('.')}; {advice}") from error
@@ -199,7 +204,7 @@ def clear_errors(problem: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def reports(name: str) -> Iterator[None]:
-    """Keep transformers' table of weights that do not fit from the terminal; a failed conversion becomes an error."""
+    """Hide transformers' report of weights that do not fit, and raise :class:`ConfigError` on a failed conversion."""
     said: list[str] = []
     log = logging.getLogger("transformers.modeling_utils")
     level, shown_from = log.level, log.getEffectiveLevel()
@@ -210,7 +215,8 @@ def reports(name: str) -> Iterator[None]:
             said.append(record.getMessage())
         return not is_report and record.levelno >= shown_from
 
-    log.setLevel(logging.WARNING - 1)  # libraries told to be quiet make no report; from WARNING on they check a TP plan
+    # at higher levels there is no report; at WARNING transformers also checks a tensor-parallel plan
+    log.setLevel(logging.WARNING - 1)
     log.addFilter(keep)
     try:
         yield
@@ -225,15 +231,15 @@ def reports(name: str) -> Iterator[None]:
 
 
 def refuse_misfits(name: str, model: nn.Module, found: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` where weights were missing, left over or of another shape.
+    """Raise :class:`ConfigError` if weights are missing, unexpected or have another shape.
 
-    Tied weights, and what transformers' own lists name for the architecture, are no misfits; nor are left-over buffers
-    that the model computes itself, and the constants of causal masks, as old checkpoints have them.
+    Tied weights and the keys that transformers ignores for the architecture are accepted, and so are buffers that the
+    model computes itself and the constants of causal masks in old checkpoints.
 
     Args:
-        name: of the model, for the message.
-        model: what was loaded.
-        found: what ``from_pretrained(..., output_loading_info=True)`` says.
+        name: name of the model for the message.
+        model: the loaded model.
+        found: the loading info of ``from_pretrained(..., output_loading_info=True)``.
     """
     computed = {buffer for buffer, _ in model.named_buffers()} - model.state_dict().keys()
     left_over = [key for key in found["unexpected_keys"] if not _is_computed(key, computed)]
@@ -256,6 +262,6 @@ def _misfits(name: str, parts: Iterable[str]) -> str:
 
 
 def _first(keys: Iterable[str], number: int = 3) -> str:
-    """The first few of many names."""
+    """Return the first few names as text, and how many more there are."""
     keys = sorted(keys)
     return ", ".join(keys[:number]) + (f" and {len(keys) - number} more" if len(keys) > number else "")

@@ -1,10 +1,10 @@
-"""Whether a model keeps packed documents apart: asked of the model itself, before it trains.
+"""Check before training that a model keeps the documents of a packed row apart.
 
-Documents in one row are told apart by position ids that begin anew. Most decoders of transformers read attention
-boundaries and positions off them; some do not (recurrent layers, attention biased by distance in the row), and would
-silently let a document read the one before::
+Documents in a row are marked by position ids that restart at 0. Most decoders of transformers derive attention
+boundaries and positions from them. Some do not (recurrent layers, attention biased by the distance in the row) and
+would silently let a document attend to the previous one::
 
-    check_packing(model)        # ConfigError unless a document gives the same logits alone and behind another
+    check_packing(model)        # ConfigError unless a document has the same logits alone and after another document
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 
 from grass_ray.config import AdapterConfig, ConfigError
 
-# how far logits may differ, over the largest of them: rounding; a document that sees another differs by far more
+# largest difference of logits that rounding explains, relative to the largest logit
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 ADVICE = "use data.batching=bucketed, or plain"
 
 
 def check_packed_adapter(adapter: AdapterConfig | None) -> None:
-    """Raise :class:`ConfigError` for adapters that put virtual tokens before every row."""
+    """Raise :class:`ConfigError` if the adapter adds virtual tokens in front of each row."""
     if adapter is not None and adapter.virtual_tokens:
         raise ConfigError(
             f"data.batching=packed puts several documents into a row, but {adapter.kind} tuning has virtual tokens "
@@ -32,7 +32,7 @@ def check_packed_adapter(adapter: AdapterConfig | None) -> None:
 
 @torch.no_grad()
 def check_packing(model: Any) -> None:
-    """Raise :class:`ConfigError` unless ``model`` keeps documents of one row apart; takes two short forward passes."""
+    """Raise :class:`ConfigError` unless ``model`` keeps the documents of a row apart. Two short forward passes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(base).__name__
     if "position_ids" not in inspect.signature(base.forward).parameters:

@@ -1,6 +1,6 @@
-"""What a run tells whoever listens: one :class:`StepReport` an optimizer step, one :class:`Engagement` at the end.
+"""What a run reports: a :class:`StepReport` per step, at the end a :class:`LayerTrace` and a :class:`RunOutcome`.
 
-Plain data, no torch, so that trackers, progress bars and plots can use it anywhere.
+Plain data without torch, for trackers, progress bars and figures.
 """
 
 from __future__ import annotations
@@ -10,30 +10,57 @@ from dataclasses import dataclass, field
 from math import exp, isfinite, log
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
-VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
 MOST_UNITS_AS_SERIES = 128
+
+# names of series
+VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
+TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
+PHASE = "step/phase"  # PROBE or TRAIN
+TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing
+STALL_S = "step/stall_s"  # seconds that the step waited for optimizer states to move
+PROBE, TRAIN = 0.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimizer step.
 
-    ``step`` counts from 1 over probing and training steps together; ``total_steps`` is its last value.
-    ``loss`` is the mean over non-masked tokens, ``grad_norm`` the norm over all trained parameters before clipping.
-    ``probabilities``, ``importance`` (mean gradient norms, NaN where never measured) and ``visits`` (draws so far)
-    have one entry a unit and are None for methods without them, as ``ages``, the steps since each unit's importance was
-    last measured (NaN where never). ``refreshed`` and ``switched`` (an active set was
-    drawn, perhaps the same again) say what happened in this step. ``measure_s`` is the part of ``step_s`` that only
-    measured: a probing step, or extra passes before a step. ``offload`` says what moving states has cost since the
-    start (:class:`grass_ray.optim.streaming.OffloadStats`); empty where states never move. ``sent_bytes`` are what this
-    worker gave to reductions over the ``workers`` in this step, ``full_bytes`` the gradients of all parameters, what
-    full data-parallel training would give. ``padding_share`` is the part of the step's positions that held no token.
+    Attributes:
+        step: number of the step, from 1, probing and training steps together.
+        train_step: training steps done after it; 0 while probing.
+        total_steps: the last value of ``step``.
+        phase: whether the step only measured (``"probe"``) or trained.
+        loss: mean over the step's labels, in nats.
+        lr: learning rate; 0 while probing.
+        grad_norm: norm of all trained parameters' gradients before clipping.
+        active_layers: indices of the decoder layers that were trained.
+        probabilities: per unit, for the next draw; None for methods without them.
+        importance: per unit, the mean gradient norm; NaN if it was never measured.
+        visits: per unit, the number of draws so far.
+        refreshed: whether importance and probabilities were computed anew in this step.
+        switched: whether an active set was drawn in this step, perhaps the same again.
+        tokens: non-padding tokens, those of all workers.
+        step_s: seconds of the step.
+        measure_s: seconds of it that only measured: a probing step, or extra passes before a step.
+        stall_s: seconds of it that training waited for optimizer states to move.
+        peak_allocated_gib: peak memory of the run so far.
+        host_pinned_gib: host memory of offloaded states.
+        offload: cost of moving states since the start (:class:`grass_ray.optim.streaming.OffloadStats`); empty if
+            they never move.
+        workers: number of workers.
+        sent_bytes: bytes that this worker gave to reductions in this step.
+        full_bytes: bytes of all parameters' gradients, which full data-parallel training would give.
+        padding_share: share of the step's positions that held no token.
+        ages: per unit, steps since its importance was last measured; NaN if never.
     """
 
     step: int
+    train_step: int = 0
     total_steps: int
     phase: Literal["probe", "train"]
     loss: float
@@ -48,6 +75,7 @@ class StepReport:
     tokens: int
     step_s: float
     measure_s: float
+    stall_s: float = 0.0
     peak_allocated_gib: float
     host_pinned_gib: float
     offload: Mapping[str, float] = field(default_factory=dict)
@@ -58,8 +86,11 @@ class StepReport:
     ages: tuple[float, ...] | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The step under the names MLflow shows (``train/loss`` and so on); layers' series only at a refresh."""
+        """The step's values by the names of their series; those per layer only at a refresh."""
         values = {
+            TOKENS: float(self.tokens),
+            PHASE: PROBE if self.phase == "probe" else TRAIN,
+            TRAIN_STEP: float(self.train_step),
             "train/loss": self.loss,
             "train/lr": self.lr,
             "train/grad_norm": self.grad_norm,
@@ -69,7 +100,8 @@ class StepReport:
             "memory/host_pinned_gib": self.host_pinned_gib,
             "data/padding_share": self.padding_share,
         }
-        values |= {f"offload/{name}": value for name, value in self.offload.items()}
+        if self.offload:
+            values |= {STALL_S: self.stall_s, **{f"offload/{name}": value for name, value in self.offload.items()}}
         if self.workers > 1:
             values |= {
                 "comm/bytes_per_step": float(self.sent_bytes),
@@ -80,7 +112,7 @@ class StepReport:
         if self.refreshed and self.probabilities is not None:
             h = entropy(self.probabilities)
             values |= {"layers/entropy": h, "layers/effective": exp(h)}
-            # a method that picks weight matrices has hundreds of units: the engagement report has them
+            # a method that picks weight matrices has hundreds of units: the record's layers have them
             if len(self.probabilities) <= MOST_UNITS_AS_SERIES:
                 values |= {f"layers/p_{layer:02d}": p for layer, p in enumerate(self.probabilities)}
                 values |= {f"layers/mgn_{layer:02d}": m for layer, m in enumerate(self.importance or ())}
@@ -94,43 +126,47 @@ def entropy(probabilities: tuple[float, ...]) -> float:
     return -sum(p * log(p) for p in probabilities if p > 0)
 
 
-@dataclass(kw_only=True)
-class Engagement:
-    """Proof that layer-wise training was engaged (what users of other implementations could not see).
+class LayerTrace(BaseModel):
+    """Which layers trained when, what the sampler measured, and the check that no other weights changed.
 
-    ``units`` names what the sampler picks from (decoder layers; for some methods weight matrices, or layers and both
-    ends); ``intervals`` lists (first step, active units) of every draw; ``refreshes`` lists (step, importance,
-    probabilities) with one entry a unit, and ``ages`` (step, steps since each unit's importance was last measured) at
-    the same steps; ``without_effect`` says which settings could change nothing in this run;
-    ``only_active_layers_changed`` is False as soon as another set of weights changed than was active. ``workers`` is
-    the largest number of them; ``sent_bytes_per_step`` is what a worker gives to reductions, the mean over training
-    steps of several workers; ``sent_share_of_full`` is that over the gradients of all parameters; both 0 with one
-    worker.
+    A unit is what the sampler draws: a decoder layer, for some methods a weight matrix, or layers and both ends.
     """
 
+    # NaN is a text in JSON, and read back as NaN
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
     num_layers: int
+    units: list[str] = Field(default_factory=list, description="what the sampler picked from, in the order of visits")
     total_parameters: int
-    trainable_parameters: int
-    units: list[str] = field(default_factory=list)
-    intervals: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]] = field(default_factory=list)
-    ages: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
-    visits: list[int] = field(default_factory=list)
-    without_effect: list[str] = field(default_factory=list)
-    only_active_layers_changed: bool = True
+    trainable_parameters: int = Field(description="the most that trained at one time")
+    trainable_share: float = Field(
+        default_factory=lambda fields: fields["trainable_parameters"] / fields["total_parameters"],
+        description="of all parameters",
+    )
+    intervals: list[tuple[int, tuple[int, ...]]] = Field(
+        default_factory=list, description="(first step, active units) of every draw"
+    )
+    refreshes: list[tuple[int, tuple[float, ...], tuple[float, ...]]] = Field(
+        default_factory=list, description="(step, importance, probabilities), one entry per unit"
+    )
+    ages: list[tuple[int, tuple[float, ...]]] = Field(
+        default_factory=list, description="(step, steps since each unit's importance was last measured) at refreshes"
+    )
+    visits: list[int] = Field(default_factory=list, description="draws of each unit")
+    without_effect: list[str] = Field(default_factory=list, description="settings that could change nothing")
+    only_active_layers_changed: bool = Field(
+        default=True, description="false as soon as another set of weights changed than was active"
+    )
     resident_state_bytes: int = 0
     host_state_bytes: int = 0
-    workers: int = 1
-    sent_bytes_per_step: float = 0.0
-    sent_share_of_full: float = 0.0
-
-    @property
-    def trainable_share(self) -> float:
-        """Most parameters that train at one time, over all parameters."""
-        return self.trainable_parameters / self.total_parameters
+    workers: int = Field(default=1, description="the largest number of them")
+    sent_bytes_per_step: float = Field(
+        default=0.0, description="what a worker gives to reductions, the mean over training steps of several workers"
+    )
+    sent_share_of_full: float = Field(default=0.0, description="of full data-parallel training")
 
     def describe(self) -> str:
-        """The report as text: how much trains, who was active when, visits, importance, states, and the proof."""
+        """The trace as text."""
         share = f"{100 * self.trainable_share:.2f} %"
         lines = [
             f"{self.num_layers} decoder layers, {len(self.units)} units to pick from",
@@ -163,22 +199,27 @@ class Engagement:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What a run came to: enough to make a run record of it.
+    """What a run measured: enough to make its record.
 
-    ``metrics`` holds last or aggregate values under MLflow's names (``eval/average``, ``time/train_s``, ...);
-    ``series`` holds (step, value) pairs of every metric that was seen over steps.
+    Attributes:
+        metrics: last or aggregate values by MLflow's names (``eval/average``, ``time/train_s``, ...).
+        series: (step, value) pairs of everything that was measured over steps.
+        tasks: results of the evaluation, by task.
+        layers: which layers trained when; None if nothing was trained.
+        data: where the data came from, hashes, and how many rows were used.
+        model_revision: commit of the base model on the hub.
     """
 
     metrics: Mapping[str, float]
     series: Mapping[str, list[tuple[int, float]]]
     tasks: Mapping[str, EvaluationResult]
-    engagement: Engagement | None
+    layers: LayerTrace | None
     data: Mapping[str, Any]
     model_revision: str | None
 
 
 class TrainingFailure(RuntimeError):  # noqa: N818 - an outcome of a run, not a defect
-    """A run that ended for a reason worth recording and not worth retrying: out of memory, or a number gone bad."""
+    """A run ended for a reason that a retry would not change: out of memory, or a number that is not finite."""
 
     def __init__(self, status: Literal["failed", "out_of_memory"], reason: str) -> None:
         super().__init__(reason)

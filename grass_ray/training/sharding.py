@@ -1,8 +1,9 @@
-"""Shard a run's model over its workers with FSDP2, for models that outgrow one device.
+"""Shard the model of a run over its workers with FSDP2, for models that do not fit on one device.
 
-Every worker holds some rows of every weight, of its gradient and of its states. A decoder layer's weights are gathered
-for its forward and its backward; frozen layers cost no reduction. The numbers are those of workers that hold the whole
-model, up to the order of sums; evaluation keeps the shards, so every worker answers every question, in step.
+Each worker holds some rows of every weight, its gradient and its optimizer states. The weights of a decoder layer are
+gathered for its forward and backward pass; gradients of frozen layers are not reduced. Up to the order of summation
+the results equal those of workers that hold the whole model. Evaluation uses the shards, too, so all workers evaluate
+all examples together.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from grass_ray.layerwise.stack import find_decoder_stack
 
 
 def check_shardable(config: RunConfig, workers: int) -> None:
-    """Find out whether a run works on shards.
+    """Check that the model of a run can be sharded.
 
     Raises:
-        ConfigError: there is one worker, or the method needs whole weight matrices or trains something outside of the
-            base model.
+        ConfigError: there is only one worker, or the method needs whole weight matrices, or it trains parameters
+            outside the base model.
     """
     mistakes = []
     name = config.method.name
@@ -37,13 +38,13 @@ def check_shardable(config: RunConfig, workers: int) -> None:
 
 
 def shard_model(model: Any, device: torch.device) -> None:
-    """Give each decoder layer, then the rest of the base model, to ``fully_shard``, over all workers.
+    """Apply ``fully_shard`` to each decoder layer and then to the rest of the base model. Collective.
 
-    A layer is on the device as a whole only until it is cut, so that the model never is.
+    Layers are moved to the device one at a time, so the whole model is never on one device.
 
     Args:
-        model: on the CPU, the same weights on every worker; a peft adapter's are inside the base model.
-        device: of this worker.
+        model: a model on the CPU with identical weights on all ranks. Adapters must be inside the base model.
+        device: the device of this rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,7 +1,6 @@
-"""Training rows held out for choosing settings: never trained on, never test questions.
+"""Training rows held out for model selection. They are neither trained on nor part of a test set.
 
-The rows are chosen by a fixed seed, so that every method, seed and learning rate of a comparison is judged by the same
-ones::
+A fixed seed selects them, so all methods, seeds and learning rates of a comparison are evaluated on the same rows::
 
     train, held_out = hold_out(rows, 64)
     answer_loss(run.state.model, Batches(held_out, ..., batch_size=1, accumulation_steps=1), device)
@@ -18,16 +17,23 @@ from grass_ray.config import ConfigError
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.tasks.rows import Row
 from grass_ray.training.batches import Batches
-from grass_ray.training.loop import summed_loss
+from grass_ray.training.loss import summed_loss
 
 
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Split off ``count`` rows: (rows to train on, held-out rows), both in their order.
+    """Split rows into training and held-out rows, both in the given order.
 
-    A row that stands in the data twice would be trained on and judged by; copies of held-out rows are left out of both.
+    Copies of a held-out row are removed from the training rows.
+
+    Args:
+        rows: all rows.
+        count: number of rows to hold out.
+
+    Returns:
+        The training rows and the held-out rows.
 
     Raises:
-        ConfigError: nothing would be left to train on.
+        ConfigError: no row would be left for training.
     """
     distinct = list(dict.fromkeys(rows))
     if count >= len(distinct):
@@ -42,9 +48,12 @@ def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
 
 @torch.no_grad()
 def answer_loss(model: Any, batches: Batches, device: torch.device) -> float:
-    """Mean cross-entropy in nats over the labels of ``batches``, which hold one row a step, without dropout.
+    """Return the mean cross-entropy over all labels, in nats, without dropout.
 
-    One row at a time: the value depends neither on a batch size nor on padding.
+    Args:
+        model: the model, on ``device``.
+        batches: the held-out rows with a batch size of 1, so that the value does not depend on padding.
+        device: where the batches are moved to.
     """
     training = model.training
     model.eval()

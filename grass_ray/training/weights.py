@@ -1,11 +1,11 @@
-"""Hashes of weights, so that a record says what it started from and what came out.
+"""Hashes of weights, which a record keeps for the base model and the trained model.
 
 ::
 
-    base_model_sha256(config.model)      # of one file as ``sha256sum model.safetensors`` prints it; None without files
-    parameters_sha256(run.state.model)   # of every parameter as it is now
+    base_model_sha256(config.model)      # for one file, what ``sha256sum model.safetensors`` prints
+    parameters_sha256(run.state.model)   # of all parameters as they are now
 
-Files are read once a process and file: two seconds for four gigabytes on one core.
+Each file is read once per process, which takes two seconds for 4 GB on one core.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from torch import nn
 
 from grass_ray.config import ModelConfig
 from grass_ray.optim.sharded import whole
+from grass_ray.training.built_in import cache_folder
 from grass_ray.training.model_files import find_folder
-from grass_ray.training.models import cache_folder, load_model
+from grass_ray.training.models import load_model
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def base_model_sha256(config: ModelConfig) -> str | None:
-    """Hash the weights that ``load_model(config)`` read, in the form they are stored in.
+    """Hash the weight files that ``load_model(config)`` reads.
 
-    One file: the file's own SHA-256. Several: that of the lines ``<sha256>  <name>``, sorted by name, as
-    ``sha256sum *.safetensors | sha256sum`` prints it. The built-in ``tiny`` has no file; its parameters' bytes count.
-    Returns None where the model's files are not on this machine; nothing is downloaded.
+    For one file this is its SHA-256. For several files it is that of the lines ``<sha256>  <name>``, sorted by name, as
+    printed by ``sha256sum *.safetensors | sha256sum``. For the built-in ``tiny``, which has no file, it is that of its
+    parameters.
+
+    Returns:
+        64 hexadecimal digits, or None if the files are not on this machine. Nothing is downloaded.
     """
     if config.name == "tiny":
         return _tiny_sha256()
@@ -64,9 +68,9 @@ def _tiny_sha256() -> str:
 
 
 def parameters_sha256(model: nn.Module) -> str:
-    """Hash the bits of all parameters, in the order of their names; the same on every device, sharded or not.
+    """Hash the bits of all parameters in the order of their names.
 
-    Two runs that trained alike, however often one of them was interrupted, have the same hash.
+    The hash does not depend on the device or on sharding. Collective: call on every rank if the model is sharded.
     """
     return _sha256_of_tensors(parameter for _, parameter in sorted(model.named_parameters()))
 

@@ -1,6 +1,6 @@
-"""Settings that can change nothing in a run: a refresh that no draw follows, a warm-up longer than the training.
+"""Find settings that have no effect in a run, such as a warmup longer than the training.
 
-Such a run is what was asked for, and mostly not what was meant; whoever starts it says so at the door.
+They are valid but usually a mistake, so commands print them before a run starts.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from grass_ray.layerwise.sampler import Sampler
 
 
 def settings_without_effect(config: RunConfig) -> list[str]:
-    """One line a setting: its key and value, and why it changes nothing in this run. Empty for an untrained one."""
+    """Return one line per setting without effect: its key, its value and why. Empty if the run does not train."""
     if not config.training.steps:
         return []
     return [*_of_the_sampler(config), *_of_states(config), *_of_the_loop(config)]
 
 
 def _of_the_sampler(config: RunConfig) -> Iterator[str]:
-    """Schedules that are longer than the training, and what the sampler says of its own settings."""
+    """Schedules that are longer than the training, and what the sampler reports about its settings."""
     steps = config.training.steps
     for name, value in config.method.sampler:
         if isinstance(value, ScheduleConfig) and (length := value.length or 0) > steps:
@@ -32,7 +32,7 @@ def _of_the_sampler(config: RunConfig) -> Iterator[str]:
 
 
 def _of_states(config: RunConfig) -> Iterator[str]:
-    """What happens to states that never leave, and to projections that are never renewed."""
+    """Settings of inactive states if no layer is ever inactive, and of projections that are never updated."""
     method, steps = config.method, config.training.steps
     if method.sampler.trains_all:
         if method.inactive_states == "reset":
@@ -48,7 +48,7 @@ def _of_states(config: RunConfig) -> Iterator[str]:
 
 
 def _of_the_loop(config: RunConfig) -> Iterator[str]:
-    """The learning rate's schedule, and checkpoints on the way."""
+    """The learning rate schedule and the interval of checkpoints."""
     training = config.training
     if training.warmup_steps >= training.steps:
         yield (

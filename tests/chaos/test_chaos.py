@@ -154,9 +154,9 @@ def assert_as_undisturbed(record: RunRecord) -> None:
     }
     expected = {name: value for name, value in outcome.metrics.items() if name.startswith(("eval/", "train/"))}
     assert {name: record.metrics[name] for name in expected} == expected
-    assert (record.layers is None) == (outcome.engagement is None)
-    if record.layers is not None and outcome.engagement is not None:
-        assert record.layers.intervals == outcome.engagement.intervals
+    assert (record.layers is None) == (outcome.layers is None)
+    if record.layers is not None and outcome.layers is not None:
+        assert record.layers.intervals == outcome.layers.intervals
 
 
 def assert_tracked_once(storage: Path, records: list[RunRecord]) -> None:

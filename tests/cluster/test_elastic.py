@@ -89,4 +89,4 @@ def test_a_trial_goes_on_with_the_machines_that_are_left_and_takes_back_those_th
     run = Run.prepare(RunConfig.parse(record.config))
     losses = [report.loss for report in run.fit()]
     assert [loss for _, loss in record.series["train/loss"]] == pytest.approx(losses, rel=LOSS_TOLERANCE)
-    assert record.layers.intervals == run.state.engagement.engagement.intervals
+    assert record.layers.intervals == run.state.tracer.trace.intervals

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.job import FAILURE_FILE, Job, SweepContext, TrialResources
+from grass_ray.cluster.job import FAILURE_FILE, Job, SweepContext
 from grass_ray.cluster.listeners import EndTogether
+from grass_ray.cluster.resources import TrialResources
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.training.report import TrainingFailure
 
 
 def make_job(storage: Path, workers: int) -> Job:
-    resources = TrialResources(cpus=1, gpus=0, workers=workers, min_workers=workers)
+    resources = TrialResources(cpus=1, gpus=0, workers=workers)
     context = SweepContext(sweep="sweep", sweep_id="sweep-1", storage=str(storage), resources=resources)
     return Job(config=RunConfig(method=METHODS["full"].config), key="key", folder="trials/key", context=context)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.cluster.session import ClusterInfo, knock, ray_cluster, short_folders, token_without_home
+from grass_ray.cluster.resources import ClusterInfo
+from grass_ray.cluster.session import check_address, ray_cluster, short_folders, token_without_home
 from grass_ray.config import ConfigError
 
 
@@ -72,13 +73,13 @@ def test_what_is_no_address_of_a_cluster_is_refused_at_once(address: str, monkey
 
 
 def test_an_address_where_nobody_listens_or_no_ray_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grass_ray.cluster.session.KNOCK_S", 0.5)
+    monkeypatch.setattr("grass_ray.cluster.session.ANSWER_WITHIN_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ConnectionError, match="What answers there is no head of a Ray cluster"):
-            knock(address)
+            check_address(address)
     with pytest.raises(ConnectionError, match="Nobody answers there"):
-        knock(address)
+        check_address(address)
 
 
 def test_sockets_go_where_their_paths_are_short_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

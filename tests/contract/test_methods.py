@@ -91,8 +91,8 @@ def test_trains_exactly_what_its_paper_trains(method: str) -> None:
     if method not in ("lift", "ist"):  # nine steps of one pass over four layers, and a quarter of the layers
         missing = {name for name in possible - ever if "layers" not in name}
         assert not missing
-    assert run.outcome().engagement is not None
-    assert run.outcome().engagement.only_active_layers_changed  # type: ignore[union-attr]
+    assert run.outcome().layers is not None
+    assert run.outcome().layers.only_active_layers_changed  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -149,7 +149,7 @@ def digest(run: Run) -> dict[str, object]:
         "sha": sha.hexdigest(),
         "sampler": run.state.optimizer.sampler.state_dict(),
         "lr": run.state.optimizer.param_groups[0]["lr"],
-        "engagement": run.state.engagement.state_dict(),
+        "engagement": run.state.tracer.state_dict(),
         "losses": run.state.series["train/loss"],
     }
     return json.loads(json.dumps(values).replace("NaN", '"NaN"'))

@@ -40,7 +40,7 @@ from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.schedules import Cosine, Linear, Step, bounds_of
 from grass_ray.memory.plan import Planner
 from grass_ray.memory.step import StepShape
-from grass_ray.training.run import build_optimizer
+from grass_ray.training.optimizer import build_optimizer
 
 
 class TopHeavySampler(UniformSampler):

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from mini_search import SWEEP
 
-from grass_ray.cluster.job import Job, SweepContext, TrialResources
+from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.pbt import MemberState, next_generation
-from grass_ray.cluster.tuner import driver_memory
+from grass_ray.cluster.resources import TrialResources, driver_memory
 from grass_ray.commands.sweep import main
 from grass_ray.config import ConfigError
 from grass_ray.experiment.flags import SweepOptions, choose

@@ -97,7 +97,7 @@ def test_base_and_delta_are_the_trained_model(method: str, dtype: str, tied: boo
     written = load_file(tmp_path / "delta" / "delta.safetensors")
     assert written.keys() == changed - ({"lm_head.weight"} if tied else set())
     assert delta.changed.keys() == written.keys()
-    visited = {layer for layer, visits in enumerate(run.outcome().engagement.visits) if visits}
+    visited = {layer for layer, visits in enumerate(run.outcome().layers.visits) if visits}
     assert set(delta.layers) == visited
     assert {int(name.split(".")[2]) for name in written if ".layers." in name} == visited
     if method == "grass":

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ from grass_ray.config import RunConfig, to_json
 from grass_ray.export.card import render_card, write_card, write_delta_card
 from grass_ray.methods import METHODS
 from grass_ray.results.best_settings import best_settings, left_out, write_settings
-from grass_ray.results.figures.kinds import Kind
+from grass_ray.results.columns import overview_rows
 from grass_ray.results.figures.registry import FIGURES, draw_kind
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
-from grass_ray.results.overview import describe_sweep, ranking, write_summary
+from grass_ray.results.overview import describe_sweep, write_summary
 from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render, render_comparison
@@ -162,11 +162,11 @@ def numbers_behind_figures(folder: Path, run: Run) -> Files:
     files, said = {}, []
     for name, records in (("small", small_sweep()), ("asha", asha()), ("pbt", members())):
         tables = build_leaderboard(records)
-        for kind in get_args(Kind):
-            for picture in draw_kind(kind, tables, records):
-                files[f"{name}.{picture.name}.csv"] = shortened(rounded(picture.csv()))
-                said.append(f"{name} {picture.name}: {picture.title}\n    {picture.description}")
-    missing = [f"nothing to draw, {kind}: {FIGURES[kind].missing}" for kind in get_args(Kind)]
+        for kind in FIGURES:
+            for figure in draw_kind(kind, tables, records):
+                files[f"{name}.{figure.name}.csv"] = shortened(rounded(figure.csv()))
+                said.append(f"{name} {figure.name}: {figure.title}\n    {figure.description}")
+    missing = [f"nothing to draw, {kind}: {FIGURES[kind].missing}" for kind in FIGURES]
     return {**files, "figures.txt": "\n".join([*said, *missing])}
 
 
@@ -178,7 +178,7 @@ def summaries(folder: Path, run: Run) -> Files:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     return {
         "files.txt": "\n".join(names),
-        "mlflow_table.json": to_json(ranking(tables), indent=1),
+        "mlflow_table.json": to_json(overview_rows(tables), indent=1),
         "mlflow_description.md": describe_sweep("Which is best?", tables, done=9, num_trials=10),
     }
 

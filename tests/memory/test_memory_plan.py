@@ -26,11 +26,12 @@ from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
 from grass_ray.memory.step import StepShape, profile_step
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
-from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import MemoryMeter
-from grass_ray.training.models import SHAPES, build_shape, describe_model
+from grass_ray.training.models import describe_model
 from grass_ray.training.report import GIB
 from grass_ray.training.run import Run
+from grass_ray.training.shapes import SHAPES, build_shape
 
 MIB = 2**20
 CPU = torch.device("cpu")

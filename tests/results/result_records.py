@@ -10,7 +10,8 @@ from typing import Any
 from grass_ray.config import RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
-from grass_ray.results.record import LayerHistory, RunRecord, SearchPart, Status, TaskScore
+from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
+from grass_ray.training.report import LayerTrace
 
 
 def make_record(
@@ -26,7 +27,7 @@ def make_record(
     hardware: str = "Test CPU, 2 cores, 24 GiB",
     finished_at: str = "2026-05-01T10:10:00.000+00:00",
     sweep_id: str = "s1",
-    layers: LayerHistory | None = None,
+    layers: LayerTrace | None = None,
     series: Mapping[str, list[tuple[int, float]]] | None = None,
 ) -> RunRecord:
     """A record as a run would write it; ``correct`` lists each task's answers (failed runs have none)."""
@@ -71,7 +72,7 @@ def answers(right: int, total: int) -> list[bool]:
     return [index < right for index in range(total)]
 
 
-def make_history(num_layers: int = 30, steps: int = 200, period: int = 10, refreshed: bool = True) -> LayerHistory:
+def make_history(num_layers: int = 30, steps: int = 200, period: int = 10, refreshed: bool = True) -> LayerTrace:
     """Draws every ``period`` steps after ten probing steps, refreshed every forty."""
     chance = random.Random(0)
     refreshes, intervals = [], []
@@ -82,7 +83,7 @@ def make_history(num_layers: int = 30, steps: int = 200, period: int = 10, refre
     for first in range(11 if refreshed else 1, steps, period):
         intervals.append((first, tuple(sorted(chance.sample(range(num_layers), 2)))))
     visits = [sum(layer in active for _, active in intervals) for layer in range(num_layers)]
-    return LayerHistory(
+    return LayerTrace(
         num_layers=num_layers,
         total_parameters=1000,
         trainable_parameters=70,

@@ -75,7 +75,7 @@ def test_what_was_not_tested_alike_is_neither_ranked_nor_paired_together(other: 
     assert [len(table.rows) for table in tables] == [1, 1]
     for row in (first.rows[0], second.rows[0]):
         assert row.rank == 1
-        assert (row.difference_to_full, row.difference_to_best, row.p_value, row.p_value_to_best) == (None,) * 4
+        assert (row.to_full, row.to_best) == (None, None)
     assert first.title != second.title, "pictures and pages tell tables apart by their titles"
     rows = json.loads(render(tables, "json"))
     assert (rows[0]["test"] == rows[1]["test"]) == (other is OTHERS["other base weights"])
@@ -108,7 +108,7 @@ def test_seeds_that_were_not_tested_alike_are_never_averaged(other: Callable[[],
 def test_what_changes_no_question_keeps_rows_together(same: Callable[[], RunRecord]) -> None:
     (table,) = tables_of(asked("full"), same())
     assert [row.rank for row in table.rows] == [1, 2]
-    assert table.rows[0].difference_to_full == pytest.approx(0.2)
+    assert table.rows[0].to_full.value == pytest.approx(0.2)
     assert table.apart == ""
 
 
@@ -185,6 +185,6 @@ def test_two_sweeps_with_other_questions_are_not_compared_and_it_is_said() -> No
 def test_two_sweeps_on_other_machines_are_compared_over_the_same_questions() -> None:
     records = [asked("grass", 60, sweep_id="a"), asked("grass", 80, sweep_id="b", hardware="GPU")]
     (row,) = compare_sweeps(records, "a", "b").rows
-    assert row.difference == pytest.approx(0.2)
-    assert row.covers_training is False
+    assert row.comparison.value == pytest.approx(0.2)
+    assert row.comparison.covers_training is False
     assert "these runs" in render_comparison(compare_sweeps(records, "a", "b"), "markdown")

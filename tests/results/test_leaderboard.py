@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from result_records import answers, make_history, make_record
 
+from grass_ray.results.columns import row_values
 from grass_ray.results.leaderboard import LeaderboardRow, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
@@ -37,7 +38,7 @@ def test_ranked_by_accuracy_with_intervals() -> None:
 
 def test_the_keys_of_a_row() -> None:
     (row,) = rows_of([make_record(metrics={"memory/peak_allocated_gib": math.nan}, layers=make_history())])
-    values = row.to_dict()
+    values = row_values(row)
     assert list(values)[: len(KEYS)] == KEYS
     assert values["peak_allocated_gib"] is None
     assert values["trainable_share"] == 0.07
@@ -152,11 +153,11 @@ def test_difference_to_full_is_per_question_with_p() -> None:
         ]
     )
     by_method = {row.method: row for row in table.rows}
-    assert by_method["grass"].difference_to_full == pytest.approx(0.4)
-    assert by_method["grass"].p_value == pytest.approx(22 / 1024)
-    assert by_method["grass"].p_adjusted == pytest.approx(44 / 1024)
-    assert by_method["lisa"].p_value == 1.0
-    assert by_method["full"].difference_to_full is None
+    assert by_method["grass"].to_full.value == pytest.approx(0.4)
+    assert by_method["grass"].to_full.p_value == pytest.approx(22 / 1024)
+    assert by_method["grass"].to_full.p_adjusted == pytest.approx(44 / 1024)
+    assert by_method["lisa"].to_full.p_value == 1.0
+    assert by_method["full"].to_full is None
     assert any(note.startswith("p: exact McNemar against full") for note in table.notes)
 
 
@@ -166,7 +167,7 @@ def test_pairs_are_found_by_id_not_by_place() -> None:
     score.example_ids.reverse()
     score.correct.reverse()
     by_method = {row.method: row for row in rows_of([full, grass])}
-    assert by_method["grass"].p_value == 1.0
+    assert by_method["grass"].to_full.p_value == 1.0
     score.example_ids[:] = [f"other-{index}" for index in range(6)]
     assert [len(table.rows) for table in build_leaderboard([full, grass])] == [1, 1], "no pair, no common table"
 
@@ -176,7 +177,7 @@ def test_equal_prompts_are_paired_in_their_order() -> None:
     grass = make_record("grass", correct={"generated": [True, True, True, True]})
     for record in (full, grass):
         record.tasks["generated"].example_ids[:] = ["the same"] * 4
-    assert rows_of([full, grass])[0].p_value == pytest.approx(2 / 2**3), "three questions differ, not one mean"
+    assert rows_of([full, grass])[0].to_full.p_value == pytest.approx(2 / 2**3), "three questions differ, not one mean"
 
 
 def test_several_seeds_are_averaged_question_by_question() -> None:
@@ -187,9 +188,9 @@ def test_several_seeds_are_averaged_question_by_question() -> None:
     (table,) = build_leaderboard(records)
     best, _ = table.rows
     # four questions differ in both seeds of full: four flips of a coin, not eight
-    assert best.p_value == pytest.approx(2 / 2**4, abs=0.02)
-    assert best.difference_to_full == pytest.approx(0.4)
-    assert best.covers_training is False, "one seed on a side"
+    assert best.to_full.p_value == pytest.approx(2 / 2**4, abs=0.02)
+    assert best.to_full.value == pytest.approx(0.4)
+    assert best.to_full.covers_training is False, "one seed on a side"
     assert any("sign-flip" in note for note in table.notes)
 
 
@@ -201,14 +202,12 @@ def test_with_seeds_on_both_sides_a_difference_covers_training() -> None:
     (table,) = build_leaderboard(records)
     best, _ = table.rows
     # by hand: seeds' means vary by (0.01^2 + 0.03^2) 2 / 2 = .001; 38 questions all of the two, 8 one of them
-    assert best.difference_to_full == pytest.approx(0.42)
-    assert best.covers_training is True
-    assert best.p_value is not None
-    assert 0.0004 < best.p_value < 0.01
-    assert best.difference_to_full_low is not None
-    assert best.difference_to_full_high is not None
-    assert 0.2 < best.difference_to_full_low < 0.33, "two degrees of freedom: wider than the questions alone"
-    assert best.difference_to_full_high - 0.42 == pytest.approx(0.42 - best.difference_to_full_low)
+    assert best.to_full.value == pytest.approx(0.42)
+    assert best.to_full.covers_training is True
+    assert 0.0004 < best.to_full.p_value < 0.01
+    assert best.to_full is not None
+    assert 0.2 < best.to_full.low < 0.33, "two degrees of freedom: wider than the questions alone"
+    assert best.to_full.high - 0.42 == pytest.approx(0.42 - best.to_full.low)
     assert any("two-level t-test" in note for note in table.notes)
 
 
@@ -217,7 +216,7 @@ def test_other_seeds_still_compare_question_by_question() -> None:
         make_record(method, seed=seed, correct={"generated": answers(right, 10)})
         for method, seed, right in (("full", 0, 4), ("grass", 7, 8))
     )
-    assert rows_of([first, second])[0].p_value == pytest.approx(2 / 2**4)
+    assert rows_of([first, second])[0].to_full.p_value == pytest.approx(2 / 2**4)
 
 
 def test_difference_to_the_best_row() -> None:
@@ -227,19 +226,19 @@ def test_difference_to_the_best_row() -> None:
         make_record("full", correct={"generated": answers(8, 20)}),
     ]
     best, lisa, full = rows_of(records)
-    assert best.difference_to_best is None
-    assert lisa.difference_to_best == pytest.approx(-0.05)
-    assert lisa.p_value_to_best == 1.0
-    assert full.difference_to_best == pytest.approx(-0.5)
-    assert full.p_value_to_best == pytest.approx(2 / 2**10)
-    assert full.p_adjusted_to_best == pytest.approx(2 * 2 / 2**10)
-    assert best.p_value == full.p_value_to_best, "the same pair, whichever way round"
+    assert best.to_best is None
+    assert lisa.to_best.value == pytest.approx(-0.05)
+    assert lisa.to_best.p_value == 1.0
+    assert full.to_best.value == pytest.approx(-0.5)
+    assert full.to_best.p_value == pytest.approx(2 / 2**10)
+    assert full.to_best.p_adjusted == pytest.approx(2 * 2 / 2**10)
+    assert best.to_full.p_value == full.to_best.p_value, "the same pair, whichever way round"
 
 
 def test_without_full_there_is_still_the_best() -> None:
     rows = rows_of([make_record("grass"), make_record("lora", correct={"generated": [True, False, False, False]})])
-    assert rows[1].difference_to_full is None
-    assert rows[1].difference_to_best == pytest.approx(-0.25)
+    assert rows[1].to_full is None
+    assert rows[1].to_best.value == pytest.approx(-0.25)
 
 
 def test_several_tasks_weigh_alike_in_a_difference() -> None:
@@ -249,7 +248,7 @@ def test_several_tasks_weigh_alike_in_a_difference() -> None:
         for method, correct in (("grass", small), ("full", large))
     )
     (table,) = build_leaderboard([first, second])
-    assert table.rows[0].difference_to_full == pytest.approx(0.2)
+    assert table.rows[0].to_full.value == pytest.approx(0.2)
     assert any(note.startswith("p: paired sign-flip test of the average over tasks") for note in table.notes)
 
 
@@ -403,7 +402,7 @@ def test_ties_are_ties_to_the_last_bit() -> None:
     rows = rows_of(records)
     assert [(row.rank, row.method) for row in rows] == [(1, "full"), (2, "lisa"), (2, "lora")]
     assert rows[1].accuracy == rows[2].accuracy == 17 / 72
-    assert rows[1].difference_to_full == rows[2].difference_to_full == -1 / 72
+    assert rows[1].to_full.value == rows[2].to_full.value == -1 / 72
     seeds = [
         make_record(method, seed=seed, correct={"generated": answers(right, 30)})
         for method, counts in (("lora", (1, 2, 10)), ("lisa", (10, 1, 2)))

@@ -10,8 +10,8 @@ from result_records import make_record
 
 from grass_ray.config import RunConfig
 from grass_ray.export.card import render_card
+from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.overview import ranking
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 
@@ -34,7 +34,7 @@ def test_dropped_rows_are_said_in_every_format() -> None:
     assert (row["train_rows"], row["train_rows_dropped"]) == (2, 38)
     line = next(csv.DictReader(io.StringIO(render(tables, "csv"))))
     assert {"train_rows", "train_rows_dropped"} <= line.keys()
-    shown = {row["method"]: row["rows dropped"] for row in ranking(tables)}
+    shown = {row["method"]: row["rows dropped"] for row in overview_rows(tables)}
     assert shown == {"grass": 38, "base": None}
 
 

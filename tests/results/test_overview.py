@@ -9,8 +9,9 @@ import pytest
 from mlflow import MlflowClient
 from result_records import answers, make_record
 
+from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.overview import LONGEST_NOTE, Overview, describe_sweep, draw_ranking, ranking
+from grass_ray.results.overview import LONGEST_NOTE, Overview, describe_sweep, draw_ranking
 from grass_ray.results.record import RunRecord
 from grass_ray.results.tracking import RANKING_FILE, Tracker
 
@@ -40,8 +41,8 @@ def test_the_parent_run_shows_the_ranking_and_each_update_takes_the_place_of_the
     run = client.get_run(sweep)
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("Best: **grass**, 70.0 (39.7-89.2) %. 3 of 3 trials have ended.\n\nWhich is best?")
-    assert "| 1 | grass \\* | 70.0 (39.7-89.2) | +30.0 | 2 |" in note
-    assert "| - | lora | - | - | - | - | 0 | failed |" in note
+    assert "| 1 | grass \\* | 70.0 | 39.7-89.2 | +30.0 | 2.00 |" in note
+    assert "| - | lora | - | - | - | - | - | 0 | failed |" in note
     assert client.get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == note
     assert run.data.tags["best"] == "grass: 70.0 %"
     assert run.data.metrics["sweep/best_accuracy"] == 0.7
@@ -97,7 +98,7 @@ def test_a_description_of_many_rows_fits_into_a_tag_and_says_what_is_missing() -
     shown = note.count("| grass (period=")
     assert shown > 20
     assert f"{200 - shown} more rows in leaderboard.md" in note
-    assert len(ranking(tables)) == 200
+    assert len(overview_rows(tables)) == 200
 
 
 def test_names_do_not_break_the_markdown() -> None:

@@ -18,12 +18,12 @@ from grass_ray.results.provenance import (
     now,
     redact,
     versions,
-    write_engagement,
     write_examples,
+    write_layer_trace,
 )
 from grass_ray.results.record import RunRecord
 from grass_ray.tasks.scores import EvaluationResult, Example
-from grass_ray.training.report import Engagement, RunOutcome
+from grass_ray.training.report import LayerTrace, RunOutcome
 
 
 def outcome() -> RunOutcome:
@@ -31,7 +31,7 @@ def outcome() -> RunOutcome:
         Example(id=f"q{n}", prompt="2 + 2 =", target="4", output=text, extracted=found, correct=found == "4")
         for n, (text, found) in enumerate([("it is 4", "4"), ("\n“five”", None)])
     )
-    engagement = Engagement(
+    layers = LayerTrace(
         num_layers=2,
         total_parameters=100,
         trainable_parameters=25,
@@ -46,7 +46,7 @@ def outcome() -> RunOutcome:
         metrics={"eval/average": 0.5, "memory/peak_allocated_gib": math.nan},
         series={"train/loss": [(1, 2.0), (2, 1.0)]},
         tasks={"generated": result},
-        engagement=engagement,
+        layers=layers,
         data={"train_rows": 10},
         model_revision="abc",
     )
@@ -111,13 +111,13 @@ def test_examples_are_one_line_each(tmp_path: Path) -> None:
 
 
 def test_the_engagement_report_is_words_and_strict_json(tmp_path: Path) -> None:
-    write_engagement(tmp_path, None)
+    write_layer_trace(tmp_path, None)
     assert not list(tmp_path.iterdir())
-    engagement = outcome().engagement
-    assert engagement is not None
-    engagement.units = ["layer_00", "layer_01"]
-    write_engagement(tmp_path, engagement)
-    assert (tmp_path / "engagement.txt").read_text() == engagement.describe() + "\n"
+    layers = outcome().layers
+    assert layers is not None
+    layers.units = ["layer_00", "layer_01"]
+    write_layer_trace(tmp_path, layers)
+    assert (tmp_path / "engagement.txt").read_text() == layers.describe() + "\n"
     values = json.loads((tmp_path / "engagement.json").read_text(), parse_constant=pytest.fail)
     assert values["refreshes"] == [[1, [None, 2.0], [0.25, 0.75]]]
     assert values["visits"] == [1, 1]

@@ -148,8 +148,8 @@ def called(skills: dict[str, float], *, seeds: int, questions: int, sweeps: int)
     for draw in range(sweeps):
         (table,) = build_leaderboard(simulated_sweep(skills, questions=questions, seeds=seeds, draw=draw))
         rivals = [row for row in table.rows if row.method != "full"]
-        single += [(row.p_value or 0.0) < 0.05 for row in rivals]
-        whole.append(any((row.p_adjusted or 0.0) < 0.05 for row in rivals))
+        single += [row.to_full.p_value < 0.05 for row in rivals]
+        whole.append(any((row.to_full.p_adjusted or 0.0) < 0.05 for row in rivals))
     return float(np.mean(single)), float(np.mean(whole))
 
 
@@ -174,9 +174,8 @@ def test_the_interval_of_a_difference_holds_the_truth() -> None:
     for draw in range(120):
         (table,) = build_leaderboard(simulated_sweep({"full": 0.0, "grass": 0.1}, questions=150, seeds=2, draw=draw))
         (row,) = [row for row in table.rows if row.method == "grass"]
-        assert row.difference_to_full_low is not None
-        assert row.difference_to_full_high is not None
-        inside.append(row.difference_to_full_low <= 0.1 <= row.difference_to_full_high)
+        assert row.to_full is not None
+        inside.append(row.to_full.low <= 0.1 <= row.to_full.high)
     assert 0.88 < np.mean(inside) <= 1.0
 
 

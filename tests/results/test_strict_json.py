@@ -11,8 +11,8 @@ import pytest
 from result_records import answers, make_history, make_record
 
 from grass_ray.config import ConfigError, from_json, to_json
+from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.overview import ranking
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render, render_comparison
 from grass_ray.results.sweep_comparison import compare_sweeps
@@ -73,7 +73,7 @@ def test_tables_and_pages_are_strict_json_too() -> None:
     tables = build_leaderboard(records)
     assert strict(render(tables, "json"))[0]["peak_allocated_gib"] is None
     strict(render_comparison(compare_sweeps(records, "a", "b"), "json"))
-    strict(to_json(ranking(tables)))
+    strict(to_json(overview_rows(tables)))
 
 
 def test_what_mlflow_gets_is_strict_json(new_tracker: Any, folder: Path) -> None:

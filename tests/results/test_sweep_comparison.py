@@ -27,12 +27,12 @@ def two_sweeps() -> list[RunRecord]:
 def test_differences_are_per_question() -> None:
     comparison = compare_sweeps(two_sweeps(), "old", "new")
     grass, lora = comparison.rows
-    assert (grass.label, grass.first, grass.second, grass.difference) == ("grass", 0.4, 0.9, pytest.approx(0.5))
-    assert grass.p_value == pytest.approx(2 / 2**10)
-    assert grass.p_adjusted == pytest.approx(2 * 2 / 2**10)
+    assert (grass.label, grass.first, grass.second, grass.comparison.value) == ("grass", 0.4, 0.9, pytest.approx(0.5))
+    assert grass.comparison.p_value == pytest.approx(2 / 2**10)
+    assert grass.comparison.p_adjusted == pytest.approx(2 * 2 / 2**10)
     assert (grass.only_first, grass.only_second, grass.questions) == (0, 10, 20)
     assert [change.example_id for change in grass.changes] == [f"question-{index}" for index in range(8, 18)]
-    assert lora.difference == 0
+    assert lora.comparison.value == 0
     assert lora.settings == ["training.steps: 50 -> 60"], "matched by method, since nothing else is left"
     assert (comparison.only_in_first, comparison.only_in_second) == (["full"], ["lisa"])
 
@@ -40,7 +40,7 @@ def test_differences_are_per_question() -> None:
 def test_the_same_run_on_two_sides_differs_in_nothing() -> None:
     records = [make_record("grass", sweep_id=side) for side in ("a", "b")]
     (row,) = compare_sweeps(records, "a", "b").rows
-    assert (row.difference, row.changes, row.settings, row.p_value) == (0, [], [], 1.0)
+    assert (row.comparison.value, row.changes, row.settings, row.comparison.p_value) == (0, [], [], 1.0)
 
 
 def test_memory_of_other_machines_is_not_compared() -> None:
@@ -52,7 +52,7 @@ def test_memory_of_other_machines_is_not_compared() -> None:
     assert (row.memory_ratio, row.speed_ratio) == (0.5, 1.5)
     (row,) = compare_sweeps([first, other], "a", "b").rows
     assert (row.memory_ratio, row.speed_ratio) == (None, None)
-    assert row.difference == 0
+    assert row.comparison.value == 0
 
 
 def test_several_rows_of_a_method_are_not_guessed() -> None:

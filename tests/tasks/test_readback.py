@@ -12,7 +12,7 @@ from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationCo
 from grass_ray.methods import get_method
 from grass_ray.tasks.readback import check_answers, choose_extraction
 from grass_ray.tasks.suites import TASKS
-from grass_ray.training.run import check_run
+from grass_ray.training.checks import check_run
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,11 @@ from grass_ray.tasks.generated import generate
 from grass_ray.training import batches as module
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch, Batches, pack, pad
-from grass_ray.training.loop import accumulate_gradients, summed_loss
+from grass_ray.training.checks import check_run
+from grass_ray.training.loss import accumulate_gradients, summed_loss
 from grass_ray.training.models import load_tokenizer
 from grass_ray.training.packing import check_packing
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.run import Run
 
 KINDS = ("plain", "bucketed", "packed")
 CPU = torch.device("cpu")

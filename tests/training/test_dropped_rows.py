@@ -8,9 +8,10 @@ from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.scores import workload_metrics
 from grass_ray.training.batches import Batches
+from grass_ray.training.checks import check_run
 from grass_ray.training.lost_rows import describe_lost_rows, find_lost_rows
 from grass_ray.training.models import load_model, load_tokenizer
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.run import Run
 
 LINE = '{{"instruction": "Is it {}?", "answer": "{}"{}}}\n'
 

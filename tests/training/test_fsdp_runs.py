@@ -20,7 +20,8 @@ from small import short_run
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.optim.sharded import whole
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.checks import check_run
+from grass_ray.training.run import Run
 from grass_ray.training.weights import parameters_sha256
 
 pytestmark = pytest.mark.long
@@ -61,11 +62,11 @@ def follow(method: str, folder: Path | None = None, **options: Any) -> dict[str,
         "weights": weights_of(model),
         "sha256": run.weights_sha256(),
         "reports": reports,
-        "intervals": outcome.engagement.intervals,
-        "engaged": outcome.engagement.only_active_layers_changed,
+        "intervals": outcome.layers.intervals,
+        "engaged": outcome.layers.only_active_layers_changed,
         "tasks": outcome.tasks,
         "elements": sum(rows),
-        "fingerprints": run.state.engagement.state_dict()["fingerprints"],
+        "fingerprints": run.state.tracer.state_dict()["fingerprints"],
     }
 
 
@@ -195,7 +196,7 @@ def test_a_checkpoint_goes_on_sharded_replicated_and_alone(
     run = Run.prepare(make_config(method))
     run.restore(folder / method)
     list(run.fit())
-    assert run.outcome().engagement.only_active_layers_changed
+    assert run.outcome().layers.only_active_layers_changed
     assert_close(weights_of(run.state.model), alone[method])
 
 

@@ -11,9 +11,10 @@ from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.training.batches import IGNORED
-from grass_ray.training.loop import accumulate_gradients
-from grass_ray.training.report import Engagement, StepReport, TrainingFailure
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.checks import check_run
+from grass_ray.training.loss import accumulate_gradients
+from grass_ray.training.report import LayerTrace, StepReport, TrainingFailure
+from grass_ray.training.run import Run
 
 
 def make_run(method: str = "grass", *overrides: str) -> Run:
@@ -40,37 +41,37 @@ def test_probing_loses_no_batch_and_holds_the_schedule_still() -> None:
     assert reports[-1].lr == pytest.approx(reports[2].lr / 6)
 
 
-def assert_ages(run: Run, engagement: Engagement) -> None:
+def assert_ages(run: Run, layers: LayerTrace) -> None:
     """At every refresh and in every step's series: how long ago a layer was last active, by the draws themselves."""
     series, last = run.state.series, run.state.total_steps
     probed = [(step, (0, 1, 2, 3)) for step in (1, 2)]
-    intervals = [*probed, *engagement.intervals]
+    intervals = [*probed, *layers.intervals]
     active = {step: [units for first, units in intervals if first <= step][-1] for step in range(1, last + 1)}
-    refreshed = [step for step, _, _ in engagement.refreshes]
-    assert [step for step, _ in engagement.ages] == refreshed
-    for step, ages in engagement.ages:
+    refreshed = [step for step, _, _ in layers.refreshes]
+    assert [step for step, _ in layers.ages] == refreshed
+    for step, ages in layers.ages:
         measured = [max(at for at in range(1, step + 1) if layer in active[at]) for layer in range(4)]
         assert ages == tuple(float(step - at) for at in measured)
         assert [dict(series[f"layers/age_{layer:02d}"])[step] for layer in range(4)] == list(ages)
         for later in range(step, min([at for at in refreshed if at > step], default=last + 1)):
             assert dict(series["layers/age_max"])[later] == max(ages) + later - step
             assert dict(series["layers/age_mean"])[later] == pytest.approx(sum(ages) / 4 + later - step)
-    assert f" / {engagement.ages[-1][1][0]:g}" in engagement.describe()
-    assert "importance / probability / age in steps" in engagement.describe()
+    assert f" / {layers.ages[-1][1][0]:g}" in layers.describe()
+    assert "importance / probability / age in steps" in layers.describe()
 
 
 def test_the_engagement_proof_holds_and_would_notice() -> None:
     run = make_run()
     for _ in run.fit():
         pass
-    engagement = run.outcome().engagement
-    assert engagement is not None
-    assert engagement.only_active_layers_changed
-    assert [step for step, _ in engagement.intervals] == [3, 5, 7]
-    assert sum(engagement.visits) == 6
-    assert [step for step, _, _ in engagement.refreshes] == [2, 5, 8]
-    assert engagement.trainable_parameters == sum(p.numel() for p in run.state.optimizer.active_parameters())
-    assert_ages(run, engagement)
+    layers = run.outcome().layers
+    assert layers is not None
+    assert layers.only_active_layers_changed
+    assert [step for step, _ in layers.intervals] == [3, 5, 7]
+    assert sum(layers.visits) == 6
+    assert [step for step, _, _ in layers.refreshes] == [2, 5, 8]
+    assert layers.trainable_parameters == sum(p.numel() for p in run.state.optimizer.active_parameters())
+    assert_ages(run, layers)
 
     tampered = make_run()
     for report in tampered.fit():
@@ -78,7 +79,7 @@ def test_the_engagement_proof_holds_and_would_notice() -> None:
             frozen = next(layer for layer in range(4) if layer not in report.active_layers)
             with torch.no_grad():
                 tampered.state.optimizer.stack.layers[frozen][0].view(-1)[0] += 1e-3
-    outcome = tampered.outcome().engagement
+    outcome = tampered.outcome().layers
     assert outcome is not None
     assert not outcome.only_active_layers_changed
 
@@ -116,7 +117,7 @@ def test_untrained_base_has_no_steps_and_no_costs() -> None:
     run = make_run("base", "training.steps=0")
     assert list(run.fit()) == []
     outcome = run.outcome()
-    assert outcome.engagement is None
+    assert outcome.layers is None
     assert "memory/peak_allocated_gib" not in outcome.metrics
 
 

@@ -26,8 +26,9 @@ from transformers import (
 
 from grass_ray.config import ConfigError, ModelConfig
 from grass_ray.memory.plan import Planner
-from grass_ray.training.models import build_shape, check_lengths, check_model, load_model
-from grass_ray.training.run import check_run
+from grass_ray.training.checks import check_run
+from grass_ray.training.models import check_lengths, check_model, load_model
+from grass_ray.training.shapes import build_shape
 
 Change = Callable[[Path], None]
 

@@ -98,10 +98,10 @@ def test_what_is_said_of_a_refresh_is_true(period: int, number: int) -> None:
         settings = [] if method == "grass-static" else [f"method.sampler.refresh_period={period}"]
         run = Run.prepare(short_run(method, "method.sampler.temperature=0.01", *settings, steps=number))
         drawn[method] = [(report.probabilities, report.active_layers) for report in run.fit()]
-        engagement = run.outcome().engagement
-        assert engagement is not None
-        said = [line.partition("=")[0] for line in engagement.without_effect]
-        assert all(f"without effect: {line}" in engagement.describe() for line in engagement.without_effect)
+        layers = run.outcome().layers
+        assert layers is not None
+        said = [line.partition("=")[0] for line in layers.without_effect]
+        assert all(f"without effect: {line}" in layers.describe() for line in layers.without_effect)
         assert said == (["method.sampler.refresh_period"] if (method, period) == ("grass", 100) else [])
     assert (drawn["grass"] == drawn["grass-static"]) == (period == 100)
 

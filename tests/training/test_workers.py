@@ -22,9 +22,10 @@ from grass_ray.config import ConfigError, RunConfig
 from grass_ray.memory.fit import real_shape
 from grass_ray.memory.plan import Planner
 from grass_ray.methods import METHODS
-from grass_ray.training.loop import accumulate_gradients
+from grass_ray.training.checks import check_run
+from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.report import GIB
-from grass_ray.training.run import Run, check_run
+from grass_ray.training.run import Run
 
 pytestmark = pytest.mark.long
 
@@ -60,7 +61,7 @@ def follow(method: str, folder: Path | None = None) -> dict[str, Any]:
     if method in EVALUATED:
         run.evaluate()
     optimizer = run.state.optimizer
-    active = {unit for _, units in run.state.engagement.engagement.intervals for unit in units}
+    active = {unit for _, units in run.state.tracer.trace.intervals for unit in units}
     return {
         "start": start,
         **outcome_of(run),
@@ -69,17 +70,17 @@ def follow(method: str, folder: Path | None = None) -> dict[str, Any]:
         "unit_bytes": {unit: 4 * optimizer.units[unit].size for unit in active},
         "constant_bytes": sum(4 * unit.size for unit in optimizer.constant_units),
         "full_bytes": sum(4 * p.numel() for p in run.state.model.parameters()),
-        "described": run.state.engagement.engagement.describe(),
+        "described": run.state.tracer.trace.describe(),
     }
 
 
 def outcome_of(run: Run) -> dict[str, Any]:
-    engagement = run.state.engagement.engagement
+    layers = run.state.tracer.trace
     weights = {name: p.detach().clone() for name, p in run.state.model.named_parameters()}
     return {
         "weights": weights,
-        "intervals": engagement.intervals,
-        "engaged": engagement.only_active_layers_changed,
+        "intervals": layers.intervals,
+        "engaged": layers.only_active_layers_changed,
         "series": run.state.series,
     }
 

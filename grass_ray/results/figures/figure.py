@@ -1,10 +1,10 @@
-"""A picture with the numbers behind it: saved as PNG or SVG with a CSV file beside it, or put into a page as SVG.
+"""A figure with the numbers behind it: saved as PNG or SVG with a CSV file beside it, or put into a page as SVG.
 
 ::
 
-    picture = draw_accuracy_memory(tables)            # None where there is nothing to draw
-    picture.save(Path("pareto.svg"))                  # and pareto.csv
-    html = picture.inline_svg()                       # follows the page's light or dark colours
+    figure = draw_accuracy_memory(Runs.of(records))  # None if there is nothing to draw
+    figure.save(Path("pareto.svg"))                  # and pareto.csv
+    html = figure.inline_svg("f1")                   # follows the page's light or dark colours
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from grass_ray.config import ConfigError
-from grass_ray.results.figures.colours import dark_colours
+from grass_ray.results.figures.style import DPI, EDGE, HOLE, SOFT, dark_colours
+from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
+from grass_ray.results.record import RunRecord
 
-DPI = 150
-SOFT = "#444444"  # notes
-EDGE = "#999999"  # helper lines
-HOLE = "#e4e4e4"  # nothing measured
 SUFFIXES = (".png", ".svg", ".pdf")
-# Colours that follow the page when a picture stands in one.
+# Colours that follow the page when a figure is part of one.
 _PAGE = {
     "#000000": "var(--ink)",
     "#ffffff": "var(--paper)",
@@ -39,27 +38,57 @@ _PAGE = {
 }
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What a figure of many runs is drawn from: leaderboard tables, and the records they were built from."""
+
+    tables: Sequence[LeaderboardTable]
+    records: Sequence[RunRecord]
+
+    @classmethod
+    def of(cls, records: Sequence[RunRecord]) -> Runs:
+        """The records with the tables built from them."""
+        return cls(build_leaderboard(records), records)
+
+    @cached_property
+    def _by_id(self) -> dict[str, RunRecord]:
+        return {record.run_id: record for record in self.records}
+
+    def seeds(self, row: LeaderboardRow) -> list[RunRecord]:
+        """The records of a row, one per seed."""
+        return [self._by_id[run_id] for run_id in row.run_ids]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A drawn figure: ``description`` says in words what it shows, ``header`` and ``rows`` are its numbers."""
+class Figure:
+    """A drawn figure and its numbers.
+
+    Attributes:
+        name: of its file, without suffix.
+        title: what it shows, in a few words.
+        description: the same in one or two sentences, for readers who cannot see it.
+        drawing: matplotlib's figure.
+        header: names of the columns of ``rows``.
+        rows: the numbers that are drawn.
+    """
 
     name: str
     title: str
     description: str
-    figure: Figure
+    drawing: matplotlib.figure.Figure
     header: tuple[str, ...]
     rows: Sequence[tuple[Any, ...]]
 
     def save(self, path: Path, *, with_csv: bool = True) -> list[Path]:
-        """Write the picture, in the format of the path's suffix, and the CSV beside it; returns the files written.
+        """Write the figure in the format of the path's suffix, and the CSV beside it; returns the files written.
 
         Raises:
-            ConfigError: a suffix that is no picture's.
+            ConfigError: matplotlib cannot write this suffix here.
         """
         check_suffix(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
-            self.figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+            self.drawing.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
         if not with_csv:
             return [path]
         numbers = path.with_suffix(".csv")
@@ -67,7 +96,7 @@ class Picture:
         return [path, numbers]
 
     def csv(self) -> str:
-        """The numbers as CSV, empty where there is none."""
+        """The numbers as CSV; cells are empty where there is no number."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.header)
@@ -75,26 +104,21 @@ class Picture:
         return out.getvalue()
 
     def inline_svg(self, key: str) -> str:
-        """The picture as an element of a page.
+        """The figure as an ``<svg>`` element for an HTML page.
 
         Args:
-            key: letters and digits, different for every picture of the page: ids inside begin with it.
+            key: letters and digits, different for every figure of the page: ids inside begin with it.
         """
         out = io.StringIO()
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
-            self.figure.savefig(out, format="svg", metadata={"Date": None}, dpi=DPI, transparent=False)
+            self.drawing.savefig(out, format="svg", metadata={"Date": None}, dpi=DPI, transparent=False)
         return _for_page(out.getvalue(), key, self.description)
 
 
 def check_suffix(path: Path) -> None:
-    """Raise :class:`ConfigError` unless the path's suffix is a picture's."""
+    """Raise :class:`ConfigError` unless figures can be written in the format of the path's suffix."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"cannot write a picture as {path}; the name must end in {', '.join(SUFFIXES)}")
-
-
-def plain(text: str) -> str:
-    """Text for a picture: what matplotlib would read as a formula stays text."""
-    return text.replace("$", r"\$")
 
 
 def _cell(value: Any) -> Any:
@@ -124,13 +148,12 @@ def _variable(colour: str) -> str:
     return f"c{colour.removeprefix('#')}"
 
 
+def page_colour(colour: str) -> str:
+    """A method's colour as a page with :func:`page_colours` in its style names it."""
+    return f"var(--{_variable(colour)})"
+
+
 def page_colours(*, dark: bool) -> str:
-    """CSS declarations of every method's colour, for a page that holds pictures."""
+    """CSS declarations of every method's colour, for a page that holds figures."""
     pairs = dark_colours().items()
     return "; ".join(f"--{_variable(light)}: {on_dark if dark else light}" for light, on_dark in pairs)
-
-
-def tidy(axes: Any) -> None:
-    """A light grid and no frame above and to the right."""
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,137 +1,188 @@
-"""Every figure, once: what ``grass-ray plot`` offers, which files a sweep and a run get, what is said where one lacks.
+"""Every kind of figure, once: ``grass-ray plot``, the page, and the files of a sweep and of a run follow this table.
 
 ::
 
-    pictures = draw_kind("pareto", tables, records)     # one a kind, or one a run for the kinds that show a run
-    for picture in pictures: picture.save(folder / f"{picture.name}.svg")
+    figures = draw_kind("pareto", tables, records)      # one, or one per method for kinds that show one run
+    for figure in figures: figure.save(folder / f"{figure.name}.svg")
     write_sweep_plots(records, folder)                  # accuracy_memory.png, loss_comparison.png, ...
     write_run_plots(record, folder)                     # sampling.png, loss.png, ...
 
-A new figure is a line in one of the two tables, and its name in :mod:`grass_ray.results.figures.kinds`.
+A new figure is a function and its entry in ``FIGURES``. Functions are named, not imported, so that the command line's
+choices load no matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grass_ray.config import slug
-from grass_ray.results.figures.breakdown import draw_sensitivity, draw_step_time, draw_tasks
-from grass_ray.results.figures.figure import Picture
-from grass_ray.results.figures.kinds import Kind
-from grass_ray.results.figures.run import draw_ages, draw_importance, draw_loss, draw_sampling
-from grass_ray.results.figures.search import draw_population, draw_rungs, draw_search
-from grass_ray.results.figures.sweep import draw_accuracy_memory, draw_loss_comparison
-from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
-from grass_ray.results.record import RunRecord
 
-Tables = Sequence[LeaderboardTable]
-Records = Sequence[RunRecord]
+if TYPE_CHECKING:
+    from grass_ray.results.figures.figure import Figure, Runs
+    from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
+    from grass_ray.results.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFigure:
-    """A figure of many runs.
+class Plot:
+    """How a figure is drawn and where it is written.
 
-    ``draw`` gives None where there is nothing to draw, and ``missing`` says why. ``file`` is its name in a sweep's
-    summary, with the numbers beside it if ``numbers``: the leaderboard's own files have what is behind the others.
+    Attributes:
+        function: ``module:name`` of the function that draws it; it returns None if there is nothing to draw.
+        file: name of its PNG in the folder of a sweep or of a run.
+        numbers: whether the CSV is written beside the PNG, too.
     """
 
-    draw: Callable[[Tables, Records], Picture | None]
-    missing: str
+    function: str
     file: str
     numbers: bool = False
 
+    def __call__(self, of: Runs | RunRecord, *, width: float | None = None) -> Figure | None:
+        """Draw it, ``width`` inches wide if given."""
+        sized: dict[str, Any] = {} if width is None else {"width": width}
+        drawn: Figure | None = pkgutil.resolve_name(self.function)(of, **sized)
+        return drawn
+
+    def write(self, of: Runs | RunRecord, folder: Path) -> list[Path]:
+        """Write it into ``folder``; returns the files written, none if there is nothing to draw."""
+        drawn = self(of)
+        return [] if drawn is None else drawn.save(folder / self.file, with_csv=self.numbers)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunFigure:
-    """The same of one run, with its name in the run's folder."""
+class FigureKind:
+    """A kind of figure.
 
-    draw: Callable[[RunRecord], Picture | None]
-    missing: str
-    file: str
-
-
-SWEEP_FIGURES: Mapping[Kind, SweepFigure] = {
-    "pareto": SweepFigure(
-        draw=lambda tables, records: draw_accuracy_memory(tables),
-        missing="no ranked row has an accuracy and a peak memory",
-        file="accuracy_memory.png",
-    ),
-    "loss": SweepFigure(draw=draw_loss_comparison, missing="no run has a loss", file="loss_comparison.png"),
-    "tasks": SweepFigure(
-        draw=lambda tables, records: draw_tasks(tables), missing="no run was evaluated", file="tasks.png"
-    ),
-    "step-time": SweepFigure(draw=draw_step_time, missing="no run has step times", file="step_time.png"),
-    "sensitivity": SweepFigure(
-        draw=draw_sensitivity, missing="no method has rows that differ in a setting", file="sensitivity.png"
-    ),
-    "search": SweepFigure(
-        draw=lambda tables, records: draw_search(records),
-        missing="no run is of a search that was judged by held-out rows",
-        file="search.png",
-        numbers=True,
-    ),
-    "rungs": SweepFigure(
-        draw=lambda tables, records: draw_rungs(records),
-        missing="no run is of a search with --scheduler asha",
-        file="rungs.png",
-        numbers=True,
-    ),
-    "population": SweepFigure(
-        draw=lambda tables, records: draw_population(records),
-        missing="no run is of a search with --scheduler pbt",
-        file="population.png",
-        numbers=True,
-    ),
-}
-# "loss" is in both: asked for by name it is the sweep's
-RUN_FIGURES: Mapping[Kind, RunFigure] = {
-    "sampling": RunFigure(draw=draw_sampling, missing="no run drew layers", file="sampling.png"),
-    "loss": RunFigure(draw=draw_loss, missing="no run has a loss", file="loss.png"),
-    "importance": RunFigure(draw=draw_importance, missing="no run measured importance", file="importance.png"),
-    "ages": RunFigure(draw=draw_ages, missing="no run says how old its importance is", file="ages.png"),
-}
-FIGURES: Mapping[Kind, SweepFigure | RunFigure] = {**RUN_FIGURES, **SWEEP_FIGURES}
-
-
-def draw_kind(kind: Kind, tables: Tables, records: Records) -> list[Picture]:
-    """The pictures of a kind, empty where there is nothing to draw.
-
-    Sampling, importance and its age show a run each: the first seed with any of each method's highest row. The name of
-    such a picture holds the method, and the model and suite where there are several tables.
+    Attributes:
+        missing: why there may be nothing to draw.
+        of_sweep: draws many runs, from :class:`grass_ray.results.figures.figure.Runs`.
+        of_run: draws one run, from its record.
+        heading: of the figure on the leaderboard page; empty for kinds that show one run, which stand together there.
+        caption: of the figure on the leaderboard page; empty for its title.
     """
-    if kind in SWEEP_FIGURES:
-        picture = SWEEP_FIGURES[kind].draw(tables, records)
-        return [] if picture is None else [picture]
-    by_id = {record.run_id: record for record in records}
-    found: dict[str, Picture] = {}
+
+    missing: str
+    of_sweep: Plot | None = None
+    of_run: Plot | None = None
+    heading: str = ""
+    caption: str = ""
+
+
+_HERE = "grass_ray.results.figures"
+FIGURES: dict[str, FigureKind] = {
+    "pareto": FigureKind(
+        missing="no ranked row has an accuracy and a peak memory",
+        of_sweep=Plot(function=f"{_HERE}.sweep:draw_accuracy_memory", file="accuracy_memory.png"),
+        heading="Accuracy and memory",
+        caption="Accuracy over peak allocated memory with 95 % intervals; ringed: on the Pareto front",
+    ),
+    "loss": FigureKind(
+        missing="no run has a loss",
+        of_sweep=Plot(function=f"{_HERE}.sweep:draw_loss_comparison", file="loss_comparison.png"),
+        of_run=Plot(function=f"{_HERE}.run:draw_loss", file="loss.png"),
+        heading="Loss",
+        caption="Training loss against step and against training time, the highest row of each method; "
+        "bands: from the lowest to the highest seed",
+    ),
+    "tasks": FigureKind(
+        missing="no run was evaluated",
+        of_sweep=Plot(function=f"{_HERE}.sweep:draw_tasks", file="tasks.png"),
+        heading="Tasks",
+        caption="Accuracy by task with Wilson intervals, the highest row of each method",
+    ),
+    "step-time": FigureKind(
+        missing="no run has step times",
+        of_sweep=Plot(function=f"{_HERE}.breakdown:draw_step_time", file="step_time.png"),
+        heading="Step time",
+        caption="Where training time goes, and how long a step takes; one run of the highest row of each method. "
+        "Dots: medians; hollow: steps that end in a switch; lines: the middle 90 % of steps",
+    ),
+    "sensitivity": FigureKind(
+        missing="no method has rows that differ in a setting",
+        of_sweep=Plot(function=f"{_HERE}.breakdown:draw_sensitivity", file="sensitivity.png"),
+        heading="Hyperparameters",
+        caption="Accuracy over each setting that differs between rows of a method, with 95 % intervals",
+    ),
+    "search": FigureKind(
+        missing="no run is of a search that was judged by held-out rows",
+        of_sweep=Plot(function=f"{_HERE}.search:draw_search", file="search.png", numbers=True),
+        heading="Search",
+        caption="Loss on held-out rows of every trial, in the order of the search and over each setting",
+    ),
+    "rungs": FigureKind(
+        missing="no run is of a search with --scheduler asha",
+        of_sweep=Plot(function=f"{_HERE}.search:draw_rungs", file="rungs.png", numbers=True),
+        heading="Trials stopped early",
+        caption="Loss on held-out rows at the rungs of ASHA, and how far each trial came",
+    ),
+    "population": FigureKind(
+        missing="no run is of a search with --scheduler pbt",
+        of_sweep=Plot(function=f"{_HERE}.search:draw_population", file="population.png", numbers=True),
+        heading="Population",
+        caption="Loss on held-out rows and settings along each member's lineage; triangles: weights were taken over",
+    ),
+    "sampling": FigureKind(
+        missing="no run drew layers", of_run=Plot(function=f"{_HERE}.run:draw_sampling", file="sampling.png")
+    ),
+    "importance": FigureKind(
+        missing="no run measured importance",
+        of_run=Plot(function=f"{_HERE}.run:draw_importance", file="importance.png"),
+    ),
+    "ages": FigureKind(
+        missing="no run says how old its importance is",
+        of_run=Plot(function=f"{_HERE}.run:draw_ages", file="ages.png"),
+    ),
+}
+
+
+def draw_kind(kind: str, tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]) -> list[Figure]:
+    """The figures of a kind; empty if there is nothing to draw.
+
+    Kinds that show one run give one figure per method (:func:`draw_methods`). The name of such a figure holds the
+    method, and the table's number if there are several.
+    """
+    from grass_ray.results.figures.figure import Runs
+
+    runs = Runs(tables, records)
+    if (draw := FIGURES[kind].of_sweep) is not None:
+        figure = draw(runs)
+        return [] if figure is None else [figure]
+    found = []
     for number, table in enumerate(tables, start=1):
-        for row in table.rows:
+        for row, figure in draw_methods(kind, table, runs):
             name = f"{kind}-{slug(row.method)}" + (f"-{number}" if len(tables) > 1 else "")
-            for record in (by_id[run_id] for run_id in row.run_ids if name not in found):
-                if (picture := RUN_FIGURES[kind].draw(record)) is not None:
-                    found[name] = replace(picture, name=name)
+            found.append(replace(figure, name=name))
+    return found
+
+
+def draw_methods(
+    kind: str, table: LeaderboardTable, runs: Runs, *, width: float | None = None
+) -> list[tuple[LeaderboardRow, Figure]]:
+    """A kind's figure of one run per method: the first seed that has any, of the method's highest row that has any."""
+    draw = FIGURES[kind].of_run
+    assert draw is not None, f"{kind} does not show one run"
+    found: dict[str, tuple[LeaderboardRow, Figure]] = {}
+    for row in table.rows:
+        for record in runs.seeds(row):
+            if row.method not in found and (figure := draw(record, width=width)) is not None:
+                found[row.method] = (row, figure)
     return list(found.values())
 
 
-def write_sweep_plots(records: Records, folder: Path) -> list[Path]:
+def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
     """Draw what applies to the sweep into ``folder``; returns the files written."""
-    tables = build_leaderboard(records)
+    from grass_ray.results.figures.figure import Runs
+
+    runs = Runs.of(records)
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for figure in SWEEP_FIGURES.values():
-        if (picture := figure.draw(tables, records)) is not None:
-            written += picture.save(folder / figure.file, with_csv=figure.numbers)
-    return written
+    return [path for kind in FIGURES.values() if kind.of_sweep for path in kind.of_sweep.write(runs, folder)]
 
 
 def write_run_plots(record: RunRecord, folder: Path) -> list[Path]:
     """Draw what applies to the run into ``folder``; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for figure in RUN_FIGURES.values():
-        if (picture := figure.draw(record)) is not None:
-            written += picture.save(folder / figure.file, with_csv=False)
-    return written
+    return [path for kind in FIGURES.values() if kind.of_run for path in kind.of_run.write(record, folder)]

@@ -1,12 +1,13 @@
-"""Pictures of a search: losses over its trials and settings, who was stopped when, and a population's settings.
+"""Figures of a search: losses over its trials and settings, trials stopped early, and a population's settings.
 
 ::
 
-    picture = draw_search(records)               # None where no record is of a search
-    picture = draw_rungs(records)                # ASHA
-    picture = draw_population(records)           # PBT
+    figure = draw_search(Runs.of(records))       # None if no record is of a search
+    figure = draw_rungs(Runs.of(records))        # ASHA
+    figure = draw_population(Runs.of(records))   # PBT
 
-Losses are those on held-out training rows (nats per token): no test question is behind these pictures.
+Losses are those on held-out training rows (nats per token): no test question is behind these figures. ``width`` is in
+inches.
 """
 
 from __future__ import annotations
@@ -15,22 +16,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from grass_ray.results.figures.colours import style_of
-from grass_ray.results.figures.figure import EDGE, SOFT, Picture, plain, tidy
+from grass_ray.results.figures.figure import Figure, Runs
+from grass_ray.results.figures.style import (
+    EDGE,
+    SOFT,
+    Block,
+    draw_blocks,
+    is_number,
+    legend,
+    plain,
+    spans_decades,
+    style_of,
+    tidy,
+)
 from grass_ray.results.record import LineageStep, RunRecord
 from grass_ray.results.rows import leaf_settings
 from grass_ray.results.searches import rung_losses, searched, trial_loss, winner
 from grass_ray.training.report import VALIDATION
 
 HPARAM = "hparam/"
-_ACROSS = 3
 _MOST_KEYS = 12
 _FEW = 4  # values that are named one by one under a panel
-# members and trials side by side: colours of Okabe and Ito, and of Tol
+# members side by side: colours of Okabe and Ito, and of Tol
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#882255")
 _LOSS = "validation loss (nats per token)"
 
@@ -38,42 +48,39 @@ _LOSS = "validation loss (nats per token)"
 # ------------------------------------------------------------------------------------- losses over trials and settings
 
 
-def draw_search(records: Sequence[RunRecord]) -> Picture | None:
+def draw_search(runs: Runs, *, width: float = 12.4) -> Figure | None:
     """The loss of every trial in the order they ran with the best so far, and against each setting that was searched.
 
-    A trial that was stopped early stands at the last loss that was measured. None without a search.
+    A trial that was stopped early is drawn at its last measured loss. None without a search.
     """
-    trials = {method: own for method, own in searched(records).items() if any(_last_loss(r) for r in own)}
+    trials = {method: own for method, own in searched(runs.records).items() if any(_last_loss(r) for r in own)}
     if not trials:
         return None
     varied = _varied(trials)
-    panels = 1 + len(varied)
-    down = math.ceil(panels / _ACROSS)
-    figure = Figure(figsize=(4.0 * min(_ACROSS, panels) + 0.4, 3.0 * down + 0.5), layout="constrained")
-    grid = list(figure.subplots(down, min(_ACROSS, panels), squeeze=False, sharey=True).flat)
-    for axes in grid[panels:]:
-        axes.set_visible(False)
+    drawing, ((part, panels),) = draw_blocks([Block(1 + len(varied), 3.0, 0.5)], width=width, panel_width=4)
+    order, *others = panels
     numbers: list[tuple[Any, ...]] = []
     for method, own in trials.items():
-        _draw_order(grid[0], method, own)
+        _draw_order(order, method, own)
         for record in own:
             start = (method, _number(record), record.status, _last_loss(record))
             numbers += [(*start, key, leaf_settings(record).get(key)) for key in varied] or [(*start, None, None)]
-    grid[0].set(xlabel="trial", ylabel=_LOSS, title="in the order of the search")
-    grid[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes, key in zip(grid[1:], varied, strict=False):
-        _draw_key(axes, key, trials)
-    for axes in grid[:panels]:
+    order.set(xlabel="trial", title="in the order of the search")
+    order.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes, key in zip(others, varied, strict=True):
+        _draw_setting(axes, key, trials)
+    for axes in panels:
         axes.title.set_fontsize(9.5)
         tidy(axes)
-    _legend(figure, list(trials))
+    part.supylabel(_LOSS, fontsize=10)
+    legend(part, _marks(list(trials)), width)
     best = {method: winner(own) for method, own in trials.items()}
     named = ", ".join(f"{method} {trial_loss(record):.4f}" for method, record in best.items() if record is not None)
-    return Picture(
+    return Figure(
         name="search",
         title="Losses on held-out rows over a search",
         description=f"{sum(map(len, trials.values()))} trials over {', '.join(varied) or 'nothing'}. Best: {named}.",
-        figure=figure,
+        drawing=drawing,
         header=("method", "trial", "status", "validation_loss", "setting", "value"),
         rows=numbers,
     )
@@ -121,16 +128,16 @@ def _dot(axes: Any, across: float, record: RunRecord, colour: str) -> None:
         axes.plot(across, loss, marker="x" if stopped else "o", color=colour, markersize=6, alpha=0.85, linestyle="")
 
 
-def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) -> None:
+def _draw_setting(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) -> None:
     found = {
         method: [(leaf_settings(r)[key], r) for r in own if key in leaf_settings(r)] for method, own in trials.items()
     }
     texts = {text for points in found.values() for text, _ in points}
-    numeric = {text: float(text) for text in texts if _is_number(text)}
+    numeric = {text: float(text) for text in texts if is_number(text)}
     others = sorted(texts - numeric.keys())
-    logarithmic = bool(numeric) and min(numeric.values()) > 0 and max(numeric.values()) >= 8 * min(numeric.values())
+    logarithmic = spans_decades(list(numeric.values()))
     top = max(numeric.values(), default=0.0)
-    # what is no number (null: never) stands at the right of the numbers
+    # values that are no numbers (null: never) are to the right of the numbers
     apart = 0.2 * (top - min(numeric.values(), default=0.0)) or 1.0
     beside = {text: (top * 2.0 ** (n + 1) if logarithmic else top + (n + 1) * apart) for n, text in enumerate(others)}
     for method, points in found.items():
@@ -141,6 +148,8 @@ def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) ->
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ticks = sorted(set(numeric.values()))
     if others or (len(ticks) <= _FEW and all(tick.is_integer() for tick in ticks)):
         labels = [*(f"{value:g}" for value in ticks), *others]
@@ -149,56 +158,39 @@ def _draw_key(axes: Any, key: str, trials: Mapping[str, Sequence[RunRecord]]) ->
     axes.set_title(plain(key.removeprefix("method.")))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _legend(figure: Any, methods: Sequence[str]) -> None:
-    marks = [Line2D([], [], label=plain(method), **style_of(method).line()) for method in methods]
-    marks += [
+def _marks(methods: Sequence[str]) -> list[Line2D]:
+    """The entries of the legend."""
+    return [
+        *(Line2D([], [], label=plain(method), **style_of(method).line()) for method in methods),
         Line2D([], [], marker="o", color=SOFT, linestyle="", label="ran to its end"),
         Line2D([], [], marker="x", color=SOFT, linestyle="", label="stopped early, at its last loss"),
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- ASHA
 
 
-def draw_rungs(records: Sequence[RunRecord]) -> Picture | None:
-    """The losses at the rungs, and how far each trial came; a row of panels a method. None where nobody was watched."""
+def draw_rungs(runs: Runs, *, width: float = 10.5) -> Figure | None:
+    """The losses at the rungs, and how far each trial came; two panels per method. None if no trial used ASHA."""
     trials = {
         method: own
-        for method, found in searched(records).items()
+        for method, found in searched(runs.records).items()
         if (own := [r for r in found if r.search and r.search.scheduler == "asha" and rung_losses(r)])
     }
     if not trials:
         return None
-    heights = [3.2 + 0.1 * max(0, len(own) - 12) for own in trials.values()]
-    figure = Figure(figsize=(10.5, sum(heights) + 0.4), layout="constrained")
-    grid = figure.subplots(len(trials), 2, squeeze=False, height_ratios=heights)
+    blocks = [Block(2, 3.2 + 0.1 * max(0, len(own) - 12), 0.1) for own in trials.values()]
+    drawing, parts = draw_blocks(blocks, width=width, panel_width=4.6, share_y=False)
     numbers: list[tuple[Any, ...]] = []
-    for (losses, survived), (method, own) in zip(grid, trials.items(), strict=True):
-        best = winner(own)
-        for place, record in enumerate(own):
-            points = _rungs(record)
-            stopped, won = record.status == "stopped", record is best
-            colour = style_of(method).colour if won else EDGE if stopped else SOFT
-            across, up = zip(*points, strict=True)
-            losses.plot(across, up, color=colour, linewidth=2.2 if won else 1.1, zorder=3 if won else 2)
-            losses.plot(across[-1], up[-1], marker="x" if stopped else "o", color=colour, markersize=6, zorder=3)
-            survived.barh(place, across[-1], height=0.7, color=colour)
-            numbers += [(method, _number(record), record.status, won, *point) for point in points]
-        last = max(record.config["training"]["steps"] for record in own)
+    for (_, (losses, survived)), (method, own) in zip(parts, trials.items(), strict=True):
+        numbers += _draw_trials(losses, survived, method, own)
         for rung in sorted({rung for record in own for rung in rung_losses(record)}):
             for axes in (losses, survived):
                 axes.axvline(rung, color=EDGE, linewidth=0.9, linestyle=":", zorder=0)
+        last = max(record.config["training"]["steps"] for record in own)
+        stops = sum(record.status == "stopped" for record in own)
         losses.set(xlabel="updates", ylabel=_LOSS, title=plain(f"{method}: losses at the rungs (dotted) and the end"))
         survived.set(xlabel="updates survived", ylabel="trial", xlim=(0, 1.02 * last))
-        stops = sum(record.status == "stopped" for record in own)
         survived.set_title(f"{stops} of {len(own)} stopped early; in colour the winner")
         survived.yaxis.set_major_locator(MaxNLocator(integer=True))
         survived.invert_yaxis()
@@ -206,19 +198,35 @@ def draw_rungs(records: Sequence[RunRecord]) -> Picture | None:
             axes.title.set_fontsize(9.5)
             tidy(axes)
     every = [record for own in trials.values() for record in own]
-    return Picture(
+    return Figure(
         name="rungs",
         title="Trials stopped early by ASHA",
         description=f"Losses on held-out rows at the rungs of {len(every)} trials, of which "
         f"{sum(record.status == 'stopped' for record in every)} were stopped early.",
-        figure=figure,
+        drawing=drawing,
         header=("method", "trial", "status", "winner", "updates", "validation_loss"),
         rows=numbers,
     )
 
 
+def _draw_trials(losses: Any, survived: Any, method: str, own: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
+    """A line and a bar per trial; returns the numbers."""
+    best = winner(own)
+    numbers = []
+    for place, record in enumerate(own):
+        points = _rungs(record)
+        stopped, won = record.status == "stopped", record is best
+        colour = style_of(method).colour if won else EDGE if stopped else SOFT
+        across, up = zip(*points, strict=True)
+        losses.plot(across, up, color=colour, linewidth=2.2 if won else 1.1, zorder=3 if won else 2)
+        losses.plot(across[-1], up[-1], marker="x" if stopped else "o", color=colour, markersize=6, zorder=3)
+        survived.barh(place, across[-1], height=0.7, color=colour)
+        numbers += [(method, _number(record), record.status, won, *point) for point in points]
+    return numbers
+
+
 def _rungs(record: RunRecord) -> list[tuple[int, float]]:
-    """(updates, loss) at the rungs, and at the end where the trial came there."""
+    """(updates, loss) at the rungs, and at the end if the trial reached it."""
     points = sorted(rung_losses(record).items())
     if math.isfinite(loss := trial_loss(record)):
         points.append((record.config["training"]["steps"], loss))
@@ -228,64 +236,70 @@ def _rungs(record: RunRecord) -> list[tuple[int, float]]:
 # ---------------------------------------------------------------------------------------------------------------- PBT
 
 
-def draw_population(records: Sequence[RunRecord]) -> Picture | None:
-    """Each setting over training along every member's lineage, where weights were taken over, and the losses between.
+def draw_population(runs: Runs, *, width: float = 11.2) -> Figure | None:
+    """The losses and each setting over training along every member's lineage, and where weights were taken over.
 
-    A triangle marks where a member, or a donor of it, went on from another's weights with changed settings. A row of
-    panels a method. None without a population.
+    A triangle marks where a member, or a donor of it, went on from another's weights with changed settings. A block of
+    panels per method. None without a population.
     """
     members = {
         method: own
-        for method, found in searched(records).items()
+        for method, found in searched(runs.records).items()
         if (own := [record for record in found if record.search and record.search.lineage])
     }
     if not members:
         return None
     watched = {method: _watched(own) for method, own in members.items()}
-    across = 1 + max(map(len, watched.values()))
-    figure = Figure(figsize=(3.6 * across + 0.4, 3.3 * len(members) + 0.3), layout="constrained")
-    grid = figure.subplots(len(members), across, squeeze=False)
+    blocks = [Block(1 + len(names), 3.3, 0.1) for names in watched.values()]
+    drawing, parts = draw_blocks(blocks, width=width, panel_width=3.6, share_y=False)
     numbers: list[tuple[Any, ...]] = []
-    for row, (method, own) in zip(grid, members.items(), strict=True):
-        best = winner(own)
-        for axes in row[1 + len(watched[method]) :]:
-            axes.set_visible(False)
-        for place, record in enumerate(own):
-            look = {"color": _LINES[place % len(_LINES)], "linewidth": 2.4 if record is best else 1.3}
-            label = f"member {_number(record)}" + (", the winner" if record is best else "")
-            points = _rungs(record)
-            if points:
-                row[0].plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=label, **look)
-                numbers += [(method, _number(record), VALIDATION, *point) for point in points]
-            for axes, name in zip(row[1:], watched[method], strict=False):
-                values = _own_values(record, name)
-                axes.plot(*zip(*values, strict=True), drawstyle="steps-pre", **look)
-                numbers += [(method, _number(record), name, *value) for value in values]
-                for taken in _takeovers(record):
-                    height = next((value for at, value in values if at > taken.step), values[-1][1])
-                    axes.plot(taken.step, height, marker="^", markersize=7, linestyle="", color=look["color"])
-        row[0].set(ylabel=_LOSS, title=plain(f"{method}: along each member's lineage"))
-        row[0].legend(fontsize=7.5, frameon=False)
-        for axes, name in zip(row[1:], watched[method], strict=False):
+    for (_, panels), (method, own) in zip(parts, members.items(), strict=True):
+        numbers += _draw_members(panels, method, own, watched[method])
+        losses, *settings = panels
+        losses.set(ylabel=_LOSS, title=plain(f"{method}: along each member's lineage"))
+        losses.legend(fontsize=7.5, frameon=False)
+        for axes, name in zip(settings, watched[method], strict=True):
             axes.set_title(plain(f"{name} (triangle: taken over, changed)"))
-            shown = [value for line in axes.lines for value in line.get_ydata() if value > 0]
-            if shown and max(shown) >= 8 * min(shown):
+            if spans_decades([value for line in axes.lines for value in line.get_ydata() if value > 0]):
                 axes.set_yscale("log")
-        for axes in row:
+        for axes in panels:
             axes.set_xlabel("updates")
             axes.title.set_fontsize(9)
             tidy(axes)
     every = [record for own in members.values() for record in own]
     takeovers = len({repr(step) for record in every for step in _takeovers(record)})
-    return Picture(
+    return Figure(
         name="population",
         title="A population's settings over training",
         description=f"Settings of {len(every)} members over training; {takeovers} times one went on from "
         "another's weights.",
-        figure=figure,
+        drawing=drawing,
         header=("method", "member", "what", "updates", "value"),
         rows=numbers,
     )
+
+
+def _draw_members(
+    panels: Sequence[Any], method: str, own: Sequence[RunRecord], names: Sequence[str]
+) -> list[tuple[Any, ...]]:
+    """A line per member in every panel: its losses in the first, then a setting each; returns the numbers."""
+    best = winner(own)
+    numbers: list[tuple[Any, ...]] = []
+    for place, record in enumerate(own):
+        look = {"color": _LINES[place % len(_LINES)], "linewidth": 2.4 if record is best else 1.3}
+        label = f"member {_number(record)}" + (", the winner" if record is best else "")
+        points = _rungs(record)
+        if points:
+            panels[0].plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=label, **look)
+            numbers += [(method, _number(record), VALIDATION, *point) for point in points]
+        for axes, name in zip(panels[1:], names, strict=True):
+            values = _own_values(record, name)
+            axes.plot(*zip(*values, strict=True), drawstyle="steps-pre", **look)
+            numbers += [(method, _number(record), name, *value) for value in values]
+            for taken in _takeovers(record):
+                height = next((value for at, value in values if at > taken.step), values[-1][1])
+                axes.plot(taken.step, height, marker="^", markersize=7, linestyle="", color=look["color"])
+    return numbers
 
 
 def _watched(own: Sequence[RunRecord]) -> list[str]:
@@ -300,7 +314,7 @@ def _takeovers(record: RunRecord) -> list[LineageStep]:
 
 
 def _own_values(record: RunRecord, name: str) -> list[tuple[int, float]]:
-    """(updates, value) along a member's lineage, the probing left out."""
+    """(updates, value) along a member's lineage, without the probing steps."""
     points = record.series.get(HPARAM + name, [])
     done = record.train_steps(step for step, _ in points)
     return [(done[step], value) for step, value in points if done[step] > 0]

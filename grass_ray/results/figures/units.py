@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from grass_ray.results.record import LayerHistory
+from grass_ray.training.report import LayerTrace
 
 MOST_NAMED = 60  # more units than that are weight matrices, and drawn in blocks of one kind
 
@@ -23,8 +23,12 @@ MOST_NAMED = 60  # more units than that are weight matrices, and drawn in blocks
 class UnitRows:
     """The rows of an axis, from the bottom up.
 
-    ``what`` names the units in the plural, ``order`` lists them, ``place`` is its inverse, ``blocks`` are (name, first
-    row, number of rows) of the kinds of weight matrix, empty for layers.
+    Attributes:
+        what: the units in the plural, "layers" or "weight matrices".
+        names: of the units, in their own order.
+        order: the unit of each row.
+        place: the row of each unit.
+        blocks: (name, first row, number of rows) of each kind of weight matrix; empty for layers.
     """
 
     what: str
@@ -35,7 +39,7 @@ class UnitRows:
 
     @property
     def height_inches(self) -> float:
-        """A picture's height in which every row can be seen."""
+        """A figure's height in inches in which every row can be seen."""
         per_row = 0.13 if len(self.order) <= MOST_NAMED else 0.042
         return min(max(2.6, 1.3 + per_row * len(self.order)), 11)
 
@@ -59,7 +63,7 @@ class UnitRows:
             axis.set_label_text("layer")
 
 
-def unit_rows(layers: LayerHistory) -> UnitRows:
+def unit_rows(layers: LayerTrace) -> UnitRows:
     """Order and name the units of a run; records without names have layers."""
     names = layers.units or [f"layer_{index:02d}" for index in range(len(layers.visits))]
     matrices = [name.partition(".") for name in names]

@@ -10,20 +10,21 @@ import pytest
 from result_records import answers, asha, make_history, make_record, make_series, members
 
 from grass_ray.config import ConfigError
-from grass_ray.results.figures.breakdown import draw_sensitivity, draw_step_time, draw_tasks, spent_time
-from grass_ray.results.figures.colours import smooth
-from grass_ray.results.figures.figure import Picture
+from grass_ray.results.figures.breakdown import draw_sensitivity, draw_step_time, spent_time
+from grass_ray.results.figures.figure import Figure, Runs
 from grass_ray.results.figures.registry import FIGURES, draw_kind, write_run_plots, write_sweep_plots
 from grass_ray.results.figures.run import draw_importance, draw_loss, draw_sampling
-from grass_ray.results.figures.sweep import draw_accuracy_memory, draw_loss_comparison
+from grass_ray.results.figures.style import smooth
+from grass_ray.results.figures.sweep import draw_accuracy_memory, draw_loss_comparison, draw_tasks
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.record import LayerHistory, RunRecord
+from grass_ray.results.record import RunRecord
+from grass_ray.training.report import LayerTrace
 
 
 def drawn(path: Path) -> bool:
-    """Whether the file is a picture with something in it."""
-    picture = matplotlib.image.imread(path)
-    return bool(picture.shape[0] > 300 and picture.shape[1] > 600 and picture.std() > 0.02)
+    """Whether the file is an image with something in it."""
+    figure = matplotlib.image.imread(path)
+    return bool(figure.shape[0] > 300 and figure.shape[1] > 600 and figure.std() > 0.02)
 
 
 def numbers(path: Path) -> list[dict[str, str]]:
@@ -64,16 +65,16 @@ LR = "method.optimizer.lr=0.5"
 # --------------------------------------------------------------------------------------------------------- of one run
 
 
-def test_pictures_of_a_run(tmp_path: Path) -> None:
+def test_figures_of_a_run(tmp_path: Path) -> None:
     record = make_record("grass", layers=make_history(), series=make_series(0, 1.0))
     paths = write_run_plots(record, tmp_path / "new")
-    assert [path.name for path in paths] == ["sampling.png", "loss.png", "importance.png", "ages.png"]
+    assert [path.name for path in paths] == ["loss.png", "sampling.png", "importance.png", "ages.png"]
     assert all(drawn(path) for path in paths)
 
 
 def test_uniform_draws_have_a_heatmap_and_no_importance(tmp_path: Path) -> None:
     record = make_record("lisa", layers=make_history(refreshed=False), series=make_series(0, 1.0))
-    assert [path.name for path in write_run_plots(record, tmp_path)] == ["sampling.png", "loss.png"]
+    assert [path.name for path in write_run_plots(record, tmp_path)] == ["loss.png", "sampling.png"]
     assert drawn(tmp_path / "sampling.png")
 
 
@@ -94,24 +95,24 @@ def test_numbers_gone_bad_and_layers_not_measured_are_drawn(tmp_path: Path) -> N
 
 
 def test_methods_that_take_turns_show_no_probability() -> None:
-    picture = draw_sampling(make_record("badam", layers=make_history(refreshed=False)))
-    assert picture is not None
-    assert "probability" not in picture.description
-    assert {row[1] for row in picture.rows} == {"active"}
+    figure = draw_sampling(make_record("badam", layers=make_history(refreshed=False)))
+    assert figure is not None
+    assert "probability" not in figure.description
+    assert {row[1] for row in figure.rows} == {"active"}
 
 
 def test_the_numbers_of_a_heatmap() -> None:
     history = make_history(num_layers=3, steps=20)
     history.intervals = [(11, (0, 2)), (14, (0,)), (17, (1,))]
     history.refreshes = [(10, (1.0, 2.0, 3.0), (0.2, 0.3, 0.5))]
-    picture = draw_sampling(make_record(layers=history, series={"train/loss": [(20, 1.0)]}))
-    assert picture is not None
-    active = {row[2:5] for row in picture.rows if row[1] == "active"}
+    figure = draw_sampling(make_record(layers=history, series={"train/loss": [(20, 1.0)]}))
+    assert figure is not None
+    active = {row[2:5] for row in figure.rows if row[1] == "active"}
     assert active == {(11, 16, "layer 0"), (11, 13, "layer 2"), (17, 20, "layer 1")}, "draws that go on are one"
-    assert ("grass-smollm2_135m-generated-s0", "probability", 11, 20, "layer 2", 0.5) in picture.rows
+    assert ("grass-smollm2_135m-generated-s0", "probability", 11, 20, "layer 2", 0.5) in figure.rows
 
 
-def matrices(num_layers: int = 30, steps: int = 60) -> LayerHistory:
+def matrices(num_layers: int = 30, steps: int = 60) -> LayerTrace:
     kinds = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [
         f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
     ]
@@ -122,21 +123,21 @@ def matrices(num_layers: int = 30, steps: int = 60) -> LayerHistory:
 
 def test_weight_matrices_stand_in_blocks_of_their_kind(tmp_path: Path) -> None:
     record = make_record("misa", layers=matrices(), series=make_series(0, 1.0, steps=60))
-    picture = draw_sampling(record)
-    assert picture is not None
-    axes = picture.figure.axes[0]
+    figure = draw_sampling(record)
+    assert figure is not None
+    axes = figure.drawing.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
     ]
-    height = picture.figure.get_figheight()
+    height = figure.drawing.get_figheight()
     assert height <= 11, "210 rows fit on a page"
-    assert "210 weight matrices" in picture.description
+    assert "210 weight matrices" in figure.description
     # matrix 7 is the second layer's first: right above the first layer's
-    places = list(dict.fromkeys(row[4] for row in picture.rows if row[1] == "probability"))
+    places = list(dict.fromkeys(row[4] for row in figure.rows if row[1] == "probability"))
     assert places[:2] == ["layer 0 q_proj", "layer 1 q_proj"]
     importance = draw_importance(record)
     assert importance is not None
-    for name, shown in (("s.png", picture), ("i.png", importance)):
+    for name, shown in (("s.png", figure), ("i.png", importance)):
         shown.save(tmp_path / name)
         assert drawn(tmp_path / name)
 
@@ -144,9 +145,9 @@ def test_weight_matrices_stand_in_blocks_of_their_kind(tmp_path: Path) -> None:
 def test_both_ends_of_a_model_are_named() -> None:
     units = ["embeddings", *(f"layer_{layer:02d}" for layer in range(4)), "norm", "head"]
     history = make_history(num_layers=7, steps=20).model_copy(update={"units": units})
-    picture = draw_sampling(make_record("hift", layers=history))
-    assert picture is not None
-    labels = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
+    figure = draw_sampling(make_record("hift", layers=history))
+    assert figure is not None
+    labels = [label.get_text() for label in figure.drawing.axes[0].get_yticklabels()]
     assert labels[0] == "embeddings"
     assert labels[-1] == "head"
 
@@ -154,7 +155,7 @@ def test_both_ends_of_a_model_are_named() -> None:
 # -------------------------------------------------------------------------------------------------------- of a sweep
 
 
-def test_pictures_of_a_sweep(tmp_path: Path) -> None:
+def test_figures_of_a_sweep(tmp_path: Path) -> None:
     paths = write_sweep_plots(sweep(), tmp_path / "new")
     assert [path.name for path in paths] == [
         *("accuracy_memory.png", "loss_comparison.png", "tasks.png", "step_time.png", "sensitivity.png")
@@ -175,13 +176,13 @@ def test_nothing_to_compare_draws_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_every_kind_is_written_with_its_numbers(kind: str, suffix: str, tmp_path: Path) -> None:
     records = {"search": asha, "rungs": asha, "population": members}.get(kind, sweep)()
-    pictures = draw_kind(kind, build_leaderboard(records), records)  # type: ignore[arg-type]
-    assert len(pictures) == 1
-    path, table = pictures[0].save(tmp_path / f"new/picture{suffix}")
+    figures = draw_kind(kind, build_leaderboard(records), records)
+    assert len(figures) == 1
+    path, table = figures[0].save(tmp_path / f"new/figure{suffix}")
     assert table == path.with_suffix(".csv")
     rows = numbers(table)
     assert rows
-    assert set(rows[0]) == set(pictures[0].header)
+    assert set(rows[0]) == set(figures[0].header)
     if suffix == ".svg":
         words = [element.text or "" for element in ET.parse(path).iter() if element.tag.endswith("text")]
         assert len(words) > 5, "text stays text"
@@ -189,33 +190,32 @@ def test_every_kind_is_written_with_its_numbers(kind: str, suffix: str, tmp_path
         assert drawn(path)
 
 
-def test_a_picture_of_another_kind_of_file_is_refused(tmp_path: Path) -> None:
-    picture = draw_accuracy_memory(build_leaderboard(sweep()))
-    assert picture is not None
+def test_a_figure_of_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    figure = draw_accuracy_memory(Runs.of(sweep()))
+    assert figure is not None
     with pytest.raises(ConfigError, match=r"must end in \.png, \.svg, \.pdf"):
-        picture.save(tmp_path / "picture.csv")
+        figure.save(tmp_path / "figure.csv")
 
 
-def column(picture: Picture | None, name: str) -> list[object]:
-    assert picture is not None
-    return [row[picture.header.index(name)] for row in picture.rows]
+def column(figure: Figure | None, name: str) -> list[object]:
+    assert figure is not None
+    return [row[figure.header.index(name)] for row in figure.rows]
 
 
 def test_the_numbers_of_a_sweep() -> None:
-    records = sweep()
-    tables = build_leaderboard(records)
-    pareto = draw_accuracy_memory(tables)
-    assert column(pareto, "peak_allocated_gib") == [row.peak_allocated_gib for row in tables[0].rows]
+    runs = Runs.of(sweep())
+    pareto = draw_accuracy_memory(runs)
+    assert column(pareto, "peak_allocated_gib") == [row.peak_allocated_gib for row in runs.tables[0].rows]
     assert column(pareto, "accuracy")[0] == pytest.approx((13 + 10) / 40)
-    tasks = draw_tasks(tables)
+    tasks = draw_tasks(runs)
     assert tasks is not None
     assert ("boolq", 0.65) in {(row[2], row[3]) for row in tasks.rows}
-    loss = draw_loss_comparison(tables, records)
+    loss = draw_loss_comparison(runs)
     assert set(column(loss, "row")) == {"full", "grass", "lisa", "lora (lr=0.001)"}, "a line a method, its best"
     lows, means, highs = (column(loss, name) for name in ("loss_min", "loss_mean", "loss_max"))
     assert all(low <= mean <= high for low, mean, high in zip(lows, means, highs, strict=True))  # type: ignore[operator]
     assert any(low < high for low, high in zip(lows, highs, strict=True))  # type: ignore[operator]
-    sensitivity = draw_sensitivity(tables, records)
+    sensitivity = draw_sensitivity(runs)
     assert sensitivity is not None
     assert {(row[1], row[2], row[3]) for row in sensitivity.rows} == {
         ("method.optimizer.lr", "0.001", "lora"),
@@ -240,7 +240,7 @@ def test_where_step_time_goes() -> None:
     assert spent["steps that end in a switch"] == pytest.approx([2.75, 2.75]), "the draw at step 7 switched nothing"
     assert spent["other steps"] == pytest.approx([0.75] * 6)
     assert sum(map(sum, spent.values())) == pytest.approx(20.0)
-    assert draw_step_time(build_leaderboard([record]), [record]) is not None
+    assert draw_step_time(Runs.of([record])) is not None
 
 
 def test_time_for_moving_states_is_taken_off_its_steps() -> None:
@@ -257,7 +257,7 @@ def test_time_for_moving_states_is_taken_off_its_steps() -> None:
     spent = spent_time(record)
     assert spent["moving states"] == pytest.approx([0.5, 0.5, 0.5, 1.0, 0.5, 0.5])
     assert spent["other steps"] == pytest.approx([1.5, 1.5, 1.5, 1.0, 1.5, 1.5])
-    assert draw_step_time(build_leaderboard([record]), [record]) is not None
+    assert draw_step_time(Runs.of([record])) is not None
 
 
 def test_smoothing_leaves_bad_numbers_out() -> None:

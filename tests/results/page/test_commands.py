@@ -15,13 +15,13 @@ from grass_ray.results.page.commands import reproduce_command
 
 def configured_by(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunConfig:
     """What the command line makes of the words, read from its --dry-run."""
+    import grass_ray.training.checks
     import grass_ray.training.lost_rows
-    import grass_ray.training.run
     from grass_ray.cli import main
 
     # models and data are not at hand
-    monkeypatch.setattr(grass_ray.training.run, "check_run", lambda config: None)
-    monkeypatch.setattr(grass_ray.training.run, "tokenizer_to_check", lambda model: None)
+    monkeypatch.setattr(grass_ray.training.checks, "check_run", lambda config: None)
+    monkeypatch.setattr(grass_ray.training.checks, "tokenizer_to_check", lambda model: None)
     monkeypatch.setattr(grass_ray.training.lost_rows, "find_lost_rows", lambda config, tokenizer: [])
     with pytest.raises(SystemExit) as left:
         main([*shlex.split(command)[1:], "--dry-run", "--no-memory-check"])

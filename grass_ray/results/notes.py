@@ -1,0 +1,190 @@
+"""What a reader of a leaderboard must know, one sentence each: budgets, lost rows, tests, contamination.
+
+::
+
+    print(budget_line(table.rows))            # "same budget: ..." or "budgets differ: ..."
+    for note in lost_rows([("grass", records_of_its_seeds), ...]): print(note)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from grass_ray.results.formats import percent
+from grass_ray.results.record import RunRecord
+from grass_ray.results.rows import LeaderboardRow
+from grass_ray.results.searches import searched
+from grass_ray.tasks.suites import TASKS
+from grass_ray.training.lost_rows import describe_lost_rows
+
+# --------------------------------------------------------------------------------------------------------------- budget
+
+_SAME_TOKENS = 0.01  # batches of other lengths are another shuffle, not another budget
+
+
+def budget_line(rows: Sequence[LeaderboardRow], records: Sequence[RunRecord] = ()) -> str | None:
+    """One sentence on the trained rows' budgets, None where none was trained.
+
+    Learning rates are those that the table's own runs tried, and searches those among its ``records``; a search outside
+    them is not recorded.
+    """
+    trained = [row for row in rows if row.trained]
+    if not trained:
+        return None
+    parts: list[tuple[bool, str]] = [
+        _values(trained, lambda row: f"{row.training_steps:,} steps"),
+        _values(trained, lambda row: f"{row.batch_size} rows a step"),
+        *_tokens(trained),
+        _values(trained, lambda row: _tried(row.learning_rates_tried)),
+    ]
+    searches = {method: _searched(own) for method, own in searched(records).items()}
+    if searches:
+        parts.append(_values(trained, lambda row: searches.get(row.method, "no search")))
+    if known := [row for row in trained if row.data_sha256]:  # a run that failed early has read none
+        same, text = _values(known, lambda row: " and ".join(hashed[:8] for hashed in row.data_sha256))
+        parts.append((True, "the same training rows") if same else (False, f"training rows by hash: {text}"))
+    if known := [row for row in trained if row.train_rows is not None]:
+        same, text = _values(known, lambda row: f"{row.train_rows:,} rows trained on")
+        parts += [] if same else [(False, text)]
+    equal = [text for same, text in parts if same]
+    other = [text for same, text in parts if not same]
+    if not other:
+        return f"same budget: {', '.join(equal)}"
+    return f"budgets differ: {'; '.join(other)}" + (f"; the same: {', '.join(equal)}" if equal else "")
+
+
+def _searched(records: Sequence[RunRecord]) -> str:
+    """How many trials a method's search had and how long they might become; the steps taken are fewer with ASHA."""
+    steps = max(record.config["training"]["steps"] for record in records)
+    return f"a search of {len(records)} trials of at most {steps:,} steps"
+
+
+def _tried(number: int) -> str:
+    return f"{number} learning rate{'' if number == 1 else 's'} tried in these runs"
+
+
+def _values(rows: Sequence[LeaderboardRow], text: Callable[[LeaderboardRow], str]) -> tuple[bool, str]:
+    """Whether a property is the same in all rows, and the property or who has which."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.method not in found[text(row)]:
+            found[text(row)].append(row.method)
+    if len(found) == 1:
+        return True, next(iter(found))
+    most = max(found, key=lambda value: len(found[value]))
+    named = [f"{value} ({_some(methods)})" for value, methods in found.items() if value != most]
+    return False, f"{most} (most rows), " + ", ".join(named)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
+
+
+def _tokens(rows: Sequence[LeaderboardRow]) -> list[tuple[bool, str]]:
+    known = [(row.train_tokens, row.label) for row in rows if row.train_tokens is not None]
+    if not known:
+        return []
+    least, most = min(known), max(known)
+    if most[0] - least[0] <= _SAME_TOKENS * most[0]:
+        return [(True, f"{_count(most[0])} tokens")]
+    extremes = f"{_count(least[0])} ({least[1]}) to {_count(most[0])} ({most[1]})"
+    return [(False, f"tokens read, those for measuring included: {extremes}")]
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.1f} k" if tokens >= 1e3 else f"{tokens:.0f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ lost rows
+
+
+def lost_rows(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[str]:
+    """What was lost, and whose; the rows are not named where it is all of those that were trained.
+
+    Args:
+        groups: each row's label with its runs.
+    """
+    found: dict[str, list[str]] = {}
+    trained = set()
+    for label, group in groups:
+        for record in group:
+            if record.config["training"]["steps"]:
+                trained.add(label)
+            for text in lost_by(record):
+                labels = found.setdefault(text, [])
+                if label not in labels:
+                    labels.append(label)
+    return [text if trained <= set(labels) else f"{', '.join(labels)}: {text}" for text, labels in found.items()]
+
+
+def lost_by(record: RunRecord) -> list[str]:
+    """What one run lost, as the terminal said it, and the test rows that were not asked."""
+    train = record.data.get("train")
+    data = {**record.data, "train": train if isinstance(train, Mapping) else {}}
+    texts = [
+        " ".join(line.split()) for line in describe_lost_rows(data, record.config["data"].get("max_length_tokens", 0))
+    ]
+    for task, score in record.tasks.items():
+        if skipped := score.protocol.get("test_rows_skipped"):
+            texts.append(f"skipped {skipped} test rows of {task}: they could not be used")
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+def scope_notes(found: Iterable[bool | None]) -> list[str]:
+    """What these words mean, a sentence each."""
+    covered, notes = set(found), []
+    if True in covered:
+        notes.append("p for any seed: p-value and interval of the difference cover other seeds and other questions")
+    if False in covered:
+        notes.append(
+            "p for these runs: one seed on a side, so p-value and interval of the difference cover other questions "
+            "alone and say nothing of other seeds"
+        )
+    return notes
+
+
+def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """How the differences were tested, what they cover, and which rows trained on test questions."""
+    comparisons = [found for row in rows for found in (row.to_full, row.to_best) if found is not None]
+    tests = {str(found.test) for found in comparisons}
+    notes = []
+    if tests:
+        named = {
+            "exact McNemar": "exact McNemar",
+            "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
+            "two-level t": "two-level t-test over seeds and questions",
+        }
+        against = (
+            "against full and against the best row"
+            if any(row.to_full is not None for row in rows)
+            else ("against the best row")
+        )
+        notes.append(
+            f"p: {' or '.join(named[test] for test in sorted(tests))} {against}, on the same questions, "
+            "Benjamini-Hochberg over this table"
+        )
+        notes += scope_notes(found.covers_training for found in comparisons)
+        notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
+    notes += _contamination(rows)
+    return notes
+
+
+def _contamination(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """What must be said of rows that trained on test questions: which tasks, and the average without them."""
+    found: defaultdict[tuple[str, ...], list[LeaderboardRow]] = defaultdict(list)
+    for row in rows:
+        if row.contaminated:
+            found[tuple(row.contaminated)].append(row)
+    trained = [row for row in rows if row.trained and row.tasks]
+    notes = []
+    for tasks, those in found.items():
+        titles = ", ".join(TASKS[task].title for task in tasks)
+        who = "" if len(those) == len(trained) else f" of {', '.join(row.label for row in those)}"
+        clean = [f"{row.label} {percent(row.accuracy_clean)}" for row in those if row.accuracy_clean is not None]
+        without = f"; average without them: {', '.join(clean)}" if clean else ""
+        notes.append(f"the training data{who} contains test questions of {titles}{without}")
+    return notes

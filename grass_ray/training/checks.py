@@ -1,0 +1,114 @@
+"""Check a run's configuration before any weights are loaded.
+
+::
+
+    check_run(config)      # ConfigError lists every mistake at once
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from grass_ray.config import ConfigError, ModelConfig, Parallel, RunConfig
+from grass_ray.tasks.evaluation import check_evaluation
+from grass_ray.tasks.readback import check_answers
+from grass_ray.tasks.sources import check_data
+from grass_ray.training.adapters import add_adapter
+from grass_ray.training.lost_rows import check_some_row_fits
+from grass_ray.training.models import build_skeleton, check_lengths, check_model, load_tokenizer
+from grass_ray.training.optimizer import build_optimizer
+from grass_ray.training.packing import check_packed_adapter
+from grass_ray.training.sharding import check_shardable
+
+
+def check_run(
+    config: RunConfig,
+    workers: int = 1,
+    parallel: Parallel = "replicate",
+    min_workers: int | None = None,
+    checked: set[Hashable] | None = None,
+) -> None:
+    """Find every mistake that shows before weights are loaded: model, method, data, evaluation, workers.
+
+    Args:
+        config: the run.
+        workers: number of workers that share the micro-batches of every step.
+        parallel: whether each of them holds the whole model, or shards of it.
+        min_workers: of an elastic run, which goes on with any number of workers from this one up; None for others.
+        checked: (model, data, evaluation) whose rows were found good and are not read again; new ones are added.
+
+    Raises:
+        ConfigError: with all mistakes, separated by semicolons.
+    """
+    mistakes: list[str] = []
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except ConfigError as error:
+            if str(error) not in mistakes:  # a model or file that cannot be read stops several checks
+                mistakes.append(str(error))
+
+    min_workers = workers if min_workers is None else min_workers
+    attempt(lambda: _check_workers(config, min_workers, workers))
+    if parallel == "shard":
+        attempt(lambda: check_shardable(config, min_workers))
+    attempt(lambda: _check_model(config))
+    attempt(lambda: check_lengths(config))
+    if config.data.batching == "packed":
+        attempt(lambda: check_packed_adapter(config.method.adapter))
+    rows = (config.model, config.data, config.evaluation)
+    if checked is None or rows not in checked:
+        attempt(lambda: check_data(config.data))
+        attempt(lambda: check_evaluation(config.data, config.evaluation))
+        attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
+        attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
+    if mistakes:
+        raise ConfigError("; ".join(dict.fromkeys(mistakes)))
+    if checked is not None:
+        checked.add(rows)
+
+
+def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
+    # workers take whole micro-batches, so that importance is measured on the same gradients whatever their number
+    training = config.training
+    shares = math.lcm(*range(fewest, most + 1))
+    if training.steps and training.accumulation_steps % shares:
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        raise ConfigError(
+            f"{number} workers share the micro-batches of every step, so training.accumulation_steps must be a "
+            f"multiple of {shares}, not {training.accumulation_steps}; set training.accumulation_steps={shares} "
+            f"(training.batch_size stays the rows of a step over all workers)"
+        )
+    if training.steps and fewest < most and training.checkpoint_every_steps is None:
+        raise ConfigError(
+            f"a run of {fewest} to {most} workers goes on from its last checkpoint whenever their number changes; set "
+            "training.checkpoint_every_steps=50, or another number of steps whose loss you can bear"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_to_check(model: ModelConfig) -> Any:
+    """Load a model's tokenizer once for all trials of a sweep; it must not be changed."""
+    return load_tokenizer(model)
+
+
+def _check_model(config: RunConfig) -> None:
+    """Build everything but the weights, so that what cannot work with this model shows."""
+    check_model(config.model)
+    adapter = config.method.adapter
+    if config.training.gradient_checkpointing and adapter is not None and not adapter.allows_checkpointing:
+        raise ConfigError(
+            f"{adapter.kind} tuning cannot train with gradient checkpointing: its keys and values live in the cache "
+            "that checkpointing drops; set training.gradient_checkpointing=false"
+        )
+    model = add_adapter(build_skeleton(config.model), adapter)
+    # nothing is streamed here, so no host memory is taken for it
+    method = config.method.model_copy(update={"offload": "none"})
+    try:
+        build_optimizer(model, method.sampler.build(seed=config.seed, train_steps=config.training.steps), method)
+    except ValueError as error:
+        raise ConfigError(f"{config.model.name}: {error}") from None
