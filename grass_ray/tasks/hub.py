@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from grass_ray.config import ConfigError, HubSource
 from grass_ray.tasks.mappings import MAPPINGS
@@ -15,8 +14,6 @@ from grass_ray.tasks.suites import SUITES, TASKS
 
 class HubRows(RowSource[HubSource]):
     """Rows of ``source: {kind: hub}``."""
-
-    needs_network: ClassVar[bool] = True
 
     def check(self, *, training: bool) -> None:
         """Check that the datasets of the tasks are known; nothing is downloaded."""

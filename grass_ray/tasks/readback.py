@@ -14,7 +14,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from grass_ray.config import ConfigError, DataConfig, EvaluationConfig, SourceConfig
+from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
+from grass_ray.config.data import AnySourceConfig
 from grass_ray.tasks.custom import custom_task, find_task
 from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.extraction import ExtractionName, extract_answer, is_correct
@@ -64,7 +65,7 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
         raise ConfigError("; ".join(mistakes))
 
 
-def choose_extraction(source: SourceConfig) -> list[str]:
+def choose_extraction(source: AnySourceConfig) -> list[str]:
     """Return the setting that a custom task needs: strict extraction if the published rule misreads its responses."""
     task = custom_task(source)
     if task is None:
@@ -86,7 +87,7 @@ def _rendered(task: Task, data: DataConfig, *, online: bool) -> list[_Response]:
     """Responses made from the task's labels, or from the answers of its test set."""
     if task.labels:
         answers: Iterable[str] = task.labels
-    elif open_source(data).needs_network and not online:
+    elif data.source.downloads and not online:
         answers = ()
     else:
         answers = dict.fromkeys(row.answer for row in load_test_rows(task.key, data).rows)

@@ -9,16 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from grass_ray.config import DataConfig
+from grass_ray.config import DataConfig, SourceConfig
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.suites import check_tasks
 
 # fixed, so that all runs use the same subset and the same order of a built mixture; not the seed of a run
 SUBSET_SEED = 20_240_531
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=SourceConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,7 @@ class RowSource(ABC, Generic[Config]):
     Args:
         source: configuration of the source.
         data: configuration of the data.
-
-    Attributes:
-        needs_network: whether rows are downloaded.
     """
-
-    needs_network: ClassVar[bool] = False
 
     def __init__(self, source: Config, data: DataConfig) -> None:
         self.source = source

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
-from grass_ray.config import CustomSource, DataConfig, FolderSource, GeneratedSource, HubSource
+from grass_ray.config import CustomSource, DataConfig, FolderSource, GeneratedSource, HubSource, SourceConfig
 from grass_ray.tasks.custom import CustomRows
 from grass_ray.tasks.folder import FolderRows
 from grass_ray.tasks.generated import GeneratedRows
@@ -21,7 +21,7 @@ from grass_ray.tasks.hub import HubRows
 from grass_ray.tasks.row_source import SUBSET_SEED, LoadedRows, RowSource
 from grass_ray.tasks.rows import RowSet, hash_rows
 
-SOURCES: Mapping[type, Callable[[Any, DataConfig], RowSource[Any]]] = {
+SOURCES: Mapping[type[SourceConfig], Callable[[Any, DataConfig], RowSource[Any]]] = {
     GeneratedSource: GeneratedRows,
     FolderSource: FolderRows,
     HubSource: HubRows,
