@@ -1,8 +1,8 @@
-"""One row of a leaderboard: a method as configured, over its seeds, computed from run records.
+"""One row of a leaderboard: a method with its settings, over its seeds, computed from run records.
 
 ::
 
-    rows = build_rows(groups)                 # a group: the records of one configuration, a seed each
+    rows = build_rows(groups)                 # a group: the records of one configuration, one per seed
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 from grass_ray.training.report import VALIDATION
 
-# Settings that change no number, so that runs which differ in them alone are one row.
+# Settings that change no result: runs that differ only in them are one row.
 _NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
@@ -87,7 +87,7 @@ class LeaderboardRow:
 
     @property
     def label(self) -> str:
-        """The method, with what sets this row apart."""
+        """The method, and what tells this row from its other rows."""
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
     @property
@@ -97,12 +97,12 @@ class LeaderboardRow:
 
     @property
     def trained(self) -> bool:
-        """Whether anything was to be trained; the untrained model is the floor of a table."""
+        """Whether anything was to be trained; False for the untrained base model."""
         return self.training_steps > 0
 
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
-    """One row a group; groups of one method are told apart by their settings."""
+    """One row per group. Groups of one method are told apart by their settings."""
     rates: defaultdict[str, set[float]] = defaultdict(set)
     for record in (record for group in groups for record in group):
         if (rate := _learning_rate(record)) is not None:
@@ -118,17 +118,17 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
 
 
 def settings(record: RunRecord) -> dict[str, str]:
-    """The configuration by dotted key, as text, without what changes no number; a schedule is one text."""
+    """The configuration by dotted key, as text, without settings that change no result. A schedule is one text."""
     return {key: value for key, value in _flat("", record.config, _schedule_in_words) if key not in _NO_EFFECT}
 
 
 def leaf_settings(record: RunRecord) -> dict[str, str]:
-    """The same with a key for each number of a schedule."""
+    """As :func:`settings`, with one key per number of a schedule."""
     return {key: value for key, value in _flat("", record.config, lambda _: None) if key not in _NO_EFFECT}
 
 
 def settings_key(record: RunRecord) -> str:
-    """A text that two records share when they are seeds of one row."""
+    """A text that is equal for records that are seeds of one row."""
     config: dict[str, Any] = dict(record.config)
     for key in _NO_EFFECT:
         part, _, inner = key.rpartition(".")
@@ -181,7 +181,7 @@ def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str
 
 
 def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """For each group what tells it from the other groups of its method, in as few words as are unambiguous."""
+    """For each group what tells it from the other groups of its method, as short as is unambiguous."""
     varied = varied_settings(groups)
     labels = []
     for group in groups:
@@ -270,7 +270,7 @@ def _contaminated(record: RunRecord) -> tuple[str, ...]:
 
 
 def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> float | None:
-    """The average above chance; None where no task has options, or a record does not say how many."""
+    """The average above chance; None if no task has options, or a record does not say how many."""
     chances = {task: [record.tasks[task].protocol.get("chance", math.nan) for record in records] for task in scores}
     known = {task: fmean(values) for task, values in chances.items() if values and not any(map(math.isnan, values))}
     if known.keys() != scores.keys() or not any(known.values()):
@@ -284,19 +284,19 @@ def _train_data(record: RunRecord) -> Mapping[str, Any]:
 
 
 def training_rows(record: RunRecord) -> str | None:
-    """The hash of the rows that a run trained on, None where it is unknown or there were none."""
+    """The hash of the rows that a run trained on; None if it is unknown or there were none."""
     found = _train_data(record).get("rows_sha256") if record.config["training"]["steps"] else None
     return found if isinstance(found, str) else None
 
 
 def _counts(group: Iterable[RunRecord], key: str) -> list[int]:
-    """A count of each run that trained and has it."""
+    """The count ``key`` of each run that trained and recorded it."""
     found = [record.data.get(key) for record in group if record.config["training"]["steps"]]
     return [count for count in found if isinstance(count, int)]
 
 
 def _train_tokens(record: RunRecord) -> float | None:
-    """Non-padding tokens of all steps, those of probing included; None where they are not known of every step."""
+    """Non-padding tokens of all steps, probing included; None if they are unknown."""
     tokens = record.step_tokens()
     total = sum(tokens.values())
     return total if tokens and math.isfinite(total) else None
