@@ -68,13 +68,8 @@ def check_custom(source: CustomSource) -> None:
 
 def find_task(key: str, source: SourceConfig) -> Task:
     """Return the task with a key: the custom task of ``source``, or a built-in one."""
-    return custom_task(source) or TASKS[key]
-
-
-def custom_task(source: SourceConfig) -> Task | None:
-    """Return the task that ``source`` defines; None for other sources."""
     if not isinstance(source, CustomSource):
-        return None
+        return TASKS[key]
     return Task(
         key=source.name,
         title=source.name,

@@ -14,9 +14,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
-from grass_ray.config.data import AnySourceConfig
-from grass_ray.tasks.custom import custom_task, find_task
+from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, SourceConfig
+from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.extraction import ExtractionName, extract_answer, is_correct
 from grass_ray.tasks.rows import Row
@@ -65,11 +64,11 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
         raise ConfigError("; ".join(mistakes))
 
 
-def choose_extraction(source: AnySourceConfig) -> list[str]:
+def choose_extraction(source: SourceConfig) -> list[str]:
     """Return the setting that a custom task needs: strict extraction if the published rule misreads its responses."""
-    task = custom_task(source)
-    if task is None:
+    if not isinstance(source, CustomSource):
         return []
+    task = find_task(source.name, source)
     data = DataConfig(suite=task.key, tasks=(task.key,), source=source, broken_rows="skip")
     try:
         rendered, written = _rendered(task, data, online=False), _written_responses(data)
