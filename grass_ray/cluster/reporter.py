@@ -26,7 +26,8 @@ from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.tracking import Tracker, trial_tags
+from grass_ray.results.store import trial_tags
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]

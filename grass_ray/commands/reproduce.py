@@ -25,7 +25,7 @@ from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import git_state, hardware, versions, write_examples
 from grass_ray.results.record import RunRecord
-from grass_ray.results.reproduction import Answers, Check, Environment, compare_environments, compare_records
+from grass_ray.results.reproduction import Check, Environment, ExtractedAnswers, compare_environments, compare_records
 from grass_ray.results.store import download, is_run_id
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import VALIDATION, StepReport
@@ -43,7 +43,7 @@ class Original:
 
     record: RunRecord
     where: str
-    answers: Answers | None
+    answers: ExtractedAnswers | None
 
 
 def find_original(run: str, tracking_uri: str) -> Original:
@@ -76,7 +76,7 @@ def find_original(run: str, tracking_uri: str) -> Original:
         )
 
 
-def read_answers(path: Path) -> Answers:
+def read_answers(path: Path) -> ExtractedAnswers:
     """What was extracted from every example's output, by task and example id."""
     answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
     with path.open(encoding="utf-8") as lines:
@@ -86,7 +86,7 @@ def read_answers(path: Path) -> Answers:
     return answers
 
 
-def _answers(tasks: Mapping[str, EvaluationResult]) -> Answers:
+def _answers(tasks: Mapping[str, EvaluationResult]) -> ExtractedAnswers:
     """What was extracted from every example's output just now, as :func:`read_answers` gives it."""
     answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
     for task, result in tasks.items():

@@ -24,10 +24,11 @@ from grass_ray.overrides import parse
 from grass_ray.paths import with_absolute_paths
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import RunProgress
+from grass_ray.results.connection import default_tracking_uri
 from grass_ray.results.provenance import hardware, redact
 from grass_ray.results.record import RunRecord
-from grass_ray.results.store import default_tracking_uri
-from grass_ray.results.tracking import Tracker, trial_tags
+from grass_ray.results.store import trial_tags
+from grass_ray.results.tracker import Tracker
 from grass_ray.tasks.readback import choose_extraction
 from grass_ray.training.report import TrainingFailure
 
