@@ -28,7 +28,7 @@ from grass_ray.experiment.flags import SweepDefaults, SweepOptions
 from grass_ray.experiment.sweep import Sweep
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.record import RunRecord
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.run import Run
 
 PROBING_STEPS = 4

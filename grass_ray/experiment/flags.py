@@ -24,7 +24,7 @@ from grass_ray.experiment.space import Space
 from grass_ray.experiment.tuning import Scheduler, Search
 from grass_ray.methods import METHODS, get_method
 from grass_ray.paths import at_home
-from grass_ray.results.best_settings import read_settings
+from grass_ray.results.searches import read_settings
 from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.suites import resolve_tasks
