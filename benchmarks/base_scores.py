@@ -33,9 +33,10 @@ from lm_eval.tasks import TaskManager
 from grass_ray.config import DataConfig, EvaluationConfig, FolderSource, ModelConfig
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.statistics import wilson_interval
-from grass_ray.tasks.evaluation import ask, evaluate, select_examples
+from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.inference.harness import quiet, undisturbed
 from grass_ray.tasks.inference.likelihood import Scorer, share_rows
+from grass_ray.tasks.questions import ask, select_examples
 from grass_ray.tasks.rows import Row
 from grass_ray.tasks.sources import check_data, load_test_rows
 from grass_ray.tasks.suites import SUITES, TASKS

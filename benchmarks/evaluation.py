@@ -32,8 +32,8 @@ from lm_eval.models.huggingface import HFLM
 
 from grass_ray.config import DataConfig, FolderSource, ModelConfig
 from grass_ray.results.provenance import git_state, hardware, versions
-from grass_ray.tasks.evaluation import ask, options_of, select_examples
 from grass_ray.tasks.inference.harness import ObservedLM, quiet, undisturbed
+from grass_ray.tasks.questions import ask, options_of, select_examples
 from grass_ray.tasks.sources import load_test_rows, load_train_rows
 from grass_ray.tasks.suites import TASKS
 from grass_ray.tasks.templates import render_answer

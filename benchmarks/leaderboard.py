@@ -29,11 +29,12 @@ import tyro
 
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
+from grass_ray.results.connection import connect, default_tracking_uri
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.provenance import git_state, hardware, now, versions
 from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.rendering import render
-from grass_ray.results.store import PARENT_TAG, connect, default_tracking_uri, iter_records, load_records
+from grass_ray.results.store import PARENT_TAG, iter_records, load_records
 from grass_ray.training.report import LayerTrace
 
 EXPERIMENT = "synthetic"

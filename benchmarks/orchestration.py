@@ -30,7 +30,7 @@ from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import plan_trials
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.record import RunRecord
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.run import Run
 
 PROBING_STEPS = 4

@@ -27,7 +27,8 @@ from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.tracking import Tracker, trial_tags
+from grass_ray.results.store import trial_tags
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
@@ -106,7 +107,7 @@ class TrialStore:
         self.progress.start(key)
 
     def result(self, key: str, report: Mapping[str, Any]) -> None:
-        """A trial reported: log the steps that are new, and show where it is."""
+        """A trial reported: log the steps that are new, and show its progress."""
         trial, phase = self._trials[key], report.get("phase")
         steps = report.get("steps", ())
         self._log_new_steps(trial, steps)
@@ -177,7 +178,7 @@ class TrialStore:
             self.overview.show(list(self.records.values()))
 
     def has_ended(self, config: RunConfig) -> bool:
-        """Whether a trial came to an end of its own: it has a record, and its process did not die."""
+        """Return whether a trial need not run again: it has a record, and its process did not die."""
         folder = config.folder
         return self.storage.exists(folder, RECORD_FILE) and not self.storage.exists(folder, TRACEBACK_FILE)
 

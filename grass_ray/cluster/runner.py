@@ -27,13 +27,12 @@ from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
-from grass_ray.results.best_settings import best_settings, left_out, write_settings
-from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.searches import best_settings, left_out, write_settings
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes
@@ -94,7 +93,7 @@ class SweepRunner:
                     trial_store.stop_running("stopped", "the sweep was interrupted; --resume goes on")
                     self.tracker.finish_sweep(sweep_run, status="stopped")
                     self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
-                    overview.show(list(trial_store.records.values()), at_once=True)
+                    overview.update(list(trial_store.records.values()))
                 except Exception as error:
                     code, reason = FAILED, self._refusal(error)
                     trial_store.stop_running("failed", reason or f"{type(error).__name__}: {error}")
@@ -189,7 +188,7 @@ class SweepRunner:
 
     def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
         """Write figures and leaderboard as files and to the parent run; print the leaderboard and where all is."""
-        overview.show(records, at_once=True)
+        tables = overview.update(records)
         if best := best_settings(records):
             write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
@@ -197,7 +196,6 @@ class SweepRunner:
         self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished")
         if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
-        tables = build_leaderboard(records)
         print("\n" * (not self.options.quiet) + render(tables, "table", width=self._width()))
         for record in failed:
             self._say(f"{record.status}: {record.name}: {record.failure}", always=True)

@@ -23,7 +23,7 @@ Settings = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...")]
 
 def tracking_store(given: str | None) -> str:
     """Return the URI of the MLflow store: that of the flag or the environment, else ``grass_ray_results/mlflow.db``."""
-    from grass_ray.results.store import default_tracking_uri
+    from grass_ray.results.connection import default_tracking_uri
 
     return given or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(RESULTS)
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from grass_ray.execute import Action, Ending, Listener
 from grass_ray.process import Interrupts
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import StepReport, TrainingFailure
 
 if TYPE_CHECKING:

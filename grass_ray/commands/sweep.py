@@ -27,8 +27,8 @@ from grass_ray.experiment.sweep import Sweep
 from grass_ray.methods import get_method
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
+from grass_ray.results.connection import default_tracking_uri
 from grass_ray.results.provenance import redact
-from grass_ray.results.store import default_tracking_uri
 
 PLAN_FILE = "sweep.yaml"
 # Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT

@@ -30,6 +30,10 @@ class SamplerConfig(BuildablePart):
 
     trains_all: ClassVar[bool] = False
     """Whether every layer trains at every step."""
+    in_turn: ClassVar[bool] = False
+    """Whether units take turns, so that there is no probability of a draw."""
+    measure: ClassVar[str] = "importance"
+    """What its importance is, as figures label it."""
 
     kind: str
 
@@ -82,6 +86,7 @@ class GradNormSamplerConfig(SamplerConfig):
     """GRASS (arXiv 2604.07808): samples layers from a softmax over their mean gradient norms."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.grad_norm.GradNormSampler"
+    measure: ClassVar[str] = "mean gradient norm (MGN)"
     kind: Literal["grad_norm"] = "grad_norm"
     num_active_layers: ScheduledCount = 2
     """Number of layers trained at a time (gamma)."""
@@ -121,6 +126,7 @@ class OutlierSamplerConfig(SamplerConfig):
     """OWS (Findings of ACL 2025): samples layers in proportion to their fraction of outlier weights."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.outliers.OutlierSampler"
+    measure: ClassVar[str] = "outlier score"
     kind: Literal["outlier"] = "outlier"
     num_active_layers: ScheduledCount = 5
     """Number of layers trained at a time (gamma)."""
@@ -136,6 +142,7 @@ class CyclicSamplerConfig(SamplerConfig):
     """LIFT, HiFT and BAdam: trains groups of neighbouring units in turn."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.cyclic.CyclicSampler"
+    in_turn: ClassVar[bool] = True
     kind: Literal["cyclic"] = "cyclic"
     num_active_layers: PositiveInt = 1
     """Number of units in a group."""
@@ -156,6 +163,7 @@ class RewardSamplerConfig(SamplerConfig):
     """IST (Findings of EMNLP 2024): samples layers by an importance learned from damped forward passes. Needs LoRA."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.rewards.RewardSampler"
+    measure: ClassVar[str] = "learnt importance"
     kind: Literal["reward"] = "reward"
     share: Fraction = 0.25
     """Fraction of the layers trained at a time, rounded down to at least one layer."""
@@ -183,6 +191,7 @@ class MatrixNormSamplerConfig(SamplerConfig):
     """MISA (arXiv 2511.00056): samples weight matrices by gradient norm until a budget of parameters is used up."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.matrix_norm.MatrixNormSampler"
+    measure: ClassVar[str] = "gradient norm, smoothed"
     kind: Literal["matrix_norm"] = "matrix_norm"
     budget: Fraction = 0.03
     """Fraction of the model's parameters that may train at a time (delta)."""
@@ -212,3 +221,9 @@ AnySamplerConfig = Annotated[
     | MatrixNormSamplerConfig,
     Field(discriminator="kind"),
 ]
+
+
+def sampler_config(kind: str) -> type[SamplerConfig]:
+    """The configuration class of a kind; the base class for kinds that this version does not know."""
+    known = {part.model_fields["kind"].default: part for part in SamplerConfig.__subclasses__()}
+    return known.get(kind, SamplerConfig)

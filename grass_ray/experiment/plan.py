@@ -30,7 +30,7 @@ from grass_ray.experiment.sweep import Sweep
 from grass_ray.methods import METHODS, get_method
 from grass_ray.overrides import Changes, flatten, has, merge, parse
 from grass_ray.paths import find_model, with_absolute_paths
-from grass_ray.results.best_settings import read_settings
+from grass_ray.results.searches import read_settings
 from grass_ray.tasks.readback import choose_extraction
 
 BASE_METHOD = "base"

@@ -1,4 +1,4 @@
-"""Ship a fine-tune as the tensors that changed: bitwise the trained model again on top of its base model.
+"""Ship a fine-tuned model as the tensors that changed; with its base model they give the trained model bit for bit.
 
 A delta is a folder: ``delta.safetensors`` (the new values, under the names of the model's ``state_dict``) and
 ``delta.json`` (the base model, and hashes of all its tensors). To use one::
@@ -14,83 +14,28 @@ values in, unchecked.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grass_ray.config import ConfigError, ConfigPart, ModelConfig, to_json
+from grass_ray.config import ConfigError, ModelConfig, to_json
+from grass_ray.export.manifest import FORMAT, MANIFEST, VALUES, BaseTensor, ChangedTensor, Delta, read_delta
 from grass_ray.export.model import check_output, find_run, is_mergeable, load_trained_model, whole_folder
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.paths import BUILT_IN, find_model
 from grass_ray.training.models import load_model
 
-FORMAT = 1
-MANIFEST = "delta.json"
-VALUES = "delta.safetensors"
-
-
-class BaseTensor(ConfigPart):
-    """A tensor of the base model; ``tied``: other names of the same tensor; ``base_sha256``: of its raw bytes."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    tied: tuple[str, ...]
-    base_sha256: str
-
-
-class ChangedTensor(BaseTensor):
-    """A tensor whose new values, of hash ``sha256``, are in the delta."""
-
-    sha256: str
-
-
-class Delta(ConfigPart):
-    """What ``delta.json`` says. ``layers`` count from 0; tensors under several names count once in the bytes."""
-
-    format: int
-    base_model: str = Field(description="built-in name, hub id or folder")
-    base_revision: str | None
-    base_dtype: str
-    layers: tuple[int, ...] = Field(description="decoder layers with a tensor that changed")
-    num_layers: int
-    delta_bytes: int
-    model_bytes: int = Field(gt=0)
-    changed: dict[str, ChangedTensor]
-    unchanged: dict[str, BaseTensor]
-    others: tuple[str, ...] = Field(description="tensors that changed outside the decoder layers")
-
-    def describe(self) -> str:
-        """Sizes, layers and base model in one sentence."""
-        plural = "s" if len(self.layers) > 1 else ""
-        parts = [f"decoder layer{plural} {', '.join(map(str, self.layers))} (of {self.num_layers}, counted from 0)"]
-        if not self.layers:
-            parts = [f"none of the {self.num_layers} decoder layers"]
-        parts += self.others[:3]
-        if len(self.others) > 3:
-            parts.append(f"{len(self.others) - 3} more tensors")
-        return (
-            f"{self.delta_bytes / 1024**2:.2f} of {self.model_bytes / 1024**2:.2f} MiB "
-            f"({100 * self.delta_bytes / self.model_bytes:.1f} %): {'; '.join(parts)}; base model {self.source}"
-        )
-
-    @property
-    def source(self) -> str:
-        """The base model's name, revision and dtype."""
-        return f"{self.base_model} ({', '.join(filter(None, (self.base_revision, self.base_dtype)))})"
-
-
 # --------------------------------------------------------------------------------------------------- write and apply
 
 
 def save_delta(base: nn.Module, trained: nn.Module, folder: str | Path, *, base_model: ModelConfig) -> Delta:
-    """Write the tensors of ``trained`` that differ from ``base`` in any bit, each once however many names it has.
+    """Write the tensors of ``trained`` that differ from ``base`` in any bit, each once even if it has several names.
 
     Args:
         base: the model before training.
@@ -99,7 +44,7 @@ def save_delta(base: nn.Module, trained: nn.Module, folder: str | Path, *, base_
         base_model: where others get ``base``: its name, revision and dtype.
 
     Raises:
-        ConfigError: ``folder`` is not empty, the models are not of one architecture, or they do not differ.
+        ConfigError: ``folder`` is not empty, the models differ in architecture, or they do not differ at all.
     """
     folder = Path(folder)
     check_output(folder)
@@ -145,15 +90,15 @@ def save_delta(base: nn.Module, trained: nn.Module, folder: str | Path, *, base_
 
 
 def apply_delta(model: nn.Module, folder: str | Path) -> Delta:
-    """Turn the base model into the trained one, bit for bit. Everything is checked before the first value is written.
+    """Turn the base model into the trained one, bit for bit. Everything is checked before anything is written.
 
     Args:
         model: the delta's base model in the delta's dtype, on any device; changed in place.
         folder: a folder written by :func:`save_delta`.
 
     Raises:
-        ConfigError: the folder is no readable delta, or ``model`` is not, in every bit, the delta's base model. The
-            model is then as it was.
+        ConfigError: the folder is no readable delta, or ``model`` differs from the delta's base model in any bit. The
+            model is then unchanged.
     """
     folder = Path(folder)
     delta = read_delta(folder)
@@ -166,27 +111,6 @@ def apply_delta(model: nn.Module, folder: str | Path) -> Delta:
     return delta
 
 
-def read_delta(folder: Path) -> Delta:
-    """What the delta in ``folder`` says of itself.
-
-    Raises:
-        ConfigError: there is no ``delta.json`` of this format.
-    """
-    try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a readable delta: {error}") from error
-    given = values.get("format") if isinstance(values, dict) else None
-    if given != FORMAT:
-        raise ConfigError(f"{folder} has delta format {given}; this version reads {FORMAT}")
-    try:
-        return Delta.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{folder} is not a readable delta: {MANIFEST}: {where}: {first['msg']}") from error
-
-
 # ------------------------------------------------------------------------------------------------- runs and folders
 
 
@@ -196,7 +120,7 @@ def is_delta(folder: Path) -> bool:
 
 
 def export_delta(run_folder: Path, output: Path) -> Delta:
-    """Write what the run in ``run_folder`` changed of its base model.
+    """Write the tensors of the base model that the run in ``run_folder`` changed.
 
     Args:
         run_folder: a run written by ``grass-ray train`` with a method without an adapter.
@@ -220,16 +144,16 @@ def export_delta(run_folder: Path, output: Path) -> Delta:
 def export_from_delta(folder: Path, output: Path, *, base_model: str | None = None) -> Delta:
     """Write the model that a delta and its base model make as an ordinary folder that transformers loads.
 
-    Nothing in a delta makes the hub's code run: put one on a base with code of its own with :func:`apply_delta`.
+    Code from the hub is never run. If the base model has code of its own, load it yourself and use :func:`apply_delta`.
 
     Args:
         folder: a folder written by :func:`save_delta`.
         output: where the model goes; must not exist or be empty. Nothing is left there on an error.
-        base_model: built-in name, hub id or folder of the base model; None takes the one that the delta names.
+        base_model: built-in name, hub id or folder of the base model. Defaults to the one that the delta names.
 
     Raises:
-        ConfigError: as :func:`apply_delta`, or the base model cannot be loaded, or what was written differs in any
-            bit when loaded again.
+        ConfigError: as :func:`apply_delta`, the base model cannot be loaded, or what was written differs in any bit
+            when loaded again.
     """
     from transformers import AutoModelForCausalLM
 
@@ -266,7 +190,7 @@ def _base_config(delta: Delta, name: str | None, folder: Path) -> ModelConfig:
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    """The tensors of ``model.state_dict()``, each under its first name and with the other ones."""
+    """The tensors of ``model.state_dict()`` by their first name, each with its other names."""
     found: dict[tuple[object, ...], tuple[Tensor, list[str]]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
@@ -296,7 +220,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _split(model: nn.Module, names: Iterable[str]) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Decoder layers that have one of ``names``, the names outside of layers, and the number of layers."""
+    """Decoder layers with a tensor of ``names``, the names outside the layers, and the number of layers."""
     stack = find_decoder_stack(model)
     prefix = stack.path + "."
     layers = {int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
@@ -305,7 +229,7 @@ def _split(model: nn.Module, names: Iterable[str]) -> tuple[tuple[int, ...], tup
 
 
 def _check_base(delta: Delta, own: dict[str, tuple[Tensor, tuple[str, ...]]], folder: Path) -> None:
-    """Every tensor of the base model is in ``own`` with the same bits, and no other."""
+    """Raise :class:`ConfigError` unless ``own`` holds the base model's tensors with the same bits, and no others."""
     recorded: dict[str, BaseTensor] = {**delta.changed, **delta.unchanged}
     wanted = f"{folder} belongs on {delta.source}; this is another base model, revision or dtype"
     for name, entry in recorded.items():
@@ -328,7 +252,7 @@ def _words(kind: dict[str, Any]) -> str:
 
 
 def _read_values(folder: Path, delta: Delta) -> dict[str, Tensor]:
-    """The new values, checked against ``delta``."""
+    """The new values, checked against the hashes in ``delta``."""
     try:
         values = load_file(folder / VALUES)
     except (OSError, SafetensorError) as error:

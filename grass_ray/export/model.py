@@ -1,7 +1,8 @@
 """Turn a trained run into an ordinary model folder that transformers loads: adapters merged, logits compared.
 
 ``export_run(run_folder, output)`` reads ``config.yaml`` and ``checkpoint/`` of a run written by ``grass-ray train``;
-``export_adapter(run_folder, output)`` writes a run's adapter alone. ``training/delta.py`` writes layers that changed.
+``export_adapter(run_folder, output)`` writes a run's adapter alone; :mod:`grass_ray.export.delta` writes the layers
+that changed.
 """
 
 from __future__ import annotations
@@ -24,22 +25,24 @@ from grass_ray.training.metrics import default_device
 from grass_ray.training.models import LoadedModel, load_model
 
 CHECKPOINT_FOLDER = "checkpoint"
-# what merging an adapter into its base weight may move a logit by, relative to the largest, in each dtype
+# how much merging an adapter into its base weight may change a logit, relative to the largest logit
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 PROMPTS = ("The capital of France is", "### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was written: the folder and the largest difference between a trained and a reloaded logit, relative."""
+    """What was written, and how closely the reloaded model agrees with the trained one."""
 
     folder: Path
     difference: float
+    """Largest difference of two logits, relative to the largest logit."""
     tolerance: float
+    """The largest difference that is allowed."""
 
 
 def find_run(folder: Path) -> RunConfig:
-    """The configuration of the trained run in ``folder``.
+    """Read the configuration of the trained run in ``folder``.
 
     Raises:
         ConfigError: the folder holds no run, or one without a checkpoint.
@@ -54,7 +57,7 @@ def find_run(folder: Path) -> RunConfig:
 
 
 def load_trained_model(folder: Path) -> LoadedModel:
-    """The trained model of the run in ``folder``, adapters in place; needs no data.
+    """Load the trained model of the run in ``folder``, with its adapter; needs no data.
 
     Raises:
         ConfigError: as :func:`find_run`, or the checkpoint cannot be read.
@@ -67,7 +70,7 @@ def load_trained_model(folder: Path) -> LoadedModel:
 
 
 def check_output(folder: Path) -> None:
-    """Raise :class:`ConfigError` when ``folder`` has something in it that writing would mix with."""
+    """Raise :class:`ConfigError` unless ``folder`` is absent or an empty folder."""
     try:
         used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:
@@ -83,7 +86,11 @@ def is_mergeable(config: RunConfig) -> bool:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new place beside ``folder``; it becomes ``folder``, which must be absent or empty, when the block succeeds."""
+    """Yield a temporary folder, which becomes ``folder`` when the block succeeds and is deleted when it fails.
+
+    Raises:
+        ConfigError: ``folder`` exists and is not empty.
+    """
     check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as name:
@@ -100,7 +107,7 @@ def export_run(folder: Path, output: Path) -> Export:
 
     Args:
         folder: a run written by ``grass-ray train``.
-        output: where the model goes; must not exist or be empty. Nothing is left there when the comparison fails.
+        output: new or empty folder for the model. Nothing is left there if the comparison fails.
 
     Raises:
         ConfigError: ``folder`` is no trained run or its adapter cannot be merged, ``output`` is not empty, or the
@@ -138,7 +145,7 @@ def export_adapter(folder: Path, output: Path) -> Export:
 
     Args:
         folder: a run written by ``grass-ray train`` with a method that has an adapter.
-        output: where the adapter goes; must not exist or be empty. Nothing is left there when the comparison fails.
+        output: new or empty folder for the adapter. Nothing is left there if the comparison fails.
 
     Raises:
         ConfigError: ``folder`` is no trained run or has no adapter, ``output`` is not empty, or the reloaded model

@@ -55,14 +55,14 @@ _SAME_TEST = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a table's runs were asked: ``name`` is the same for the same test, whatever the model and the machine."""
+    """What a table's runs were tested on. ``name`` is equal for equal tests, whatever the model and the machine."""
 
     name: str
     facts: Mapping[str, str]
 
 
 def table_key(record: RunRecord) -> list[Any]:
-    """What two runs must have been asked for to be ranked together, as plain values."""
+    """What must be equal in the configurations of two runs that are ranked together, as plain values."""
     config = record.config
     data = config["data"]
     source = {key: value for key, value in data.get("source", {}).items() if key in _OF_THE_TEST}
@@ -73,13 +73,13 @@ def table_key(record: RunRecord) -> list[Any]:
 
 
 def same_test_key(record: RunRecord) -> list[Any]:
-    """The same without the machine, which changes no question."""
+    """As :func:`table_key` without the machine, which changes no question."""
     model, suite, _, _, *rest = table_key(record)
     return [model, suite, *rest]
 
 
 def comparable_groups(records: Iterable[RunRecord], key: Any = table_key) -> list[tuple[Asked, list[RunRecord]]]:
-    """The records of each table in their order, by ``key`` and then by what they were really tested on.
+    """The records of each table in their order, by ``key`` and then by what they were actually tested on.
 
     Two runs share a table where nothing that both recorded differs: the questions and their file, the rules, the base
     model's weights.
@@ -91,7 +91,7 @@ def comparable_groups(records: Iterable[RunRecord], key: Any = table_key) -> lis
 
 
 def _split(records: Sequence[RunRecord]) -> list[tuple[Asked, list[RunRecord]]]:
-    """One group for each test; whoever says more comes first, the others join where nothing contradicts them."""
+    """One group for each test. Records that say most come first; others join a group that they do not contradict."""
     groups: list[tuple[dict[str, str], list[int]]] = []
     said = [_facts(record) for record in records]
     for place in sorted(range(len(records)), key=lambda place: (-len(said[place]), place)):
@@ -115,7 +115,7 @@ def _split(records: Sequence[RunRecord]) -> list[tuple[Asked, list[RunRecord]]]:
 
 
 def _agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Whether nothing differs; what one does not say is unknown, or a difference where both said how they tested."""
+    """Whether nothing differs. A missing fact is unknown; it is a difference if both recorded how they tested."""
     for key in first.keys() | second.keys():
         told = all(f"{key.split()[0]} test sha256" in facts for facts in (first, second))
         if first.get(key) != second.get(key) and (told or (key in first and key in second)):
@@ -124,7 +124,7 @@ def _agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
-    """What a record says of its test, each a short text; of a run that was not tested only the base model's weights."""
+    """Facts about a record's test, each a short text; of a run that was not tested only the base model's weights."""
     facts = {} if record.model_sha256 is None else {"base model": f"sha256 {record.model_sha256[:12]}"}
     for task, score in record.tasks.items():
         if not score.num_examples:
@@ -149,7 +149,7 @@ def _digest(value: object) -> str:
 
 
 def differences(tests: Sequence[Asked]) -> list[str]:
-    """What tells tests apart, a few words each, in the order in which the first of them says it."""
+    """What differs between tests, a few words each, in the order of the first test's facts."""
     keys = dict.fromkeys(key for test in tests for key in test.facts)
     found = []
     for key in keys:
@@ -169,13 +169,13 @@ Question = tuple[str, int]
 
 
 class TaskAnswers(NamedTuple):
-    """The answers to the questions that every seed was asked: 0 or 1, seeds by questions."""
+    """Whether each question that every seed was asked was answered right: 0 or 1, of shape (seeds, questions)."""
 
     questions: tuple[Question, ...]
     correct: NDArray[np.float64]
 
     def at(self, questions: Sequence[Question]) -> NDArray[np.float64]:
-        """The columns of these questions."""
+        """The columns of these questions, of shape (seeds, questions)."""
         if tuple(questions) == self.questions:
             return self.correct
         place = {question: column for column, question in enumerate(self.questions)}
@@ -184,13 +184,13 @@ class TaskAnswers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What the finished seeds of a group answered, task by task; ``trained`` tells whether trainings differ."""
+    """What the finished seeds of a group answered, by task. ``trained`` is False for the untrained base model."""
 
     tasks: Mapping[str, TaskAnswers]
     trained: bool
 
     def mean(self, task: str) -> dict[Question, float]:
-        """How right each question of a task was answered over the seeds, 0 to 1."""
+        """For each question of a task the share of seeds that answered it right."""
         found = self.tasks.get(task)
         return {} if found is None else dict(zip(found.questions, found.correct.mean(axis=0).tolist(), strict=True))
 
@@ -226,7 +226,7 @@ def fact(comparison: Comparison | None, name: str) -> Any:
 
 
 def collect_answers(group: Sequence[RunRecord]) -> Answers:
-    """The answers of the finished seeds of a group, in the first one's order of questions."""
+    """The answers of the finished seeds of a group, in the first seed's order of questions."""
     finished = [record for record in group if record.status == "finished" and record.tasks]
     tasks = {}
     for task in finished[0].tasks if finished else ():
@@ -249,7 +249,7 @@ def _by_question(ids: Sequence[str], correct: Sequence[bool]) -> dict[Question, 
 
 
 def compare_answers(first: Answers, second: Answers) -> Comparison | None:
-    """The difference over the questions both were asked; None where there is none in common."""
+    """Compare over the questions that both were asked; None if they share none."""
     pairs = []
     for task in sorted(first.tasks.keys() & second.tasks.keys()):
         own, other = first.tasks[task], second.tasks[task]
@@ -295,5 +295,5 @@ def adjust(found: Mapping[int, Comparison]) -> dict[int, Comparison]:
 
 
 def compare_groups(first: Sequence[RunRecord], second: Sequence[RunRecord]) -> Comparison | None:
-    """Compare the finished runs of two groups; None where they share no question."""
+    """Compare the finished runs of two groups; None if they share no question."""
     return compare_answers(collect_answers(first), collect_answers(second))

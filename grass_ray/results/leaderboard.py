@@ -5,10 +5,9 @@
     tables = build_leaderboard(load_records(uri, "commonsense"))
     print(render(tables, "markdown"))                     # grass_ray.results.rendering
 
-One table for each model, suite, hardware and worker count - and for each test, since answers to other questions, or
-read by other rules, cannot be ranked together (:mod:`grass_ray.results.compare`). One row for each method as
-configured, over its seeds. Only rows whose every seed finished are ranked; failed, stopped and partly failed ones stay
-below with their reason.
+One table for each model, suite, hardware and number of workers, and for each test: answers to other questions, or
+judged by other rules, cannot be ranked together (:mod:`grass_ray.results.compare`). One row for each method with its
+settings, over its seeds. Only rows of which every seed finished are ranked; the others stand below with the reason.
 """
 
 from __future__ import annotations
@@ -42,10 +41,11 @@ _MOST_DIFFERENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardTable:
-    """Rows that may be compared, best first; ``notes`` say what a reader must know, ``budget`` who had which.
+    """Rows that may be compared, best first.
 
-    ``test`` is what all of them were tested on; ``apart`` tells the table from another one of the same title.
-    ``warnings`` are those of the notes that must not be missed: what cannot be compared, what was lost.
+    ``notes`` are what a reader must know, and ``warnings`` those of them that must not be missed: what cannot be
+    compared, and which rows of data were lost. ``budget`` says who trained how much. ``test`` is what all rows were
+    tested on; ``apart`` tells the table from another one of the same title.
     """
 
     model: str
@@ -113,20 +113,20 @@ class LeaderboardTable:
 
 
 def build_leaderboard(records: Iterable[RunRecord]) -> list[LeaderboardTable]:
-    """Group, aggregate, compare and rank. Of two runs of one configuration and seed the later one counts."""
+    """Group, aggregate, compare and rank records. Of two runs of one configuration and seed the later one counts."""
     groups = comparable_groups(records)
     labels = Counter(map(model_label, {record.config["model"]["name"] for _, own in groups for record in own}))
     return _told_apart([_with_short_name(_table(test, own), labels) for test, own in groups])
 
 
 def _with_short_name(table: LeaderboardTable, labels: Mapping[str, int]) -> LeaderboardTable:
-    """The model's folder by its last component, unless another folder has the same."""
+    """Name a model's folder by its last component, unless another folder has the same."""
     label = model_label(table.model)
     return replace(table, model=label) if labels[label] == 1 else table
 
 
 def _told_apart(tables: Sequence[LeaderboardTable]) -> list[LeaderboardTable]:
-    """Tables of one title get a part of their own, and a note of what keeps them apart."""
+    """Make the titles of tables different, with a note of what tells tables of one title apart."""
     alike: defaultdict[str, list[LeaderboardTable]] = defaultdict(list)
     for table in tables:
         alike[table.title].append(table)
@@ -155,9 +155,9 @@ def _apart(table: LeaderboardTable, others: Sequence[LeaderboardTable]) -> str:
 
 
 def seed_groups(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
-    """Records of one configuration and one set of training rows together, by seed; of two with one seed the later one.
+    """Group records by configuration and training rows, one record per seed: the later one of two.
 
-    A run that does not know its training rows stands with the most runs of its configuration.
+    A run whose training rows are unknown is put into the largest group of its configuration.
     """
     configured: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in sorted(records, key=lambda record: datetime.fromisoformat(record.finished_at)):
@@ -198,7 +198,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
 
 
 def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Clean averages over the same tasks in every row: those that are contaminated in none."""
+    """Average every row over the same tasks: those that are contaminated in no row."""
     contaminated = {task for row in rows for task in row.contaminated}
     if not contaminated:
         return list(rows)
@@ -210,7 +210,7 @@ def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
 
 
 def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
-    """An average over fewer tasks than the other rows' is no rival of theirs."""
+    """Do not rank a row that was evaluated on fewer tasks than the others."""
     missing = sorted(evaluated - row.tasks.keys())
     if row.status != "finished" or not missing or not row.tasks:
         return row
@@ -250,7 +250,7 @@ def _comparisons(
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Mark ranked rows that no other beats in accuracy without more peak memory, or in memory without less accuracy."""
+    """Mark the ranked rows on the Pareto front: no other row has both more accuracy and less peak memory."""
     points = {
         index: (-row.accuracy, row.peak_allocated_gib)
         for index, row in enumerate(rows)
@@ -267,7 +267,7 @@ def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
 
 
 def _ranked(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Best first, equal accuracies sharing a rank, then what is not ranked: partly finished before failed."""
+    """Best first, equal accuracies sharing a rank; then rows that are not ranked, partly finished before failed."""
     ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (-(row.accuracy or 0.0), row.label))
     ranks: dict[float | None, int] = {}
     for place, row in enumerate(ranked, start=1):

@@ -24,7 +24,7 @@ _SAME_TOKENS = 0.01  # batches of other lengths are another shuffle, not another
 
 
 def budget_line(rows: Sequence[LeaderboardRow], records: Sequence[RunRecord] = ()) -> str | None:
-    """One sentence on the trained rows' budgets, None where none was trained.
+    """One sentence on the budgets of the trained rows; None if none was trained.
 
     Learning rates are those that the table's own runs tried, and searches those among its ``records``; a search outside
     them is not recorded.
@@ -55,7 +55,7 @@ def budget_line(rows: Sequence[LeaderboardRow], records: Sequence[RunRecord] = (
 
 
 def _searched(records: Sequence[RunRecord]) -> str:
-    """How many trials a method's search had and how long they might become; the steps taken are fewer with ASHA."""
+    """How many trials a method's search had, and their most steps; with ASHA most trials take fewer."""
     steps = max(record.config["training"]["steps"] for record in records)
     return f"a search of {len(records)} trials of at most {steps:,} steps"
 
@@ -65,7 +65,7 @@ def _tried(number: int) -> str:
 
 
 def _values(rows: Sequence[LeaderboardRow], text: Callable[[LeaderboardRow], str]) -> tuple[bool, str]:
-    """Whether a property is the same in all rows, and the property or who has which."""
+    """Whether a property is the same in all rows, and the property, or which rows have which."""
     found: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.method not in found[text(row)]:
@@ -100,7 +100,7 @@ def _count(tokens: float) -> str:
 
 
 def lost_rows(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[str]:
-    """What was lost, and whose; the rows are not named where it is all of those that were trained.
+    """What was lost, and by which rows; they are not named if it is all that were trained.
 
     Args:
         groups: each row's label with its runs.
@@ -119,7 +119,7 @@ def lost_rows(groups: Sequence[tuple[str, Sequence[RunRecord]]]) -> list[str]:
 
 
 def lost_by(record: RunRecord) -> list[str]:
-    """What one run lost, as the terminal said it, and the test rows that were not asked."""
+    """What one run lost, as the terminal said it, and the test rows that were skipped."""
     train = record.data.get("train")
     data = {**record.data, "train": train if isinstance(train, Mapping) else {}}
     texts = [
@@ -135,7 +135,7 @@ def lost_by(record: RunRecord) -> list[str]:
 
 
 def scope_notes(found: Iterable[bool | None]) -> list[str]:
-    """What these words mean, a sentence each."""
+    """What ``any seed`` and ``these runs`` mean, one sentence each."""
     covered, notes = set(found), []
     if True in covered:
         notes.append("p for any seed: p-value and interval of the difference cover other seeds and other questions")
@@ -174,7 +174,7 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
 
 
 def _contamination(rows: Sequence[LeaderboardRow]) -> list[str]:
-    """What must be said of rows that trained on test questions: which tasks, and the average without them."""
+    """Which rows trained on test questions of which tasks, and their averages without these."""
     found: defaultdict[tuple[str, ...], list[LeaderboardRow]] = defaultdict(list)
     for row in rows:
         if row.contaminated:

@@ -1,12 +1,12 @@
-"""What a sweep's parent run shows in MLflow: the ranking as a table, as Markdown in the description, and as pictures.
+"""What a sweep's parent run shows in MLflow: the ranking as a table, as Markdown in the description, and as figures.
 
 ::
 
     overview = Overview(tracker, sweep_run, "Which method learns most?", num_trials=30, folder=folder)
     overview.show(records)                     # again and again, as trials finish
-    overview.show(records, at_once=True)       # at the end
+    tables = overview.update(records)          # at the end
 
-Somebody who only opens ``mlflow ui`` sees the same leaderboard as ``grass-ray leaderboard`` prints.
+``mlflow ui`` shows the same leaderboard as ``grass-ray leaderboard`` prints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grass_ray.results.formats import limits, markdown_text, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
@@ -37,14 +37,14 @@ _DPI = 150
 
 
 class Overview:
-    """Keeps a parent run's table, description and pictures up to date.
+    """Keeps a parent run's table, description and figures up to date.
 
     Args:
         tracker: an open tracker.
         run_id: the parent run.
         question: what the sweep asks.
         num_trials: how many trials it has.
-        folder: a local folder for the files; must stay until the tracker is closed.
+        folder: a local folder for the files; must exist until the tracker is closed.
     """
 
     def __init__(self, tracker: Tracker, run_id: str, question: str, *, num_trials: int, folder: Path) -> None:
@@ -55,16 +55,18 @@ class Overview:
         self.folder = folder
         self._not_before = 0.0
 
-    def show(self, records: Sequence[RunRecord], *, at_once: bool = False) -> None:
-        """Write the files from the records so far and send them; nothing when that was done a moment ago.
+    def show(self, records: Sequence[RunRecord]) -> None:
+        """As :meth:`update`, unless that was done a moment ago.
 
         Args:
             records: of all trials that ended.
-            at_once: do it in any case.
         """
+        if time.monotonic() >= self._not_before:
+            self.update(records)
+
+    def update(self, records: Sequence[RunRecord]) -> list[LeaderboardTable]:
+        """Build the leaderboard, write its files and send them to MLflow; returns its tables."""
         started = time.monotonic()
-        if started < self._not_before and not at_once:
-            return
         tables = build_leaderboard(records)
         write_summary(records, tables, self.folder)
         finished = sum(record.status == "finished" for record in records)
@@ -85,24 +87,27 @@ class Overview:
             tags={} if best is None else {"best": f"{best.label}: {percent(best.accuracy)} %"},
         )
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
-        # drawing must not take more than a tenth of the driver's time, however many trials end at once
+        # drawing takes at most a tenth of the driver's time, however many trials end at once
         self._not_before = time.monotonic() + max(_LEAST_PAUSE_S, 10 * (time.monotonic() - started))
+        return tables
 
 
 def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path) -> None:
-    """Write the leaderboard as Markdown, CSV and JSON, and the sweep's pictures, into ``folder``."""
+    """Write the leaderboard as Markdown, CSV and JSON, and the sweep's figures, into ``folder``."""
+    from grass_ray.results.figures.figure import Runs  # loads matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, form in _FORMS.items():
         (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
     draw_ranking(tables, folder / "ranking.png")
-    write_sweep_plots(records, folder)
+    write_sweep_plots(Runs(tables, records), folder)
 
 
 # ------------------------------------------------------------------------------------------------ table and description
 
 
 def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
-    """The sweep in Markdown, at most ``LONGEST_NOTE`` characters: lower rows are left out where it would be longer."""
+    """The sweep in Markdown, at most ``LONGEST_NOTE`` characters; the lowest rows are left out if there is no room."""
     best = next((row for table in tables for row in table.rows if row.rank == 1), None)
     found = "" if best is None or len(tables) > 1 else f"Best: **{markdown_text(best.label)}**, {_interval(best)} %. "
     # MLflow folds what comes after the first lines
@@ -141,7 +146,7 @@ def _accuracy(row: LeaderboardRow) -> float:
 
 
 def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
-    """Draw accuracies with their intervals, best at the top, a panel a table. False where nothing is ranked."""
+    """Draw accuracies with their intervals, one panel per table. Returns False if nothing is ranked."""
     from matplotlib.figure import Figure
 
     panels = [(table, rows) for table in tables if (rows := [row for row in table.rows if row.rank is not None])]

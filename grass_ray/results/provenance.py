@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, hardware, git commit - and the builder of run records. No mlflow, no ray here.
+"""Where numbers come from: versions, hardware and git commit, and how a run record is built. Needs no mlflow or ray.
 
 ::
 
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grass_ray.config import RunConfig, to_json, whole_file
 from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
@@ -39,17 +39,17 @@ class GitState(NamedTuple):
 
 
 def now() -> str:
-    """The time as ISO text in UTC."""
+    """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def redact(text: str) -> str:
-    """The text without access tokens and without the passwords of URLs."""
+    """Replace access tokens and passwords in URLs with ``***``."""
     return _SECRETS.sub("***", text)
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions, absent packages left out. Imports none of them."""
+    """Versions of Python and of the installed packages, without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -60,10 +60,10 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str | None = None) -> str:
-    """The device in words: the GPU's name, or the CPU's model, cores and memory.
+    """The device's description: the GPU's name, or the CPU's model, cores and memory.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``, what the run used; None takes the GPU when torch sees one.
+        device: ``"cpu"`` or ``"cuda"``, whichever the run used; None means the GPU if torch sees one.
     """
     if device != "cpu":
         import torch
@@ -92,9 +92,10 @@ def _cpu_model() -> str:
 
 
 def git_state(folder: Path | None = None) -> GitState:
-    """Commit and dirtiness of the checkout the package runs from; a package installed elsewhere has none.
+    """The commit of the checkout that the package runs from, and whether files differ from it.
 
-    A copy of a checkout without its history may say which commit it is: ``GRASS_RAY_GIT_COMMIT``.
+    An installed package has no checkout. The environment variable ``GRASS_RAY_GIT_COMMIT`` names the commit of a copy
+    without history.
 
     Args:
         folder: the package's folder, by default grass_ray's own.
@@ -136,24 +137,24 @@ def build_record(
     weights_sha256: str | None = None,
     search: SearchPart | None = None,
 ) -> RunRecord:
-    """Make the record of one trial, whether it finished or not.
+    """Build the record of one trial, finished or not.
 
     Args:
-        run_id: the trial's own name, the same after a restart.
+        run_id: the trial's identifier, the same after a restart.
         sweep: the sweep's name, such as ``quickstart``.
-        sweep_id: which execution of that sweep.
-        config: what was asked for.
+        sweep_id: identifies one execution of the sweep.
+        config: the run's configuration.
         status: how it ended.
-        failure: the reason when it did not finish; tokens in it are masked.
-        outcome: what came out, None when nothing did.
+        failure: why it did not finish; access tokens in it are masked.
+        outcome: what was measured; None if nothing was.
         started_at: ISO time (see :func:`now`).
         finished_at: ISO time, by default now.
-        hardware_name: what the workers ran on, by default this process's :func:`hardware`.
+        hardware_name: what the workers ran on; None means this process's :func:`hardware`.
         world_size: number of workers.
         model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
-        threads: CPU threads that torch computed with; another number may change the last bits of a sum.
+        threads: CPU threads that torch used; another number may change the last bits of a sum.
         weights_sha256: hash of the trained weights (:func:`grass_ray.training.weights.parameters_sha256`).
-        search: which search it belongs to, if any.
+        search: the search it belongs to, if any.
     """
     git = git_state()
     return RunRecord(
@@ -164,24 +165,30 @@ def build_record(
         status=status,
         failure=None if failure is None else redact(failure),
         config=config.to_dict(),
-        metrics={} if outcome is None else {key: float(value) for key, value in outcome.metrics.items()},
-        series={} if outcome is None else {key: list(points) for key, points in outcome.series.items()},
-        tasks={} if outcome is None else {name: _score(result) for name, result in outcome.tasks.items()},
-        layers=None if outcome is None else outcome.layers,
-        data={} if outcome is None else dict(outcome.data),
         hardware=hardware_name or hardware(),
         world_size=world_size,
         versions=versions(),
         git_commit=git.commit,
         git_dirty=git.dirty,
-        model_revision=None if outcome is None else outcome.model_revision,
         started_at=started_at,
         finished_at=finished_at or now(),
         model_sha256=model_sha256,
         threads=threads,
         weights_sha256=weights_sha256,
         search=search,
+        **({} if outcome is None else _measured(outcome)),
     )
+
+
+def _measured(outcome: RunOutcome) -> dict[str, Any]:
+    return {
+        "metrics": {key: float(value) for key, value in outcome.metrics.items()},
+        "series": {key: list(points) for key, points in outcome.series.items()},
+        "tasks": {name: _score(result) for name, result in outcome.tasks.items()},
+        "layers": outcome.layers,
+        "data": dict(outcome.data),
+        "model_revision": outcome.model_revision,
+    }
 
 
 def _score(result: EvaluationResult) -> TaskScore:

@@ -26,35 +26,35 @@ Status = Literal["finished", "failed", "out_of_memory", "stopped"]
 
 
 class RecordPart(BaseModel):
-    """A piece of a record; unknown keys are refused. Numbers may be NaN, which is a text in JSON, read back as NaN."""
+    """A part of a record. Unknown keys are an error; NaN is written as the string ``"NaN"`` and read back as NaN."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class TaskScore(RecordPart):
-    """One task's result. ``correct`` has one entry an example, in the order of the test file."""
+    """One task's result. ``correct`` has one entry per example, in the order of the test file."""
 
     accuracy: float
     num_examples: int
     correct: list[bool]
-    example_ids: list[str] = Field(description="a hash of each prompt, so that runs can be compared per example")
+    example_ids: list[str] = Field(description="a hash of each prompt, so that runs can be compared example by example")
     scoring: str
     extraction: str
     protocol: dict[str, Any] = Field(default_factory=dict)
     workload: dict[str, float] = Field(default_factory=dict, description="tokens, padding, halved batches, seconds")
 
     @model_validator(mode="after")
-    def _one_answer_an_example(self) -> Self:
+    def _one_entry_per_example(self) -> Self:
         if not self.num_examples == len(self.correct) == len(self.example_ids):
             raise ValueError("num_examples, correct and example_ids do not agree")
         return self
 
 
 class LineageStep(RecordPart):
-    """A piece of a population member's history: from ``step`` on, whose weights it went on with, and its settings."""
+    """One stretch of a population member's history: where it began, with whose weights, and with which settings."""
 
-    step: int = Field(description="updates done when it began")
-    weights_of: str = Field(description="key of the trial whose checkpoint it went on from")
+    step: int = Field(description="training steps done when it began")
+    weights_of: str = Field(description="key of the trial whose checkpoint it continued from")
     settings: dict[str, Any]
 
 
@@ -64,13 +64,13 @@ class SearchPart(RecordPart):
     search: str = Field(description="grid, random or optuna")
     scheduler: str = Field(description="none, asha or pbt")
     stage: Literal["search", "winner"]
-    number: int = Field(description="place among its method's trials, from 0")
-    stopped_after: int | None = Field(default=None, description="updates after which it was stopped early")
-    lineage: list[LineageStep] = Field(default_factory=list, description="of a population's member")
+    number: int = Field(description="position among its method's trials, from 0")
+    stopped_after: int | None = Field(default=None, description="training steps after which it was stopped early")
+    lineage: list[LineageStep] = Field(default_factory=list, description="history of a member of a population")
 
 
 class RunRecord(RecordPart):
-    """One trial: what was asked for, what came out, on what it ran."""
+    """One trial: its configuration, what was measured, and what it ran on."""
 
     schema_version: Literal[1, 2] = 2
     run_id: str
@@ -95,9 +95,9 @@ class RunRecord(RecordPart):
     model_revision: str | None = None
     started_at: str
     finished_at: str
-    model_sha256: str | None = Field(default=None, description="of the base model's weight files, as sha256sum says")
-    threads: int | None = Field(default=None, description="CPU threads that torch computed with")
-    weights_sha256: str | None = Field(default=None, description="of what was trained, in its last state")
+    model_sha256: str | None = Field(default=None, description="of the base model's weight files, as of sha256sum")
+    threads: int | None = Field(default=None, description="CPU threads that torch used")
+    weights_sha256: str | None = Field(default=None, description="of the trained parameters at the end")
     search: SearchPart | None = None
 
     def save(self, path: str | Path) -> None:

@@ -3,7 +3,7 @@
 ::
 
     print(render(build_leaderboard(records), "table"))
-    page = render(tables, "html", records=records)        # with pictures, which need the records
+    page = render(tables, "html", records=records)        # with figures, which need the records
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from grass_ray.results.sweep_comparison import (
 Format = Literal["table", "markdown", "csv", "json", "html"]
 
 _EMPTY = "no runs yet"
+_SHORT, _WORDY = 5, 16  # characters that text in a terminal's table needs, and has where there are few
 
 
 def render(
@@ -56,9 +57,9 @@ def render(
 
     Args:
         tables: what :func:`grass_ray.results.leaderboard.build_leaderboard` made.
-        format: ``json`` is one flat list of rows, ``csv`` one line a row with a column a task.
-        width: columns of a terminal, for ``table``.
-        records: what the tables were made of; ``html`` draws its pictures from them.
+        format: ``json`` is one flat list of rows, ``csv`` has one line per row and columns per task.
+        width: of the terminal in characters, for ``table``.
+        records: what the tables were built from; ``html`` draws its figures from them.
     """
     if format == "json":
         rows = [row_values(row) for table in tables for row in table.rows]
@@ -89,7 +90,7 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
     if format == "markdown":
         lines = [f"### {markdown_text(title)}", "", *markdown_table(COMPARISON_HEADER, cells, WORDS), ""]
         return "\n".join([*lines, *(f"- {markdown_text(note)}" for note in notes)])
-    return _print(title, [_grid(COMPARISON_HEADER, cells)] if cells else [], notes, width)
+    return _print(title, _grids(COMPARISON_HEADER, cells, width, repeated=1) if cells else [], notes, width)
 
 
 # ----------------------------------------------------------------------------------------------------------- formats
@@ -101,10 +102,10 @@ def _terminal(table: LeaderboardTable, width: int) -> str:
     parts.append(([RANK, METHOD, *detail_columns(table)], table.rows))
     if len(table.tasks) > 1 and scored:
         parts.append(([RANK, METHOD, *task_columns(table)], scored))
-    grids = [
-        _grid([column.name for column in columns], [[column.cell(row) for column in columns] for row in rows])
-        for columns, rows in parts
-    ]
+    grids = []
+    for columns, rows in parts:
+        cells = [[column.cell(row) for column in columns] for row in rows]
+        grids += _grids([column.name for column in columns], cells, width, repeated=2)
     return _print(table.title, grids, table.reasons + table.all_notes, width)
 
 
@@ -121,13 +122,46 @@ def _print(title: str, grids: Sequence[Table], lines: Sequence[str], width: int)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _grid(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _grids(names: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, repeated: int) -> list[Table]:
+    """The table, or several below each other where numbers would be cut; ``repeated`` first columns are in each."""
+    whole, words = _widths(names, rows), [name in WORDS for name in names]
+    if _total([min(own, _SHORT) if word else own for own, word in zip(whole, words, strict=True)]) <= width:
+        return [_grid(names, rows, whole)]
+    broken = [
+        [cell.replace(" ", "\n") if word else cell for cell, word in zip(row, words, strict=True)] for row in rows
+    ]
+    widths = [min(own, max(least, _WORDY)) for own, least in zip(whole, _widths(names, broken), strict=True)]
+    taken = len(names)
+    while taken > repeated + 1 and _total(widths[:taken]) > width:
+        taken -= 1
+    grid = _grid(names[:taken], [row[:taken] for row in rows], widths[:taken], fixed=True)
+    if taken == len(names):
+        return [grid]
+    others = [[*row[:repeated], *row[taken:]] for row in rows]
+    return [grid, *_grids([*names[:repeated], *names[taken:]], others, width, repeated=repeated)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Characters of each column with every line of a cell as it is."""
+    columns = zip(map(_heading, names), *rows, strict=True)
+    return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+
+
+def _heading(name: str) -> str:
+    broken = name.startswith(("vs ", "p ", "train ")) or name.endswith("GiB")
+    return name.replace(" ", "\n") if broken else name
+
+
+def _grid(names: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int], *, fixed: bool = False) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for name in names:
+    for name, width in zip(names, widths, strict=True):
         side: Literal["left", "right"] = "left" if name in WORDS else "right"
-        broken = name.startswith(("vs ", "p ", "train ")) or name.endswith("GiB")
-        header = Text(name.replace(" ", "\n") if broken else name)
-        grid.add_column(header, justify=side, overflow="fold", no_wrap=name not in WORDS)
+        own = width if fixed else None
+        grid.add_column(Text(_heading(name)), justify=side, overflow="fold", no_wrap=name not in WORDS, width=own)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     return grid

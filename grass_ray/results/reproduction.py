@@ -1,4 +1,4 @@
-"""Whether a rerun agrees with its record, number by number. Pure; nothing here trains.
+"""Whether a rerun agrees with its record, number by number.
 
 ::
 
@@ -6,8 +6,8 @@
     reproduced = all(check.agrees is not False for check in checks)
     warnings = compare_environments(recorded, Environment(...))
 
-Losses, learning rates, gradient norms, what the sampler did, accuracies and every example's answer must be the same in
-every bit. Seconds, tokens a second and memory depend on the machine's other work: they are shown and never decide.
+Losses, learning rates, gradient norms, what the sampler did, accuracies and every example's answer must be equal in
+every bit. Seconds, tokens per second and memory depend on the machine's other work: they are shown only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.training.report import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Point = tuple[int, float]
-Answers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
+ExtractedAnswers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
 
 # the rest is of the machine: time, throughput, memory, offload
 _DECIDING = ("train/", "eval/", "validation/", "layers/", TOKENS, PHASE, TRAIN_STEP)
@@ -41,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What this process would rerun a record with; hashes are None where the files are not here."""
+    """What this process would rerun a record with. Hashes are None if the files are not here."""
 
     versions: Mapping[str, str]
     hardware: str
@@ -53,7 +53,10 @@ class Environment:
 
 
 def compare_records(
-    recorded: RunRecord, rerun: RunRecord, answers: Answers | None = None, new_answers: Answers | None = None
+    recorded: RunRecord,
+    rerun: RunRecord,
+    answers: ExtractedAnswers | None = None,
+    new_answers: ExtractedAnswers | None = None,
 ) -> list[Check]:
     """Compare everything that both runs measured.
 
@@ -120,7 +123,7 @@ def _series(name: str, old: Sequence[Point], new: Sequence[Point], *, cut: bool)
 
 
 def _as_one(what: str, checks: list[Check]) -> list[Check]:
-    """One line for the series of all layers where they agree, else those that do not."""
+    """One line for the series of all layers if they agree, else those that differ."""
     differing = [check for check in checks if check.agrees is False]
     if differing:
         return differing
@@ -200,7 +203,7 @@ def _task(task: str, old: TaskScore | None, new: TaskScore | None) -> list[Check
     return checks
 
 
-def _answers(old: Answers, new: Answers) -> Check:
+def _answers(old: ExtractedAnswers, new: ExtractedAnswers) -> Check:
     differing = [key for key in sorted(old.keys() | new.keys()) if list(old.get(key, ())) != list(new.get(key, ()))]
     detail = f"{sum(map(len, old.values()))} answers, the same"
     if differing:
@@ -227,7 +230,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def compare_environments(recorded: RunRecord, now: Environment) -> list[str]:
-    """What is different here from where the record was made, a sentence each; empty when nothing is."""
+    """What differs here from where the record was made, one sentence each."""
     found = []
     for package in sorted(recorded.versions.keys() | now.versions.keys()):
         old, new = recorded.versions.get(package, "not installed"), now.versions.get(package, "not installed")

@@ -1,8 +1,8 @@
-"""One row of a leaderboard: a method as configured, over its seeds, computed from run records.
+"""One row of a leaderboard: a method with its settings, over its seeds, computed from run records.
 
 ::
 
-    rows = build_rows(groups)                 # a group: the records of one configuration, a seed each
+    rows = build_rows(groups)                 # a group: the records of one configuration, one per seed
 """
 
 from __future__ import annotations
@@ -21,28 +21,36 @@ from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 from grass_ray.training.report import VALIDATION
 
-# Settings that change no number, so that runs which differ in them alone are one row.
+# Settings that change no result: runs that differ only in them are one row.
 _NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardRow:
-    """One method as configured, over its seeds.
+    """One method with its settings, over its seeds.
 
-    Accuracies are shares from 0 to 1; ``accuracy`` is the unweighted mean over tasks of the means over seeds, its
-    interval that of :func:`grass_ray.results.statistics.average_interval` over the questions (not questions x seeds:
-    the same ones are asked again), ``accuracy_std`` the spread over seeds. Memory is the maximum over seeds, speed,
-    time and tokens the mean. ``variant`` says what tells this row from others of its method; ``seeds`` lists the
-    finished seeds. ``status`` is the seeds' common one, or ``partial`` when they differ.
+    Accuracies are shares from 0 to 1. Memory is the maximum over seeds; speed, time and tokens are means.
 
-    ``to_full`` and ``to_best`` compare the row with the best ``full`` row and with the best row, question by question
-    (:mod:`grass_ray.results.compare`); None for that row itself, and where nothing can be compared.
-    ``task_intervals`` are Wilson's.
-    ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean`` leaves
-    them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where tasks have options.
-    ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them. ``train_rows`` are
-    those that were trained on, ``train_rows_dropped`` those that were too long. ``test`` names what the row was tested
-    on: rows with another name answered other questions, or were read by other rules.
+    Attributes:
+        rank: place by accuracy; None for rows that are not ranked.
+        accuracy: unweighted mean over tasks of the means over seeds. ``accuracy_low`` and ``accuracy_high`` are its
+            95 % interval over the questions, which every seed is asked again
+            (:func:`grass_ray.results.statistics.average_interval`); ``accuracy_std`` is the spread over seeds.
+        accuracy_clean: the same without tasks that are contaminated in some row of the table.
+        accuracy_normalised: mean of (accuracy - chance) / (1 - chance); None for tasks without options.
+        tasks: accuracy by task; ``task_intervals`` are Wilson's.
+        seeds: the seeds that finished.
+        status: the seeds' common status, or ``"partial"`` if they differ.
+        variant: what tells this row from others of its method.
+        contaminated: tasks whose test questions are in the data that this row trained on.
+        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.compare`); None
+            for that row itself, and if nothing can be compared.
+        to_best: the same with the best row.
+        pareto: whether no other row has both more accuracy and less peak memory.
+        learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
+        train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
+        test: names what the row was tested on; rows with another name answered other questions, or were judged by
+            other rules.
     """
 
     rank: int | None = None
@@ -87,7 +95,7 @@ class LeaderboardRow:
 
     @property
     def label(self) -> str:
-        """The method, with what sets this row apart."""
+        """The method, and what tells this row from its other rows."""
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
     @property
@@ -97,12 +105,12 @@ class LeaderboardRow:
 
     @property
     def trained(self) -> bool:
-        """Whether anything was to be trained; the untrained model is the floor of a table."""
+        """Whether anything was to be trained; False for the untrained base model."""
         return self.training_steps > 0
 
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
-    """One row a group; groups of one method are told apart by their settings."""
+    """One row per group. Groups of one method are told apart by their settings."""
     rates: defaultdict[str, set[float]] = defaultdict(set)
     for record in (record for group in groups for record in group):
         if (rate := _learning_rate(record)) is not None:
@@ -118,17 +126,17 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
 
 
 def settings(record: RunRecord) -> dict[str, str]:
-    """The configuration by dotted key, as text, without what changes no number; a schedule is one text."""
+    """The configuration by dotted key, as text, without settings that change no result. A schedule is one text."""
     return {key: value for key, value in _flat("", record.config, _schedule_in_words) if key not in _NO_EFFECT}
 
 
 def leaf_settings(record: RunRecord) -> dict[str, str]:
-    """The same with a key for each number of a schedule."""
+    """As :func:`settings`, with one key per number of a schedule."""
     return {key: value for key, value in _flat("", record.config, lambda _: None) if key not in _NO_EFFECT}
 
 
 def settings_key(record: RunRecord) -> str:
-    """A text that two records share when they are seeds of one row."""
+    """A text that is equal for records that are seeds of one row."""
     config: dict[str, Any] = dict(record.config)
     for key in _NO_EFFECT:
         part, _, inner = key.rpartition(".")
@@ -181,7 +189,7 @@ def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str
 
 
 def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """For each group what tells it from the other groups of its method, in as few words as are unambiguous."""
+    """For each group what tells it from the other groups of its method, as short as is unambiguous."""
     varied = varied_settings(groups)
     labels = []
     for group in groups:
@@ -270,7 +278,7 @@ def _contaminated(record: RunRecord) -> tuple[str, ...]:
 
 
 def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> float | None:
-    """The average above chance; None where no task has options, or a record does not say how many."""
+    """The average above chance; None if no task has options, or a record does not say how many."""
     chances = {task: [record.tasks[task].protocol.get("chance", math.nan) for record in records] for task in scores}
     known = {task: fmean(values) for task, values in chances.items() if values and not any(map(math.isnan, values))}
     if known.keys() != scores.keys() or not any(known.values()):
@@ -284,19 +292,19 @@ def _train_data(record: RunRecord) -> Mapping[str, Any]:
 
 
 def training_rows(record: RunRecord) -> str | None:
-    """The hash of the rows that a run trained on, None where it is unknown or there were none."""
+    """The hash of the rows that a run trained on; None if it is unknown or there were none."""
     found = _train_data(record).get("rows_sha256") if record.config["training"]["steps"] else None
     return found if isinstance(found, str) else None
 
 
 def _counts(group: Iterable[RunRecord], key: str) -> list[int]:
-    """A count of each run that trained and has it."""
+    """The count ``key`` of each run that trained and recorded it."""
     found = [record.data.get(key) for record in group if record.config["training"]["steps"]]
     return [count for count in found if isinstance(count, int)]
 
 
 def _train_tokens(record: RunRecord) -> float | None:
-    """Non-padding tokens of all steps, those of probing included; None where they are not known of every step."""
+    """Non-padding tokens of all steps, probing included; None if they are unknown."""
     tokens = record.step_tokens()
     total = sum(tokens.values())
     return total if tokens and math.isfinite(total) else None

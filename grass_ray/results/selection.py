@@ -29,7 +29,7 @@ STATUSES = ("finished", "partial", "failed", "out_of_memory", "stopped")
 
 
 def merge_records(stores: Iterable[Sequence[RunRecord]]) -> list[RunRecord]:
-    """The records of several stores, oldest first; a run id that is in more than one counts once, the latest."""
+    """The records of several stores, oldest first. Of a run id that is in more than one the latest counts."""
     merged: dict[str, RunRecord] = {}
     for record in (record for records in stores for record in records):
         known = merged.get(record.run_id)
@@ -44,7 +44,7 @@ def _finished(record: RunRecord) -> datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What to show; an empty choice shows everything.
+    """What to show. An empty filter shows everything.
 
     Raises :class:`ConfigError` on a status that does not exist; :meth:`records` on other names.
     """
@@ -94,7 +94,7 @@ class Selection:
         return chosen
 
     def _check_names(self, records: Sequence[RunRecord]) -> None:
-        """Users' own tasks have names that only their runs know."""
+        """Check names against the built-in ones and those of the runs: only runs know a user's own tasks."""
         suites = list(dict.fromkeys([*SUITES, *(record.config["data"]["suite"] for record in records)]))
         tasks = list(dict.fromkeys([*TASKS, *(task for record in records for task in record.config["data"]["tasks"])]))
         mistakes = [unknown("suite", name, suites) for name in self.suites if name not in suites]

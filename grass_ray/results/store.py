@@ -1,4 +1,4 @@
-"""The MLflow store behind tracking: how to reach one, what it may be told, and the records that are in it.
+"""What is in an MLflow store: the records of its trials, and the files of a run.
 
 ::
 
@@ -7,26 +7,18 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import re
-import shutil
-import socket
-import sqlite3
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass, url2pathname
+from urllib.request import url2pathname
 
-from grass_ray.config import ConfigError
-from grass_ray.process import environment
+from grass_ray.config import ConfigError, RunConfig
+from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import TOKENS
@@ -37,184 +29,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
-SQLITE = "sqlite:///"
 RECORD_FILE = "record.json"
-_DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
-_STILL_GROWING_S = 5.0  # a half-made database that somebody changed so recently may still be finished
 
 
-def default_tracking_uri(storage_path: Path) -> str:
-    """The embedded store of a storage folder."""
-    from sqlalchemy import URL
-
-    database = Path(storage_path).expanduser().absolute() / "mlflow.db"
-    return URL.create("sqlite", database=str(database)).render_as_string()
-
-
-def sqlite_path(uri: str) -> Path:
-    """The file of a ``sqlite:///...`` store, whose address has ``%3F`` and ``%25`` for a path's ``?`` and ``%``."""
-    from sqlalchemy import make_url
-
-    return Path(make_url(uri).database or "").expanduser()
-
-
-def metric_name(name: str) -> str:
-    """The nearest name MLflow accepts: letters, digits, ``_ - . : /`` and space, and clean as a path."""
-    parts = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name).split("/")
-    return ("/".join(part for part in parts if part not in ("", ".", "..")) or "_")[:250]
-
-
-def absolute_uri(uri: str) -> str:
-    """The address with a SQLite path made absolute."""
-    if not uri.startswith(SQLITE):
-        return uri
-    from sqlalchemy import make_url
-
-    database = str(sqlite_path(uri).absolute())  # workers run in other directories
-    return make_url(uri).set(database=database).render_as_string(hide_password=False)
-
-
-def quoted(text: str) -> str:
-    """The text as a string of MLflow's search language."""
-    if '"' in text and "'" in text:
-        raise ConfigError(f"sweep id or trial key {text!r} holds both kinds of quotes; use at most one")
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client whose store answered once. Raises :class:`ConfigError` within seconds when it does not."""
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # pages about migrations of a fresh store
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # and about errors that it raises, too
-    with store_errors(uri):
-        if uri.startswith(SQLITE):
-            _make_database(sqlite_path(uri))
-        else:
-            _knock(uri)
-        return _first_answer(uri)
-
-
-def _first_answer(uri: str) -> MlflowClient:
-    """A client that has been answered once; in a database server another first use may be making the tables."""
-    from mlflow import MlflowClient
-
-    pauses = iter((1, 2, 4) if uri.startswith(_DATABASE_SERVERS) else ())
-    while True:
-        try:
-            client = MlflowClient(tracking_uri=uri)
-            client.search_experiments(max_results=1)
-            return client
-        except failures():
-            pause = next(pauses, None)
-            if pause is None:
-                raise
-            time.sleep(pause)
-
-
-def _make_database(path: Path) -> None:
-    """Make MLflow's database where there is none yet: beside its place, and linked there when it is whole.
-
-    MLflow itself makes the tables in place, where two first uses break each other, and a kill leaves half of them.
-    A half-made one, which holds nothing, is put aside.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while _is_unfinished(path):
-        with suppress(FileNotFoundError):  # somebody else has just put it aside
-            if time.time() - path.stat().st_mtime > _STILL_GROWING_S:
-                path.rename(path.with_name(path.name + ".unfinished"))
-            else:
-                time.sleep(0.2)
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory(prefix="grass_ray-store-") as folder:
-        made = Path(folder) / "mlflow.db"
-        _first_answer(f"{SQLITE}{made}")
-        whole = path.with_name(f"{path.name}.part-{uuid.uuid4().hex[:8]}")
-        try:
-            shutil.copyfile(made, whole)
-            try:
-                os.link(whole, path)
-            except FileExistsError:
-                pass  # another first use came before, perhaps with runs in it already
-            except OSError:
-                os.replace(whole, path)  # a file system without hard links
-        finally:
-            whole.unlink(missing_ok=True)
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Whether a SQLite file was abandoned while MLflow made its tables: it holds no row of anything."""
-    if not path.is_file():
-        return False
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            names = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            return not any(  # MLflow's last act is a row in experiments
-                database.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchone()
-                for name in sorted(names - {"alembic_version", "workspaces"}, key=lambda name: name != "experiments")
-            )
-    except sqlite3.Error:  # no database, or one that is busy: MLflow says which
-        return False
-
-
-def _knock(uri: str) -> None:
-    """Fail soon where nobody listens, so that a server that is merely slow at its first request may be waited for."""
-    address = urlsplit(uri)
-    behind_proxy = address.scheme in getproxies() and not proxy_bypass(address.hostname or "")
-    if address.scheme in ("http", "https") and address.hostname and not behind_proxy:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=5).close()
-
-
-@contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Turn a store's failure into one readable message."""
-    try:
-        with impatient(timeout_s=30):
-            yield
-    except failures() as error:
-        reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
-        if any(words in reason for words in ("disk is full", os.strerror(errno.ENOSPC))):  # no mistake of the user's
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), redact(uri)) from None
-        if uri.startswith(("http://", "https://")):
-            advice = "is it running (`mlflow server --backend-store-uri sqlite:///mlflow.db`) and reachable from here?"
-            raise ConfigError(f"the MLflow server {redact(uri)} does not answer; {advice} ({reason})") from None
-        raise ConfigError(
-            f"cannot use the MLflow store {redact(uri)}; give sqlite:///<path>.db or a server's address ({reason})"
-        ) from None
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """What a store's failure may be; MLflow does not wrap every error of its database."""
-    from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, CommandError, OSError)
-
-
-@contextmanager
-def impatient(timeout_s: int) -> Iterator[None]:
-    """MLflow waits for minutes and prints where each run can be seen; its only switches are in the environment."""
-    wanted = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
+    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
+    return {
+        "method": config.method.name,
+        "model": config.model.name,
+        "suite": config.data.suite,
+        "seed": str(config.seed),
+        "sweep": sweep,
+        "stage": stage,
+        "folder": folder,
     }
-    with environment(wanted):
-        yield
 
 
 def load_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> list[RunRecord]:
-    """Read the records of all trials of an experiment (None: of all experiments), oldest first.
+    """Read the records of all trials of an experiment, oldest first.
 
-    The latest run counts for each sweep id and trial key; trials without a record yet are left out.
+    For each sweep id and trial key the latest run counts. Trials without a record yet are left out.
 
     Args:
         tracking_uri: ``sqlite:///...`` or the address of a server.
-        experiment: the name of a sweep.
-        series: keep what was measured at every step, which is most of a record. Without, the tokens of all steps stay
-            as one point, so that leaderboards come out the same.
+        experiment: the name of a sweep; None means all experiments.
+        series: keep what was measured at every step, which is most of a record. Without it the number of tokens stays
+            as one point, so that leaderboards are the same.
 
     Raises:
         ConfigError: the store or the experiment does not exist.
@@ -223,7 +63,7 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
 
 
 def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> Iterator[RunRecord]:
-    """The same one after another, so that only the one in hand is in memory."""
+    """As :func:`load_records`, one record at a time, so that only one is in memory."""
     uri = _existing(tracking_uri)
     client = connect(uri)
     with store_errors(uri):
@@ -247,7 +87,7 @@ def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bo
 
 
 def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Copy those of a run's artifacts that are there into ``folder``.
+    """Download the artifacts ``names`` of a run into ``folder``; those that do not exist are left out.
 
     Raises:
         ConfigError: the store or the run does not exist.
@@ -261,10 +101,10 @@ def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path)
 
 
 def run_folder(tracking_uri: str, run_id: str) -> str:
-    """Where a run wrote its files, as its tag ``folder`` says.
+    """The folder that a run wrote its files to, from its tag ``folder``.
 
     Raises:
-        ConfigError: the store or the run does not exist, or the run is of a version that did not tell.
+        ConfigError: the store or the run does not exist, or the run is of a version that did not set the tag.
     """
     uri = _existing(tracking_uri)
     client = connect(uri)
@@ -298,7 +138,7 @@ def is_run_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What is kept of a run that was found; MLflow's own object holds all its metrics and parameters."""
+    """What is kept of a run; MLflow's own object holds all its metrics and parameters."""
 
     run_id: str
     name: str
@@ -306,7 +146,7 @@ class _Found:
 
 
 def _existing(tracking_uri: str) -> str:
-    """The absolute address. Raises :class:`ConfigError` where a SQLite file would be made by looking at it."""
+    """The absolute address. Raises :class:`ConfigError` if a SQLite file does not exist, which MLflow would create."""
     uri = absolute_uri(tracking_uri)
     if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ConfigError(f"there is no MLflow store at {uri}; run a sweep first, or name another with --tracking-uri")
@@ -341,7 +181,7 @@ def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[
 
 
 def _record_file(client: MlflowClient, found: _Found, folder: Path) -> Path | None:
-    """The record as a file: in its place where that is on this machine, else downloaded into ``folder``."""
+    """The record's file: the artifact itself if it is on this machine, else a download in ``folder``."""
     if found.artifacts.startswith("file:"):
         path = Path(url2pathname(urlsplit(found.artifacts).path)) / RECORD_FILE
         return path if path.is_file() else None
@@ -359,7 +199,7 @@ def _read(path: Path, found: _Found) -> RunRecord | None:
 
 
 def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunRecord:
-    """The record with each question's id in memory once however many runs answered it, and without steps if asked."""
+    """Share each question's id among all records, and drop the series unless they are wanted."""
     for score in record.tasks.values():
         score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
     if not series:

@@ -5,8 +5,8 @@
     comparison = compare_sweeps(records, "quickstart", "20261122-115319-5b93")
     print(render_comparison(comparison, "markdown"))
 
-A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, and where that finds no
-partner by method, when each side has one such row left; only rows that were tested alike are
+A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, then by method if each side
+has one such row left; only rows that were tested on the same questions are matched
 (:mod:`grass_ray.results.compare`). Differences are B minus A.
 """
 
@@ -80,7 +80,7 @@ class ComparisonRow:
     changes: list[Change]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, those of the comparison among the others."""
+        """Plain JSON values, with those of the comparison at its place."""
         found = {key: fact(self.comparison, name) for key, name in _FACTS.items()}
         values = asdict(self)
         before = list(values).index("comparison")
@@ -91,7 +91,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepComparison:
-    """All matched rows, the labels of those that only one side has, and why some of these cannot be compared."""
+    """All matched rows, the labels of rows that only one side has, and why some of these cannot be compared."""
 
     first: str
     second: str
@@ -154,7 +154,7 @@ class _Side:
         self.rows: list[LeaderboardRow] = build_rows(self.groups)
 
     def key(self, index: int, *, whole: bool) -> str:
-        """What partners share: the test, and the whole configuration or the method."""
+        """What matched rows share: the test, and the whole configuration or the method."""
         own = sorted(settings(self.groups[index][0]).items()) if whole else []
         return json.dumps([id(self.tests[index]), self.rows[index].method, own])
 
@@ -177,7 +177,7 @@ def _match(first: _Side, second: _Side) -> list[tuple[int, int]]:
 
 
 def _tested_otherwise(first: _Side, second: _Side, pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Methods that both sides have and that found no partner because the tests differ, and what differs."""
+    """Methods that both sides have and that were not matched because their tests differ, and what differs."""
     lone = [
         {side.rows[index].method: side.tests[index] for index in range(len(side.groups)) if index not in matched}
         for side, matched in ((first, {own for own, _ in pairs}), (second, {other for _, other in pairs}))
@@ -226,7 +226,7 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
 
 
 def _changes(first: Answers, second: Answers) -> tuple[list[Change], int]:
-    """The questions answered differently, and how many questions both were asked."""
+    """The questions that were answered differently, and the number of questions that both were asked."""
     changes, questions = [], 0
     for task in first.tasks:
         theirs = second.mean(task)
@@ -263,7 +263,7 @@ COMPARISON_HEADER = tuple(name for name, _ in _COLUMNS)
 
 
 def comparison_cells(comparison: SweepComparison) -> list[list[str]]:
-    """The table's cells as text, a list a row, in the order of ``COMPARISON_HEADER``."""
+    """The table's cells as text, one list per row, in the order of ``COMPARISON_HEADER``."""
     several = len({(row.model, row.suite) for row in comparison.rows}) > 1
     return [
         [
@@ -295,7 +295,7 @@ def comparison_notes(comparison: SweepComparison) -> list[str]:
 
 
 def comparison_csv(comparison: SweepComparison) -> str:
-    """One line a question that the two sides answered differently."""
+    """One line per question that the two sides answered differently."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "model", "suite", "task", "example_id", "first", "second"])

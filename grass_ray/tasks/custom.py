@@ -1,17 +1,17 @@
-"""A user's own data set as a task: one YAML file that says what an answer is and where the rows are.
+"""A custom task: a YAML file that says what an answer is and where the rows are.
 
 ::
 
-    name: reviews                # of the task, in tables and records
+    name: reviews                # name of the task in tables and records
     answer: labels               # number, letter or labels
     labels: [positive, negative]
     max_new_tokens: 8
     instruction: Is this review positive or negative?     # optional: the same for every row
     train: reviews-train.jsonl   # .json (a list) or .jsonl; relative to this file; needed for training
     test: reviews-test.jsonl
-    fields: {input: text, answer: sentiment}              # optional: the rows' own keys
+    fields: {input: text, answer: sentiment}              # optional: keys of the rows
 
-    source = read_task_file(Path("reviews.yaml"))         # everything above, with absolute paths: travels to workers
+    source = read_task_file(Path("reviews.yaml"))         # with absolute paths, so that workers find the files
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from typing import Any, Literal
 
 import yaml
 
-from grass_ray.config import ConfigError, CustomSource, DataConfig, SourceConfig
-from grass_ray.tasks.rows import BrokenRows, Row, RowError, hash_file, read_file, row_from_record, write_answer
-from grass_ray.tasks.suites import SUITES, TASKS, Task, check_tasks
+from grass_ray.config import ConfigError, CustomSource, SourceConfig
+from grass_ray.tasks.row_files import read_file
+from grass_ray.tasks.row_source import LoadedRows, RowSource
+from grass_ray.tasks.rows import Row, RowError, hash_file, row_from_record, write_answer
+from grass_ray.tasks.suites import SUITES, TASKS, Task
 from grass_ray.tasks.templates import render_answer
 
 
 def read_task_file(path: Path) -> CustomSource:
-    """A task's YAML file as a source whose files have absolute paths.
+    """Read the YAML file of a custom task; paths of data files become absolute.
 
-    Raises :class:`ConfigError` on a missing or malformed file, a name that is taken, or absent data files.
+    Raises:
+        ConfigError: the file is missing or malformed, its name is taken, or a data file is missing.
     """
     path = Path(os.path.expanduser(path))
     try:
@@ -55,7 +58,7 @@ def read_task_file(path: Path) -> CustomSource:
 
 
 def check_custom(source: CustomSource) -> None:
-    """Raise :class:`ConfigError` where the name is taken or a file is absent."""
+    """Raise :class:`ConfigError` if the name is taken or a data file is missing."""
     if source.name in TASKS or source.name in SUITES:
         raise ConfigError(f"the task name {source.name!r} is taken by a built-in task or suite; give another name")
     absent = [path for path in (source.train, source.test) if path is not None and not Path(path).is_file()]
@@ -64,7 +67,7 @@ def check_custom(source: CustomSource) -> None:
 
 
 def find_task(key: str, source: SourceConfig) -> Task:
-    """The task of that key: the user's own where ``source`` is one, else a built-in one."""
+    """Return the task with a key: the custom task of ``source``, or a built-in one."""
     if not isinstance(source, CustomSource):
         return TASKS[key]
     return Task(
@@ -79,32 +82,48 @@ def find_task(key: str, source: SourceConfig) -> Task:
     )
 
 
-def check_selection(data: DataConfig) -> None:
-    """Raise :class:`ConfigError` unless the source serves the suite and tasks, as far as names can tell."""
-    if not isinstance(data.source, CustomSource):
-        check_tasks(data.suite, data.tasks)
-    elif (data.suite, data.tasks) != (data.source.name, (data.source.name,)):
-        raise ConfigError(
-            f"a task of one's own is its own suite: data.suite and data.tasks must be {data.source.name}, got "
-            f"{data.suite} and {', '.join(data.tasks)}"
-        )
+class CustomRows(RowSource[CustomSource]):
+    """Rows of a custom task."""
 
+    def check_names(self) -> None:
+        """Check that suite and task are the custom task."""
+        data, name = self.data, self.source.name
+        if (data.suite, data.tasks) != (name, (name,)):
+            raise ConfigError(
+                f"a task of one's own is its own suite: data.suite and data.tasks must be {name}, got "
+                f"{data.suite} and {', '.join(data.tasks)}"
+            )
 
-def read_custom(
-    source: CustomSource, split: Literal["train", "test"], broken_rows: BrokenRows
-) -> tuple[tuple[Row, ...], dict[str, Any]]:
-    """One file's rows and its entry in a provenance. Raises :class:`ConfigError` on what cannot be used."""
-    check_custom(source)
-    name = source.train if split == "train" else source.test
-    if name is None:
-        raise ConfigError(f"the task {source.name} has no train file; name one in its YAML file (train: FILE)")
-    task = find_task(source.name, source)
-    reading = read_file(Path(name), task, lambda record: _row(record, source, task), broken_rows)
-    return reading.rows, {"name": name, "sha256": hash_file(Path(name)), **reading.provenance}
+    def train_rows(self) -> LoadedRows:
+        """Rows of the training file."""
+        return self._read("train", self.source.train)
+
+    def test_rows(self, task: str) -> LoadedRows:
+        """Rows of the test file."""
+        return self._read("test", self.source.test)
+
+    def written_rows(self) -> list[Row]:
+        """Rows of both files whose response is not the one that is made from the answer."""
+        task = find_task(self.source.name, self.source)
+        train = () if self.source.train is None else self.train_rows().rows
+        return [
+            row for row in (*train, *self.test_rows(task.key).rows) if row.output != render_answer(task, row.answer)
+        ]
+
+    def _read(self, split: Literal["train", "test"], name: str | None) -> LoadedRows:
+        check_custom(self.source)
+        if name is None:
+            raise ConfigError(
+                f"the task {self.source.name} has no {split} file; name one in its YAML file ({split}: FILE)"
+            )
+        path, task = Path(name), find_task(self.source.name, self.source)
+        reading = read_file(path, task, lambda record: _row(record, self.source, task), self.data.broken_rows)
+        entry = {"name": name, "sha256": hash_file(path), **reading.provenance}
+        return LoadedRows(rows=reading.rows, files=[entry], description=f"the {split} file of {self.source.name}")
 
 
 def _row(record: Mapping[str, Any], source: CustomSource, task: Task) -> Row:
-    """A record under the user's keys as a row; the response is made from the answer where there is none."""
+    """Make a row of a record with the user's keys. If it has no response, one is made from the answer."""
     fields = source.fields
     wanted = [fields.answer] if source.instruction is not None else [fields.instruction, fields.answer]
     if missing := [key for key in wanted if key not in record]:

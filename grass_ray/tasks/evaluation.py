@@ -1,45 +1,50 @@
-"""Evaluation through lm-eval: accuracy and every example of every task of a run.
+"""Evaluate a model with lm-eval: the accuracy of each task, and every example.
 
-All tasks share two lm-eval task files (``yaml/``); rows of any source reach them as JSON lines in a temporary folder,
-so one path serves all::
+All tasks share two task files of lm-eval (``yaml/``), which read the rows of any source from JSON lines in a temporary
+folder::
 
     check_evaluation(config.data, config.evaluation)            # before any model is loaded
     results = evaluate(model, tokenizer, config.data, config.evaluation)
     results["gsm8k"].accuracy, results["gsm8k"].examples[0].output
 
-``generation`` reads the answer out of greedily (or beam-search) generated text; ``loglikelihood`` takes the option
-whose whole response the model finds likeliest. Importing this module loads no torch; :func:`evaluate` does.
+With ``generation`` the answer is extracted from text generated greedily or by beam search; with ``loglikelihood`` it
+is the option whose response has the highest likelihood. Importing this module loads no torch; :func:`evaluate` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
-from grass_ray.tasks.custom import check_selection, find_task
+from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
-from grass_ray.tasks.rows import Row, RowSet
+from grass_ray.tasks.questions import (
+    LIMIT_SEED,
+    Question,
+    ask,
+    chance,
+    estimate_cost,
+    make_document,
+    options_of,
+    select_examples,
+)
+from grass_ray.tasks.rows import RowSet
 from grass_ray.tasks.scores import EvaluationResult, Example
 from grass_ray.tasks.shards import SHARD, split_by_cost
 from grass_ray.tasks.shards import merge_shards as merge_shards
-from grass_ray.tasks.sources import load_test_rows
-from grass_ray.tasks.suites import TASKS, Task
-from grass_ray.tasks.templates import render_answer, render_prompt
+from grass_ray.tasks.sources import load_test_rows, open_source
+from grass_ray.tasks.suites import Task
+from grass_ray.tasks.templates import render_answer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,25 +52,15 @@ if TYPE_CHECKING:
 
     from grass_ray.tasks.inference.harness import ObservedLM
 
-LIMIT_SEED = 20_240_531  # which examples a limit keeps: the same in every run, and fewer are among more
 YAML_FOLDER = Path(__file__).parent / "yaml"
 
 OnProgress = Callable[[str, int, int], None]
 OnOutcome = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prompt:
-    """A row as it is asked: its id, its text, and its place in the test file."""
-
-    id: str
-    text: str
-    row: Row
-
-
 def check_evaluation(data: DataConfig, evaluation: EvaluationConfig) -> None:
-    """Raise :class:`ConfigError` where the tasks cannot be scored as asked."""
-    check_selection(data)
+    """Raise :class:`ConfigError` if the tasks cannot be scored as configured."""
+    open_source(data).check_names()
     if evaluation.scoring != "loglikelihood":
         return
     mistakes = []
@@ -91,22 +86,22 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_outcome: OnOutcome | None = None,
 ) -> dict[str, EvaluationResult]:
-    """Score ``model`` on the tasks of ``data``; the model and tokenizer are left as they were.
+    """Evaluate a model on the tasks of ``data``. The model and the tokenizer are left unchanged.
 
     Args:
-        model: a causal language model of transformers, possibly with peft adapters, on any one device.
-        tokenizer: its tokenizer; the padding side and token do not matter.
+        model: causal language model of transformers, possibly with peft adapters, on one device.
+        tokenizer: its tokenizer. The padding side and token do not matter.
         data: tasks, source and template.
         evaluation: scoring, extraction, limit, batch size and beams.
-        shard: (index, count): evaluate only the examples of one of ``count`` shards, which take about equally long;
-            :func:`merge_shards` puts the parts of all shards together.
-        cache: a folder that keeps tokenised questions for the next run; any number of runs share it.
-        on_progress: called with (task, finished requests, all requests) after each batch; a request is an example
-            in generation and an option of an example in loglikelihood.
-        on_outcome: called with lm-eval's own results of each task.
+        shard: (index, count) to evaluate only one of ``count`` shards of the examples, which take about equally long;
+            :func:`merge_shards` merges their results.
+        cache: folder that keeps tokenized prompts for later runs; any number of runs may share it.
+        on_progress: called with (task, finished requests, all requests) after each batch. A request is an example with
+            ``generation``, and an option of an example with ``loglikelihood``.
+        on_outcome: called with the results of lm-eval for each task.
 
     Returns:
-        One result a task, in the order of ``data.tasks``; its examples are in the order of the test file.
+        One result per task, in the order of ``data.tasks``, with examples in the order of the test file.
     """
     check_evaluation(data, evaluation)
     from grass_ray.tasks.inference.harness import ObservedLM, quiet, undisturbed
@@ -122,7 +117,7 @@ def evaluate(
 
 
 class _Progress:
-    """Counts a task's finished requests and passes the count on."""
+    """Counts the finished requests of a task and reports them."""
 
     def __init__(self, listener: OnProgress | None) -> None:
         self.listener = listener
@@ -137,7 +132,7 @@ class _Progress:
             self.listener(self.task, self.finished, self.total)
 
     def finish(self) -> None:
-        """Count the requests that lm-eval answered without a forward pass of their own (options of shared text)."""
+        """Count the requests that lm-eval answered without a forward pass (options with the same text)."""
         if self.finished < self.total:
             self.advance(self.total - self.finished)
 
@@ -152,7 +147,7 @@ def _evaluate_task(
     on_outcome: OnOutcome | None,
 ) -> EvaluationResult:
     tests = load_test_rows(task.key, data)
-    prompts = select_examples(ask(task, tests.rows, data.template), evaluation.limit)
+    questions = select_examples(ask(task, tests.rows, data.template), evaluation.limit)
     max_new_tokens = min(task.max_new_tokens, lm.max_length // 2)  # a short context must also hold the question
     generation = {
         "do_sample": False,
@@ -161,19 +156,20 @@ def _evaluate_task(
         "until": list(task.stop),
     }
     choosing = evaluation.scoring == "loglikelihood"
-    # over all examples: the protocol of every shard is the same
-    protocol = _protocol(task, tests, prompts, data, evaluation, max_new_tokens)
-    documents = [_document(task, prompt, evaluation, choosing) for prompt in prompts]
+    # of all questions, so that it is the same for every shard
+    protocol = _protocol(task, tests, questions, data, evaluation, max_new_tokens)
+    documents = [make_document(task, question, evaluation) for question in questions]
     if shard is not None:
-        positions = split_by_cost([_cost(document, max_new_tokens) for document in documents], shard[1])[shard[0]]
-        prompts, documents = [prompts[at] for at in positions], [documents[at] for at in positions]
+        costs = [estimate_cost(document, max_new_tokens) for document in documents]
+        positions = split_by_cost(costs, shard[1])[shard[0]]
+        questions, documents = [questions[at] for at in positions], [documents[at] for at in positions]
         protocol[SHARD] = {"index": shard[0], "count": shard[1], "positions": positions}
     progress.start(task.key, sum(len(document.get("choices", (1,))) for document in documents))
     started = time.perf_counter()
     samples: list[dict[str, Any]] = []
     if documents:
         outcome = _run(lm, task, documents, generation, choosing)
-        # rows reached lm-eval through a file that is gone
+        # lm-eval read the rows from a temporary file
         outcome["configs"][task.key]["dataset_kwargs"] = {"data_files": {"test": protocol["test_file"]}}
         samples = sorted(outcome["samples"][task.key], key=lambda sample: sample["doc_id"])
         if on_outcome is not None:
@@ -185,7 +181,7 @@ def _evaluate_task(
         task=task.key,
         scoring=evaluation.scoring,
         extraction=evaluation.extraction,
-        examples=tuple(read(task, prompt, sample, evaluation) for prompt, sample in zip(prompts, samples, strict=True)),
+        examples=tuple(read(task, *pair, evaluation) for pair in zip(questions, samples, strict=True)),
         protocol=protocol,
         workload=dataclasses.replace(lm.take_workload(), seconds=seconds),
     )
@@ -194,12 +190,12 @@ def _evaluate_task(
 def _protocol(
     task: Task,
     tests: RowSet,
-    prompts: Sequence[_Prompt],
+    questions: Sequence[Question],
     data: DataConfig,
     evaluation: EvaluationConfig,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """How the task is asked and scored; ``prompts`` are all of its examples."""
+    """How the task is asked and scored; ``questions`` are those of all shards."""
     protocol: dict[str, Any] = {
         "template": data.template,
         "scoring": evaluation.scoring,
@@ -216,7 +212,7 @@ def _protocol(
         "test_rows": len(tests.rows),
         "test_rows_skipped": tests.provenance["rows_skipped"],
         "broken_rows": data.broken_rows,
-        "chance": chance(task, [prompt.row for prompt in prompts]),
+        "chance": chance(task, [question.row for question in questions]),
         "lm_eval": version("lm_eval"),
     }
     if evaluation.scoring == "loglikelihood":
@@ -229,72 +225,13 @@ def _protocol(
     return protocol
 
 
-# ---------------------------------------------------------------------------------------------- rows become questions
-
-
-def ask(task: Task, rows: Sequence[Row], template: Any) -> list[_Prompt]:
-    """Each row's prompt and id: 16 hexadecimal digits of a hash of task and prompt (and repetition, if repeated)."""
-    seen: dict[str, int] = {}
-    prompts = []
-    for row in rows:
-        text = render_prompt(row, template)
-        repetition = seen[text] = seen.get(text, 0) + 1
-        name = f"{task.key}\n{text}" + (f"\n#{repetition}" if repetition > 1 else "")
-        prompts.append(_Prompt(id=hashlib.sha256(name.encode()).hexdigest()[:16], text=text, row=row))
-    return prompts
-
-
-def select_examples(prompts: Sequence[_Prompt], limit: int | None) -> list[_Prompt]:
-    """``limit`` random examples in file order; the same in every run."""
-    if limit is None or limit >= len(prompts):
-        return list(prompts)
-    order = list(range(len(prompts)))
-    Random(LIMIT_SEED).shuffle(order)
-    return [prompts[index] for index in sorted(order[:limit])]
-
-
-def options_of(task: Task, row: Row) -> tuple[str, ...]:
-    """The options of one question: those its "Answer format" line names, else all of the task's."""
-    found = re.search(r"Answer format:\s*(\S+)\s*$", row.instruction)
-    named = tuple(found.group(1).split("/")) if found else ()
-    return named if row.answer in named and set(named) <= set(task.labels) else task.labels
-
-
-def chance(task: Task, rows: Sequence[Row]) -> float:
-    """The accuracy of guessing: the mean of 1/options over the questions, 0 for numbers."""
-    return 0.0 if task.answer == "number" else fmean(1 / len(options_of(task, row)) for row in rows)
-
-
-def _document(task: Task, prompt: _Prompt, evaluation: EvaluationConfig, choosing: bool) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "task": task.key,
-        "prompt": prompt.text,
-        "answer": prompt.row.answer,
-        "extraction": evaluation.extraction,
-    }
-    if task.key not in TASKS:
-        document |= {"kind": task.answer, "labels": list(task.labels)}
-    if choosing:
-        options = options_of(task, prompt.row)
-        document["choices"] = [render_answer(task, option) for option in options]
-        document["gold"] = options.index(prompt.row.answer)
-    return document
-
-
-def _cost(document: dict[str, Any], max_new_tokens: int) -> int:
-    """About how long a question takes, in characters that go through the model."""
-    if "choices" in document:
-        return sum(len(document["prompt"]) + len(choice) for choice in document["choices"])
-    return len(document["prompt"]) + 4 * max_new_tokens  # a token is about four characters of English
-
-
 # ------------------------------------------------------------------------------------------------------ through lm-eval
 
 
 def _run(
     lm: ObservedLM, task: Task, documents: Sequence[dict[str, Any]], generation: dict[str, Any], choosing: bool
 ) -> dict[str, Any]:
-    """lm-eval's results of one task, with a sample a document."""
+    """Run lm-eval on one task; return its results, with one sample per document."""
     from lm_eval.evaluator import evaluate as lm_eval_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -306,44 +243,44 @@ def _run(
         settings: dict[str, Any] = {
             "include": [str(YAML_FOLDER / layer) for layer in layers],
             "task": task.key,
-            # what is given is a pattern to datasets, and the temporary folder may have a "[" in its name
+            # datasets takes the path as a pattern, and the temporary folder may have a "[" in its name
             "dataset_kwargs": {"data_files": {"test": glob.escape(str(rows))}, "cache_dir": str(folder / "cache")},
         }
         if not choosing:
             settings["generation_kwargs"] = generation
         (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         tasks = TaskManager(include_path=str(folder), include_defaults=False).load([task.key])
-        # the standard error of a mean has a formula; nothing is resampled
+        # the standard error of a mean has a formula, so nothing is resampled
         outcome: dict[str, Any] = lm_eval_evaluate(lm, tasks, log_samples=True, bootstrap_iters=1)
     return outcome
 
 
-def _read_text(task: Task, prompt: _Prompt, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:
+def _read_text(task: Task, question: Question, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:
     output: str = sample["filtered_resps"][0]
     extracted = extract_answer(output, task, evaluation.extraction)
-    correct = is_correct(extracted, prompt.row.answer, task)
+    correct = is_correct(extracted, question.row.answer, task)
     assert correct == bool(sample["acc"]), "lm-eval scored another text"
     return Example(
-        id=prompt.id,
-        prompt=prompt.text,
-        target=prompt.row.answer,
+        id=question.id,
+        prompt=question.text,
+        target=question.row.answer,
         output=output,
         extracted=extracted,
         correct=correct,
     )
 
 
-def _read_choice(task: Task, prompt: _Prompt, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:
+def _read_choice(task: Task, question: Question, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:
     scores = [likelihood for likelihood, _ in sample["filtered_resps"]]
-    options = options_of(task, prompt.row)
+    options = options_of(task, question.row)
     chosen = options[scores.index(max(scores))]
-    assert (chosen == prompt.row.answer) == bool(sample["acc"]), "lm-eval chose another option"
+    assert (chosen == question.row.answer) == bool(sample["acc"]), "lm-eval chose another option"
     listing = ", ".join(f"{option} {score:.3f}" for option, score in zip(options, scores, strict=True))
     return Example(
-        id=prompt.id,
-        prompt=prompt.text,
-        target=prompt.row.answer,
+        id=question.id,
+        prompt=question.text,
+        target=question.row.answer,
         output=listing,
         extracted=chosen,
-        correct=chosen == prompt.row.answer,
+        correct=chosen == question.row.answer,
     )

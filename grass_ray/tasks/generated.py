@@ -1,7 +1,7 @@
-"""Arithmetic word problems made by the project: nine kinds, small numbers, one or two steps.
+"""Generated arithmetic word problems: nine kinds, small numbers, one or two steps.
 
-For tests and for machines with neither a data folder nor a network. A problem's own text decides whether it may be a
-training or a test problem, so the two never meet, whatever the seeds and sizes::
+For tests, and for machines without a data folder or a network. The text of a problem decides whether it is a training
+or a test problem, so the two are disjoint for all seeds and sizes::
 
     train = generate("train", rows=2000, seed=0)
     test = generate("test", rows=200, seed=0)
@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Literal
 
-from grass_ray.config import ConfigError
-from grass_ray.tasks.rows import Row
+from grass_ray.config import ConfigError, GeneratedSource
+from grass_ray.tasks.row_source import LoadedRows, RowSource
+from grass_ray.tasks.rows import Row, hash_rows
 
 MAX_ROWS = 100_000
-TEST_SHARE = 5  # one problem in five may be a test problem
+TEST_SHARE = 5  # one problem in five is a test problem
 
 NAMES = (
     "Ana", "Ben", "Carla", "Dan", "Ella", "Finn", "Gina", "Hugo", "Ines", "Jack", "Kate", "Leo",
@@ -141,12 +142,16 @@ KINDS: Mapping[str, Callable[[Random], Problem]] = {
 
 
 def split_of(question: str) -> Literal["train", "test"]:
-    """The only split a problem may be in; decided by its text alone."""
+    """Return the split of a problem, which depends only on its text."""
     return "test" if int(hashlib.sha256(question.encode()).hexdigest(), 16) % TEST_SHARE == 0 else "train"
 
 
 def generate(split: Literal["train", "test"], *, rows: int, seed: int) -> tuple[Row, ...]:
-    """``rows`` different problems, the same for the same arguments; more rows only add to fewer."""
+    """Generate ``rows`` distinct problems. Equal arguments give equal problems, and more rows begin with the same ones.
+
+    Raises:
+        ConfigError: more than ``MAX_ROWS`` rows.
+    """
     if rows > MAX_ROWS:
         raise ConfigError(
             f"{rows} generated rows were asked for; the generator makes at most {MAX_ROWS} different ones"
@@ -160,3 +165,27 @@ def generate(split: Literal["train", "test"], *, rows: int, seed: int) -> tuple[
             output = f"{'. '.join(steps)}. The answer is {result}."
             found[question] = Row(instruction=question, input="", output=output, answer=str(result))
     return tuple(found.values())
+
+
+class GeneratedRows(RowSource[GeneratedSource]):
+    """Rows of ``source: {kind: generated}``."""
+
+    def train_rows(self) -> LoadedRows:
+        """The training problems."""
+        return self._generate("train", self.source.train_rows)
+
+    def test_rows(self, task: str) -> LoadedRows:
+        """The test problems."""
+        return self._generate("test", self.source.test_rows)
+
+    def _generate(self, split: Literal["train", "test"], number: int) -> LoadedRows:
+        if self.data.tasks != ("generated",):
+            raise ConfigError(
+                f"the generated source makes only the task 'generated', not {', '.join(self.data.tasks)}; "
+                "give a folder (--data-dir DIR; in a configuration, source: {kind: folder, path: DIR}) "
+                "or the hub (source: {kind: hub})"
+            )
+        seed = self.source.seed
+        rows = generate(split, rows=number, seed=seed)
+        entry = {"name": f"generated/{split}-seed{seed}", "sha256": hash_rows(rows), "rows": len(rows)}
+        return LoadedRows(rows=rows, files=[entry], description=f"generated with seed {seed}")

@@ -1,10 +1,10 @@
-"""Whether a model that learnt everything would be marked right: asked before anything is trained.
+"""Check, before training, that a model which learned every response would be scored as correct.
 
-What training teaches ("the correct answer is incorrect") must be read back as the answer it states, by the rule that
-reads generated texts and by the tokenizer that writes them, and must fit into the tokens that a model may write.
-Of options that are compared by likelihood none may begin another::
+The extraction rule must extract from each response to learn ("the correct answer is incorrect") the answer that it
+states, after the tokenizer has encoded and decoded it, and the response must fit into ``max_new_tokens``. If options
+are compared by likelihood, none may be a prefix of another::
 
-    check_answers(config.data, config.evaluation, tokenizer)       # ConfigError that names what would be misread
+    check_answers(config.data, config.evaluation, tokenizer)       # ConfigError with the responses that are misread
     choose_extraction(source)                                      # ["evaluation.extraction=strict"], or nothing
 """
 
@@ -12,37 +12,42 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, HubSource, SourceConfig
-from grass_ray.tasks.custom import find_task, read_custom
+from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, SourceConfig
+from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.extraction import ExtractionName, extract_answer, is_correct
 from grass_ray.tasks.rows import Row
-from grass_ray.tasks.sources import load_test_rows
+from grass_ray.tasks.sources import load_test_rows, open_source
 from grass_ray.tasks.suites import TASKS, Task
 from grass_ray.tasks.templates import render_answer, render_prompt, render_response
 
-MOST_RESPONSES = 1000  # responses of a user's own rows that are looked at, spread over the file
-MOST_MISREAD = 0.1  # share of them that may be misread: responses that people wrote are never all of one form
-SHOWN = 60
+# number of responses written by the user that are checked, spread over the file
+MAX_RESPONSES = 1000
+# share of them that may be misread, since people do not write all responses in the same form
+MAX_MISREAD = 0.1
+MAX_SHOWN_CHARACTERS = 60
 
 
 class _Response(NamedTuple):
-    """What a model is taught to say, and the answer that must be read out of it."""
+    """A response to learn, and the answer that must be extracted from it."""
 
     text: str
     answer: str
 
 
 def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any, *, online: bool = False) -> None:
-    """Raise :class:`ConfigError` where a model that says what it was taught would be marked wrong.
+    """Check that a model which learned every response would be scored as correct.
 
     Args:
         data: tasks and source.
         evaluation: scoring and extraction.
-        tokenizer: of the model.
-        online: whether rows may be loaded from the hub; else its tasks are checked as far as their labels say.
+        tokenizer: tokenizer of the model.
+        online: whether rows may be downloaded. Otherwise tasks of the hub are only checked if they have labels.
+
+    Raises:
+        ConfigError: a response would be scored as wrong.
     """
     mistakes: list[str] = []
     prompt = render_prompt(Row(instruction="?", input="", output="", answer=""), data.template)
@@ -53,54 +58,46 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
             continue
         check = _Check(task, evaluation.extraction, prompt, tokenizer)
         mistakes += check.find_mistakes(_rendered(task, data, online=online), most=0) or check.find_mistakes(
-            _own_responses(task, data), most=MOST_MISREAD
+            _written_responses(data), most=MAX_MISREAD
         )
     if mistakes:
         raise ConfigError("; ".join(mistakes))
 
 
 def choose_extraction(source: SourceConfig) -> list[str]:
-    """The setting that a task of the user's own needs: strict extraction where published misreads what is taught."""
+    """Return the setting that a custom task needs: strict extraction if the published rule misreads its responses."""
     if not isinstance(source, CustomSource):
         return []
     task = find_task(source.name, source)
-    data = DataConfig(suite=source.name, tasks=(source.name,), source=source, broken_rows="skip")
+    data = DataConfig(suite=task.key, tasks=(task.key,), source=source, broken_rows="skip")
     try:
-        rendered, own = _rendered(task, data, online=False), _own_responses(task, data)
-    except ConfigError:  # of the data, and said when they are checked
+        rendered, written = _rendered(task, data, online=False), _written_responses(data)
+    except ConfigError:  # a mistake in the data, which is reported when they are checked
         return []
 
     def misreads(rule: ExtractionName) -> bool:
-        wrong = [sum(not _reads(text, answer, task, rule) for text, answer in part) for part in (rendered, own)]
-        return wrong[0] > 0 or wrong[1] > MOST_MISREAD * len(own)
+        wrong = [sum(not _reads(text, answer, task, rule) for text, answer in part) for part in (rendered, written)]
+        return wrong[0] > 0 or wrong[1] > MAX_MISREAD * len(written)
 
     return ["evaluation.extraction=strict"] if misreads("published") and not misreads("strict") else []
 
 
 def _rendered(task: Task, data: DataConfig, *, online: bool) -> list[_Response]:
-    """The responses that give the task's labels, or the answers of its test set."""
+    """Responses made from the task's labels, or from the answers of its test set."""
     if task.labels:
         answers: Iterable[str] = task.labels
-    elif isinstance(data.source, HubSource) and not online:
+    elif data.source.downloads and not online:
         answers = ()
     else:
         answers = dict.fromkeys(row.answer for row in load_test_rows(task.key, data).rows)
     return [_Response(render_answer(task, answer), answer) for answer in answers]
 
 
-def _own_responses(task: Task, data: DataConfig) -> list[_Response]:
-    """Responses of a user's own rows that are not made from their answers."""
-    source = data.source
-    if not isinstance(source, CustomSource):
-        return []
-    splits: list[Literal["train", "test"]] = ["test"] if source.train is None else ["train", "test"]
-    rows = [row for split in splits for row in read_custom(source, split, data.broken_rows)[0]]
-    own = {_Response(render_response(row), row.answer): None for row in rows if not _is_rendered(row, task)}
-    return list(own)[:: len(own) // MOST_RESPONSES + 1]
-
-
-def _is_rendered(row: Row, task: Task) -> bool:
-    return row.output == render_answer(task, row.answer)
+def _written_responses(data: DataConfig) -> list[_Response]:
+    """A sample of the responses that the user has written."""
+    rows = open_source(data).written_rows()
+    written = list(dict.fromkeys(_Response(render_response(row), row.answer) for row in rows))
+    return written[:: len(written) // MAX_RESPONSES + 1]
 
 
 def _reads(text: str, answer: str, task: Task, rule: ExtractionName) -> bool:
@@ -108,7 +105,7 @@ def _reads(text: str, answer: str, task: Task, rule: ExtractionName) -> bool:
 
 
 class _Check:
-    """What becomes of responses of one task when a model with this tokenizer writes them."""
+    """Checks responses of one task, as a model with this tokenizer would generate them."""
 
     def __init__(self, task: Task, rule: ExtractionName, prompt: str, tokenizer: Any) -> None:
         self.task = task
@@ -117,7 +114,7 @@ class _Check:
         self._tokenizer = tokenizer
 
     def find_mistakes(self, responses: Sequence[_Response], *, most: float) -> list[str]:
-        """What is wrong with more than a share of ``most`` of the responses: in one sentence, or none."""
+        """Return one sentence about what is wrong with more than a share of ``most`` of the responses, or none."""
         limit = self.task.max_new_tokens
         tokens = {response: encode_pair(self._tokenizer, self._prompt, response.text)[1] for response in responses}
         long = [response for response, ids in tokens.items() if len(ids) > limit]
@@ -141,7 +138,7 @@ class _Check:
         return [f"{self.task.key}: {first}{count}; {self._advice(list(misread))}"]
 
     def _misread(self, ids: list[int], response: _Response) -> str | None:
-        """What is read in place of the answer; None where all is well."""
+        """Say what is extracted in place of the answer; None if the answer is extracted."""
         end = self._tokenizer.eos_token_id
         written = self._tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
         for stop in self.task.stop:
@@ -168,7 +165,7 @@ class _Check:
 
 
 def _check_options(task: Task, prompt: str, tokenizer: Any) -> list[str]:
-    """Options that no likelihood can tell apart: what begins another option is never less likely than that."""
+    """Find options that likelihood cannot tell apart: a prefix of another option is never less likely than it."""
     options = sorted((encode_pair(tokenizer, prompt, render_answer(task, label))[1], label) for label in task.labels)
     for (ids, label), (longer, other) in itertools.pairwise(options):
         if longer[: len(ids)] == ids:
@@ -181,4 +178,4 @@ def _check_options(task: Task, prompt: str, tokenizer: Any) -> list[str]:
 
 
 def _shorten(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"{text[:20]}...{text[-SHOWN + 20 :]}")
+    return repr(text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:20]}...{text[20 - MAX_SHOWN_CHARACTERS :]}")

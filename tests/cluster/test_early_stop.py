@@ -13,12 +13,11 @@ from grass_ray.config import RunConfig
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan, plan_trials
 from grass_ray.progress import SweepProgress
-from grass_ray.results.best_settings import best_settings
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import Overview
 from grass_ray.results.record import RunRecord, SearchPart
-from grass_ray.results.searches import rung_losses
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.searches import best_settings, rung_losses
+from grass_ray.results.tracker import Tracker
 
 REASON = "stopped early at step 4 of 36 by ASHA: its validation loss 1.5000 was not among the best 1/3 there"
 

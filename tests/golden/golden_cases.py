@@ -21,7 +21,6 @@ from synthetic import synthetic_records
 from grass_ray.config import RunConfig, to_json
 from grass_ray.export.card import render_card, write_card, write_delta_card
 from grass_ray.methods import METHODS
-from grass_ray.results.best_settings import best_settings, left_out, write_settings
 from grass_ray.results.columns import overview_rows
 from grass_ray.results.figures.registry import FIGURES, draw_kind
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
@@ -30,6 +29,7 @@ from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render, render_comparison
 from grass_ray.results.reproduction import compare_records
+from grass_ray.results.searches import best_settings, left_out, write_settings
 from grass_ray.results.selection import Selection
 from grass_ray.results.sweep_comparison import compare_sweeps
 

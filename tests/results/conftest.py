@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.results.tracking import Tracker, default_tracking_uri
+from grass_ray.results.connection import default_tracking_uri
+from grass_ray.results.tracker import Tracker
 
 
 @pytest.fixture(scope="session")

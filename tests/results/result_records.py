@@ -87,7 +87,6 @@ def make_history(num_layers: int = 30, steps: int = 200, period: int = 10, refre
         num_layers=num_layers,
         total_parameters=1000,
         trainable_parameters=70,
-        trainable_share=0.07,
         intervals=intervals,
         refreshes=refreshes,
         ages=[(step, tuple(float(chance.randrange(step)) for _ in range(num_layers))) for step, _, _ in refreshes],

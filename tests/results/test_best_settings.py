@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from result_records import make_record, members
+from result_records import asha, make_record, members
 
 from grass_ray.config import ConfigError
-from grass_ray.results.best_settings import best_settings, left_out, read_settings, write_settings
 from grass_ray.results.record import RunRecord
+from grass_ray.results.searches import best_settings, left_out, read_settings, write_settings
 
 
 def trial(lr: float, loss: float | None, *, seed: int = 0, method: str = "grass", **more: object) -> RunRecord:
@@ -109,3 +109,11 @@ def test_equal_means_are_equal_whatever_their_order() -> None:
     ]
     assert best_settings(records) == {"grass": ["method.optimizer.lr=0.001"]}, "the first of equal ones"
     assert best_settings(records[3:] + records[:3]) == {"grass": ["method.optimizer.lr=0.0001"]}
+
+
+def test_trials_and_a_population_of_one_method_are_compared_by_their_losses() -> None:
+    trials, population = asha()[:3], members()
+    for offset, best in ((5.0, trials), (-9.0, population)):
+        for record in population:
+            record.metrics["validation/loss"] += offset
+        assert best_settings([*trials, *population]) == best_settings(best) != {}

@@ -18,7 +18,7 @@ from grass_ray.results.figures.registry import FIGURES
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 
 
 def sweep(sweep_id: str, experiment: str) -> list[RunRecord]:

@@ -13,7 +13,8 @@ from mlflow.store.tracking.dbmodels.initial_models import Base
 from sqlalchemy import create_engine
 
 from grass_ray.config import ConfigError
-from grass_ray.results.tracking import Tracker, default_tracking_uri
+from grass_ray.results.connection import default_tracking_uri
+from grass_ray.results.tracker import Tracker
 
 pytestmark = pytest.mark.long
 
@@ -22,7 +23,7 @@ FIRST_USE = """
 import sys, time
 from pathlib import Path
 import mlflow
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 Path(sys.argv[2]).touch()
 while len(list(Path(sys.argv[2]).parent.glob("ready-*"))) < 2: time.sleep(0.001)
 tracker = Tracker(sys.argv[1], "train")

@@ -13,7 +13,7 @@ from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import LONGEST_NOTE, Overview, describe_sweep, draw_ranking
 from grass_ray.results.record import RunRecord
-from grass_ray.results.tracking import RANKING_FILE, Tracker
+from grass_ray.results.tracker import RANKING_FILE, Tracker
 
 
 def records() -> list[RunRecord]:
@@ -36,7 +36,7 @@ def test_the_parent_run_shows_the_ranking_and_each_update_takes_the_place_of_the
     assert "1 of 3 trials have ended" in client.get_run(sweep).data.tags["mlflow.note.content"]
     overview.show(records())
     assert "1 of 3" in client.get_run(sweep).data.tags["mlflow.note.content"], "too soon after the last"
-    overview.show(records(), at_once=True)
+    overview.update(records())
 
     run = client.get_run(sweep)
     note = run.data.tags["mlflow.note.content"]
@@ -72,7 +72,7 @@ def test_nothing_is_best_over_several_tests(new_tracker: Callable[[], Tracker], 
     tracker = new_tracker()
     sweep = tracker.start_sweep("s1", {}, {})
     other = make_record("lora", correct={"generated": answers(9, 10)}, overrides=["data.source.seed=7"])
-    Overview(tracker, sweep, "Which?", num_trials=3, folder=tmp_path).show([*records()[:2], other], at_once=True)
+    Overview(tracker, sweep, "Which?", num_trials=3, folder=tmp_path).update([*records()[:2], other])
     run = MlflowClient(tracker.tracking_uri).get_run(sweep)
     assert "best" not in run.data.tags
     assert "sweep/best_accuracy" not in run.data.metrics
@@ -82,10 +82,10 @@ def test_while_the_store_is_away_only_the_latest_ranking_waits(tmp_path: Path) -
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "away")
     tracker.open()
     sweep = tracker.start_sweep("s1", {}, {})
-    tracker._not_before = float("inf")
+    tracker._outbox._not_before = float("inf")
     for number in (1, 2, 3):
         tracker.show_sweep(sweep, note=f"{number} trials", table=[{"n": number}])
-    assert len(tracker._waiting) == 1
+    assert tracker.waiting == 1
     assert tracker.close() == 0
     assert MlflowClient(tracker.tracking_uri).get_run(sweep).data.tags["mlflow.note.content"] == "3 trials"
 

@@ -49,6 +49,16 @@ def test_terminal_fits_a_hundred_columns(tables: list[LeaderboardTable]) -> None
     assert "pinned" not in text, "a column without any number"
 
 
+def test_a_narrow_terminal_gets_tables_below_each_other_with_whole_numbers_and_words(
+    tables: list[LeaderboardTable],
+) -> None:
+    text = render(tables, "table", width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    for expected in ("61.0 ±1.4", "57.5-64.2", "12.3", "4100", "finished", "arc_challenge"):
+        assert expected in text
+    assert text.count("#  method") > 2
+
+
 def test_markdown_is_a_table(tables: list[LeaderboardTable]) -> None:
     lines = [line for line in render(tables, "markdown").splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1

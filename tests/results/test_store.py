@@ -13,7 +13,7 @@ from grass_ray.config import ConfigError
 from grass_ray.results.columns import row_values
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.store import download, is_run_id, iter_records, load_records, run_folder, upload
-from grass_ray.results.tracking import Tracker
+from grass_ray.results.tracker import Tracker
 
 Opener = Callable[[], Tracker]
 

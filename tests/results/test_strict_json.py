@@ -15,8 +15,9 @@ from grass_ray.results.columns import overview_rows
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render, render_comparison
+from grass_ray.results.store import load_records
 from grass_ray.results.sweep_comparison import compare_sweeps
-from grass_ray.results.tracking import Tracker, load_records
+from grass_ray.results.tracker import Tracker
 
 
 def strict(text: str) -> Any:

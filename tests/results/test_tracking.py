@@ -12,8 +12,9 @@ from mlflow import MlflowClient
 from result_records import make_record
 
 from grass_ray.config import ConfigError
-from grass_ray.results.store import metric_name
-from grass_ray.results.tracking import Tracker, default_tracking_uri, load_records
+from grass_ray.results.connection import default_tracking_uri, metric_name
+from grass_ray.results.store import load_records
+from grass_ray.results.tracker import Tracker
 
 Opener = Callable[[], Tracker]
 

@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 from mlflow_server import free_port, server
 from result_records import make_record
 
-from grass_ray.results.tracking import Tracker, load_records
+from grass_ray.results.store import load_records
+from grass_ray.results.tracker import Tracker
 
 
 @pytest.mark.slow

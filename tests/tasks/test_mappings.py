@@ -2,7 +2,8 @@ import pytest
 from task_parts import write
 
 from grass_ray.tasks.mappings import MAPPINGS
-from grass_ray.tasks.rows import RowError, check_answer, read_rows
+from grass_ray.tasks.row_files import read_rows
+from grass_ray.tasks.rows import RowError, check_answer
 from grass_ray.tasks.suites import TASKS
 
 CHOICES = {"text": ["ice", "steam", "rain"], "label": ["A", "B", "C"]}

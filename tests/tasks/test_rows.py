@@ -5,7 +5,8 @@ import pytest
 from task_parts import record, write
 
 from grass_ray.config import ConfigError
-from grass_ray.tasks.rows import MAX_ROW_CHARACTERS, Row, read_file, read_rows
+from grass_ray.tasks.row_files import read_file, read_rows
+from grass_ray.tasks.rows import MAX_ROW_CHARACTERS, Row
 from grass_ray.tasks.suites import TASKS
 
 BOOLQ, GSM8K = TASKS["boolq"], TASKS["gsm8k"]

@@ -1,7 +1,7 @@
 import pytest
 from task_parts import record
 
-from grass_ray.tasks.evaluation import chance
+from grass_ray.tasks.questions import chance
 from grass_ray.tasks.rows import row_from_record
 from grass_ray.tasks.scores import EvaluationResult, Example, above_chance, accuracy_metrics, contaminated_tasks
 from grass_ray.tasks.suites import TASKS

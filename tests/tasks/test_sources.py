@@ -247,8 +247,8 @@ def test_every_real_train_row_loads_and_both_forms_of_gsm8k_agree(real_data):
     assert train.provenance["rows_skipped"] == 0
     assert all(f"{key} ({rows})" in train.provenance["description"] for key, rows in sizes.items())
     folder, task = DataFolder(str(real_data)), TASKS["gsm8k"]
-    published, _ = folder.read(real_data / "llm-adapters/dataset/gsm8k/test.json", task)
-    original, _ = folder.read(real_data / "gsm8k/test.jsonl", task)
+    published = folder.read(real_data / "llm-adapters/dataset/gsm8k/test.json", task).rows
+    original = folder.read(real_data / "gsm8k/test.jsonl", task).rows
     told, wanted = (
         {" ".join(row.instruction.split()): float(row.answer.replace(",", "")) for row in rows}
         for rows in (published, original)

@@ -4,7 +4,7 @@
 
     figures = draw_kind("pareto", tables, records)      # one, or one per method for kinds that show one run
     for figure in figures: figure.save(folder / f"{figure.name}.svg")
-    write_sweep_plots(records, folder)                  # accuracy_memory.png, loss_comparison.png, ...
+    write_sweep_plots(Runs(tables, records), folder)    # accuracy_memory.png, loss_comparison.png, ...
     write_run_plots(record, folder)                     # sampling.png, loss.png, ...
 
 A new figure is a function and its entry in ``FIGURES``. Functions are named, not imported, so that the command line's
@@ -173,11 +173,8 @@ def draw_methods(
     return list(found.values())
 
 
-def write_sweep_plots(records: Sequence[RunRecord], folder: Path) -> list[Path]:
+def write_sweep_plots(runs: Runs, folder: Path) -> list[Path]:
     """Draw what applies to the sweep into ``folder``; returns the files written."""
-    from grass_ray.results.figures.figure import Runs
-
-    runs = Runs.of(records)
     folder.mkdir(parents=True, exist_ok=True)
     return [path for kind in FIGURES.values() if kind.of_sweep for path in kind.of_sweep.write(runs, folder)]
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from grass_ray.config.samplers import SamplerConfig, sampler_config
 from grass_ray.results.figures.figure import Figure
 from grass_ray.results.figures.style import HOLE, SOFT, smooth, style_of, tidy, wrapped
 from grass_ray.results.figures.units import MOST_NAMED, UnitRows, unit_rows
@@ -30,12 +31,6 @@ from grass_ray.training.report import LayerTrace
 
 _MOST_COLUMNS = 200
 _MOST_CELLS = 500  # with more, an SVG becomes heavy and they are drawn as pixels
-_MEASURES = {
-    "grad_norm": "mean gradient norm (MGN)",
-    "matrix_norm": "gradient norm, smoothed",
-    "outlier": "outlier score",
-    "reward": "learnt importance",
-}
 
 
 def _heatmap(
@@ -66,6 +61,10 @@ def _heatmap(
     return drawing, axes, mesh
 
 
+def _sampler(record: RunRecord) -> type[SamplerConfig]:
+    return sampler_config(record.config["method"]["sampler"]["kind"])
+
+
 def _last_step(record: RunRecord) -> int:
     seen = [points[-1][0] for points in record.series.values() if points]
     if record.layers is not None:
@@ -79,13 +78,13 @@ def _last_step(record: RunRecord) -> int:
 def draw_sampling(record: RunRecord, *, width: float = 8) -> Figure | None:
     """Units by steps: colour is the probability of a draw, bars are draws. None if all layers train all the time."""
     layers = record.layers
-    kind = record.config["method"]["sampler"]["kind"]
-    if layers is None or not layers.intervals or kind == "all":
+    sampler = _sampler(record)
+    if layers is None or not layers.intervals or sampler.trains_all:
         return None
     rows, last = unit_rows(layers), _last_step(record)
     edges, columns = _probabilities(layers, last)
     columns = columns[rows.order]
-    at_random = kind != "cyclic"
+    at_random = not sampler.in_turn
     if not at_random:
         columns = np.full_like(columns, math.nan)  # units take turns: there is no probability to show
     uniform = 1 / len(layers.visits)
@@ -211,7 +210,7 @@ def draw_importance(record: RunRecord, *, width: float = 8) -> Figure | None:
     if layers is None or not measured:
         return None
     rows = unit_rows(layers)
-    measure = _MEASURES.get(record.config["method"]["sampler"]["kind"], "importance")
+    measure = _sampler(record).measure
     title = f"{record.name}: {measure}" + (f", measured at step {measured[0][0]}" if len(measured) == 1 else "")
     if len(rows.order) > MOST_NAMED:
         drawing = _importance_map(measured, rows, measure, _last_step(record), title, width)

@@ -86,6 +86,9 @@ def _templates() -> Environment:
     templates.globals |= {
         "colour": lambda method: page_colour(style_of(method).colour),
         "count": _count,
+        "environment": environment,
+        "findings": findings,
+        "leaderboard_csv": leaderboard_csv,
         "page_colours": page_colours,
         "words": WORDS,
     }
@@ -164,10 +167,6 @@ class _Section:
         return self.table.title.removeprefix(f"{self.table.model} on {self.table.suite}, ")
 
     @property
-    def answer(self) -> str:
-        return findings(self.table)
-
-    @property
     def columns(self) -> list[Column]:
         """Of the ranking; tasks have a table of their own."""
         return [column for column in all_columns(self.table) if column.name not in self.table.tasks]
@@ -186,10 +185,6 @@ class _Section:
     @property
     def notes(self) -> list[str]:
         return [note for note in self.table.all_notes if note != self.table.budget]
-
-    @property
-    def csv(self) -> str:
-        return leaderboard_csv([self.table])
 
     @cached_property
     def _runs(self) -> Runs:
@@ -214,10 +209,6 @@ class _Section:
         for row, figure in sorted(drawn, key=lambda pair: self.table.rows.index(pair[0])):
             found.setdefault(row.label, []).append(self.numbering.show(figure))
         return found
-
-    @property
-    def environment(self) -> list[tuple[str, str]]:
-        return environment(self.records)
 
     @property
     def commands(self) -> list[tuple[LeaderboardRow, str]]:

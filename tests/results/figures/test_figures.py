@@ -156,7 +156,7 @@ def test_both_ends_of_a_model_are_named() -> None:
 
 
 def test_figures_of_a_sweep(tmp_path: Path) -> None:
-    paths = write_sweep_plots(sweep(), tmp_path / "new")
+    paths = write_sweep_plots(Runs.of(sweep()), tmp_path / "new")
     assert [path.name for path in paths] == [
         *("accuracy_memory.png", "loss_comparison.png", "tasks.png", "step_time.png", "sensitivity.png")
     ]
@@ -165,7 +165,7 @@ def test_figures_of_a_sweep(tmp_path: Path) -> None:
 
 def test_nothing_to_compare_draws_nothing(tmp_path: Path) -> None:
     nothing = [make_record("base", status="failed", failure="no")]
-    assert write_sweep_plots(nothing, tmp_path) == []
+    assert write_sweep_plots(Runs.of(nothing), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
     for kind in FIGURES:
         assert draw_kind(kind, build_leaderboard(nothing), nothing) == []

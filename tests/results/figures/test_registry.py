@@ -43,7 +43,9 @@ def test_a_new_entry_is_on_the_page_and_among_the_files(tmp_path: Path, monkeypa
     page = render(build_leaderboard(records), "html", records=records)
     assert "<h3>How often it was tried</h3>" in page
     assert 'aria-label="One bar per run."' in page
-    names = {path.name for path in [*write_sweep_plots(records, tmp_path), *write_run_plots(records[0], tmp_path)]}
+    names = {
+        path.name for path in [*write_sweep_plots(Runs.of(records), tmp_path), *write_run_plots(records[0], tmp_path)]
+    }
     assert {"tries_of_the_sweep.png", "tries_of_the_sweep.csv", "tries.png"} <= names
 
 

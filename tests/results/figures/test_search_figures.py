@@ -56,10 +56,12 @@ def test_a_population_shows_its_settings_over_updates_and_counts_what_was_taken_
 
 def test_the_summary_of_a_search_has_its_figures_and_numbers_and_other_sweeps_have_none(tmp_path: Path) -> None:
     records = asha()
-    names = {path.name for path in write_sweep_plots(records, tmp_path / "search")}
+    names = {path.name for path in write_sweep_plots(Runs.of(records), tmp_path / "search")}
     assert {"search.png", "search.csv", "rungs.png", "rungs.csv"} <= names
     assert "population.png" not in names
-    assert not {"search.png", "rungs.png"} & {path.name for path in write_sweep_plots([make_record()], tmp_path / "x")}
+    assert not {"search.png", "rungs.png"} & {
+        path.name for path in write_sweep_plots(Runs.of([make_record()]), tmp_path / "x")
+    }
     tables = build_leaderboard(records)
     assert [figure.name for figure in draw_kind("search", tables, records)] == ["search"]
     assert draw_kind("population", tables, records) == []

@@ -84,7 +84,7 @@ def test_it_is_well_formed_and_loads_nothing(page: tuple[str, Page]) -> None:
     assert read.mistakes == []
     assert "http" not in text.lower()
     assert "//" not in re.sub(r"base64,\s*[A-Za-z0-9+/=\s]+", "", text).replace("</", ""), "no address without a scheme"
-    assert "url(" not in re.sub(r"url\(#f\d+-[\w-]+\)", "", text), "pictures refer to themselves alone"
+    assert "url(" not in re.sub(r"url\(#f\d+-[\w-]+\)", "", text), "figures refer to themselves alone"
     assert not {"link", "iframe", "object"} & set(read.tags)
     for address in [*read.values("href"), *read.values("src")]:
         assert address.startswith(("#", "data:"))
@@ -114,7 +114,7 @@ def test_it_holds_every_part(page: tuple[str, Page], sweep: list[RunRecord]) -> 
     assert figures >= 8
     labels = [attributes.get("aria-label") for tag, attributes in read.attributes if tag == "svg"]
     assert len(labels) == figures
-    assert all(label and len(label) > 30 for label in labels), "every picture is told in words"
+    assert all(label and len(label) > 30 for label in labels), "every figure is told in words"
 
 
 def test_hyperparameters_are_drawn_when_they_differ() -> None:
@@ -138,7 +138,7 @@ def test_tables_read_aloud_and_work_with_a_keyboard(page: tuple[str, Page]) -> N
     assert any(attributes.get("name") == "viewport" for tag, attributes in read.attributes if tag == "meta")
 
 
-def test_the_numbers_behind_a_picture_come_along(page: tuple[str, Page], sweep: list[RunRecord]) -> None:
+def test_the_numbers_behind_a_figure_come_along(page: tuple[str, Page], sweep: list[RunRecord]) -> None:
     _, read = page
     files = {
         attributes["download"]: attributes["href"]
@@ -155,10 +155,10 @@ def test_the_numbers_behind_a_picture_come_along(page: tuple[str, Page], sweep: 
 
 def test_colours_follow_the_page(page: tuple[str, Page]) -> None:
     text, _ = page
-    pictures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
-    assert "#000000" not in pictures
-    assert "#d55e00" not in pictures
-    assert "var(--cd55e00)" in pictures
+    figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert "#000000" not in figures
+    assert "#d55e00" not in figures
+    assert "var(--cd55e00)" in figures
     assert text.count("--cd55e00:") == 2, "once for light, once for dark"
 
 
@@ -220,7 +220,7 @@ def test_odd_names_stay_text() -> None:
     assert read.text.count(ODD) > 5, "as text, not as markup and not as a formula"
 
 
-def test_without_records_there_are_tables_and_no_pictures(sweep: list[RunRecord]) -> None:
+def test_without_records_there_are_tables_and_no_figures(sweep: list[RunRecord]) -> None:
     read = Page(render(build_leaderboard(sweep), "html"))
     assert read.mistakes == []
     assert (read.tags["table"], read.tags["figure"]) == (2, 0)

@@ -1,4 +1,4 @@
-"""MLflow tracking: a parent run a sweep, a child run a trial.
+"""MLflow tracking: one parent run per sweep, one child run per trial.
 
 ::
 
@@ -19,38 +19,22 @@ next call and at :meth:`Tracker.close`; each can be repeated without counting an
 from __future__ import annotations
 
 import errno
-import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.config import ConfigError, to_json
+from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
+from grass_ray.results.outbox import Outbox
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
-from grass_ray.results.store import (
-    PARENT_TAG,
-    SQLITE,
-    absolute_uri,
-    connect,
-    failures,
-    impatient,
-    metric_name,
-    quoted,
-    sqlite_path,
-    store_errors,
-)
-from grass_ray.results.store import default_tracking_uri as default_tracking_uri
-from grass_ray.results.store import load_records as load_records
+from grass_ray.results.store import PARENT_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-log = logging.getLogger(__name__)
 
 RUN_STATUS: Mapping[Status, str] = {
     "finished": "FINISHED",
@@ -62,45 +46,22 @@ SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found amon
 RANKING_FILE = "ranking.json"
 _NOTE_TAG = "mlflow.note.content"  # MLflow's page shows it as the run's description
 _TABLES_TAG = "mlflow.loggedArtifacts"  # and what this names as tables
-_STAND_IN = "waiting-"
+_PLACEHOLDER = "waiting-"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open on runs, not on chats
 _FILES = ("config.yaml", "record.json", "examples.jsonl", "engagement.json", "engagement.txt")
 _PICTURES = ("*.png", "*.svg", "*.pdf", "plots/*.png", "plots/*.svg", "plots/*.pdf")
 _METRICS_A_BATCH = 1000
 _OTHERS_A_BATCH = 100
-# Answers that stay the same however often one asks; waiting for another would block everything behind them.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
-
-
-def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
-    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
-    return {
-        "method": config.method.name,
-        "model": config.model.name,
-        "suite": config.data.suite,
-        "seed": str(config.seed),
-        "sweep": sweep,
-        "stage": stage,
-        "folder": folder,
-    }
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Something to tell the store; ``act`` may be repeated."""
-
-    what: str
-    act: Callable[[], None]
 
 
 class Tracker:
-    """Writes one experiment. Construction and pickling are plain data; a copy must be opened again.
+    """Writes one experiment. A pickled copy holds only the arguments and must be opened again.
 
     Args:
         tracking_uri: ``sqlite:///...`` (made absolute) or the address of an MLflow server.
         experiment: the experiment's name, that of the sweep.
-        artifact_root: where a SQLite store keeps artifacts, by default ``artifacts`` beside the database; a server
-            decides that itself.
+        artifact_root: where a SQLite store keeps artifacts; None means ``artifacts`` beside the database. A server
+            decides this itself.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: Path | None = None) -> None:
@@ -109,9 +70,7 @@ class Tracker:
         self.artifact_root = None if artifact_root is None else Path(artifact_root).absolute()
         self._client: MlflowClient | None = None
         self._experiment_id = ""
-        self._waiting: deque[_Call] = deque()
-        self._not_before = 0.0
-        self._failing = False
+        self._outbox = Outbox(redact(self.tracking_uri))
         self._run_ids: dict[str, str] = {}
         self._reopened: set[str] = set()
         self._logged: dict[tuple[str, str], int] = {}
@@ -123,7 +82,7 @@ class Tracker:
     # -- opening and closing
 
     def open(self) -> None:
-        """Prepare store and experiment. Raises :class:`ConfigError` within seconds when that cannot be done."""
+        """Prepare store and experiment. Raises :class:`ConfigError` within seconds if that fails."""
         client = connect(self.tracking_uri)
         with store_errors(self.tracking_uri):
             found = client.get_experiment_by_name(self.experiment) or self._create_experiment(client)
@@ -138,30 +97,24 @@ class Tracker:
     def _create_experiment(self, client: MlflowClient) -> Any:
         from mlflow.exceptions import MlflowException
 
+        artifacts = None  # a server decides itself
+        if self.tracking_uri.startswith(SQLITE):
+            artifacts = (self.artifact_root or sqlite_path(self.tracking_uri).parent / "artifacts").as_uri()
         try:
-            client.create_experiment(self.experiment, self._artifact_location(), _EXPERIMENT_TAGS)
+            client.create_experiment(self.experiment, artifacts, _EXPERIMENT_TAGS)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
                 raise
         return client.get_experiment_by_name(self.experiment)
 
-    def _artifact_location(self) -> str | None:
-        if not self.tracking_uri.startswith(SQLITE):
-            return None
-        beside = sqlite_path(self.tracking_uri).parent / "artifacts"
-        return (self.artifact_root or beside).as_uri()
-
     @property
     def waiting(self) -> int:
         """Calls that the store has not taken yet."""
-        return len(self._waiting)
+        return len(self._outbox)
 
     def close(self, wait_s: float = 10.0) -> int:
         """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
-        deadline = time.monotonic() + wait_s
-        while not self._send(at_once=True) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        return len(self._waiting)
+        return self._outbox.flush(wait_s)
 
     # -- runs
 
@@ -172,16 +125,16 @@ class Tracker:
     def start_trial(
         self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        """Find or create a trial's child run, open again if it had ended, and return its run id.
+        """Find or create a trial's child run, reopen it if it had ended, and return its run id.
 
-        While the store is away the answer is a stand-in for the run id, which the other methods understand.
+        While the store does not answer, a placeholder is returned, which the other methods accept.
         """
         return self._start(sweep_id, trial_key, run_name, tags, params)
 
     def _start(
         self, sweep_id: str, trial_key: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        stand_in = f"{_STAND_IN}{uuid.uuid4().hex}"
+        placeholder = f"{_PLACEHOLDER}{uuid.uuid4().hex}"
         quoted(sweep_id), quoted(trial_key)  # a name that cannot be searched for is a mistake to report now
 
         def act() -> None:
@@ -189,11 +142,11 @@ class Tracker:
             parent = None if is_sweep else self._find_or_create(sweep_id, SWEEP_KEY, self._sweep_name(sweep_id))
             own = {key: str(value)[:5000] for key, value in tags.items()}
             run_id = self._find_or_create(sweep_id, trial_key, run_name, parent, own)
-            self._add_params(run_id, params)
-            self._run_ids[stand_in] = run_id
+            _add_params(self._opened(), run_id, params)
+            self._run_ids[placeholder] = run_id
 
         self._do(f"start of {run_name}", act)
-        return self._run_ids.get(stand_in, stand_in)
+        return self._run_ids.get(placeholder, placeholder)
 
     def _sweep_name(self, sweep_id: str) -> str:
         return f"{self.experiment}-{sweep_id}"
@@ -206,7 +159,7 @@ class Tracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> str:
-        """The run with these two tags. They are part of its creation, so a killed process leaves no run without."""
+        """The run with these two tags. They are set at its creation, so a killed process leaves no run without them."""
         client = self._opened()
         wanted = f"tags.sweep_id = {quoted(sweep_id)} and tags.trial_key = {quoted(trial_key)}"
         found = client.search_runs([self._experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
@@ -220,27 +173,13 @@ class Tracker:
             self._reopened.add(run_id)
             self._logged = {known: step for known, step in self._logged.items() if known[0] != run_id}
             client.update_run(run_id, status="RUNNING")
-            self._set_tags(run_id, every)
+            _set_tags(client, run_id, every)
         return run_id
-
-    def _add_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        present = self._opened().get_run(run_id).data.params  # params never change in MLflow: only new ones are sent
-        new = {metric_name(key): str(value)[:6000] for key, value in params.items()}
-        rows = [Param(key, value) for key, value in new.items() if key not in present]
-        for start in range(0, len(rows), _OTHERS_A_BATCH):
-            self._opened().log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
-
-    def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._opened().log_batch(run_id, tags=[RunTag(metric_name(key), value) for key, value in tags.items()])
 
     # -- numbers and files
 
     def log_steps(self, run_id: str, points: list[tuple[int, dict[str, float]]]) -> None:
-        """Log the metrics of (step, metrics) points; what a run already had when it was reopened is not repeated."""
+        """Log the metrics of (step, metrics) points. Steps that a reopened run already had are not logged again."""
         from mlflow.entities import Metric
 
         moment = int(time.time() * 1000)  # fixed here: MLflow drops exact repetitions, so a retry adds nothing
@@ -253,7 +192,7 @@ class Tracker:
         def act() -> None:
             known = self._known(run_id)
             if known is not None:
-                self._log_metrics(known, [row for row in rows if row.step > self._last_step(known, row.key)])
+                _log_metrics(self._opened(), known, [row for row in rows if row.step > self._last_step(known, row.key)])
 
         self._do(f"{len(points)} steps", act)
 
@@ -264,10 +203,6 @@ class Tracker:
             history = self._opened().get_metric_history(run_id, key)
             self._logged[run_id, key] = max((metric.step for metric in history), default=-1)
         return self._logged[run_id, key]
-
-    def _log_metrics(self, run_id: str, rows: list[Any]) -> None:
-        for start in range(0, len(rows), _METRICS_A_BATCH):
-            self._opened().log_batch(run_id, metrics=rows[start : start + _METRICS_A_BATCH])
 
     def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
         """End a trial: final metrics, artifacts (record, configuration, examples, pictures), tags, status.
@@ -299,15 +234,15 @@ class Tracker:
             if known is None:
                 return
             if record.status != "finished":
-                self._set_tags(known, tags)
+                _set_tags(client, known, tags)
                 client.set_terminated(known, RUN_STATUS[record.status], ended)
-            self._log_metrics(known, rows)
+            _log_metrics(client, known, rows)
             try:
                 upload(client, known)
             except OSError as error:
                 if record.status == "finished" or error.errno != errno.ENOSPC:
                     raise  # else there is no room for the files; what is behind this call must not wait for it
-            self._set_tags(known, tags)
+            _set_tags(client, known, tags)
             client.set_terminated(known, RUN_STATUS[record.status], ended)
 
         def upload(client: MlflowClient, known: str) -> None:
@@ -330,19 +265,19 @@ class Tracker:
         files: Sequence[Path] = (),
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Put a ranking on a sweep's run, in the place of the one before.
+        """Show a ranking on a sweep's run, replacing the previous one.
 
         Args:
             run_id: the parent run.
             note: Markdown for the run's description, and the experiment's.
             table: rows with the same columns; MLflow shows them as a table (``ranking.json``). ``mlflow.log_table``
-                itself would append them to the rows of the last call.
-            files: artifacts, pictures among them; must stay until :meth:`close`.
+                would append them to the rows of the last call.
+            files: artifacts such as figures; must exist until :meth:`close`.
             tags: further tags.
         """
         self._shown[run_id] = (note, list(table), list(files), dict(tags or {}))
         what = f"ranking of {run_id}"
-        if all(call.what != what for call in self._waiting):  # else the call that waits sends this one
+        if what not in self._outbox:  # else the call that waits sends this one
             self._do(what, lambda: self._show(run_id))
 
     def _show(self, run_id: str) -> None:
@@ -353,7 +288,7 @@ class Tracker:
             for path in files:
                 client.log_artifact(known, str(path))
             is_table = to_json([{"path": RANKING_FILE, "type": "table"}])
-            self._set_tags(known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
+            _set_tags(client, known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
             client.set_experiment_tag(self._experiment_id, _NOTE_TAG, note)  # the newest sweep's, on the first page
 
     def finish_sweep(self, run_id: str, *, status: Status = "finished") -> None:
@@ -363,16 +298,16 @@ class Tracker:
         def act() -> None:
             client, known = self._opened(), self._known(run_id)
             if known is not None:
-                self._set_tags(known, {"status": status})
+                _set_tags(client, known, {"status": status})
                 client.set_terminated(known, RUN_STATUS[status], ended)
 
         self._do("end of the sweep", act)
 
-    # -- the queue
+    # -- the connection
 
     def _known(self, run_id: str) -> str | None:
-        """The store's id behind a stand-in; None when the store refused to start that run."""
-        return self._run_ids.get(run_id) if run_id.startswith(_STAND_IN) else run_id
+        """The run id behind a placeholder; None if the store refused to start that run."""
+        return self._run_ids.get(run_id) if run_id.startswith(_PLACEHOLDER) else run_id
 
     def _opened(self) -> MlflowClient:
         assert self._client is not None, "call Tracker.open() first"
@@ -380,39 +315,31 @@ class Tracker:
 
     def _do(self, what: str, act: Callable[[], None]) -> None:
         self._opened()
-        self._waiting.append(_Call(what, act))
-        self._send()
+        self._outbox.send(what, act)
 
-    def _send(self, at_once: bool = False) -> bool:
-        """Make the waiting calls in order. Returns whether none is left."""
-        if not at_once and time.monotonic() < self._not_before:
-            return False
-        while self._waiting:
-            call, started = self._waiting[0], time.monotonic()
-            try:
-                with impatient(timeout_s=15):
-                    call.act()
-            except failures() as error:
-                if getattr(error, "error_code", None) not in _REFUSALS:
-                    self._wait(call, error, time.monotonic() - started)
-                    return False
-                log.warning("MLflow refuses the %s, which is left out: %s", call.what, redact(str(error)))
-            self._waiting.popleft()
-        if self._failing:
-            log.warning("MLflow at %s answers again; everything that waited is logged", redact(self.tracking_uri))
-        self._failing = False
-        return True
 
-    def _wait(self, call: _Call, error: Exception, took_s: float) -> None:
-        # An address that hangs instead of refusing must not slow training by more than a tenth.
-        self._not_before = time.monotonic() + (10 * took_s if took_s > 1 else 0)
-        if not self._failing:
-            first = redact(str(error)).strip().splitlines() or [type(error).__name__]
-            log.warning("MLflow failed at the %s; training goes on and logging is tried again: %s", call.what, first[0])
-        self._failing = True
+def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    present = client.get_run(run_id).data.params  # params never change in MLflow: only new ones are sent
+    new = {metric_name(key): str(value)[:6000] for key, value in params.items()}
+    rows = [Param(key, value) for key, value in new.items() if key not in present]
+    for start in range(0, len(rows), _OTHERS_A_BATCH):
+        client.log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(metric_name(key), value) for key, value in tags.items()])
+
+
+def _log_metrics(client: MlflowClient, run_id: str, rows: list[Any]) -> None:
+    for start in range(0, len(rows), _METRICS_A_BATCH):
+        client.log_batch(run_id, metrics=rows[start : start + _METRICS_A_BATCH])
 
 
 def _split_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows in the form of ``pandas.DataFrame.to_json(orient="split")``, which MLflow's page reads as a table."""
+    """Rows as ``pandas.DataFrame.to_json(orient="split")`` writes them, which MLflow shows as a table."""
     columns = list(rows[0]) if rows else []
     return to_json({"columns": columns, "data": [[row[column] for column in columns] for row in rows]})
