@@ -29,7 +29,7 @@ import torch.nn.functional as functional
 import tyro
 from torch import Tensor, nn
 
-from grass_ray import LayerwiseAdamW, UniformSampler
+from grass_ray import LayerwiseAdamW, LayerwiseOptions, UniformSampler
 from grass_ray.config import LoraConfig, ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.results.provenance import git_state, hardware, versions
@@ -130,8 +130,7 @@ class Loop:
                 model,
                 UniformSampler(2, options.period, seed=0),
                 lr=1e-5,
-                chunk_bytes=mib * 1024 * 1024,
-                ring_slots=options.ring_slots,
+                options=LayerwiseOptions(chunk_bytes=mib * 1024 * 1024, ring_slots=options.ring_slots),
                 **LAYERWISE[name],  # type: ignore[arg-type]
             )
         elif name.startswith("lora"):

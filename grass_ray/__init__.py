@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grass_ray.layerwise.uniform import UniformSampler as UniformSampler
     from grass_ray.optim.holding import hold_while_probing as hold_while_probing
     from grass_ray.optim.layerwise_adamw import LayerwiseAdamW as LayerwiseAdamW
+    from grass_ray.optim.options import LayerwiseOptions as LayerwiseOptions
     from grass_ray.optim.projection import Apollo as Apollo
     from grass_ray.optim.projection import GaLore as GaLore
 
@@ -35,6 +36,7 @@ _LAZY = {
     "GaLore": "grass_ray.optim.projection",
     "GradNormSampler": "grass_ray.layerwise.grad_norm",
     "LayerwiseAdamW": "grass_ray.optim.layerwise_adamw",
+    "LayerwiseOptions": "grass_ray.optim.options",
     "MatrixNormSampler": "grass_ray.layerwise.matrix_norm",
     "OutlierSampler": "grass_ray.layerwise.outliers",
     "RewardSampler": "grass_ray.layerwise.rewards",
@@ -49,6 +51,7 @@ __all__ = [
     "GaLore",
     "GradNormSampler",
     "LayerwiseAdamW",
+    "LayerwiseOptions",
     "MatrixNormSampler",
     "OutlierSampler",
     "RewardSampler",

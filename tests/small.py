@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grass_ray import LayerwiseAdamW, LayerwiseOptions
 from grass_ray.config import ModelConfig, RunConfig
+from grass_ray.layerwise.sampler import Sampler
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 
@@ -31,6 +35,13 @@ def make_llama(
                 tie_word_embeddings=tied,
             )
         )
+
+
+def make_optimizer(model: torch.nn.Module, sampler: Sampler, **settings: Any) -> LayerwiseAdamW:
+    """A LayerwiseAdamW whose options may stand among its arguments."""
+    names = {field.name for field in dataclasses.fields(LayerwiseOptions)}
+    options = {name: settings.pop(name) for name in names & settings.keys()}
+    return LayerwiseAdamW(model, sampler, options=LayerwiseOptions(**options), **settings)
 
 
 def make_batch(step: int, *, rows: int = 4, tokens: int = 12, vocabulary: int = 64) -> torch.Tensor:

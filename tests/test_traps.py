@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small import backward, make_llama, short_run
+from small import backward, make_llama, make_optimizer, short_run
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -23,7 +23,9 @@ import grass_ray.training.models as models_module
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
 from grass_ray.config import ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
-from grass_ray.optim.placement import Resident, States
+from grass_ray.optim.active_set import ActiveSet
+from grass_ray.optim.placement import Resident
+from grass_ray.optim.states import States
 from grass_ray.optim.watch import Watch
 from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
@@ -75,7 +77,7 @@ def only_update_the_first_set(patch: pytest.MonkeyPatch) -> None:
 def check_states_on_the_device_stay_within_gamma_layers() -> None:
     for inactive_states in ("keep", "reset"):
         model = make_llama()
-        optimizer = LayerwiseAdamW(model, UniformSampler(1, 1), inactive_states=inactive_states)  # type: ignore[arg-type]
+        optimizer = make_optimizer(model, UniformSampler(1, 1), inactive_states=inactive_states)  # type: ignore[arg-type]
         budget = 2 * 4 * sum(p.numel() for p in optimizer.stack.layers[0])
         for step in range(16):
             train(model, optimizer, range(step, step + 1))
@@ -164,14 +166,14 @@ def check_left_over_gradients_move_nothing() -> None:
 
 
 def update_whatever_has_a_gradient(patch: pytest.MonkeyPatch) -> None:
-    def leave_gradients(self: LayerwiseAdamW, units: tuple[int, ...]) -> None:
-        self.active_units = units
-        for index, unit in enumerate(self.units):
+    def leave_gradients(self: ActiveSet, units: tuple[int, ...]) -> None:
+        self.indices = units
+        for index, unit in enumerate(self.parts.units):
             for parameter in unit.parameters:
                 parameter.requires_grad_(index in units)
 
-    patch.setattr(LayerwiseAdamW, "_activate", leave_gradients)
-    patch.setattr(LayerwiseAdamW, "_active", lambda self: [*self.units, *self.constant_units])
+    patch.setattr(ActiveSet, "activate", leave_gradients)
+    patch.setattr(ActiveSet, "units", property(lambda self: [*self.parts.units, *self.parts.constant]))
     patch.setattr(Watch, "check_active", lambda self, units: None)
 
 
@@ -180,7 +182,7 @@ def update_whatever_has_a_gradient(patch: pytest.MonkeyPatch) -> None:
 
 def check_accumulated_gradients_reach_the_update() -> None:
     ours, theirs = make_llama(), make_llama()
-    optimizer = LayerwiseAdamW(ours, UniformSampler(2, 1, seed=1), lr=1e-2, inactive_states="reset")
+    optimizer = make_optimizer(ours, UniformSampler(2, 1, seed=1), lr=1e-2, inactive_states="reset")
     layers = find_decoder_stack(theirs).layers
     for step in range(4):
         active = optimizer.active_layers
@@ -204,7 +206,7 @@ def switch_at_every_forward(patch: pytest.MonkeyPatch) -> None:
 
     def impatient(self: LayerwiseAdamW, model: nn.Module, *args: Any, **settings: Any) -> None:
         init(self, model, *args, **settings)
-        model.register_forward_pre_hook(lambda *_: self._switch(self.sampler.sample()))
+        model.register_forward_pre_hook(lambda *_: self._active.switch(self.sampler.sample()))
 
     patch.setattr(LayerwiseAdamW, "__init__", impatient)
 
@@ -274,7 +276,7 @@ def load_in_float32(patch: pytest.MonkeyPatch) -> None:
 def check_tied_embeddings_are_one_tensor() -> None:
     model = make_llama(tied=True)
     everything = {"train_embeddings": True, "train_head": True, "train_norm": True}
-    optimizer = LayerwiseAdamW(model, AllLayersSampler(), lr=1e-3, **everything)
+    optimizer = make_optimizer(model, AllLayersSampler(), lr=1e-3, **everything)
     managed = [p for group in optimizer.param_groups for p in group["params"]]
     assert len({id(p) for p in managed}) == len(managed)
     assert sum(p.numel() for p in optimizer.active_parameters()) == sum(p.numel() for p in model.parameters())
@@ -343,7 +345,7 @@ def take_wrapped_models(patch: pytest.MonkeyPatch) -> None:
 def check_states_are_tensors_and_plain_values() -> None:
     for projection in (None, optimizer_module_projection()):
         model = make_llama()
-        optimizer = LayerwiseAdamW(model, GradNormSampler(2, 2, probing_steps=1), projection=projection)
+        optimizer = make_optimizer(model, GradNormSampler(2, 2, probing_steps=1), projection=projection)
         train(model, optimizer, range(4))
         buffer = io.BytesIO()
         torch.save(optimizer.state_dict(), buffer)

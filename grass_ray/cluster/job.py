@@ -51,7 +51,7 @@ class SweepContext(BaseModel):
 class Job(BaseModel):
     """One trial, or one generation of a population's member.
 
-    Tune copies it as plain values (:meth:`to_dict`), since it replaces objects in a trial's parameters.
+    It travels to Tune as plain values (:meth:`to_dict`), since Tune puts placeholders in the place of objects.
 
     Attributes:
         config: the run.
@@ -90,7 +90,7 @@ class Job(BaseModel):
     def train_name(self) -> str:
         """The Train run's name: the same in every attempt, so that Train finds the last checkpoint.
 
-        Each generation of a population has its own, or a member would go on from its own checkpoint for ever.
+        Each generation of a population has its own, or a member would always continue from its own checkpoint.
         """
         if self.until is None:
             return f"train-{self.key}"

@@ -1,4 +1,4 @@
-"""What a worker of a sweep does while its run trains: report to Ray, and wait, save or stop where the sweep wants it.
+"""Listeners of a sweep's worker: reports to Ray, validation, early stopping, preemption, and failures of one worker.
 
 With several workers a report is a barrier, as is the question about preemption: the clock of rank 0 decides for all.
 """
@@ -97,7 +97,7 @@ class RayReporter(Listener):
             ray.train.report({"phase": "evaluating", "steps": [], "view": view})
 
     def _report(self, run: Run, message: dict[str, Any], *, saves: bool) -> None:
-        """Report to Train, with a checkpoint where one is due; returns when it is in the storage."""
+        """Report to Train, with a checkpoint if ``saves``; returns when it is in the storage."""
         if not saves:
             ray.train.report(message)
         elif not self._is_main:
@@ -127,8 +127,8 @@ class RayReporter(Listener):
 class Validation(Listener):
     """Measures the loss on held-out rows after some training steps; at a rung it then waits for the scheduler.
 
-    A trial that is to be stopped must not come to its end. Where nobody answers for long the trial goes on: a result
-    that nobody asked for is better than none.
+    Otherwise a trial that is to be stopped might finish first. If the driver does not answer for long, the trial goes
+    on.
     """
 
     def __init__(self, job: Job, *, is_main: bool) -> None:
@@ -175,7 +175,7 @@ class PreemptionGuard(Listener):
 
 
 class ChangingSettings(Listener):
-    """Records, as series, what may change in mid-training: settings of a population, and the number of workers."""
+    """Records as series what may change during training: settings of a population, and the number of workers."""
 
     def __init__(self, job: Job) -> None:
         self._elastic = job.context.resources.elastic
@@ -197,11 +197,11 @@ class ChangingSettings(Listener):
 
 
 class EndTogether(Listener):
-    """Ends all workers of a trial if one has failed: the others may wait for it in a reduction, for ever.
+    """Ends all workers of a trial if one has failed: the others may wait for it in a reduction and never return.
 
     The worker leaves its reason in the trial's folder and dies. Train then stops the others and starts all again; each
-    finds the reason before it loads anything (:meth:`check`), and ends normally. A number gone bad needs none of this:
-    losses and gradients are reduced before they are checked, so that every worker finds it in the same step.
+    finds the reason before it loads anything (:meth:`check`), and ends normally. A loss or gradient that is not finite
+    needs none of this: they are reduced before they are checked, so that every worker finds it in the same step.
     """
 
     def __init__(self, job: Job) -> None:

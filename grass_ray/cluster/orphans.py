@@ -2,7 +2,7 @@
 
 When a sweep's driver is killed, its actors live on for a tenth of a second. A placement group that one of them creates
 after Ray has cleaned up behind the job is never freed (Ray 2.60): each takes a trial's CPUs and GPUs away, until the
-next sweep waits for ever.
+next sweep waits without end.
 """
 
 from __future__ import annotations

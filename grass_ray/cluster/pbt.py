@@ -136,7 +136,7 @@ def _checkpoint_uri(storage: Storage, job: Job, result: ray.train.Result) -> str
 
 
 def _remove_older(storage: Storage, job: Job, before: int) -> None:
-    """Drop this member's checkpoints that nobody can ask for: all members have passed the generation before last."""
+    """Delete this member's checkpoints that are not needed: all members have passed the generation before last."""
     kept = tuple(f"train-{job.key}-to-{end}-" for end in (before, job.until))
     for name in storage.join("ray").folders():
         if name.startswith(f"train-{job.key}-to-") and not name.startswith(kept):

@@ -106,7 +106,7 @@ class TrialStore:
         self.progress.start(key)
 
     def result(self, key: str, report: Mapping[str, Any]) -> None:
-        """A trial reported: log the steps that are new, and show where it is."""
+        """A trial reported: log the steps that are new, and show its progress."""
         trial, phase = self._trials[key], report.get("phase")
         steps = report.get("steps", ())
         self._log_new_steps(trial, steps)
@@ -177,7 +177,7 @@ class TrialStore:
             self.overview.show(list(self.records.values()))
 
     def has_ended(self, spec: TrialSpec) -> bool:
-        """Whether a trial came to an end of its own: it has a record, and its process did not die."""
+        """Return whether a trial need not run again: it has a record, and its process did not die."""
         return self.storage.exists(spec.folder, RECORD_FILE) and not self.storage.exists(spec.folder, TRACEBACK_FILE)
 
     # -- what happens to the sweep

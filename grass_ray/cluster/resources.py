@@ -124,7 +124,7 @@ class ClusterInfo:
                 room for all ``workers`` of each.
 
         Raises:
-            ConfigError: the machines cannot hold a trial's workers; Ray would wait for ever.
+            ConfigError: the machines cannot hold a trial's workers; Ray would wait without end.
         """
         min_workers = workers if min_workers is None else min_workers
         if gpus is None:

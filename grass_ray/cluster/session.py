@@ -5,9 +5,9 @@
     with ray_cluster() as cluster:
         print(cluster.describe())
 
-Which Ray: the one that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else one of its own.
-On the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray of its own there because
-the cluster's is down.
+Joins the cluster that RAY_ADDRESS names, else the one that ``ray start`` started on this machine, else starts Ray. On
+the machines of a cluster RAY_ADDRESS is ``auto``, so that a sweep never starts a small Ray there because the cluster is
+down.
 """
 
 from __future__ import annotations

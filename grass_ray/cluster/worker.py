@@ -1,8 +1,7 @@
 """The function that Ray Train runs in every worker of a trial.
 
-It trains, evaluates, reports to Tune and writes the trial's folder; it knows nothing of MLflow. A run that fails for a
-reason of its own (out of memory, a loss gone bad, a mistake in its configuration) ends normally with a record that says
-so.
+It trains, evaluates, reports to Tune and writes the trial's folder; it knows nothing of MLflow. A run that runs out of
+memory, whose loss is not finite, or whose configuration is wrong ends normally, with a record that says so.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _write(job: Job, storage: Storage, result: RunResult, *, keeps: bool) -> None:
-    """Write the trial's folder. The record comes last: where it is, everything is."""
+    """Write the trial's folder, the record last: a folder with a record is complete."""
     from grass_ray.export.model import CHECKPOINT_FOLDER
     from grass_ray.results.figures.registry import write_run_plots
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from grass_ray.commands.output import check_new_folder, describe_lost_test_rows
+from grass_ray.commands.output import check_new_folder, describe_lost_test_rows, render_row
 from grass_ray.config import RunConfig
 from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import build_record, now, write_examples
+from grass_ray.results.record import RunRecord
+from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import RunOutcome
+
+if TYPE_CHECKING:
+    from grass_ray.tasks.lm_eval_results import HarnessResults
 
 
 def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
-    """Evaluate a model and print a table.
+    """Evaluate a model and print a table; returns the exit code, 0.
 
     Args:
         config: model, data and evaluation; nothing is trained.
@@ -20,15 +26,10 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         output: new or empty folder for the record, the examples and lm-eval's own files; None writes nothing.
         quiet: print only the table.
 
-    Returns:
-        The exit code, 0.
-
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.export.model import load_trained_model
-    from grass_ray.results.leaderboard import build_leaderboard
-    from grass_ray.results.rendering import render
     from grass_ray.tasks.evaluation import evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
     from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
@@ -60,27 +61,29 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         failure=None,
         outcome=RunOutcome(
             metrics=accuracy_metrics(results) | workload_metrics(results),
-            series={},
             tasks=results,
-            layers=None,
-            data={},
             model_revision=loaded.revision,
         ),
         started_at=started_at,
         model_sha256=base_model_sha256(config.model),
     )
-    print(render(build_leaderboard([record])))
+    print(render_row(record))
     for line in describe_lost_test_rows(record):
         print(line)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        record.save(output / "record.json")
-        write_examples(output / "examples.jsonl", results)
-        name = config.model.name if run_folder is None else str(run_folder)
-        collected.write(output / "lm_eval", model=name, evaluation=config.evaluation)
+        _write(output, record, results, collected, config.model.name if run_folder is None else str(run_folder))
         if not quiet:
             print(f"wrote {output}/record.json, examples.jsonl and lm_eval/")
     return 0
+
+
+def _write(
+    output: Path, record: RunRecord, results: dict[str, EvaluationResult], collected: HarnessResults, model: str
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    record.save(output / "record.json")
+    write_examples(output / "examples.jsonl", results)
+    collected.write(output / "lm_eval", model=model, evaluation=RunConfig.parse(record.config).evaluation)
 
 
 def _check(config: RunConfig) -> None:

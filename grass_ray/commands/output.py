@@ -1,4 +1,4 @@
-"""What the verbs that run something share: an output folder that is theirs alone, and a word on lost test rows."""
+"""What the verbs that run something share: an output folder of their own, and what they print of a run."""
 
 from __future__ import annotations
 
@@ -75,8 +75,16 @@ def check_new_folder(output: Path | None) -> None:
             pass
 
 
+def render_row(record: RunRecord) -> str:
+    """Return the leaderboard of a single run as text."""
+    from grass_ray.results.leaderboard import build_leaderboard
+    from grass_ray.results.rendering import render
+
+    return render(build_leaderboard([record]))
+
+
 def describe_lost_test_rows(record: RunRecord) -> list[str]:
-    """A line for each set of test rows of which some could not be used, or not as a whole."""
+    """Return a line per set of test rows of which some could not be used, or not as a whole."""
     skipped = {task: score.protocol.get("test_rows_skipped", 0) for task, score in record.tasks.items()}
     lines = [f"skipped   {lost} test rows of {task}: they could not be used" for task, lost in skipped.items() if lost]
     if cut := record.metrics.get("evaluation/prompts_cut"):

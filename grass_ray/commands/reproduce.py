@@ -1,6 +1,6 @@
-"""Run a record again and say whether its numbers agree: what ``grass-ray reproduce`` does. Needs no ray.
+"""``grass-ray reproduce``: run a record again and compare its numbers. Needs no ray.
 
-The original is only read. A rerun is written only where ``--output`` says, and that must be a new folder.
+The original is only read. The rerun is written only if ``--output`` names a new folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,13 @@ EXAMPLES = "examples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Original:
-    """A record, where it was read, and what was extracted from its examples' outputs, where that is still there."""
+    """What is run again.
+
+    Attributes:
+        record: of the original.
+        where: it was read, in words.
+        answers: extracted from its examples' outputs; None if they are not there any more.
+    """
 
     record: RunRecord
     where: str
@@ -47,10 +54,14 @@ class Original:
 
 
 def find_original(run: str, tracking_uri: str) -> Original:
-    """The record behind a run's folder, a record file, or a run id of the store at ``tracking_uri``.
+    """Read the record of a run.
+
+    Args:
+        run: a run's folder, a ``record.json``, or a run id of MLflow.
+        tracking_uri: the MLflow store that knows the id.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such record.
     """
     path = Path(run)
     if path.is_dir():
@@ -77,7 +88,7 @@ def find_original(run: str, tracking_uri: str) -> Original:
 
 
 def read_answers(path: Path) -> ExtractedAnswers:
-    """What was extracted from every example's output, by task and example id."""
+    """Read what was extracted from every example's output, by task and example id."""
     answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
     with path.open(encoding="utf-8") as lines:
         for line in lines:
@@ -87,7 +98,7 @@ def read_answers(path: Path) -> ExtractedAnswers:
 
 
 def _answers(tasks: Mapping[str, EvaluationResult]) -> ExtractedAnswers:
-    """What was extracted from every example's output just now, as :func:`read_answers` gives it."""
+    """The same of results that are in memory."""
     answers: defaultdict[tuple[str, str], list[str | None]] = defaultdict(list)
     for task, result in tasks.items():
         for example in result.examples:
@@ -104,15 +115,18 @@ def reproduce(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Run the original's configuration again and compare; returns 0 when everything agrees and 1 when not.
+    """Run the original's configuration again and compare.
 
     Args:
         original: what to run again.
-        model: where the base model is here, when not where the record says.
-        data_dir: where the data folder is here, when not where the record says.
-        output: new or empty folder for the rerun's record and the comparison.
-        dry_run: only say what would be run, and how this machine differs.
-        quiet: only the verdict and what differs.
+        model: where the base model is here; None takes the recorded place.
+        data_dir: where the data folder is here; None takes the recorded place.
+        output: new or empty folder for the rerun's record and the comparison; None writes nothing.
+        dry_run: only print what would be run, and how this machine differs.
+        quiet: print only the verdict and what differs.
+
+    Returns:
+        The exit code: 0 if everything agrees, 1 if not, 130 if interrupted.
 
     Raises:
         ConfigError: the record cannot be run here.
@@ -120,21 +134,11 @@ def reproduce(
     from grass_ray.training.checks import check_run
 
     record = original.record
-    if record.world_size != 1:
-        raise ConfigError(f"{record.name} ran on {record.world_size} workers; reproduce runs in one process")
-    if record.search is not None and record.search.lineage:
-        raise ConfigError(
-            f"{record.name} is a member of a population: it went on from others' weights and changed its settings on "
-            "the way, as its record's lineage says; run the search again instead (--scheduler pbt with the same flags)"
-        )
     config = _config_here(record, model, data_dir)
     check_run(config)
     check_new_folder(output)
     console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     if not quiet:
         say(f"original  {record.name}, {record.status} on {record.started_at[:10]}, from {original.where}")
         say(f"runs      {_steps(record, config)}")
@@ -157,16 +161,31 @@ def reproduce(
     checks = compare_records(record, rerun, original.answers, _answers(tasks))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        config.save(output / "config.yaml")
         rerun.save(output / RECORD)
         write_examples(output / EXAMPLES, tasks)
-        comparison = to_json({"warnings": warnings, "checks": checks}, indent=1)
-        (output / "reproduction.json").write_text(comparison + "\n", encoding="utf-8")
+        _write_comparison(output, config, checks, warnings)
     return _report(checks, say, quiet=quiet)
 
 
+def _write_comparison(output: Path, config: RunConfig, checks: list[Check], warnings: list[str]) -> None:
+    config.save(output / "config.yaml")
+    comparison = to_json({"warnings": warnings, "checks": checks}, indent=1)
+    (output / "reproduction.json").write_text(comparison + "\n", encoding="utf-8")
+
+
 def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) -> RunConfig:
-    """The recorded configuration, with model and data where they are on this machine."""
+    """The recorded configuration, with model and data where they are on this machine.
+
+    Raises:
+        ConfigError: the record cannot be run in one process, or not with these flags.
+    """
+    if record.world_size != 1:
+        raise ConfigError(f"{record.name} ran on {record.world_size} workers; reproduce runs in one process")
+    if record.search is not None and record.search.lineage:
+        raise ConfigError(
+            f"{record.name} is a member of a population: it went on from others' weights and changed its settings on "
+            "the way, as its record's lineage says; run the search again instead (--scheduler pbt with the same flags)"
+        )
     config = RunConfig.parse(record.config)
     name = config.model.name
     changes = {} if model is None else {"model.name": find_model(model)}
@@ -215,7 +234,7 @@ def _environment(config: RunConfig) -> Environment:
 
 
 class _Retrace(Listener):
-    """Takes a rerun the way of its record: measures what was measured on the way, and stops where it was stopped."""
+    """Validates a rerun at the steps at which the original was validated, and stops it where that was stopped."""
 
     def __init__(self, record: RunRecord) -> None:
         self._measured = {step for step, _ in record.series.get(VALIDATION, ())}  # held-out rows, in a search

@@ -15,7 +15,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from grass_ray.commands.listeners import Checkpoints, CtrlC, StepLog
-from grass_ray.commands.output import check_folder, claimed, describe_lost_test_rows
+from grass_ray.commands.output import check_folder, claimed, describe_lost_test_rows, render_row
 from grass_ray.config import CustomSource, RunConfig
 from grass_ray.execute import Ending, Listener, RunContext, RunResult, execute
 from grass_ray.experiment.flags import choose_data
@@ -252,12 +252,9 @@ class _LocalRun(Listener):
 
     def _report(self, record: RunRecord) -> int:
         """Print how the run ended and where everything is; returns the exit code."""
-        from grass_ray.results.leaderboard import build_leaderboard
-        from grass_ray.results.rendering import render
-
         unsent = self.tracker.close()
         if record.status == "finished":
-            self._say(render(build_leaderboard([record])), always=True)
+            self._say(render_row(record), always=True)
         else:
             print(f"{record.status}: {record.failure}", file=sys.stderr)
         for line in describe_lost_test_rows(record):

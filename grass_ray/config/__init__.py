@@ -24,10 +24,12 @@ from grass_ray.config.data import (
 )
 from grass_ray.config.files import from_json, to_json, whole_file
 from grass_ray.config.method import (
+    PLACEMENTS,
     AnyProjectionConfig,
     ApolloConfig,
     GaLoreConfig,
     MethodConfig,
+    Offload,
     OptimizerConfig,
     ProjectionConfig,
 )
@@ -53,6 +55,7 @@ from grass_ray.config.schedules import (
 from grass_ray.errors import ConfigError
 
 __all__ = [
+    "PLACEMENTS",
     "AdapterConfig",
     "AllLayersConfig",
     "AnyAdapterConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "MatrixNormSamplerConfig",
     "MethodConfig",
     "ModelConfig",
+    "Offload",
     "OptimizerConfig",
     "OutlierSamplerConfig",
     "Parallel",

@@ -10,6 +10,16 @@ from grass_ray.config.adapters import AnyAdapterConfig
 from grass_ray.config.base import BuildablePart, ConfigPart, Decay, NonNegativeFloat, PositiveFloat, PositiveInt
 from grass_ray.config.samplers import AllLayersConfig, AnySamplerConfig
 
+Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
+# import path of each mode's class; "auto" chooses among them
+PLACEMENTS = {
+    "none": "grass_ray.optim.placement.OnDevice",
+    "resident": "grass_ray.optim.placement.Resident",
+    "blocking": "grass_ray.optim.streamed.Blocking",
+    "overlap": "grass_ray.optim.streamed.Overlap",
+    "lazy": "grass_ray.optim.streamed.Lazy",
+}
+
 
 class ProjectionConfig(BuildablePart):
     """Base class of the low-rank projections."""
@@ -85,7 +95,7 @@ class MethodConfig(ConfigPart):
     """Units that the sampler selects: decoder layers (``layer``); decoder layers, embeddings, and head with final norm
     (``block``); or weight matrices (``matrix``)."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    offload: Literal["none", "resident", "blocking", "overlap", "lazy", "auto"] = "none"
+    offload: Offload = "none"
     """Where optimizer states are kept: on the device (``none``); on the device for active layers and on the host for
     others (``resident``); on the host, streamed to the device at each step (``blocking``, ``overlap``, ``lazy``).
     ``auto`` selects ``resident`` if that fits into memory, else ``lazy``. All modes give identical weights."""

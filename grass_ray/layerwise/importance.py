@@ -1,4 +1,4 @@
-"""Measure how much each layer's gradient says: the mean gradient norm of GRASS (arXiv 2604.07808).
+"""Measure the importance of each layer: the mean gradient norm of GRASS (arXiv 2604.07808).
 
 The value of layer ``l`` in one micro-batch is the RMS of its gradient, ``sqrt(||g||^2 / N_l)``, taken as autograd
 delivers it (before it is accumulated, before clipping). The value of a step is the mean over its micro-batches.
@@ -20,7 +20,7 @@ ABSENT = -1.0
 
 
 class GradNormMeter:
-    """Hooks on every layer's parameters that note gradient norms.
+    """Hooks on every layer's parameters that record gradient norms.
 
     Build it while every parameter still requires a gradient: the hooks survive later freezing and thawing, and
     cannot be registered on a frozen parameter.
@@ -62,7 +62,7 @@ class GradNormMeter:
             self.handles.append(seen.register_hook(self._noting(*self._places[parameter])))  # type: ignore[no-untyped-call]
 
     def _noting(self, index: int, slot: int) -> Callable[[Tensor], None]:
-        me = weakref.ref(self)  # hooks outlive the meter: nobody would empty their notes then
+        me = weakref.ref(self)  # hooks outlive the meter, and nothing would empty their notes then
 
         def note(gradient: Tensor) -> None:
             meter = me()

@@ -25,7 +25,8 @@ class MatrixNormSampler(PeriodicSampler):
     ``G`` is a matrix's gradient norm (Frobenius, after clipping), averaged over the steps of an interval in which it
     was active (winsorised, :mod:`grass_ray.layerwise.windows`), then over its visits by an exponential mean with bias
     correction. A first sweep visits every matrix once, one step a group; afterwards an interval lasts ``period`` steps
-    and the ``forced`` least recently used matrices come first. Pass ``granularity="matrix"`` to the optimizer.
+    and the ``forced`` least recently used matrices come first. The optimizer needs
+    ``options=LayerwiseOptions(granularity="matrix")``.
 
     Args:
         budget: share of the model's parameters that may train at a time.

@@ -1,4 +1,4 @@
-"""IST (importance-aware sparse tuning, EMNLP 2024): which layers' adapters train, learnt from what damping them costs.
+"""IST (importance-aware sparse tuning, EMNLP 2024): layers drawn by what damping their adapters costs.
 
 Importance ``I`` starts at 0, and a *high* value means unimportant: layers to train are drawn with weights
 ``sigmoid(-I)``. Every ``refresh_period`` steps a few trials damp the adapters of half of the layers, drawn with weights
@@ -92,7 +92,7 @@ class RewardSampler(PeriodicSampler):
         weights = [_sigmoid(i) for i in self._importance]
         damped = self._trial_layers(weights)
         losses = [measure.loss(dict.fromkeys(layers, self.damping)) for layers in damped]
-        # a trial whose loss is not a number tells nothing
+        # a trial whose loss is not a number has no reward
         trials = [trial for trial in zip(damped, losses, strict=True) if not math.isnan(trial[1])]
         rewards = [(layers, math.exp(-loss)) for layers, loss in trials]
         mean = sum(reward for _, reward in rewards) / max(len(rewards), 1)
@@ -112,7 +112,7 @@ class RewardSampler(PeriodicSampler):
         found: list[tuple[int, ...]] = []
         attempt = 0
         while len(found) < self.trials:
-            # a name of its own for every attempt: draws of trials never meet draws of training
+            # a key of its own for every attempt, never one of a training draw
             layers = draw_without_replacement(log_w, count, self.seed, -1 - self._refreshes * 1_000_003 - attempt)
             attempt += 1
             if layers not in found or len(found) >= choices or attempt >= MOST_ATTEMPTS:

@@ -51,28 +51,17 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Linear):
     """From ``start`` to ``end`` along half a cosine: slow, fast, slow.
 
     Raises:
         ValueError: ``steps`` is below 1.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_steps(self.steps)
-
     def at(self, step: int) -> float:
         """The value at ``step``."""
         share = (1 - math.cos(math.pi * _progress(step, self.steps))) / 2
         return self.start + (self.end - self.start) * share
-
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest value."""
-        return min(self.start, self.end), max(self.start, self.end)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Find the decoder stack of a model: which modules are its layers, and what else could train.
 
-``find_decoder_stack(model)`` looks for the one list of blocks that the model's configuration speaks of, and fails
+``find_decoder_stack(model)`` looks for the one list of blocks that the model's configuration describes, and fails
 loudly with what it found when there is none or more than one. It knows no model by name.
 """
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import nn
 
+BARE_MODEL = "pass the bare model and LayerwiseOptions(process_group=...)"
 # what wraps a model and fixes, when it is built, which parameters train; and what to do instead
 WRAPPERS = {
-    "DataParallel": "pass the bare model and start one process a GPU with process_group=",
-    "DistributedDataParallel": "pass the bare model and process_group=: the optimizer averages the active gradients",
-    "FullyShardedDataParallel": "shard with FSDP2 (fully_shard) instead, or pass the bare model and process_group=",
-    "DeepSpeedEngine": "pass the bare model and process_group=, or shard it with FSDP2 (fully_shard)",
+    "DataParallel": f"{BARE_MODEL}, and start one process per GPU",
+    "DistributedDataParallel": f"{BARE_MODEL}: the optimizer averages the active gradients",
+    "FullyShardedDataParallel": f"shard with FSDP2 (fully_shard) instead, or {BARE_MODEL}",
+    "DeepSpeedEngine": f"{BARE_MODEL}, or shard it with FSDP2 (fully_shard)",
 }
 
 
@@ -117,7 +118,7 @@ def _refuse_foreign_shards(model: nn.Module) -> None:
     if sharded and not any(kind.__name__ == "FSDPModule" for m in model.modules() for kind in type(m).__mro__):
         raise ValueError(
             "the model's parameters are split over workers by tensor parallelism, which layer-wise training does not "
-            "support; pass the bare model and process_group=, or shard it with FSDP2 (fully_shard)"
+            "support; pass the bare model and LayerwiseOptions(process_group=...), or shard it with FSDP2 (fully_shard)"
         )
 
 
@@ -203,7 +204,7 @@ def _choose(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
     if config is not None and hasattr(config, "get_text_config"):
         length = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     named = {name: layers for name, layers in candidates.items() if len(layers) == length}
-    # hybrid models mix classes of blocks; where no configuration speaks of the list, its blocks must be equal
+    # hybrid models mix classes of blocks; if no configuration describes the list, its blocks must be equal
     alike = {name: layers for name, layers in candidates.items() if len({type(layer) for layer in layers}) == 1}
     candidates = named or alike
     if len(candidates) > 1:
@@ -215,7 +216,7 @@ def _choose(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
         what = "no decoder stack" if not candidates else f"{len(candidates)} possible decoder stacks"
         raise ValueError(
             f"found {what} in {type(base).__name__}; its lists of modules: {_listing(lists)}. "
-            "Name the right one with layers='path.to.list'"
+            "Name the right one with LayerwiseOptions(layers='path.to.list')"
         )
     return next(iter(candidates))
 

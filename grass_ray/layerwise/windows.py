@@ -24,7 +24,7 @@ OUTLIER = 5.0
 
 
 class Window:
-    """Steps of norms, one value a unit, NaN where a unit was not measured.
+    """The norms of several steps, one value per unit, NaN where a unit was not measured.
 
     Args:
         units: how many values a step has.

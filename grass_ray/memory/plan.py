@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from grass_ray.config import ConfigError, MethodConfig, ModelConfig
+from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, apply_method
@@ -29,7 +29,7 @@ from grass_ray.optim.placement import Footprint, placement_class
 from grass_ray.training.report import GIB
 from grass_ray.training.shapes import build_shape
 
-Mode = Literal["none", "resident", "blocking", "overlap", "lazy"]
+Mode = str  # a key of PLACEMENTS
 Phase = Literal["probing", "backward", "exchange", "update"]
 RING_BYTES = 4 * CHUNK_BYTES
 # cuBLAS takes its workspace from the caching allocator and keeps it: 32 MiB on Hopper, 8 MiB on older GPUs
@@ -211,8 +211,8 @@ def applicable_modes(method: MethodConfig) -> tuple[Mode, ...]:
     ``resident`` is the same as ``none`` if no states of inactive layers are kept.
     """
     keeps = method.inactive_states == "keep" and not method.sampler.trains_all
-    streams = method.optimizer.projection is None and method.adapter is None
-    return ("none", *(("resident",) if keeps else ()), *(("blocking", "overlap", "lazy") if streams else ()))
+    small = method.optimizer.projection is not None or method.adapter is not None
+    return tuple(mode for mode in PLACEMENTS if placement_class(mode).suits(keeps=keeps, small=small))
 
 
 def _footprint(trained: TrainedUnits, mode: Mode, active: Sequence[int]) -> Footprint:

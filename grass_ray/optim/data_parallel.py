@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, eq=False)
 class PendingAllReduce:
-    """Gradients under way: ``flat`` is their concatenation, to be divided by ``divisor`` when ``work`` is done."""
+    """Gradients in a reduction: ``flat`` is their concatenation, to be divided by ``divisor`` when ``work`` is done."""
 
     parameters: list[nn.Parameter]
     flat: Tensor
@@ -79,16 +79,16 @@ class Workers:
         self.sent_bytes = 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This worker's part of ``items``, whose number is a multiple of the number of workers."""
+        """This worker's part of ``items``, whose length is a multiple of the number of workers."""
         each = len(items) // self.count
         return items[self.rank * each : (self.rank + 1) * each]
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over the workers, in float64; what every worker gets is the same to the last bit."""
+        """The sum of each value over the workers, in float64; the same bits on every worker."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
-        """Each value added up over the workers, as int64, which wraps around."""
+        """The sum of each value over the workers, as int64, which wraps around."""
         if self.count == 1 or not values:
             return list(values)
         summed = torch.tensor(values, dtype=torch.int64, device=self._device())
@@ -100,7 +100,7 @@ class Workers:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: Item) -> list[Item]:
-        """What every worker has, in the order of their ranks; plain data, which travels pickled."""
+        """The values of all workers in the order of their ranks; they are sent pickled."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count
@@ -110,7 +110,7 @@ class Workers:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean (or sum) over the workers; a missing one counts as zeros.
 
-        One call a dtype.
+        One all-reduce per dtype.
         """
         if self.count == 1:
             return
@@ -118,7 +118,7 @@ class Workers:
             reduction.wait()
 
     def start(self, parameters: Iterable[nn.Parameter]) -> list[PendingAllReduce]:
-        """Begin to reduce gradients, one call a dtype; the parameters have none until their reduction lands."""
+        """Start to reduce gradients, one all-reduce per dtype; the parameters have none until it is waited for."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
@@ -142,7 +142,7 @@ class Workers:
         return total if summed else total.div_(self.count)
 
     def check_agreement(self, active: tuple[int, ...]) -> None:
-        """Make sure that every worker trains the same units; every worker must call it at the same steps.
+        """Make sure that every worker trains the same units. Collective: call on every rank.
 
         Raises:
             RuntimeError: another worker has another active set (different seeds or samplers).

@@ -1,7 +1,7 @@
-"""Where optimizer states of units wait that are not on the device: host memory, pinned when there is a CUDA device.
+"""Host memory for the optimizer states of units that are not on the device; pinned if the device is a CUDA device.
 
-Blocks are allocated when a unit's state first comes to the host (or, for streamed units, when the unit first becomes
-active) and used again from then on, so units that are never drawn cost nothing. Machines without CUDA follow the same
+Blocks are allocated when a unit's state first moves to the host (or, for streamed units, when the unit first becomes
+active) and reused from then on, so units that are never drawn cost nothing. Machines without CUDA follow the same
 protocol with ordinary memory.
 """
 
@@ -18,7 +18,7 @@ from grass_ray.optim.host_memory import available_bytes
 from grass_ray.optim.kernels import StateLayout
 from grass_ray.optim.sharded import local
 
-# what must stay free for everybody else when blocks are allocated
+# host memory that must stay free for other processes when blocks are allocated
 RESERVE_BYTES = 256 * 1024 * 1024
 
 

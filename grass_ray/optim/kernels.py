@@ -6,7 +6,7 @@ Precision says what a parameter's state is:
 - ``"rem16"``: bfloat16 moments, and the low 16 bits of the weight's float32 master copy (``remainder``). The second
   moment is rounded stochastically (:mod:`grass_ray.optim.rounding`): rounded to the nearest, a mean with
   ``beta2 = 0.999`` could neither decay (a step changes it by less than half a unit in the last place) nor keep up;
-- ``"exact"``: float32 moments and the remainder: bit for bit AdamW on a float32 master copy, at 10 bytes a parameter.
+- ``"exact"``: float32 moments and the remainder: bit for bit AdamW on a float32 master copy, at 10 bytes per parameter.
 
 The bfloat16 weight on the device is the master's upper half, rounded to the nearest (exact ties away from zero, where
 torch's own cast takes the even one: +32768 has no place in 16 bits); ``(upper << 16) + remainder`` gives the master

@@ -1,4 +1,4 @@
-"""What a loss scaler tells an optimizer: gradients of float16 autocast are computed from a loss times a large number.
+"""What a loss scaler tells an optimizer: under float16 autocast gradients are those of the loss times a large number.
 
 ``torch.amp.GradScaler.step(optimizer)`` sets ``found_inf`` and ``grad_scale`` on an optimizer that declares
 ``_step_supports_amp_scaling``, calls its ``step`` in any case, and takes both away again.
@@ -15,10 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossScale:
-    """A loss scaler's word on this step's gradients.
+    """What a loss scaler says about the gradients of this step.
 
-    ``found_inf`` is above 0 where one of them is not finite, a scalar; ``inverse`` is what they still have to be
-    multiplied by, None where ``scaler.unscale_(optimizer)`` has done so.
+    Attributes:
+        found_inf: scalar, above 0 if one of them is not finite.
+        inverse: scalar that they still have to be multiplied by; None if ``scaler.unscale_(optimizer)`` has done so.
     """
 
     found_inf: Tensor
@@ -26,7 +27,7 @@ class LossScale:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, device: torch.device) -> LossScale | None:
-        """The word to ``optimizer``; None outside of a scaler's ``step``."""
+        """What a scaler has set on ``optimizer``; None outside of a scaler's ``step``."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             return None

@@ -1,7 +1,7 @@
 """Which LayerwiseAdamW a model's parameters belong to, so that a second one starts from the model as it was given.
 
 An optimizer freezes what does not train now. Another one built on the same model (a notebook cell run twice) must not
-take that for the user's wish.
+mistake that for the user's choice.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import weakref
 from typing import Protocol
 
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 
 class Owner(Protocol):
     """An optimizer that freezes parameters."""
 
     def retire(self) -> None:
-        """Take every hook away and refuse to go on."""
+        """Remove all hooks, and refuse further steps."""
 
 
 # for every parameter that required a gradient when an optimizer was built on it: that optimizer
 _OWNERS = WeakTensorKeyDictionary()
+# which optimizer a sampler serves
+_SERVED = WeakIdKeyDictionary()
 
 
 class Takeover:
@@ -60,3 +62,17 @@ class Takeover:
             )
         for parameter in parameters:
             _OWNERS[parameter] = weakref.ref(owner)
+
+
+def claim_sampler(sampler: object, owner: Owner) -> None:
+    """Let ``sampler`` serve ``owner`` from now on, and no other optimizer."""
+    _SERVED[sampler] = weakref.ref(owner)
+
+
+def check_sampler(sampler: object, owner: Owner) -> None:
+    """Raise RuntimeError if ``sampler`` does not serve ``owner``."""
+    if sampler not in _SERVED or _SERVED[sampler]() is not owner:
+        raise RuntimeError(
+            "the sampler was given to another optimizer after this one, or put here after it was built; build each "
+            "optimizer with a sampler of its own"
+        )

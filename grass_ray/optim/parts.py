@@ -1,8 +1,7 @@
-"""Take a model apart for an optimizer: what its sampler picks from, what always trains, what nobody trains."""
+"""Take a model apart for an optimizer: what its sampler picks from, what always trains, what never trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,26 @@ from torch import nn
 
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.stack import DecoderStack, decay_parameters, find_decoder_stack
-from grass_ray.optim.projection import Projection
+from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.refusals import refuse_half
 from grass_ray.optim.sharded import Shards, check_sharded, find_shards
-from grass_ray.optim.units import Granularity, Unit, constant_units, sampled_units
+from grass_ray.optim.units import Unit, constant_units, sampled_units
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """A model as an optimizer sees it.
 
-    ``units`` are what the sampler picks from, ``constant`` what trains at every step, ``managed`` the parameters of
-    both; ``decayed`` are those that weight decay applies to; ``given`` required a gradient when the model was taken
-    apart, and ``unmanaged`` names those of them that are outside the language model.
+    Attributes:
+        stack: the decoder layers and both ends.
+        shards: how FSDP2 has sharded the model; None for a whole one.
+        units: what the sampler picks from, from the first layer up.
+        constant: what trains at every step.
+        managed: the parameters of both.
+        projected: those of them whose moments are kept in a small space.
+        decayed: those that weight decay applies to.
+        given: parameters that required a gradient when the model was taken apart.
+        unmanaged: names of those of them that are outside the language model.
     """
 
     stack: DecoderStack
@@ -31,9 +37,23 @@ class Parts:
     units: list[Unit]
     constant: list[Unit]
     managed: list[nn.Parameter]
+    projected: set[nn.Parameter]
     decayed: set[nn.Parameter]
     given: list[nn.Parameter]
     unmanaged: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters that train."""
+        return self.managed[0].device
+
+    def freeze_others(self, model: nn.Module) -> None:
+        """Freeze every parameter of ``model`` that nothing here trains."""
+        trained = set(self.managed)
+        for parameter in model.parameters():
+            if parameter not in trained:
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
     def groups(self) -> list[dict[str, Any]]:
         """Two parameter groups: matrices, and what weight decay never applies to."""
@@ -43,38 +63,27 @@ class Parts:
         ]
 
 
-def take_apart(
-    model: nn.Module,
-    sampler: Sampler,
-    *,
-    granularity: Granularity,
-    layers: str | None,
-    train: Sequence[str],
-    projection: Projection | None,
-) -> Parts:
+def take_apart(model: nn.Module, sampler: Sampler, options: LayerwiseOptions) -> Parts:
     """Take ``model`` apart, and start the sampler with its units.
 
     Args:
         model: a decoder language model.
         sampler: picks among the units.
-        granularity: what a unit is.
-        layers: the name of the list of decoder layers; found when None.
-        train: which of ``"embeddings"``, ``"head"`` and ``"norm"`` always train.
-        projection: of moments, where there is one.
+        options: of the optimizer.
 
     Raises:
         ValueError: no decoder stack, no trainable layer, more active layers than trainable ones, float16 weights that
             should train, or a model sharded in a way that cannot train layer-wise.
     """
     shards = find_shards(model)
-    if shards is not None and projection is not None:
+    if shards is not None and options.projection is not None:
         raise ValueError(
-            f"{type(projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of each; "
-            "pass the bare model, or a method without a projection"
+            f"{type(options.projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of "
+            "each; pass the bare model, or a method without a projection"
         )
-    stack = find_decoder_stack(model, layers)
+    stack = find_decoder_stack(model, options.layers)
     decayed = decay_parameters(model)
-    units = sampled_units(stack, granularity, decayed)
+    units = sampled_units(stack, options.granularity, decayed)
     if not sampler.trains_all:
         units = [unit for unit in units if unit.parameters]
         if not units:
@@ -85,7 +94,7 @@ def take_apart(
     sampler.start([unit.size for unit in units], total=sum(p.numel() for p in model.parameters()))
     ends = {"embeddings": stack.embeddings, "head": stack.head, "norm": stack.norm}
     # and what peft adds outside the model: virtual tokens
-    always = {name: parameters for name, parameters in ends.items() if name in train}
+    always = {name: parameters for name, parameters in ends.items() if name in options.always_trained}
     constant = constant_units(always | {"adapter": tuple(_outside_of_the_base(model))}, decayed)
     managed = [p for unit in (*units, *constant) for p in unit.parameters]
     names = {p: name for name, p in model.named_parameters()}
@@ -98,6 +107,7 @@ def take_apart(
         units=units,
         constant=constant,
         managed=managed,
+        projected={p for layer in stack.layers for p in layer if options.projection is not None and p.ndim == 2},
         decayed=decayed,
         given=[p for p in model.parameters() if p.requires_grad],
         unmanaged=[names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)],

@@ -1,104 +1,32 @@
 """Where the optimizer states of sampled units live: one class per place, and bitwise the same weights from each.
 
-``OnDevice`` keeps all that were ever active on the device. ``Resident`` moves those of a unit that leaves the active
-set to the host. ``Streamed`` holds all of them on the host and updates them through a small ring
-(:mod:`grass_ray.optim.streaming`). What trains at every step is always on the device.
+:class:`OnDevice` keeps all that were ever active on the device. :class:`Resident` moves those of a unit that leaves the
+active set to the host. :class:`~grass_ray.optim.streamed.Streamed` holds all of them on the host and updates them
+through a small ring. What trains at every step is always on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.chunks import CHUNK_BYTES
+from grass_ray.config import PLACEMENTS
+from grass_ray.layerwise.sampler import Sampler
+from grass_ray.optim.hooks import WeakHook
 from grass_ray.optim.host_store import HostStore
-from grass_ray.optim.kernels import Precision, StateLayout, adamw, state_layout
-from grass_ray.optim.projection import Projection
-from grass_ray.optim.sharded import first_element, local
-from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
-from grass_ray.optim.streams import Streams, make_streams
+from grass_ray.optim.options import LayerwiseOptions
+from grass_ray.optim.sharded import local
+from grass_ray.optim.states import STEP, States, tensors_of
+from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.units import Unit
 
-# the Adam step counter: part of a state, but no memory worth moving
-STEP = "step"
-Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
-
-
-class States:
-    """The states of all parameters, as torch keeps them, and what a state consists of.
-
-    Args:
-        held: ``torch.optim.Optimizer.state``.
-        precision: what bfloat16 weights keep.
-        projection: how the moments of ``projected`` parameters are kept small.
-        projected: the matrices of the layers where there is a projection.
-        index: place of each parameter among all, which names it in a projection.
-    """
-
-    def __init__(
-        self,
-        held: Any,
-        precision: Precision,
-        projection: Projection | None,
-        projected: set[nn.Parameter],
-        index: Mapping[nn.Parameter, int],
-    ) -> None:
-        self.held = held
-        self.precision: Precision = precision
-        self.projection = projection
-        self.projected = projected
-        self._index = index
-
-    def layout(self, parameter: Tensor) -> StateLayout:
-        """Names and dtypes of a parameter's state tensors."""
-        return state_layout(parameter.dtype, self.precision)
-
-    def unit_bytes(self, unit: Unit) -> int:
-        """Bytes of a unit's states (of the rows here)."""
-        return sum(local(p).numel() * self.layout(p).bytes_per_parameter for p in unit.parameters)
-
-    def zeros(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The state tensors of a parameter (of its rows here) before its first update."""
-        return {
-            name: torch.zeros_like(local(parameter), dtype=dtype, device=device, memory_format=torch.preserve_format)
-            for name, dtype in self.layout(parameter).dtypes
-        }
-
-    def start(self, parameter: Tensor, *, counter_only: bool) -> dict[str, Tensor]:
-        """The state of a parameter that trains now, made at its first update."""
-        state: dict[str, Tensor] = self.held[parameter]
-        if state:
-            return state
-        if self.projection is not None and parameter in self.projected:
-            state.update(self.projection.start(parameter))
-            return state
-        state[STEP] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        if not counter_only:
-            state.update(self.zeros(parameter, parameter.device))
-        return state
-
-    def tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The tensors of a parameter's state that are on the device now."""
-        return tensors_of(self.held.get(parameter, {}))
-
-    def update(self, unit: Unit, groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
-        """AdamW on one unit whose states are on the device; ``skip`` as in :func:`~grass_ray.optim.kernels.adamw`."""
-        for index, parameters in unit.groups:
-            trained = [p for p in parameters if p.grad is not None]
-            for parameter in (p for p in trained if p in self.projected):
-                if not bool(skip):
-                    assert self.projection is not None
-                    self.projection.update(parameter, self.held[parameter], groups[index], key=self._index[parameter])
-            plain: list[Tensor] = [p for p in trained if p not in self.projected]
-            states = [self.held[p] for p in plain]
-            gradients = [local(p.grad) for p in plain if p.grad is not None]
-            steps = [state[STEP] for state in states]
-            firsts = [first_element(p) for p in plain]
-            adamw([local(p) for p in plain], gradients, states, steps, groups[index], skip, firsts)
+# "auto" keeps the active states resident while they take less than this fraction of the free device memory
+RESIDENT_FRACTION = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,25 +45,31 @@ class Footprint:
 
 
 class OnDevice:
-    """All states on the device (``offload="none"``).
+    """All states on the device (``offload="none"``), and the base class of all placements.
 
     Args:
         states: of all parameters.
         device: of the weights.
-        stats: what moving states is counted into.
-        chunk_bytes: size of a full host block.
+        stats: counts what moving states costs.
+        options: of the optimizer.
+
+    Attributes:
+        has_blocks: states of units live in host blocks, at times or always.
+        streams_states: the states of active units are on the host, too.
+        prefetches: :meth:`prefetch` wants to know when backward reaches a unit.
+        host: the host blocks.
     """
 
-    has_blocks = False
+    has_blocks: ClassVar[bool] = False
+    streams_states: ClassVar[bool] = False
+    prefetches: ClassVar[bool] = False
 
-    def __init__(
-        self, states: States, device: torch.device, stats: OffloadStats, *, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
+    def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
         self._states = states
         self._device = device
         self._stats = stats
-        self._chunk_bytes = chunk_bytes
-        self.host = HostStore(device, chunk_bytes)
+        self._options = options
+        self.host = HostStore(device, options.chunk_bytes)
         # names of units whose states are on the host now
         self._offloaded: set[str] = set()
 
@@ -150,6 +84,36 @@ class OnDevice:
             ring: bytes of the ring.
         """
         return Footprint(states=active + inactive)
+
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """Whether a method can use this placement, and needs other memory with it than with all states on the device.
+
+        Args:
+            keeps: units leave the active set, and their states are kept.
+            small: the states are small: projected, or those of an adapter.
+        """
+        return True
+
+    def hooks(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        units: Sequence[Unit],
+        before_forward: Callable[[WeakHook], list[Any]],
+    ) -> list[Any]:
+        """Make forward passes of ``model`` wait for updates that are under way.
+
+        Args:
+            model: whose units are updated.
+            layers: its decoder layers.
+            units: the sampled ones.
+            before_forward: calls a hook before any weight of a sharded model is gathered, and gives its handles.
+
+        Returns:
+            Handles that remove the hooks.
+        """
+        return []
 
     def offloaded(self, unit: Unit) -> bool:
         """Whether a unit's states are on the host."""
@@ -170,16 +134,20 @@ class OnDevice:
             self._states.held.pop(parameter, None)
 
     def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
-        """AdamW on ``units``, in the order in which backward reached them, unless ``skip`` is 1."""
+        """AdamW on ``units``.
+
+        Args:
+            units: in the order in which backward reached them.
+            groups: the optimizer's parameter groups.
+            skip: float32 scalar on the device; 1 leaves everything as it is.
+        """
+        self._states.count(units, skip, offloaded=self.offloaded)
         for unit in units:
             if not self.offloaded(unit):
                 self._states.update(unit, groups, skip)
 
     def prefetch(self, unit: Unit) -> None:
         """Backward has reached a unit."""
-
-    def wait_for(self, names: Sequence[str]) -> None:
-        """Let the current stream wait for updates of these units that are under way."""
 
     def synchronize(self) -> None:
         """Let the current stream wait for every update under way."""
@@ -206,7 +174,7 @@ class OnDevice:
         """Forget every state, here and on the host."""
         self._states.held.clear()
         self._offloaded.clear()
-        self.host = HostStore(self._device, self._chunk_bytes)
+        self.host = HostStore(self._device, self._options.chunk_bytes)
 
     def load(
         self, unit: Unit, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, active: bool, on_host: bool
@@ -219,7 +187,7 @@ class OnDevice:
             active: whether the unit trains now.
             on_host: whether the unit had host blocks when it was saved.
         """
-        to_host = bool(saved) and self._belongs_on_host(active)
+        to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
         if on_host and self.has_blocks:
             self._allocate(unit)
         self.hold(saved, counters_only=to_host)
@@ -235,9 +203,6 @@ class OnDevice:
             if not counters_only:
                 held |= {name: t.to(parameter.device, copy=True) for name, t in tensors_of(state).items()}
             self._states.held[parameter] = held
-
-    def _belongs_on_host(self, active: bool) -> bool:
-        return False
 
     def _write(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
@@ -260,12 +225,17 @@ class OnDevice:
 class Resident(OnDevice):
     """Active units' states on the device, all others on the host, moved at a switch."""
 
-    has_blocks = True
+    has_blocks: ClassVar[bool] = True
 
     @staticmethod
     def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
         """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
         return Footprint(states=active, host=blocks if inactive else 0)
+
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """If states of inactive units are kept; see :meth:`OnDevice.suits`."""
+        return keeps
 
     def leave(self, unit: Unit) -> None:
         """Move the unit's states to the host."""
@@ -290,135 +260,39 @@ class Resident(OnDevice):
                 state.update(self.read(unit, parameter, self._device))
             self._stats.bytes_in += sum(t.nbytes for t in tensors_of(state).values())
 
-    def _belongs_on_host(self, active: bool) -> bool:
-        return not active
+
+def placement_class(offload: str) -> type[OnDevice]:
+    """The placement of an offload mode other than ``"auto"``."""
+    module, _, name = PLACEMENTS[offload].rpartition(".")
+    found: type[OnDevice] = getattr(import_module(module), name)
+    return found
 
 
-class Streamed(OnDevice):
-    """States on the host, streamed through a ring at every step.
+def check_offload(offload: str, options: LayerwiseOptions) -> None:
+    """Raise ValueError for an unknown mode, or one that cannot serve projected states."""
+    if offload not in (*PLACEMENTS, "auto"):
+        raise ValueError(f"offload is {offload!r}; available: {', '.join((*PLACEMENTS, 'auto'))}")
+    if offload != "auto" and options.projection is not None and placement_class(offload).streams_states:
+        raise ValueError(f"offload is {offload!r}, but projected states are small and not streamed; use resident")
+
+
+def resolve_offload(offload: str, sampler: Sampler, units: Sequence[Unit], states: States, device: torch.device) -> str:
+    """The mode in force: ``"auto"`` becomes ``"resident"`` if the active states are small, else ``"lazy"``."""
+    if offload != "auto":
+        return offload
+    if device.type != "cuda" or states.projection is not None:
+        return "resident"
+    state_bytes = [states.unit_bytes(unit) for unit in units]
+    free, _ = torch.cuda.mem_get_info(device)
+    return "resident" if largest_active_bytes(sampler, state_bytes) <= RESIDENT_FRACTION * free else "lazy"
+
+
+def largest_active_bytes(sampler: Sampler, state_bytes: Sequence[int]) -> int:
+    """Bytes of the states of the largest active set that the sampler may draw.
 
     Args:
-        states: of all parameters.
-        device: of the weights.
-        stats: what moving states is counted into.
-        mode: when updates must be done.
-        chunk_bytes: size of a slot of the ring and of a full host block.
-        ring_slots: slots of the ring.
-        streams: where the work runs.
+        sampler: picks among the units.
+        state_bytes: of each unit.
     """
-
-    has_blocks = True
-
-    def __init__(
-        self,
-        states: States,
-        device: torch.device,
-        stats: OffloadStats,
-        *,
-        mode: StreamMode,
-        chunk_bytes: int,
-        ring_slots: int,
-        streams: Streams | None,
-    ) -> None:
-        super().__init__(states, device, stats, chunk_bytes=chunk_bytes)
-        self._mode: StreamMode = mode
-        self._ring_slots = ring_slots
-        self.streams = streams or make_streams(device, merged=mode == "blocking")
-        self.streamer = self._make_streamer()
-
-    @staticmethod
-    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
-        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
-        return Footprint(states=0, staging=ring, host=blocks)
-
-    def _make_streamer(self) -> Streamer:
-        return Streamer(
-            self.host,
-            self.streams,
-            self._device,
-            self._mode,
-            chunk_bytes=self._chunk_bytes,
-            slots=self._ring_slots,
-            stats=self._stats,
-        )
-
-    def activate(self, units: Iterable[Unit]) -> None:
-        """Make host blocks for units that had none."""
-        for unit in units:
-            self._allocate(unit)
-            self._offloaded.add(unit.name)
-
-    def forget(self, unit: Unit) -> None:
-        """Set the unit's blocks to zero."""
-        super().forget(unit)
-        self.streamer.wait_for_host()
-        self.host.clear(unit.name)
-
-    def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
-        """AdamW on what is on the device, then on the streamed units, chunk by chunk."""
-        super().update(units, groups, skip)
-        streamed = [unit for unit in units if self.offloaded(unit)]
-        trained = [p for unit in streamed for p in unit.parameters if p.grad is not None]
-        self.streamer.update(streamed, {p: self._states.held[p][STEP] for p in trained}, groups, skip)
-
-    def prefetch(self, unit: Unit) -> None:
-        """Fetch as many of the unit's chunks as there is room for."""
-        if self.offloaded(unit):
-            self.streamer.prefetch(unit)
-
-    def wait_for(self, names: Sequence[str]) -> None:
-        """Let the current stream wait for these units' updates."""
-        for name in names:
-            self.streamer.gate(name)
-
-    def synchronize(self) -> None:
-        """Let the current stream wait for every update under way."""
-        self.streamer.synchronize()
-
-    def synchronize_host(self) -> None:
-        """Wait until the host may read every block."""
-        self.streamer.synchronize()
-        self.streamer.wait_for_host()
-
-    def on_device(self, units: Iterable[Unit]) -> Iterator[Tensor]:
-        """State tensors of what is not streamed, and the ring."""
-        yield from super().on_device(units)
-        yield self.streamer.ring
-
-    def clear(self) -> None:
-        """Forget every state, and begin with an empty ring."""
-        super().clear()
-        self.streamer = self._make_streamer()
-
-    def _belongs_on_host(self, active: bool) -> bool:
-        return True
-
-
-def make_placement(
-    offload: Offload,
-    states: States,
-    device: torch.device,
-    stats: OffloadStats,
-    *,
-    chunk_bytes: int,
-    ring_slots: int,
-    streams: Streams | None,
-) -> OnDevice:
-    """The placement called ``offload`` (``"auto"`` is resolved before)."""
-    if offload == "blocking" or offload == "overlap" or offload == "lazy":
-        return Streamed(
-            states, device, stats, mode=offload, chunk_bytes=chunk_bytes, ring_slots=ring_slots, streams=streams
-        )
-    return placement_class(offload)(states, device, stats, chunk_bytes=chunk_bytes)
-
-
-def placement_class(offload: Offload) -> type[OnDevice]:
-    """The class of the placement called ``offload`` (``"auto"`` is resolved before)."""
-    if offload in get_args(StreamMode):
-        return Streamed
-    return Resident if offload == "resident" else OnDevice
-
-
-def tensors_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a parameter's state that cost memory."""
-    return {name: tensor for name, tensor in state.items() if name != STEP}
+    sets = sampler.largest_active_sets(state_bytes)
+    return max(sum(state_bytes[unit] for unit in active) for active in sets)

@@ -85,7 +85,7 @@ class Apollo:
         rank: of the small space (at most the matrix's shorter side).
         refresh_period: updates between new random projections.
         scale: its square root multiplies the update.
-        scaling: one factor a ``"channel"`` or one for the whole ``"tensor"`` (APOLLO-Mini).
+        scaling: one factor per ``"channel"`` or one for the whole ``"tensor"`` (APOLLO-Mini).
 
     Raises:
         ValueError: a setting is out of range.

@@ -1,7 +1,7 @@
 """Prove that exactly the active units train: fingerprints of all weights, compared at switches.
 
-``optimizer.prove()`` starts it in anybody's loop. A unit that changed without being active, or was active and did not
-change, is a mistake that no loss curve shows.
+``optimizer.prove()`` starts it in any training loop. A unit that changed without being active, or was active and did
+not change, is a mistake that no loss curve shows.
 """
 
 from __future__ import annotations

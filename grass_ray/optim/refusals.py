@@ -4,8 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+
+
+class OneModelOptimizer(torch.optim.Optimizer):
+    """An optimizer whose parameters and hooks belong to one model, which it takes when it is built.
+
+    It is complete as soon as it has the attribute ``units``.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: which parameters are trained is decided when the optimizer is built.
+
+        Raises:
+            ValueError: always, once the optimizer is built.
+        """
+        if hasattr(self, "units"):
+            raise ValueError(
+                "LayerwiseAdamW trains parts of its model, chosen when it is built (train_embeddings, train_head, "
+                "train_norm and the sampler); train other parameters with an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: hooks and states belong to the parameters of one model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "LayerwiseAdamW cannot be copied or pickled: it belongs to the parameters of its model. Copy the model, "
+            "build another optimizer on the copy, and give it load_state_dict(optimizer.state_dict())"
+        )
 
 
 def refuse_half(names: Sequence[str]) -> None:

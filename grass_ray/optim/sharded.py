@@ -2,7 +2,7 @@
 
 ``torch.distributed.fsdp.fully_shard`` makes every parameter a ``DTensor`` of which a worker has a block of rows. It
 gathers a layer's weights for its forward and its backward, and reduces and scatters the gradients of what trains; what
-is frozen is never reduced. So a layer-wise optimizer needs little of it: the local blocks, norms over all workers, and
+is frozen is never reduced. So a layer-wise optimizer needs only the local blocks, norms over all workers, and
 hooks on the gathered weights, whose gradients are the worker's own until they are reduced.
 """
 
@@ -33,7 +33,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of a sharded tensor, on its device; any other tensor as it is. Every worker must call it."""
+    """All rows of a sharded tensor, on its device; any other tensor as it is. Collective: call on every rank."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     with torch.no_grad():
@@ -42,7 +42,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def first_element(parameter: Tensor) -> int:
-    """Where this worker's elements begin in the flattened parameter; 0 where it is not sharded."""
+    """Where this worker's elements begin in the flattened parameter; 0 if it is not sharded."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None or not parameter.numel():
         return 0
@@ -125,13 +125,13 @@ class Shards:
         return squares.sqrt_()
 
     def finish(self, parameters: Sequence[nn.Parameter], *, summed: bool) -> None:
-        """Make of the mean over the workers, which FSDP2 leaves in the gradients, their sum where it is wanted."""
+        """Turn the mean over the workers, which FSDP2 leaves in the gradients, into their sum if that is wanted."""
         if summed and self.saved.count > 1:
             own = [local(p.grad) for p in parameters if p.grad is not None]
             torch._foreach_mul_(own, self.saved.count)
 
     def gather(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """All workers' rows as one tensor of ``shape`` on the device of ``rows``; every worker must call it."""
+        """All workers' rows as one tensor of ``shape`` on the device of ``rows``. Collective: call on every rank."""
         if self.saved.count == 1:
             return rows.reshape(shape)
         # as bytes, since not every backend has every dtype; every block but the last ones has the same number of rows
@@ -201,7 +201,7 @@ class _Watcher:
 
 
 def find_shards(model: nn.Module) -> Shards | None:
-    """How FSDP2 has sharded ``model``; None where it has not. Brings gathered weights back to their shards first.
+    """How FSDP2 has sharded ``model``; None if it has not. Brings gathered weights back to their shards first.
 
     Raises:
         ValueError: the model is sharded in a way that cannot train layer-wise: over a mesh of two dimensions (hybrid

@@ -9,30 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.placement import STEP, OnDevice, States, tensors_of
 from grass_ray.optim.refusals import described
 from grass_ray.optim.sharded import Shards, local
+from grass_ray.optim.states import STEP, States, tensors_of
 from grass_ray.optim.units import Unit
 
 Saved = Mapping[str, Tensor]
-
-
-def saved_states(
-    held: Mapping[int, Saved], units: Sequence[Unit], placement: OnDevice, index: Mapping[nn.Parameter, int]
-) -> dict[int, Saved]:
-    """All states by the parameters' places, in their order, with those on the host read from their blocks."""
-    states = dict(held)
-    for unit in units:
-        if placement.offloaded(unit):
-            for parameter in unit.parameters:
-                place = index[parameter]
-                if place in states:
-                    states[place] = {**states[place], **placement.read(unit, parameter, torch.device("cpu"))}
-    # the same order whatever happened first: equal states are equal files
-    return dict(sorted(states.items()))
 
 
 def gather(

@@ -1,6 +1,6 @@
 """The CUDA kernel of an AdamW step with a 16-bit remainder: one pass over memory, float32 arithmetic in registers.
 
-Its plain reference is ``_with_remainder`` in :mod:`grass_ray.optim.kernels`. Imported only where there is CUDA.
+Its plain reference is ``_with_remainder`` in :mod:`grass_ray.optim.kernels`. Imported only for CUDA devices.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def sampled_units(stack: DecoderStack, granularity: Granularity, decayed: set[nn
 
     Args:
         stack: the model taken apart.
-        granularity: ``"layer"``, one unit a decoder layer; ``"block"``, the embeddings, every layer, the final norm
-            and the head (HiFT); ``"matrix"``, one unit a weight matrix of the layers, their vectors stay frozen
+        granularity: ``"layer"``, one unit per decoder layer; ``"block"``, the embeddings, every layer, the final norm
+            and the head (HiFT); ``"matrix"``, one unit per weight matrix of the layers, whose vectors stay frozen
             (MISA).
         decayed: the parameters weight decay applies to.
 

@@ -1,4 +1,4 @@
-"""Notice a training loop that trains nothing, or not what the optimizer thinks, and say it once.
+"""Warn once of a training loop that trains nothing, or something else than the optimizer expects.
 
 A layer that gets no gradient is frozen as far as the weights are concerned, and no number of a run shows it. Everything
 here reads flags on the host; only :meth:`Watch.first_step` waits for the device, once.
@@ -46,7 +46,7 @@ class Watch:
         """Make sure that what trains now can train.
 
         Raises:
-            RuntimeError: somebody else froze a part of it, or moved or cast the model.
+            RuntimeError: a part of it was frozen elsewhere, or moved or cast the model.
         """
         frozen = [unit.name for unit in units if not all(p.requires_grad for p in unit.parameters)]
         if frozen:
@@ -64,11 +64,11 @@ class Watch:
             )
 
     def new_active_set(self) -> None:
-        """Another set of units trains from now on."""
+        """Note that another set of units trains from now on."""
         self._settled = False
 
     def check_strangers(self, active: Sequence[Unit]) -> None:
-        """Once per active set: say which parameters collect gradients although nothing here trains them."""
+        """Once per active set: warn of parameters that collect gradients although the optimizer does not train them."""
         model = self._model()
         if self._settled or model is None:
             return
@@ -83,11 +83,11 @@ class Watch:
             )
 
     def no_gradient_at_all(self) -> None:
-        """A step was asked for, and nothing has a gradient."""
+        """Warn that ``step`` was called and nothing has a gradient."""
         self._say("nothing", f"step() was called, but no parameter has a gradient, so nothing was done. {CAUSES}")
 
     def without_gradient(self, units: Sequence[Unit]) -> None:
-        """Units that should have trained, or have been measured, in the step that ends and got no gradient."""
+        """Warn of units that should have trained or been measured in this step and got no gradient."""
         names = [unit.name for unit in units if unit.parameters]
         if names:
             self._say(
@@ -97,13 +97,13 @@ class Watch:
             )
 
     def first_step(self, norm: Callable[[], float]) -> None:
-        """Before the first update: gradients that are all zero train nothing either."""
+        """Before the first update: warn if all gradients are zero, ``norm`` being their global norm."""
         if self._first and norm() == 0:
             self._say("zero", f"all gradients of the first step are zero, so nothing trains. {CAUSES}")
         self._first = False
 
     def mistakes(self, mistakes: Sequence[str]) -> None:
-        """The weights of a unit changed while it was frozen, or did not while it trained."""
+        """Warn that units changed while they were frozen, or did not change while they trained."""
         if mistakes:
             self._say("mistakes", f"not exactly the active units have changed: {_listing(mistakes)}")
 

@@ -87,7 +87,7 @@ class Overview:
             tags={} if best is None else {"best": f"{best.label}: {percent(best.accuracy)} %"},
         )
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
-        # drawing must not take more than a tenth of the driver's time, however many trials end at once
+        # drawing takes at most a tenth of the driver's time, however many trials end at once
         self._not_before = time.monotonic() + max(_LEAST_PAUSE_S, 10 * (time.monotonic() - started))
         return tables
 

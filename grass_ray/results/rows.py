@@ -27,22 +27,30 @@ _NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size"
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardRow:
-    """One method as configured, over its seeds.
+    """One method with its settings, over its seeds.
 
-    Accuracies are shares from 0 to 1; ``accuracy`` is the unweighted mean over tasks of the means over seeds, its
-    interval that of :func:`grass_ray.results.statistics.average_interval` over the questions (not questions x seeds:
-    the same ones are asked again), ``accuracy_std`` the spread over seeds. Memory is the maximum over seeds, speed,
-    time and tokens the mean. ``variant`` says what tells this row from others of its method; ``seeds`` lists the
-    finished seeds. ``status`` is the seeds' common one, or ``partial`` when they differ.
+    Accuracies are shares from 0 to 1. Memory is the maximum over seeds; speed, time and tokens are means.
 
-    ``to_full`` and ``to_best`` compare the row with the best ``full`` row and with the best row, question by question
-    (:mod:`grass_ray.results.compare`); None for that row itself, and where nothing can be compared.
-    ``task_intervals`` are Wilson's.
-    ``contaminated`` names tasks whose test questions are in the data this row trained on, ``accuracy_clean`` leaves
-    them out. ``accuracy_normalised`` is the mean of (accuracy - chance) / (1 - chance), where tasks have options.
-    ``learning_rates_tried`` counts this method's among the table's runs, whatever became of them. ``train_rows`` are
-    those that were trained on, ``train_rows_dropped`` those that were too long. ``test`` names what the row was tested
-    on: rows with another name answered other questions, or were read by other rules.
+    Attributes:
+        rank: place by accuracy; None for rows that are not ranked.
+        accuracy: unweighted mean over tasks of the means over seeds. ``accuracy_low`` and ``accuracy_high`` are its
+            95 % interval over the questions, which every seed is asked again
+            (:func:`grass_ray.results.statistics.average_interval`); ``accuracy_std`` is the spread over seeds.
+        accuracy_clean: the same without tasks that are contaminated in some row of the table.
+        accuracy_normalised: mean of (accuracy - chance) / (1 - chance); None for tasks without options.
+        tasks: accuracy by task; ``task_intervals`` are Wilson's.
+        seeds: the seeds that finished.
+        status: the seeds' common status, or ``"partial"`` if they differ.
+        variant: what tells this row from others of its method.
+        contaminated: tasks whose test questions are in the data that this row trained on.
+        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.compare`); None
+            for that row itself, and if nothing can be compared.
+        to_best: the same with the best row.
+        pareto: whether no other row has both more accuracy and less peak memory.
+        learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
+        train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
+        test: names what the row was tested on; rows with another name answered other questions, or were judged by
+            other rules.
     """
 
     rank: int | None = None

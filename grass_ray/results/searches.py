@@ -103,7 +103,7 @@ def _of_trials(records: Sequence[RunRecord]) -> tuple[float, list[str]] | None:
 
 
 def left_out(records: Sequence[RunRecord]) -> list[str]:
-    """For each method what :func:`best_settings` could not compare, a sentence each."""
+    """For each method what :func:`best_settings` could not compare, one sentence each."""
     lines = []
     for method, own in _judged(records).items():
         if any(record.search is not None and record.search.scheduler != "none" for record in own):
@@ -132,7 +132,7 @@ _Losses = dict[tuple[str, ...], dict[tuple[str, ...], float]]  # of a point, and
 
 
 def _judged(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The records by method, without winners: these are trained again with seeds that the others never had."""
+    """The records by method, without winners, which are trained again with other seeds."""
     by_method: defaultdict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
         if record.search is None or record.search.stage == "search":
@@ -141,7 +141,7 @@ def _judged(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def _losses(records: Sequence[RunRecord]) -> _Losses:
-    """The loss of every trial, NaN where it did not finish; the last one where a trial was run again."""
+    """The loss of every trial; NaN if it did not finish. Of a trial that was run again the last run counts."""
     flat = [flatten(record.config, is_leaf=_is_schedule) for record in records]
     keys = sorted({key for values in flat for key in values} - set(_NOT_SEARCHED))
     varied = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
@@ -154,7 +154,7 @@ def _losses(records: Sequence[RunRecord]) -> _Losses:
 
 
 def _complete(losses: _Losses) -> list[tuple[str, ...]]:
-    """The points of which no trial failed, and that have all the seeds and models that such points have."""
+    """The settings of which no trial failed, and which have every seed and model that such settings have."""
     sound = {point: own for point, own in losses.items() if all(map(math.isfinite, own.values()))}
     every = {cell for own in sound.values() for cell in own}
     return [point for point, own in sound.items() if len(own) == len(every)]

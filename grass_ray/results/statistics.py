@@ -76,7 +76,7 @@ def average_interval(
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided exact McNemar p-value of paired correctness; 1 where the two never disagree."""
+    """Two-sided exact McNemar p-value of paired correctness; 1 if the two never disagree."""
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
@@ -191,7 +191,7 @@ def two_level(
 
 
 def _disagreement(answers: NDArray[np.float64]) -> float:
-    """What is left of a question's variance in the mean over seeds when the seeds' levels are taken out."""
+    """A question's variance in the mean over seeds, without the differences between the seeds' averages."""
     seeds, questions = answers.shape
     if seeds < 2:
         return 0.0
@@ -200,7 +200,7 @@ def _disagreement(answers: NDArray[np.float64]) -> float:
 
 
 def holding_zero(limits: tuple[float, float], p_value: float, confidence: float = 0.95) -> tuple[float, float]:
-    """The limits, drawn out to 0 where the p-value calls the difference undecided, so that both say the same."""
+    """The limits, extended to 0 if the p-value is above ``1 - confidence``, so that interval and test agree."""
     low, high = limits
     return (min(low, 0.0), max(high, 0.0)) if p_value > 1 - confidence + 1e-12 else (low, high)
 

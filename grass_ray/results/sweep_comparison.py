@@ -80,7 +80,7 @@ class ComparisonRow:
     changes: list[Change]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, those of the comparison among the others."""
+        """Plain JSON values, with those of the comparison at its place."""
         found = {key: fact(self.comparison, name) for key, name in _FACTS.items()}
         values = asdict(self)
         before = list(values).index("comparison")
@@ -154,7 +154,7 @@ class _Side:
         self.rows: list[LeaderboardRow] = build_rows(self.groups)
 
     def key(self, index: int, *, whole: bool) -> str:
-        """What partners share: the test, and the whole configuration or the method."""
+        """What matched rows share: the test, and the whole configuration or the method."""
         own = sorted(settings(self.groups[index][0]).items()) if whole else []
         return json.dumps([id(self.tests[index]), self.rows[index].method, own])
 

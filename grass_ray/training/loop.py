@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
         number = state.probed if probing else state.trained
         micro_batches = state.batches[number]
         lr = 0.0 if probing else optimizer.param_groups[0]["lr"]
-        before = _Counters.of(optimizer)
+        sent_bytes = optimizer.workers.sent_bytes
         closely = state.steps_done == 0 or (not probing and state.trained < WARM_UP_STEPS)
         started = _synchronized_time(state.device)
         try:
@@ -122,7 +122,6 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
                 _measure(optimizer, StepMeasure(state, micro_batches), state)
                 measure_s = _synchronized_time(state.device) - started
                 state.tracer.begin_step(state.steps_done + 1, optimizer)
-                active_layers = optimizer.active_layers
                 # 3. forward and backward over the micro-batches; measure, or clip, update and switch
                 key = (state.batches.seed, "probe" if probing else "train", number)
                 loss = accumulate_gradients(state.model, micro_batches, state.device, optimizer=optimizer, key=key)
@@ -146,11 +145,10 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
         report = _report(
             state,
             micro_batches,
-            before,
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
-            active_layers=active_layers,
+            sent_bytes=optimizer.workers.sent_bytes - sent_bytes,
             step_s=step_s,
             measure_s=step_s if probing else measure_s,
             phase="probe" if probing else "train",
@@ -159,42 +157,28 @@ def fit(state: TrainState, until: int | None = None) -> Iterator[StepReport]:
         yield report
 
 
-class _Counters(NamedTuple):
-    """What the optimizer has counted before a step."""
-
-    refreshes: int
-    switches: int
-    sent_bytes: int
-    stall_s: float
-
-    @classmethod
-    def of(cls, optimizer: LayerwiseAdamW) -> _Counters:
-        workers, stall_s = optimizer.workers, optimizer.stats.exposed_s
-        return cls(optimizer.sampler.refreshes, optimizer.switches, workers.sent_bytes, stall_s)
-
-
-def _report(state: TrainState, micro_batches: list[Batch], before: _Counters, **measured: Any) -> StepReport:
+def _report(state: TrainState, micro_batches: list[Batch], **measured: Any) -> StepReport:
     """The report of the step that was just done; ``measured`` are the fields that are not found in ``state``."""
-    optimizer, sampler = state.optimizer, state.optimizer.sampler
-    after = _Counters.of(optimizer)
+    optimizer, done = state.optimizer, state.optimizer.last
+    assert done is not None
     tokens = sum(batch.tokens for batch in micro_batches)
     return StepReport(
         step=state.steps_done,
         train_step=state.trained,
         total_steps=state.total_steps,
-        probabilities=sampler.probabilities(),
-        importance=sampler.importance(),
-        ages=sampler.ages(),
+        active_layers=done.active_layers,
+        probabilities=done.probabilities,
+        importance=done.importance,
+        ages=done.ages,
         visits=tuple(state.tracer.trace.visits),
-        refreshed=after.refreshes > before.refreshes,
-        switched=after.switches > before.switches,
+        refreshed=done.refreshed,
+        switched=done.switched,
         tokens=tokens,
         padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
-        stall_s=after.stall_s - before.stall_s,
+        stall_s=done.stall_s,
         peak_allocated_gib=state.memory.peak_allocated_gib,
         host_pinned_gib=optimizer.state_bytes()[1] / GIB,
         workers=optimizer.workers.count,
-        sent_bytes=after.sent_bytes - before.sent_bytes,
         full_bytes=state.tracer.full_bytes,
         offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
         **measured,

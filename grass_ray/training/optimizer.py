@@ -10,6 +10,7 @@ import torch
 from grass_ray.config import MethodConfig, RunConfig
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.optim.options import LayerwiseOptions
 
 
 def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> LayerwiseAdamW:
@@ -32,16 +33,18 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        projection=None if settings.projection is None else settings.projection.build(),
         precision=settings.precision,
         offload=method.offload,
-        inactive_states=method.inactive_states,
-        train_embeddings=method.train_embeddings,
-        train_head=method.train_head,
-        train_norm=method.train_norm,
-        granularity=method.granularity,
-        # the loop divides by the labels of all workers
-        gradient_reduction="sum",
+        options=LayerwiseOptions(
+            projection=None if settings.projection is None else settings.projection.build(),
+            inactive_states=method.inactive_states,
+            train_embeddings=method.train_embeddings,
+            train_head=method.train_head,
+            train_norm=method.train_norm,
+            granularity=method.granularity,
+            # the loop divides by the labels of all workers
+            gradient_reduction="sum",
+        ),
     )
 
 

@@ -203,19 +203,19 @@ class RunOutcome:
 
     Attributes:
         metrics: last or aggregate values by MLflow's names (``eval/average``, ``time/train_s``, ...).
-        series: (step, value) pairs of everything that was measured over steps.
         tasks: results of the evaluation, by task.
+        model_revision: commit of the base model on the hub.
+        series: (step, value) pairs of everything that was measured over steps.
         layers: which layers trained when; None if nothing was trained.
         data: where the data came from, hashes, and how many rows were used.
-        model_revision: commit of the base model on the hub.
     """
 
     metrics: Mapping[str, float]
-    series: Mapping[str, list[tuple[int, float]]]
     tasks: Mapping[str, EvaluationResult]
-    layers: LayerTrace | None
-    data: Mapping[str, Any]
     model_revision: str | None
+    series: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    layers: LayerTrace | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TrainingFailure(RuntimeError):  # noqa: N818 - an outcome of a run, not a defect

@@ -76,7 +76,7 @@ class Run:
 
         Args:
             config: the run.
-            device: where it trains; None takes this worker's.
+            device: to train on; None takes this worker's.
             parallel: whether each worker holds the whole model, or shards of it.
 
         Raises:

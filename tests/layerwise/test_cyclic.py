@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from small import backward, make_llama, short_run
+from small import backward, make_llama, make_optimizer, short_run
 
-from grass_ray import CyclicSampler, LayerwiseAdamW
+from grass_ray import CyclicSampler
 from grass_ray.layerwise.schedules import Step
 from grass_ray.training.run import Run
 
@@ -95,7 +95,7 @@ def test_refuses_bad_settings(settings: dict[str, object], message: str) -> None
 def test_hift_visits_embeddings_layers_norm_and_head(tied: bool) -> None:
     """Exactly one of them changes at every step; a tied head trains with the embeddings and has no turn of its own."""
     model = make_llama(layers=2, tied=tied)
-    optimizer = LayerwiseAdamW(model, CyclicSampler(1, 1), lr=1e-3, granularity="block")
+    optimizer = make_optimizer(model, CyclicSampler(1, 1), lr=1e-3, granularity="block")
     order = ["model.embed_tokens.", "model.layers.0.", "model.layers.1.", "model.norm."]
     order += [] if tied else ["lm_head."]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_llama
+from small import backward, make_llama, make_optimizer
 
-from grass_ray import LayerwiseAdamW, MatrixNormSampler
+from grass_ray import MatrixNormSampler
 
 NAN = math.nan
 
@@ -153,7 +153,7 @@ def test_every_matrix_follows_its_own_adamw_kept_only_while_it_stays() -> None:
     """A plain reference: one torch AdamW a matrix, made anew whenever the matrix enters the active set."""
     ours, theirs = make_llama(), make_llama()
     sampler = MatrixNormSampler(0.5, 2, eta=50.0, forced=1, seed=1)
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours, sampler, lr=1e-3, weight_decay=0.1, granularity="matrix", inactive_states="reset", offload="none"
     )
     units = [unit.name for unit in optimizer.units]
@@ -194,7 +194,7 @@ def test_every_matrix_follows_its_own_adamw_kept_only_while_it_stays() -> None:
 def test_norms_are_those_of_the_accumulated_gradients_after_clipping(limit: float | None) -> None:
     model = make_llama()
     sampler = MatrixNormSampler(0.3, 2)
-    optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, granularity="matrix", max_grad_norm=limit)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, granularity="matrix", max_grad_norm=limit)
     seen: list[torch.Tensor] = []
     observe = sampler.observe
 
@@ -222,7 +222,7 @@ def test_norms_are_those_of_the_accumulated_gradients_after_clipping(limit: floa
 def test_the_optimizer_keeps_the_budget_of_the_whole_model() -> None:
     model = make_llama()
     whole = sum(p.numel() for p in model.parameters())
-    optimizer = LayerwiseAdamW(model, MatrixNormSampler(0.1, 1), lr=1e-3, granularity="matrix")
+    optimizer = make_optimizer(model, MatrixNormSampler(0.1, 1), lr=1e-3, granularity="matrix")
     visited: set[int] = set()
     for step in itertools.islice(itertools.count(), 40):
         visited |= set(optimizer.active_units)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_batch, make_llama, short_run
+from small import make_batch, make_llama, make_optimizer, short_run
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -242,7 +242,7 @@ def test_measures_its_scores_once_before_the_first_step() -> None:
 )
 def test_a_step_before_the_scores_were_measured_is_an_error(others: dict[str, bool]) -> None:
     """Also where embeddings, head and norm always train, as in the ows row: they alone must not train silently."""
-    optimizer = LayerwiseAdamW(make_llama(), OutlierSampler(None, 1, 2), **others)  # type: ignore[arg-type]
+    optimizer = make_optimizer(make_llama(), OutlierSampler(None, 1, 2), **others)  # type: ignore[arg-type]
     with pytest.raises(
         RuntimeError, match=r"OutlierSampler has not drawn yet: call optimizer\.probe\(measure\) before the first step"
     ):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small import make_batch, make_llama
+from small import make_batch, make_llama, make_optimizer
 
 from grass_ray import (
     AllLayersSampler,
@@ -57,7 +57,7 @@ def follow(case: str, share: Callable[[Any, int], None]) -> dict[str, Any]:
     """Train a case with ``share`` for the passes of a step; what it came to, and what each step sent."""
     sampler, settings = CASES[case]()
     model = make_llama(layers=LAYERS)
-    optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, weight_decay=0.1, **settings)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, weight_decay=0.1, **settings)
     start = [p.detach().clone() for p in model.parameters()]
     said, sent, needed = [], [], []
     for step in range(STEPS):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_batch, make_llama
+from small import make_batch, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import (
@@ -26,6 +26,7 @@ from grass_ray import (
     UniformSampler,
 )
 from grass_ray.layerwise.sampler import Sampler
+from grass_ray.optim.placement import largest_active_bytes
 
 CHUNK = 64 * 1024
 STEPS = 14
@@ -63,7 +64,7 @@ class Passes:
 def build(kind: str, offload: Any, device: str) -> tuple[nn.Module, LayerwiseAdamW]:
     model = make_llama(hidden=72, vocabulary=61).to(device)
     granularity: Any = "matrix" if kind == "matrix_norm" else "layer"
-    return model, LayerwiseAdamW(
+    return model, make_optimizer(
         model,
         SAMPLERS[kind](),
         lr=1e-3,
@@ -73,6 +74,11 @@ def build(kind: str, offload: Any, device: str) -> tuple[nn.Module, LayerwiseAda
         chunk_bytes=CHUNK,
         ring_slots=2,
     )
+
+
+def largest_bytes(optimizer: LayerwiseAdamW) -> int:
+    states = optimizer._placement._states
+    return largest_active_bytes(optimizer.sampler, [states.unit_bytes(unit) for unit in optimizer.units])
 
 
 def train(model: nn.Module, optimizer: LayerwiseAdamW, step: int, device: str) -> None:
@@ -128,7 +134,7 @@ def test_the_largest_active_set_is_what_a_memory_plan_counts(kind: str) -> None:
         train(model, optimizer, step, "cpu")
         if not optimizer.probing:
             most = max(most, 8 * sum(p.numel() for p in optimizer.active_parameters()))
-    assert most <= optimizer._largest_active_bytes() < 1.2 * most
+    assert most <= largest_bytes(optimizer) < 1.2 * most
 
 
 @pytest.mark.gpu
@@ -189,7 +195,7 @@ def test_gpu_observing_never_makes_the_host_wait(sampler: Any) -> None:
 def test_gpu_auto_sizes_the_largest_active_set(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident where the states of the largest set fit into a quarter of the free memory, else streamed."""
     _, optimizer = build(kind, "none", "cuda")
-    wanted = optimizer._largest_active_bytes()
+    wanted = largest_bytes(optimizer)
     for free, expected in ((4 * wanted, "resident"), (4 * wanted - 4, "lazy")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
         assert build(kind, "auto", "cuda")[1].offload == expected

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_batch, make_llama
+from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
@@ -48,7 +48,7 @@ def torch_adamw(parameters: list[nn.Parameter], *, lr: float, weight_decay: floa
 def test_all_layers_is_torchs_adamw_bitwise(tied: bool) -> None:
     """A tied embedding is one tensor, trained once."""
     ours, theirs = make_llama(tied=tied), make_llama(tied=tied)
-    train(ours, LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, **EVERYTHING), range(12))
+    train(ours, make_optimizer(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, **EVERYTHING), range(12))
     train(theirs, torch_adamw(list(theirs.parameters()), lr=1e-3, weight_decay=0.1), range(12))
     assert_same_weights(ours, theirs)
 
@@ -73,7 +73,7 @@ def test_gamma_equal_to_the_number_of_layers_is_full_fine_tuning_of_the_layers(o
 def test_every_layer_follows_its_own_adamw(period: int, gamma: int, offload: str, inactive_states: str) -> None:
     """A plain reference: one torch AdamW a layer, kept or made anew at a visit, stepped while its layer is active."""
     ours, theirs = make_llama(), make_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours,
         UniformSampler(gamma, period, seed=1),
         lr=1e-3,
@@ -122,7 +122,7 @@ def test_exactly_the_active_layers_change_and_frozen_ones_hold_no_gradient(gamma
 
 def test_probing_updates_nothing_and_holds_no_gradients() -> None:
     model = make_llama()
-    optimizer = LayerwiseAdamW(model, GradNormSampler(2, 5, probing_steps=3), lr=1e-3, **EVERYTHING)
+    optimizer = make_optimizer(model, GradNormSampler(2, 5, probing_steps=3), lr=1e-3, **EVERYTHING)
     before = weights(model)
     held: list[int] = []
     for layer in optimizer.stack.layers:
@@ -168,7 +168,7 @@ def test_states_on_the_device_never_exceed_gamma_layers() -> None:
     assert visited == {0, 1, 2, 3}
     assert host == 4 * blocks
 
-    reset = LayerwiseAdamW(make_llama(), UniformSampler(2, 2), lr=1e-3, inactive_states="reset", offload="none")
+    reset = make_optimizer(make_llama(), UniformSampler(2, 2), lr=1e-3, inactive_states="reset", offload="none")
     kept = make_llama()
     keeping = LayerwiseAdamW(kept, UniformSampler(2, 2), lr=1e-3, offload="none")
     train(kept, keeping, range(40))
@@ -178,7 +178,7 @@ def test_states_on_the_device_never_exceed_gamma_layers() -> None:
 
 def test_clipping_is_torchs() -> None:
     ours, theirs = make_llama(), make_llama()
-    train(ours, LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, max_grad_norm=0.05, **EVERYTHING), range(8))
+    train(ours, make_optimizer(ours, AllLayersSampler(), lr=1e-3, max_grad_norm=0.05, **EVERYTHING), range(8))
     reference = torch_adamw(list(theirs.parameters()), lr=1e-3)
     for step in range(8):
         backward(theirs, step)
@@ -213,7 +213,7 @@ def test_resume_is_bitwise_at_every_step(offload: str, inactive_states: str) -> 
     def build() -> tuple[nn.Module, LayerwiseAdamW]:
         model = make_llama()
         sampler = GradNormSampler(2, 3, probing_steps=3, refresh_period=4, seed=5)
-        return model, LayerwiseAdamW(
+        return model, make_optimizer(
             model, sampler, lr=1e-3, offload=offload, inactive_states=inactive_states, train_norm=True
         )
 
@@ -340,7 +340,7 @@ def test_a_sampler_draws_among_the_layers_that_were_not_frozen() -> None:
 )
 def test_refuses_bad_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LayerwiseAdamW(make_llama(), UniformSampler(2, 2), **settings)  # type: ignore[arg-type]
+        make_optimizer(make_llama(), UniformSampler(2, 2), **settings)  # type: ignore[arg-type]
 
 
 def test_learns() -> None:
@@ -362,7 +362,7 @@ def test_learns() -> None:
 def test_model_and_optimizer_are_freed_together(offload: Any) -> None:
     """Many runs in one process: what a hook holds must not keep the last run's model alive."""
     model = make_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, GradNormSampler(2, 2, probing_steps=1, refresh_period=4), lr=1e-3, offload=offload, chunk_bytes=65536
     )
     for step in range(4):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_batch, make_llama
+from small import make_batch, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
@@ -38,7 +38,7 @@ def train(
     """Train for a few steps; the scale that each step's gradients had."""
     make, options = SAMPLERS[name]
     model = make_llama()
-    optimizer = LayerwiseAdamW(model, make(), lr=1e-3, **options, **settings)
+    optimizer = make_optimizer(model, make(), lr=1e-3, **options, **settings)
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=scale or 1.0, growth_interval=growth_interval, enabled=scale is not None
     )

@@ -7,24 +7,30 @@ import copy
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from small import backward, make_batch, make_llama
+from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import AllLayersSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
+from grass_ray.config import PLACEMENTS, MethodConfig, ModelConfig, Offload, UniformSamplerConfig
 from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.memory.plan import Planner
+from grass_ray.memory.step import StepShape
 from grass_ray.optim import host_store, streaming
 from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
 from grass_ray.optim.kernels import adamw, join, split, state_layout
+from grass_ray.optim.placement import Footprint, OnDevice, Resident, placement_class
 from grass_ray.optim.rounding import MIX_1, MIX_2, PLACE, STEP, round_stochastically
+from grass_ray.optim.units import Unit
 
 MODES = ("none", "resident", "blocking", "overlap", "lazy")
 STREAMED = MODES[2:]
@@ -131,7 +137,7 @@ def test_exact_precision_is_adamw_on_float32_masters(mode: Any) -> None:
     """Bit for bit, in every mode: the bfloat16 weight is the rounded master, the remainder the rest."""
     model = make_odd_llama(dtype=torch.bfloat16)
     start = copy.deepcopy(model)
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model,
         AllLayersSampler(),
         lr=1e-5,
@@ -241,7 +247,7 @@ def test_every_mode_rounds_alike() -> None:
     models = {}
     for mode, chunk_bytes in (*((mode, CHUNK) for mode in MODES), ("lazy", 16 * 1024)):
         model = models[mode, chunk_bytes] = make_odd_llama(dtype=torch.bfloat16)
-        optimizer = LayerwiseAdamW(model, UniformSampler(2, 3), lr=1e-3, offload=mode, chunk_bytes=chunk_bytes)  # type: ignore[arg-type]
+        optimizer = make_optimizer(model, UniformSampler(2, 3), lr=1e-3, offload=mode, chunk_bytes=chunk_bytes)  # type: ignore[arg-type]
         train(model, optimizer, range(10))
         states = optimizer.state_dict()["state"]
         models[mode, chunk_bytes] = (model, [states[i]["exp_avg_sq"] for i in sorted(states)])
@@ -252,6 +258,80 @@ def test_every_mode_rounds_alike() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- every mode
+
+
+class Counted(Resident):
+    """A mode of one's own (CONTRIBUTING.md): resident, and counts how often units leave."""
+
+    left = 0
+
+    def leave(self, unit: Unit) -> None:
+        super().leave(unit)
+        self.left += 1
+
+
+def test_an_offload_mode_is_a_class_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLACEMENTS, "counted", "test_offload.Counted")
+    weights = {}
+    for mode in ("none", "counted"):
+        model = weights[mode] = make_llama()
+        optimizer = make_optimizer(model, UniformSampler(1, 2, seed=4), lr=1e-3, offload=mode)
+        train(model, optimizer, range(9))
+    assert_same(weights["none"], weights["counted"])
+    assert optimizer.switches >= optimizer._placement.left > 0
+    sampled = MethodConfig(name="own", sampler=UniformSamplerConfig())
+    plans = Planner(ModelConfig(name="tiny"), "cpu").plan_modes(sampled, StepShape(rows=1, tokens=8))
+    assert plans[-1].offload == "counted"
+    assert plans[-1].to_dict() == plans[1].to_dict() | {"offload": "counted"}
+
+
+def test_every_mode_of_the_configuration_has_a_class_that_says_what_it_takes() -> None:
+    assert (*PLACEMENTS, "auto") == get_args(Offload)
+    kept = {"active": 40, "inactive": 20, "blocks": 80, "ring": 16}
+    assert {mode: placement_class(mode).footprint(**kept) for mode in PLACEMENTS} == {
+        "none": Footprint(states=60),
+        "resident": Footprint(states=40, host=80),
+        **dict.fromkeys(STREAMED, Footprint(states=0, staging=16, host=80)),
+    }
+    reset = kept | {"inactive": 0}
+    assert OnDevice.footprint(**reset) == Resident.footprint(**reset) == Footprint(states=40)
+
+
+def test_what_a_step_did_adds_up() -> None:
+    model = make_llama()
+    sampler = GradNormSampler(2, 3, probing_steps=2, refresh_period=3, seed=2)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK)
+    assert optimizer.last is None
+    done = []
+    for step in range(11):
+        active, layers = optimizer.active_units, optimizer.active_layers
+        train(model, optimizer, range(step, step + 1))
+        assert optimizer.last is not None
+        assert (optimizer.last.active_units, optimizer.last.active_layers) == (active, layers)
+        done.append(optimizer.last)
+    assert [info.probed for info in done] == [True, True, *[False] * 9]
+    assert sum(info.refreshed for info in done) == sampler.refreshes == 4
+    assert sum(info.switched for info in done) == optimizer.switches == 4
+    assert sum(info.bytes_in for info in done) == optimizer.stats.bytes_in > 0
+    assert sum(info.bytes_out for info in done) == optimizer.stats.bytes_out > 0
+    assert sum(info.stall_s for info in done) == pytest.approx(optimizer.stats.exposed_s)
+    assert done[-1].probabilities == sampler.probabilities()
+    model = make_llama()
+    other = make_optimizer(model, GradNormSampler(2, 3, probing_steps=2, refresh_period=3), offload="lazy")
+    other.load_state_dict(optimizer.state_dict())
+    train(model, other, range(11, 12))
+    assert other.last is not None
+    assert not other.last.refreshed
+    assert not other.last.switched
+
+
+@pytest.mark.parametrize("moved", [{"train_head": True}, {"granularity": "matrix", "ring_slots": 2}])
+def test_an_option_among_the_arguments_is_told_its_place(moved: dict[str, Any]) -> None:
+    names = ", ".join(f"{name}=..." for name in moved)
+    with pytest.raises(TypeError, match=re.escape(f"pass options=LayerwiseOptions({names})")):
+        LayerwiseAdamW(make_llama(), UniformSampler(2, 3), **moved)
+    with pytest.raises(TypeError, match="LayerwiseAdamW has no argument rate, speed"):
+        LayerwiseAdamW(make_llama(), UniformSampler(2, 3), speed=1, rate=2, **moved)
 
 
 SETTINGS = list(itertools.product([1, 3, 10], [1, 2, 4]))
@@ -267,7 +347,7 @@ def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
     models, states = {}, {}
     for mode in MODES:
         model = models[mode] = make_odd_llama(tied=tied)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             GradNormSampler(gamma, period, probing_steps=2, refresh_period=4, seed=2),
             lr=1e-3,
@@ -295,7 +375,7 @@ def test_every_mode_gives_the_same_bits(period: int, gamma: int) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_streaming_is_torchs_adamw(mode: Any) -> None:
     ours, theirs = make_odd_llama(), make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK, ring_slots=1
     )
     layers = [p for layer in find_decoder_stack(theirs).layers for p in layer]
@@ -313,7 +393,7 @@ def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
     def build(mode: Any) -> tuple[nn.Module, LayerwiseAdamW]:
         model = make_odd_llama()
         sampler = GradNormSampler(2, 3, probing_steps=2, refresh_period=4, seed=5)
-        return model, LayerwiseAdamW(model, sampler, lr=1e-3, offload=mode, chunk_bytes=CHUNK, train_norm=True)
+        return model, make_optimizer(model, sampler, lr=1e-3, offload=mode, chunk_bytes=CHUNK, train_norm=True)
 
     whole, optimizer = build(saved_in)
     snapshots = []
@@ -335,7 +415,7 @@ def test_resume_at_every_step_in_any_mode(saved_in: Any) -> None:
 def test_torchs_adamw_goes_on_from_the_exported_states(mode: Any) -> None:
     """The standard layout, loaded into torch's optimizer over the same groups: the next steps are the same bits."""
     ours = make_odd_llama()
-    optimizer = LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, offload=mode, chunk_bytes=CHUNK)
     train(ours, optimizer, range(5))
     theirs = copy.deepcopy(ours)
     place = {id(p): q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)}
@@ -353,7 +433,7 @@ def test_torchs_adamw_goes_on_from_the_exported_states(mode: Any) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_memory_on_the_device_is_the_ring(mode: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(2, 2), lr=1e-3, offload=mode, chunk_bytes=CHUNK, ring_slots=3, train_norm=True
     )
     norm = 2 * 4 * model.model.norm.weight.numel()
@@ -373,7 +453,7 @@ def test_lazy_fetches_ahead_during_backward_and_overlap_does_not() -> None:
     hidden = {}
     for mode in ("overlap", "lazy"):
         model = make_odd_llama()
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             UniformSampler(1, 4),
             lr=1e-3,
@@ -391,7 +471,7 @@ def test_lazy_fetches_ahead_during_backward_and_overlap_does_not() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_that_are_not_finite_change_nothing(mode: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5, seed=1), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(model, UniformSampler(2, 5, seed=1), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
     train(model, optimizer, range(2))
     before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()["state"]))
     backward(model, 99, vocabulary=61)
@@ -412,7 +492,7 @@ def test_gradients_that_are_not_finite_change_nothing(mode: Any) -> None:
 @pytest.mark.parametrize("mode", STREAMED)
 def test_an_interrupted_update_is_never_saved(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
+    optimizer = make_optimizer(model, UniformSampler(2, 5), lr=1e-3, offload=mode, chunk_bytes=CHUNK)
     train(model, optimizer, range(2))
     saved_weights, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     expected = copy.deepcopy(saved)
@@ -442,8 +522,8 @@ def test_an_interrupted_update_is_never_saved(mode: Any, monkeypatch: pytest.Mon
 def test_an_exception_in_backward_harms_nothing(mode: Any) -> None:
     model, reference = make_odd_llama(), make_odd_llama()
     build = {"lr": 1e-3, "chunk_bytes": CHUNK}
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 3, seed=1), offload=mode, **build)  # type: ignore[arg-type]
-    other = LayerwiseAdamW(reference, UniformSampler(2, 3, seed=1), offload="none", **build)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, UniformSampler(2, 3, seed=1), offload=mode, **build)  # type: ignore[arg-type]
+    other = make_optimizer(reference, UniformSampler(2, 3, seed=1), offload="none", **build)  # type: ignore[arg-type]
     for step in range(6):
         handle = optimizer.active_parameters()[0].register_hook(_interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -467,9 +547,9 @@ def test_host_memory_that_is_not_there_is_a_clear_error(monkeypatch: pytest.Monk
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="projected states are small and not streamed; use resident"):
-        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
+        make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
     with pytest.raises(ValueError, match="ring_slots is 0"):
-        LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
+        make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
     with pytest.raises(ValueError, match="precision is 'half'; available: weights, rem16, exact"):
         LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), precision="half")  # type: ignore[arg-type]
 
@@ -477,7 +557,7 @@ def test_bad_settings_are_refused() -> None:
 @pytest.mark.parametrize("offload", ["none", "resident"])
 def test_projected_states_travel_whole(offload: Any) -> None:
     model = make_odd_llama()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(1, 2), lr=1e-3, offload=offload, projection=GaLore(rank=4, refresh_period=3)
     )
     train(model, optimizer, range(12))
@@ -559,7 +639,7 @@ def record_training(mode: Any, chunk_bytes: int, slots: int, without: str | None
 
     for index, layer in enumerate(model.model.layers):
         layer.mlp.down_proj.weight.register_hook(noting_backward(f"layer_{index:02d}"))
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model,
         UniformSampler(2, 3, seed=3),
         lr=1e-3,
@@ -669,7 +749,7 @@ def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precisi
     models = {}
     for each in ("resident", mode):
         model = models[each] = make_odd_llama(dtype=torch.bfloat16).to(device)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             GradNormSampler(2, 3, probing_steps=2, refresh_period=4),
             lr=1e-3,
@@ -702,7 +782,7 @@ def test_gpu_kernel_is_the_reference() -> None:
 @pytest.mark.parametrize("sampler", [UniformSampler(2, 100), GradNormSampler(2, 100, probing_steps=1)])
 def test_gpu_step_never_makes_the_host_wait(sampler: Any) -> None:
     model = make_odd_llama(dtype=torch.bfloat16).cuda()
-    optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0)
+    optimizer = make_optimizer(model, sampler, lr=1e-3, offload="lazy", chunk_bytes=CHUNK, max_grad_norm=1.0)
     batch = make_batch(0, vocabulary=61).cuda()
     for step in range(6):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -717,7 +797,7 @@ def test_gpu_step_never_makes_the_host_wait(sampler: Any) -> None:
 @pytest.mark.gpu
 def test_gpu_memory_stays_flat() -> None:
     model = make_llama(hidden=512, layers=8).cuda().bfloat16()
-    optimizer = LayerwiseAdamW(model, UniformSampler(2, 5), lr=1e-3, offload="lazy", chunk_bytes=1024 * 1024)
+    optimizer = make_optimizer(model, UniformSampler(2, 5), lr=1e-3, offload="lazy", chunk_bytes=1024 * 1024)
     batch = make_batch(0).cuda()
 
     def step() -> None:
@@ -737,7 +817,7 @@ def test_gpu_memory_stays_flat() -> None:
 def overlapped_share(mode: Any, rows: int = 16) -> float:
     """Share of the copies' time during which a kernel runs on another stream, from a profiler trace."""
     model = make_llama(hidden=2048, layers=8).cuda().bfloat16()
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(2, 1000), lr=1e-3, offload=mode, chunk_bytes=32 * 1024 * 1024, ring_slots=8
     )
     batch = make_batch(0, rows=rows, tokens=1024).cuda()
@@ -794,7 +874,7 @@ def test_gpu_peak_is_the_ring_and_one_units_gradients() -> None:
         batch = make_batch(0, rows=4, tokens=256).cuda()
         optimizer = None
         if mode == "lazy":
-            optimizer = LayerwiseAdamW(
+            optimizer = make_optimizer(
                 model, UniformSampler(2, 1000), lr=1e-3, offload="lazy", chunk_bytes=chunk, ring_slots=4
             )
             gradients = 2 * sum(p.numel() for p in optimizer.stack.layers[0])

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_llama
+from small import backward, make_llama, make_optimizer
 from torch import Tensor, nn
 
 from grass_ray import AllLayersSampler, Apollo, GaLore, LayerwiseAdamW, UniformSampler
@@ -72,9 +72,9 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.zero_grad()
 
 
-def make_optimizer(model: nn.Module, projection: GaLore | Apollo, **settings: Any) -> LayerwiseAdamW:
+def with_projection(model: nn.Module, projection: GaLore | Apollo, **settings: Any) -> LayerwiseAdamW:
     defaults: dict[str, Any] = {"sampler": AllLayersSampler(), "lr": LR, "eps": 1e-6, "weight_decay": 0.1}
-    return LayerwiseAdamW(model, projection=projection, **defaults | settings)
+    return make_optimizer(model, projection=projection, **defaults | settings)
 
 
 def distance(left: nn.Module, right: nn.Module) -> float:
@@ -98,7 +98,7 @@ def test_galore_follows_galore_torch(rank: int, galore_torch: Any) -> None:
     parameters puts eps elsewhere than torch's: norms are frozen.
     """
     ours, theirs = make_model(torch.float64), make_model(torch.float64)
-    train(ours, make_optimizer(ours, GaLore(rank=rank, refresh_period=5, scale=0.25)), range(STEPS))
+    train(ours, with_projection(ours, GaLore(rank=rank, refresh_period=5, scale=0.25)), range(STEPS))
     group = {"params": matrices(theirs), "rank": rank, "update_proj_gap": 5, "scale": 0.25, "proj_type": "std"}
     for parameter in theirs.parameters():
         parameter.requires_grad_(parameter in set(matrices(theirs)))
@@ -129,7 +129,7 @@ def test_apollo_follows_apollo_torch(
         return stable_randn(like.shape, seed=seed) / math.sqrt(rank)
 
     ours, theirs = make_model(torch.float64), make_model(torch.float64)
-    optimizer = make_optimizer(ours, Apollo(rank=rank, refresh_period=5, scale=4.0, scaling=scaling))  # type: ignore[arg-type]
+    optimizer = with_projection(ours, Apollo(rank=rank, refresh_period=5, scale=4.0, scaling=scaling))  # type: ignore[arg-type]
     start = [p.detach().clone() for p in matrices(ours)]
     plain, plain_start = Apollo.directions, Apollo.start
     monkeypatch.setattr(Apollo, "directions", staticmethod(theirs_too))
@@ -153,7 +153,7 @@ def test_apollo_follows_apollo_torch(
     assert distance(ours, theirs) < (1e-3 if scale_front else 1e-9)
     monkeypatch.setattr(Apollo, "directions", staticmethod(plain))
     other = make_model(torch.float64)
-    train(other, make_optimizer(other, Apollo(rank=rank, refresh_period=5, scale=4.0, scaling=scaling)), range(STEPS))  # type: ignore[arg-type]
+    train(other, with_projection(other, Apollo(rank=rank, refresh_period=5, scale=4.0, scaling=scaling)), range(STEPS))  # type: ignore[arg-type]
     assert distance(other, theirs) > 1e-2, "the case must tell other directions apart"
     assert not any(torch.equal(a, b) for a, b in zip(start, matrices(ours), strict=True))
 
@@ -317,7 +317,7 @@ def test_moments_are_of_the_small_size(kind: str, rank: int) -> None:
     """Per matrix: two moments of rank x longer side and a projector of rank x shorter side; a rank above it is cut."""
     model = make_model()
     projection = GaLore(rank=rank) if kind == "galore" else Apollo(rank=rank)
-    optimizer = make_optimizer(model, projection)
+    optimizer = with_projection(model, projection)
     train(model, optimizer, range(1))
     expected = 0
     for matrix in matrices(model):
@@ -338,7 +338,7 @@ def test_only_matrices_of_the_layers_are_projected(kind: str) -> None:
     """Norms, embeddings and head follow torch's AdamW exactly: here those of a model whose layers are frozen."""
     others = {"train_embeddings": True, "train_head": True, "train_norm": True}
     model = make_llama(layers=2)
-    optimizer = make_optimizer(model, PROJECTIONS[kind], **others)
+    optimizer = with_projection(model, PROJECTIONS[kind], **others)
     train(model, optimizer, range(2))
     projected = {p for p, state in optimizer.state.items() if "projector" in state}
     assert projected == set(matrices(model))
@@ -354,7 +354,7 @@ def test_resume_is_bitwise_and_the_state_is_plain_data(kind: str, offload: str, 
 
     def build() -> tuple[nn.Module, LayerwiseAdamW]:
         model = make_model(dtype)
-        return model, make_optimizer(
+        return model, with_projection(
             model, PROJECTIONS[kind], sampler=UniformSampler(1, 2, seed=1), offload=offload, lr=1e-2
         )
 
@@ -381,7 +381,7 @@ def test_offloading_moves_the_projector_too_and_changes_no_number(kind: str) -> 
     models = {}
     for offload in ("none", "resident"):
         model = models[offload] = make_model()
-        optimizer = make_optimizer(model, PROJECTIONS[kind], sampler=UniformSampler(1, 2, seed=1), offload=offload)
+        optimizer = with_projection(model, PROJECTIONS[kind], sampler=UniformSampler(1, 2, seed=1), offload=offload)
         train(model, optimizer, range(9))
         resident, host = optimizer.state_bytes()
         if offload == "none":
@@ -401,7 +401,7 @@ def test_offloading_moves_the_projector_too_and_changes_no_number(kind: str) -> 
 def test_the_clock_of_refreshes_is_the_matrixs_own(kind: str) -> None:
     """A layer that trains only in every other period refreshes by the steps it trained."""
     model = make_model()
-    optimizer = make_optimizer(model, PROJECTIONS[kind], sampler=UniformSampler(1, 2, seed=1), offload="none")
+    optimizer = with_projection(model, PROJECTIONS[kind], sampler=UniformSampler(1, 2, seed=1), offload="none")
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
     for step in range(16):
         (active,) = optimizer.active_units

@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from small import backward, make_llama
+from small import backward, make_llama, make_optimizer
 from torch import nn
 
 from grass_ray import AllLayersSampler, CyclicSampler, LayerwiseAdamW, UniformSampler
@@ -67,7 +67,7 @@ def test_cyclic_in_exact_precision_is_badam(dtype: torch.dtype, monkeypatch: pyt
     every = 4
     ours, theirs = make_llama(layers=3).to(dtype), make_llama(layers=3).to(dtype)
     start = make_llama(layers=3).to(dtype)
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours,
         CyclicSampler(1, Step([every - 1, every], [0.01], steps=100)),
         lr=1e-3,
@@ -96,7 +96,7 @@ def test_badams_fencepost_is_what_sets_it_apart() -> None:
     for first in (3, 4):
         model = make_llama(layers=3)
         sampler = CyclicSampler(1, Step([first, 4], [0.01], steps=100))
-        optimizer = LayerwiseAdamW(model, sampler, lr=1e-3, inactive_states="reset")
+        optimizer = make_optimizer(model, sampler, lr=1e-3, inactive_states="reset")
         train(model, optimizer, range(8))
         models.append(model)
     left, right = (model.model.layers[0].mlp.up_proj.weight for model in models)
@@ -166,7 +166,7 @@ def plain_master_weights(model: nn.Module, steps: int, lr: float) -> None:
 
 def test_exact_precision_is_a_float32_adamw_bitwise() -> None:
     ours, theirs = make_llama().to(torch.bfloat16), make_llama().to(torch.bfloat16)
-    optimizer = LayerwiseAdamW(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, precision="exact", **EVERYTHING)
+    optimizer = make_optimizer(ours, AllLayersSampler(), lr=1e-3, weight_decay=0.1, precision="exact", **EVERYTHING)
     train(ours, optimizer, range(12))
     plain_master_weights(theirs, 12, 1e-3)
     assert_same_weights(ours, theirs)
@@ -207,7 +207,7 @@ def test_a_layer_that_comes_back_finds_its_own_master_weights(inactive_states: s
     """keep: the float32 copy goes on where it was, on the host meanwhile; reset: a new copy of what was rounded."""
     layers = 2
     ours, theirs = (make_llama(layers=layers).to(torch.bfloat16) for _ in range(2))
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         ours,
         UniformSampler(1, 2, seed=1),
         lr=1e-3,

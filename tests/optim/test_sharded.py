@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small import make_batch, make_llama
+from small import make_batch, make_llama, make_optimizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -145,7 +145,7 @@ def make(case: str, *, sharded: bool, **options: Any) -> tuple[Any, LayerwiseAda
     model = make_llama(layers=LAYERS, tied=case == "tied")
     if sharded:
         shard(model, model.model.layers)
-    return model, LayerwiseAdamW(model, sampler, lr=1e-3, weight_decay=0.1, **settings, **options)
+    return model, make_optimizer(model, sampler, lr=1e-3, weight_decay=0.1, **settings, **options)
 
 
 def follow(case: str, share: Callable[[Any, int], float], *, sharded: bool) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def full_states(share: Callable[[Any, int], float]) -> dict[str, Any]:
     again, other = make("grass-lazy", sharded=True)
     with torch.no_grad():
         for parameter, weight in zip(again.parameters(), weights, strict=True):
-            parameter.to_local().copy_(other._shards.own_rows(weight))
+            parameter.to_local().copy_(other._sync._shards.own_rows(weight))
     other.load_state_dict(everywhere[0])
     train(again, other, share, range(6, STEPS))
     return {
@@ -302,7 +302,7 @@ def odd(mine: slice) -> dict[str, Any]:
     for mode in MODES:
         model = Odd()
         shard(model, model.blocks)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             UniformSampler(1, 2, seed=1),
             lr=1e-2,
@@ -405,8 +405,8 @@ def refusals(rank: int) -> dict[str, str]:
         return shard(model, model.model.layers, **options)
 
     uniform = UniformSampler(1, 3, seed=1)
-    refuse("galore", lambda: LayerwiseAdamW(sharded_llama(), uniform, projection=GaLore(rank=4)))
-    refuse("apollo", lambda: LayerwiseAdamW(sharded_llama(), uniform, projection=Apollo(rank=4)))
+    refuse("galore", lambda: make_optimizer(sharded_llama(), uniform, projection=GaLore(rank=4)))
+    refuse("apollo", lambda: make_optimizer(sharded_llama(), uniform, projection=Apollo(rank=4)))
     hybrid = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     refuse("hybrid", lambda: LayerwiseAdamW(sharded_llama(mesh=hybrid), uniform))
     columns = {"shard_placement_fn": lambda p: Shard(p.ndim - 1)}
@@ -414,9 +414,9 @@ def refusals(rank: int) -> dict[str, str]:
     layers_only = make_llama(layers=LAYERS)
     for layer in layers_only.model.layers:
         fully_shard(layer)
-    refuse("partly", lambda: LayerwiseAdamW(layers_only, uniform, train_head=True))
+    refuse("partly", lambda: make_optimizer(layers_only, uniform, train_head=True))
     alone = [dist.new_group([index]) for index in range(2)]
-    refuse("group", lambda: LayerwiseAdamW(sharded_llama(), uniform, process_group=alone[rank]))
+    refuse("group", lambda: make_optimizer(sharded_llama(), uniform, process_group=alone[rank]))
     refuse("seeds", lambda: LayerwiseAdamW(sharded_llama(), UniformSampler(1, 2, seed=2 * rank)))
     _, optimizer = make("lisa", sharded=True)
     state = optimizer.state_dict()
@@ -547,7 +547,7 @@ def test_rows_that_cannot_be_shared_evenly(workers: list[dict[str, Any]]) -> Non
     """Seven rows, of which one worker has four, and a single row, of which one worker has nothing."""
     model = Odd()
     start = weights_of(model)
-    optimizer = LayerwiseAdamW(
+    optimizer = make_optimizer(
         model, UniformSampler(1, 2, seed=1), lr=1e-2, offload="none", max_grad_norm=0.1, train_head=True
     )
     train(model, optimizer, lambda model, step: in_halves(model, step, make_odd_batch), range(STEPS))
@@ -728,7 +728,7 @@ def test_gpu_shards_train_as_the_whole_model_whatever_the_streams_do(mode: Any, 
         model = make_llama(layers=LAYERS).bfloat16().cuda()
         if sharded:
             shard(model, model.model.layers)
-        optimizer = LayerwiseAdamW(
+        optimizer = make_optimizer(
             model,
             GradNormSampler(2, 3, probing_steps=2, refresh_period=4),
             lr=1e-3,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_batch, make_llama
+from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ from grass_ray.optim import host_store
 
 
 def build(model: nn.Module, **settings: Any) -> LayerwiseAdamW:
-    return LayerwiseAdamW(model, GradNormSampler(2, 2, probing_steps=2, refresh_period=4), lr=1e-3, **settings)
+    return make_optimizer(model, GradNormSampler(2, 2, probing_steps=2, refresh_period=4), lr=1e-3, **settings)
 
 
 def train(model: Any, optimizer: LayerwiseAdamW, steps: range) -> None:
@@ -111,7 +111,7 @@ class Blocks(nn.Module):
 def test_layers_that_get_no_gradient_are_named(sampler: Callable[[], Any]) -> None:
     for reentrant in (True, False):
         model = Blocks(reentrant=reentrant)
-        optimizer = LayerwiseAdamW(model, sampler(), lr=1e-2, train_head=True)
+        optimizer = make_optimizer(model, sampler(), lr=1e-2, train_head=True)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for step in range(6):
@@ -193,7 +193,7 @@ def test_parts_of_another_dtype_are_no_cast() -> None:
 
     model = Mixed()
     before = weights(model)
-    optimizer = LayerwiseAdamW(model, CyclicSampler(1, 1), lr=1e-2, granularity="block")
+    optimizer = make_optimizer(model, CyclicSampler(1, 1), lr=1e-2, granularity="block")
     for step in range(len(optimizer.units)):
         ids = make_batch(step, vocabulary=32)
         nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
@@ -383,7 +383,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
 def test_the_optimizer_proves_what_changed(offload: Any) -> None:
     """In anybody's loop; a step that was called off for gradients that are not finite is no mistake."""
     model = make_llama()
-    optimizer = LayerwiseAdamW(model, UniformSampler(1, 5), lr=1e-3, offload=offload, chunk_bytes=65536)
+    optimizer = make_optimizer(model, UniformSampler(1, 5), lr=1e-3, offload=offload, chunk_bytes=65536)
     proof = optimizer.prove()
     train(model, optimizer, range(8))
     for parameter in optimizer.active_parameters():

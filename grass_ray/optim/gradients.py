@@ -1,0 +1,192 @@
+"""What happens to gradients from their arrival in backward until the update: measured, reduced, or dropped.
+
+Hooks on the parameters do most of it while backward goes on. They hold weak references alone: Python's garbage
+collector does not see what a tensor's hooks hold, and neither optimizer nor model would ever be freed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from grass_ray.layerwise.importance import GradNormMeter
+from grass_ray.optim.active_set import ActiveSet
+from grass_ray.optim.loss_scaling import LossScale
+from grass_ray.optim.placement import OnDevice
+from grass_ray.optim.sync import GradientSync
+from grass_ray.optim.units import Unit
+from grass_ray.optim.watch import Watch, has_gradient
+
+
+class Owner(Protocol):
+    """The optimizer. ``last_micro_batch``: the next backward is the last one before its ``step``."""
+
+    last_micro_batch: bool
+
+
+class Gradients:
+    """The gradients of an optimizer's step.
+
+    Args:
+        owner: the optimizer.
+        active: which units train.
+        sync: how gradients become those of all workers.
+        placement: may want to know when backward reaches a unit.
+        watch: is told of units that got no gradient.
+        handles: takes up the handles of all hooks.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        active: ActiveSet,
+        sync: GradientSync,
+        placement: OnDevice,
+        watch: Watch,
+        handles: list[Any],
+    ) -> None:
+        self._owner = weakref.ref(owner)
+        self._units = units = active.parts.units
+        self._unit_of: dict[Tensor, Unit] = {
+            p: unit for unit in (*units, *active.parts.constant) for p in unit.parameters
+        }
+        self._sampler = sampler = active.sampler
+        self._active = active
+        self._sync = sync
+        self._placement = placement
+        self._watch = watch
+        self._handles = handles
+        # whether backward brought a gradient that probing did not keep
+        self._dropped = False
+        managed = active.parts.managed
+        self._never_seen = torch.full((len(units),), torch.nan, device=active.parts.device)
+        self._meter: GradNormMeter | None = None
+        if sampler.grad_norms == "arriving" or sampler.probing:
+            self._meter = GradNormMeter([unit.parameters for unit in units], sharded=sync.sharded)
+            self._meter.dropping = sampler.probing
+            handles.extend(self._meter.handles)
+        handles.extend(sync.watch(managed, weakref.WeakMethod(self._watch_seen)))
+        if sync.workers.count > 1:
+            for parameter in managed:
+                self._after(parameter, Gradients._reduce)
+        if placement.prefetches:
+            for unit in units:
+                for parameter in unit.parameters:
+                    self._after(parameter, Gradients._prefetch)
+
+    @property
+    def witness(self) -> nn.Parameter | None:
+        """A parameter of the meter whose gradient tells the scale, if a loss scaler unscales it with the others."""
+        return None if self._meter is None else self._meter.witness
+
+    # ------------------------------------------------------------------------------------------------ during backward
+
+    def _after(self, parameter: Tensor, react: Callable[[Gradients, Tensor], None]) -> None:
+        """Call ``react`` whenever the parameter's gradient was accumulated, as long as the optimizer lives."""
+        me = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            gradients = me()
+            if gradients is not None:
+                react(gradients, parameter)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _watch_seen(self, parameter: nn.Parameter, seen: nn.Parameter) -> None:
+        """Measure, and drop while probing, the gradients that autograd computes for a parameter."""
+        if self._meter is not None and seen is not parameter:
+            self._meter.watch(parameter, seen)
+            self._handles.append(self._meter.handles[-1])
+        if self._sampler.probing:
+            self._after(seen, Gradients._drop_while_probing)
+
+    def _drop_while_probing(self, parameter: Tensor) -> None:
+        """Free a gradient the moment it was measured, so that probing never holds more than a few of them."""
+        if self._sampler.probing:
+            parameter.grad = None
+            self._dropped = True
+
+    def _reduce(self, parameter: Tensor) -> None:
+        owner = self._owner()
+        last = owner is not None and owner.last_micro_batch and not self._sampler.probing
+        self._sync.arrived(parameter, self._unit_of[parameter], self._active.units, last=last)
+
+    def _prefetch(self, parameter: Tensor) -> None:
+        if not self._sampler.probing:
+            self._placement.prefetch(self._unit_of[parameter])
+
+    # ------------------------------------------------------------------------------------------------- during a step
+
+    def nothing_arrived(self) -> bool:
+        """Whether no backward reached the active units; several workers go through a step together."""
+        if self._sync.workers.count > 1 or not self._active.units:
+            return False
+        if self._sampler.probing:
+            return not self._dropped
+        return not has_gradient(self._active.parameters)
+
+    def measure(self, scale: LossScale | None) -> Tensor:
+        """The step's RMS gradient of each unit over all workers, as they arrived.
+
+        Gradients that a loss scaler has scaled are brought to the scale of the loss itself first.
+
+        Returns:
+            Shape (units,), on the device; NaN where nothing was measured.
+
+        Raises:
+            RuntimeError: a loss scaler was used with gradients that are reduced already, whose scales may differ.
+        """
+        if scale is not None:
+            self._sync.check_scalable()
+            scale.unscale(self._active.parameters)
+        if self._meter is None:
+            return self._never_seen
+        unseen = set(self._meter.unseen())
+        if self._sampler.probing:
+            self._watch.without_gradient([unit for index, unit in enumerate(self._units) if index in unseen])
+        # a loop divides each micro-batch's loss by their number: at the scale of the step's loss, however it is cut
+        micro_batches = self._meter.micro_batches
+        inverse = self._meter.inverse_scale() if scale is not None else 1.0
+        norms = self._meter.collect() * micro_batches * inverse
+        if scale is not None and scale.inverse is not None:
+            norms = norms * scale.inverse
+        return self._sync.workers.average(norms, summed=self._sync.workers.reduction == "sum")
+
+    def finish(self) -> Tensor:
+        """Make the active units' gradients those of all workers; their global norm, a scalar on the device."""
+        active, under_way = self._active.units, self._sync.under_way
+        self._watch.without_gradient(
+            [unit for unit in active if unit.name not in under_way and not has_gradient(unit.parameters)]
+        )
+        self._sync.finish(active)
+        (norm,) = self._sync.norms([self._active.parameters])
+        return norm
+
+    def accumulated_norms(self) -> Tensor:
+        """RMS of each active unit's gradient as it is now, shape (units,), NaN elsewhere."""
+        norms = self._never_seen.clone()
+        active = [self._units[index] for index in self._active.indices]
+        found = self._sync.norms([unit.parameters for unit in active])
+        for index, unit, norm in zip(self._active.indices, active, found, strict=True):
+            norms[index] = norm.float() / unit.size**0.5
+        return norms
+
+    def total_norm(self, norms: Tensor) -> Tensor:
+        """Global gradient norm of the units from their RMS values, shape (units,); NaN if none was measured."""
+        total = (norms.square() * norms.new_tensor([unit.size for unit in self._units])).nansum().sqrt()
+        return total.masked_fill(norms.isnan().all(), torch.nan)
+
+    def next_step(self) -> None:
+        """The sampler has observed a step, and may have ended its probing."""
+        if self._meter is not None:
+            self._meter.dropping = self._sampler.probing
+
+    def clear(self) -> None:
+        """Gradients were thrown away: forget what was measured of them."""
+        self._dropped = False
+        if self._meter is not None:
+            self._meter.clear()

@@ -1,0 +1,102 @@
+"""The settings of :class:`~grass_ray.optim.layerwise_adamw.LayerwiseAdamW` that most loops leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from grass_ray.optim.chunks import CHUNK_BYTES
+from grass_ray.optim.data_parallel import Reduction
+from grass_ray.optim.kernels import Precision
+from grass_ray.optim.projection import Projection
+from grass_ray.optim.streams import Streams
+from grass_ray.optim.units import Granularity
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseOptions:
+    """What :class:`~grass_ray.optim.layerwise_adamw.LayerwiseAdamW` trains besides the layers, and how.
+
+    Args:
+        projection: keeps the moments of the layers' matrices in a small space
+            (:class:`~grass_ray.optim.projection.GaLore`, :class:`~grass_ray.optim.projection.Apollo`).
+        inactive_states: ``"keep"`` the states of a layer that leaves the active set, or ``"reset"`` them to zero.
+        train_embeddings: train the embeddings (and a head tied to them) at every step.
+        train_head: train an untied LM head at every step.
+        train_norm: train the final norm at every step.
+        granularity: what the sampler picks from: decoder layers (``"layer"``), layers and both ends (``"block"``), or
+            weight matrices (``"matrix"``).
+        layers: name of the list of decoder layers, for models where it cannot be found.
+        process_group: the data-parallel workers; None takes the default group of torch.distributed if there is one.
+        gradient_reduction: the active gradients become their ``"mean"`` over the workers, or their ``"sum"`` if the
+            loop has divided each loss by the number of labels of all workers.
+        chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
+        ring_slots: number of slots of the ring.
+        streams: where streamed work runs; None takes CUDA streams, or runs one thing after another on a CPU.
+
+    Raises:
+        ValueError: a setting is out of range, or two of them exclude each other.
+    """
+
+    projection: Projection | None = None
+    inactive_states: Literal["keep", "reset"] = "keep"
+    train_embeddings: bool = False
+    train_head: bool = False
+    train_norm: bool = False
+    granularity: Granularity = "layer"
+    layers: str | None = None
+    process_group: Any | None = None
+    gradient_reduction: Reduction = "mean"
+    chunk_bytes: int = CHUNK_BYTES
+    ring_slots: int = 4
+    streams: Streams | None = None
+
+    def __post_init__(self) -> None:
+        if self.ring_slots < 1:
+            raise ValueError(f"ring_slots is {self.ring_slots}; it must be at least 1")
+        if self.inactive_states not in ("keep", "reset"):
+            raise ValueError(f"inactive_states is {self.inactive_states!r}; available: keep, reset")
+        if self.granularity == "block" and self.always_trained:
+            raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
+
+    @property
+    def always_trained(self) -> tuple[str, ...]:
+        """Which of ``"embeddings"``, ``"head"`` and ``"norm"`` train at every step."""
+        always = {"embeddings": self.train_embeddings, "head": self.train_head, "norm": self.train_norm}
+        return tuple(name for name, trains in always.items() if trains)
+
+
+def check_adamw(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    precision: Precision,
+) -> None:
+    """Raise ValueError that lists every setting of AdamW that is out of range."""
+    rules = [
+        (lr > 0, f"lr is {lr}; it must be above 0"),
+        (all(0 <= beta < 1 for beta in betas), f"betas are {betas}; each must be at least 0 and below 1"),
+        (eps > 0, f"eps is {eps}; it must be above 0"),
+        (weight_decay >= 0, f"weight_decay is {weight_decay}; it must not be negative"),
+        (max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm is {max_grad_norm}; it must be above 0 or None"),
+        (precision in get_args(Precision), f"precision is {precision!r}; available: {', '.join(get_args(Precision))}"),
+    ]
+    mistakes = [message for holds, message in rules if not holds]
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+
+
+def refuse_keywords(names: Collection[str]) -> None:
+    """Raise TypeError for keywords that ``LayerwiseAdamW`` does not take; those of the options are told apart."""
+    known = {field.name for field in fields(LayerwiseOptions)}
+    if unknown := sorted(set(names) - known):
+        raise TypeError(f"LayerwiseAdamW has no argument {', '.join(unknown)}")
+    if names:
+        moved = ", ".join(f"{name}=..." for name in names)
+        raise TypeError(
+            f"{', '.join(names)} {'are options' if len(names) > 1 else 'is an option'} of LayerwiseAdamW: pass "
+            f"options=LayerwiseOptions({moved})"
+        )

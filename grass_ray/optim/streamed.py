@@ -1,0 +1,142 @@
+"""States on the host, streamed through a small ring at every step: the placements of the streaming modes.
+
+:mod:`grass_ray.optim.streaming` explains the modes and moves the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from grass_ray.optim.hooks import WeakHook
+from grass_ray.optim.options import LayerwiseOptions
+from grass_ray.optim.placement import Footprint, OnDevice
+from grass_ray.optim.states import STEP, States
+from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
+from grass_ray.optim.streams import make_streams
+from grass_ray.optim.units import Unit
+
+
+class Streamed(OnDevice):
+    """States on the host, streamed through a ring at every step; a subclass says when updates must be done."""
+
+    has_blocks: ClassVar[bool] = True
+    streams_states: ClassVar[bool] = True
+    mode: ClassVar[StreamMode]
+
+    def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
+        super().__init__(states, device, stats, options)
+        self.streams = options.streams or make_streams(device, merged=self.mode == "blocking")
+        self.streamer = self._make_streamer()
+
+    def _make_streamer(self) -> Streamer:
+        return Streamer(
+            self.host,
+            self.streams,
+            self._device,
+            self.mode,
+            chunk_bytes=self._options.chunk_bytes,
+            slots=self._options.ring_slots,
+            stats=self._stats,
+        )
+
+    @staticmethod
+    def footprint(*, active: int, inactive: int, blocks: int, ring: int) -> Footprint:
+        """Memory needed while a given set of sampled units is active; see :meth:`OnDevice.footprint`."""
+        return Footprint(states=0, staging=ring, host=blocks)
+
+    @staticmethod
+    def suits(*, keeps: bool, small: bool) -> bool:
+        """Unless the states are small; see :meth:`OnDevice.suits`."""
+        return not small
+
+    def hooks(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        units: Sequence[Unit],
+        before_forward: Callable[[WeakHook], list[Any]],
+    ) -> list[Any]:
+        """Each layer's forward waits for its own updates, the model's for those of all units outside the layers."""
+        by_layer: dict[int | None, list[str]] = {}
+        for unit in units:
+            by_layer.setdefault(unit.layer, []).append(unit.name)
+        handles: list[Any] = []
+        for layer, names in by_layer.items():
+            module = model if layer is None else layers[layer]
+            handles.append(module.register_forward_pre_hook(WeakHook(self.wait_for, names)))
+        # the model must not hold the optimizer, which holds the ring and all states
+        synchronize = WeakHook(self.synchronize)
+        handles.extend(before_forward(synchronize))
+        handles.append(model.register_state_dict_pre_hook(synchronize))  # type: ignore[no-untyped-call]
+        return handles
+
+    def activate(self, units: Iterable[Unit]) -> None:
+        """Make host blocks for units that had none."""
+        for unit in units:
+            self._allocate(unit)
+            self._offloaded.add(unit.name)
+
+    def forget(self, unit: Unit) -> None:
+        """Set the unit's blocks to zero."""
+        super().forget(unit)
+        self.streamer.wait_for_host()
+        self.host.clear(unit.name)
+
+    def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
+        """AdamW on what is on the device, then on the streamed units, chunk by chunk."""
+        super().update(units, groups, skip)
+        streamed = [unit for unit in units if self.offloaded(unit)]
+        trained = [p for unit in streamed for p in unit.parameters if p.grad is not None]
+        self.streamer.update(streamed, {p: self._states.held[p][STEP] for p in trained}, groups, skip)
+
+    def prefetch(self, unit: Unit) -> None:
+        """Fetch as many of the unit's chunks as there is room for."""
+        if self.offloaded(unit):
+            self.streamer.prefetch(unit)
+
+    def wait_for(self, names: Sequence[str]) -> None:
+        """Let the current stream wait for updates of these units that are under way."""
+        for name in names:
+            self.streamer.gate(name)
+
+    def synchronize(self) -> None:
+        """Let the current stream wait for every update under way."""
+        self.streamer.synchronize()
+
+    def synchronize_host(self) -> None:
+        """Wait until the host may read every block."""
+        self.streamer.synchronize()
+        self.streamer.wait_for_host()
+
+    def on_device(self, units: Iterable[Unit]) -> Iterator[Tensor]:
+        """State tensors of what is not streamed, and the ring."""
+        yield from super().on_device(units)
+        yield self.streamer.ring
+
+    def clear(self) -> None:
+        """Forget every state, and begin with an empty ring."""
+        super().clear()
+        self.streamer = self._make_streamer()
+
+
+class Blocking(Streamed):
+    """One chunk after another on the training's own stream (``offload="blocking"``)."""
+
+    mode: ClassVar[StreamMode] = "blocking"
+
+
+class Overlap(Streamed):
+    """Copies and updates overlap, and all are done when ``step`` ends (``offload="overlap"``)."""
+
+    mode: ClassVar[StreamMode] = "overlap"
+
+
+class Lazy(Streamed):
+    """Chunks are fetched during backward, and updates go on under the next forward (``offload="lazy"``)."""
+
+    mode: ClassVar[StreamMode] = "lazy"
+    prefetches: ClassVar[bool] = True
