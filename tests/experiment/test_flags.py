@@ -10,6 +10,7 @@ import pytest
 from mini_sweep import SWEEP
 from small import REPOSITORY
 
+from grass_ray.cli import main as command_line
 from grass_ray.commands.sweep import main
 from grass_ray.config import EvaluationConfig, RunConfig, TrainingConfig
 from grass_ray.experiment.flags import SweepOptions
@@ -113,6 +114,18 @@ def test_the_help_shows_three_examples_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.count("mini_sweep.py --") == 3
     assert "code 0 False False" in done.stdout
+
+
+def test_the_verb_shows_the_help_of_the_file_that_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit) as stop:
+        command_line(["sweep", str(SCRIPT), "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "Does a sweep run from end to end?" in said
+    assert "--dry-run" in said
 
 
 def test_a_dry_run_prints_every_trial_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
