@@ -181,6 +181,13 @@ def test_a_plan_reads_back_equal() -> None:
         SweepPlan.from_yaml("name: mini", "/x/sweep.yaml")
 
 
+def test_a_plan_that_an_older_version_wrote_has_the_trials_of_its_sweep() -> None:
+    from mini_sweep import SWEEP
+
+    file = Path(__file__).parent / "plans" / "mini.yaml"
+    assert SweepPlan.from_yaml(file.read_text(), "mini.yaml").trials == plan_trials(SWEEP, SweepOptions())[0]
+
+
 def test_differences_name_what_varies_inside_a_method() -> None:
     trials = expand(methods=("grass",), seeds=(0, 1), base=False)
     assert differences(trials) == ["seed=0", "seed=1"]
