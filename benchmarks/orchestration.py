@@ -24,8 +24,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from grass_ray.experiment.flags import SweepDefaults, SweepOptions
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.commands import sweep as sweep_command
+from grass_ray.experiment import EvaluationConfig, Sweep, TrainingConfig
+from grass_ray.experiment.flags import SweepOptions
+from grass_ray.experiment.plan import plan_trials
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.record import RunRecord
 from grass_ray.results.tracker import Tracker
@@ -57,28 +59,26 @@ def main(options: Options) -> None:
 
 
 def make_sweep(options: Options, *, seeds: int, checkpoint_every: int | None = None) -> Sweep:
-    every = () if checkpoint_every is None else (f"training.checkpoint_every_steps={checkpoint_every}",)
     return Sweep(
         name="orchestration",
         question="What does orchestration cost?",
-        defaults=SweepDefaults(
-            models=("tiny",),
-            methods=("grass",),
-            tasks=("generated",),
-            seeds=tuple(range(seeds)),
-            settings=(f"training.steps={options.steps}", "training.batch_size=4", "evaluation.limit=8", *every),
-            method_settings={"grass": ("method.sampler.period=10", f"method.sampler.probing_steps={PROBING_STEPS}")},
-        ),
+        models=("tiny",),
+        methods=("grass",),
+        tasks=("generated",),
+        seeds=tuple(range(seeds)),
+        training=TrainingConfig(steps=options.steps, batch_size=4, checkpoint_every_steps=checkpoint_every),
+        evaluation=EvaluationConfig(limit=8),
+        method_settings={"grass": {"method.sampler.period": 10, "method.sampler.probing_steps": PROBING_STEPS}},
     )
 
 
 def loop(sweep: Sweep) -> dict[str, float]:
     """The trials one after another; the first one's imports and downloads are warmed up before."""
-    specs = sweep.plan(SweepOptions(base=False))[0]
-    Run.prepare(specs[0].config)
+    configs = plan_trials(sweep, SweepOptions(base=False))[0]
+    Run.prepare(configs[0])
     started = time.perf_counter()
-    for spec in specs:
-        run = Run.prepare(spec.config)
+    for config in configs:
+        run = Run.prepare(config)
         for _ in run.fit():
             pass
         run.evaluate()
@@ -99,7 +99,8 @@ def run_sweep(sweep: Sweep, options: Options) -> list[float]:
     """Run a sweep, and find out how many seconds the worker of each trial worked."""
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:
-        code = sweep.run(
+        code = sweep_command.run(
+            sweep,
             SweepOptions(base=False, quiet=True, storage_path=folder, cpus_per_trial=options.cpus_per_trial,
                          tracking_uri=f"sqlite:///{folder}/mlflow.db")
         )  # fmt: skip
@@ -112,7 +113,7 @@ def run_sweep(sweep: Sweep, options: Options) -> list[float]:
 
 def checkpointing(options: Options) -> dict[str, float]:
     """Seconds a checkpoint takes to write, beside those of a step; and what it costs a trial, Ray's report included."""
-    run = Run.prepare(make_sweep(options, seeds=1).plan(SweepOptions(base=False))[0].config)
+    run = Run.prepare(plan_trials(make_sweep(options, seeds=1), SweepOptions(base=False))[0][0])
     steps = [report.step_s for report in run.fit()]
     times = []
     with tempfile.TemporaryDirectory(prefix="grass_ray-orchestration-") as folder:

@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb and exit with its code."""
     prepare_output()
     words = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if words[:1] == ["sweep"] and len(words) > 1 and not words[1].startswith("-"):
+        # everything after the file is the script's, --help too
+        leave(lambda: _run(at_home(SweepFile(file=Path(words[1]))), words[2:]))
     verb, rest = tyro.cli(
         _parsed_types(words),
         prog="grass-ray",
@@ -50,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries()
     leave(lambda: _run(at_home(verb), rest))
 

@@ -4,7 +4,7 @@
 
     execute(config, listeners=[RunProgress(config.name)])
 
-    with SweepProgress("quickstart", [(spec.key, spec.config.name) for spec in plan.specs]) as progress:
+    with SweepProgress("quickstart", [(trial.fingerprint, trial.name) for trial in plan.trials]) as progress:
         progress.start(key)
 """
 

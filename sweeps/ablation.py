@@ -8,31 +8,29 @@ python sweeps/ablation.py
 """
 
 from grass_ray.commands.sweep import main
-from grass_ray.experiment.flags import SweepDefaults
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
 SWEEP = Sweep(
     name="ablation",
     question="What does each part of GRASS give?",
-    defaults=SweepDefaults(
-        models=("smollm2-135m",),
-        methods=("lisa", "grass-static", "grass"),
-        tasks=("generated",),
-        seeds=(0, 1, 2),
-        settings=("training.steps=200", "training.checkpoint_every_steps=50"),
-        one_at_a_time={
-            "method.sampler.num_active_layers": (1, 2, 4),
-            "method.sampler.temperature": (0.2, 0.5, 2.0),
-            "method.sampler.normalise": ("mean", "none"),
-            "method.offload": ("none", "resident", "blocking", "overlap", "lazy"),
-            "method.inactive_states": ("keep", "reset"),
-            "method.train_embeddings": (False, True),
-        },
-    ),
-    smoke=SweepDefaults(
+    models=("smollm2-135m",),
+    methods=("lisa", "grass-static", "grass"),
+    tasks=("generated",),
+    seeds=(0, 1, 2),
+    training=TrainingConfig(steps=200, checkpoint_every_steps=50),
+    one_at_a_time={
+        "method.sampler.num_active_layers": (1, 2, 4),
+        "method.sampler.temperature": (0.2, 0.5, 2.0),
+        "method.sampler.normalise": ("mean", "none"),
+        "method.offload": ("none", "resident", "blocking", "overlap", "lazy"),
+        "method.inactive_states": ("keep", "reset"),
+        "method.train_embeddings": (False, True),
+    },
+    smoke=Preset(
         methods=("grass-static", "grass"),
         seeds=(0,),
-        settings=("training.steps=20", "training.checkpoint_every_steps=null", "evaluation.limit=20"),
+        training=TrainingConfig(steps=20, checkpoint_every_steps=None),
+        evaluation=EvaluationConfig(limit=20),
         one_at_a_time={
             "method.sampler.normalise": ("none",),
             "method.offload": ("none", "overlap"),

@@ -4,40 +4,27 @@ python sweeps/arithmetic.py --smoke --data-dir LLM-Adapters
 """
 
 from grass_ray.commands.sweep import main
-from grass_ray.experiment.flags import SweepDefaults
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
-SHORT_SCHEDULE = ("method.sampler.period=5", "method.sampler.probing_steps=3", "method.sampler.refresh_period=10")
+SHORT = {"method.sampler.period": 5, "method.sampler.probing_steps": 3, "method.sampler.refresh_period": 10}
 
 SWEEP = Sweep(
     name="arithmetic",
     question="Which fine-tuning method solves arithmetic word problems best?",
-    defaults=SweepDefaults(
-        models=("smollm2-135m",),
-        methods=("full", "lora", "lisa", "grass"),
-        tasks=("arithmetic",),
-        seeds=(0,),
-        settings=(
-            "training.steps=1800",
-            "training.batch_size=16",
-            "training.warmup_steps=100",
-            "training.checkpoint_every_steps=200",
-        ),
-    ),
-    smoke=SweepDefaults(
+    models=("smollm2-135m",),
+    methods=("full", "lora", "lisa", "grass"),
+    tasks=("arithmetic",),
+    seeds=(0,),
+    training=TrainingConfig(steps=1800, batch_size=16, warmup_steps=100, checkpoint_every_steps=200),
+    smoke=Preset(
         tasks=("gsm8k", "addsub"),
-        settings=(
-            "training.steps=10",
-            "training.batch_size=4",
-            "training.warmup_steps=2",
-            "training.checkpoint_every_steps=null",
-            "evaluation.limit=6",
-        ),
+        training=TrainingConfig(steps=10, batch_size=4, warmup_steps=2, checkpoint_every_steps=None),
+        evaluation=EvaluationConfig(limit=6),
         method_settings={
-            "lisa": ("method.sampler.period=5",),
-            "grass": SHORT_SCHEDULE,
-            "grass-static": SHORT_SCHEDULE[:2],
-            "grass-fresh": SHORT_SCHEDULE,
+            "lisa": {"method.sampler.period": 5},
+            "grass": SHORT,
+            "grass-static": {**SHORT, "method.sampler.refresh_period": None},
+            "grass-fresh": SHORT,
         },
     ),
 )

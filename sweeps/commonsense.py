@@ -4,40 +4,27 @@ python sweeps/commonsense.py --smoke --data-dir LLM-Adapters
 """
 
 from grass_ray.commands.sweep import main
-from grass_ray.experiment.flags import SweepDefaults
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
-SHORT_SCHEDULE = ("method.sampler.period=5", "method.sampler.probing_steps=3", "method.sampler.refresh_period=10")
+SHORT = {"method.sampler.period": 5, "method.sampler.probing_steps": 3, "method.sampler.refresh_period": 10}
 
 SWEEP = Sweep(
     name="commonsense",
     question="Which fine-tuning method answers commonsense questions best?",
-    defaults=SweepDefaults(
-        models=("smollm2-135m",),
-        methods=("full", "lora", "lisa", "grass"),
-        tasks=("commonsense",),
-        seeds=(0,),
-        settings=(
-            "training.steps=2000",
-            "training.batch_size=16",
-            "training.warmup_steps=100",
-            "training.checkpoint_every_steps=200",
-        ),
-    ),
-    smoke=SweepDefaults(
+    models=("smollm2-135m",),
+    methods=("full", "lora", "lisa", "grass"),
+    tasks=("commonsense",),
+    seeds=(0,),
+    training=TrainingConfig(steps=2000, batch_size=16, warmup_steps=100, checkpoint_every_steps=200),
+    smoke=Preset(
         tasks=("boolq", "arc_easy", "arc_challenge", "openbookqa"),
-        settings=(
-            "training.steps=12",
-            "training.batch_size=4",
-            "training.warmup_steps=2",
-            "training.checkpoint_every_steps=null",
-            "evaluation.limit=16",
-        ),
+        training=TrainingConfig(steps=12, batch_size=4, warmup_steps=2, checkpoint_every_steps=None),
+        evaluation=EvaluationConfig(limit=16),
         method_settings={
-            "lisa": ("method.sampler.period=5",),
-            "grass": SHORT_SCHEDULE,
-            "grass-static": SHORT_SCHEDULE[:2],
-            "grass-fresh": SHORT_SCHEDULE,
+            "lisa": {"method.sampler.period": 5},
+            "grass": SHORT,
+            "grass-static": {**SHORT, "method.sampler.refresh_period": None},
+            "grass-fresh": SHORT,
         },
     ),
 )

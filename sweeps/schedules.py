@@ -9,9 +9,7 @@ python sweeps/schedules.py --scheduler pbt --num-samples 8             # schedul
 """
 
 from grass_ray.commands.sweep import main
-from grass_ray.experiment.flags import SweepDefaults
-from grass_ray.experiment.space import LogUniform, OneOf
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.experiment import DataConfig, EvaluationConfig, LogUniform, OneOf, Preset, Sweep, TrainingConfig
 
 SHARP = LogUniform(low=0.1, high=1.0)
 SPACE = {
@@ -42,24 +40,20 @@ SPACE = {
 SWEEP = Sweep(
     name="schedules",
     question="How should GRASS choose its layers?",
-    defaults=SweepDefaults(
-        models=("smollm2-135m",),
-        methods=("grass",),
-        tasks=("generated",),
-        seeds=(0, 1, 2),
-        settings=(
-            "training.steps=200",
-            "method.sampler.probing_steps=5",
-            "training.checkpoint_every_steps=50",
-            "data.validation_rows=64",
-        ),
-        grid={"method.sampler.period": (5, 10, 20), "method.sampler.refresh_period": (20, 50, None)},
-        space=SPACE,
-        search="grid",
-    ),
-    smoke=SweepDefaults(
+    models=("smollm2-135m",),
+    methods=("grass",),
+    tasks=("generated",),
+    seeds=(0, 1, 2),
+    data=DataConfig(validation_rows=64),
+    training=TrainingConfig(steps=200, checkpoint_every_steps=50),
+    settings={"method.sampler.probing_steps": 5},
+    grid={"method.sampler.period": (5, 10, 20), "method.sampler.refresh_period": (20, 50, None)},
+    space=SPACE,
+    search="grid",
+    smoke=Preset(
         seeds=(0,),
-        settings=("training.steps=20", "training.checkpoint_every_steps=null", "evaluation.limit=20"),
+        training=TrainingConfig(steps=20, checkpoint_every_steps=None),
+        evaluation=EvaluationConfig(limit=20),
         grid={"method.sampler.period": (5, 10), "method.sampler.refresh_period": (10, None)},
     ),
 )

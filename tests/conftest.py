@@ -38,23 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    if config.getoption("dist", "no") == "loadgroup":
-        _group_for_several_processes(items)
-
-
-def _group_for_several_processes(items: list[pytest.Item]) -> None:
-    """Keep each file's tests together, as its fixtures are, and all that start Ray; the longest groups come first.
-
-    While one process waits for Ray's own processes, the others go through the rest. Needs --no-loadscope-reorder.
-    """
-
-    def is_long(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(mark) for mark in ("long", "slow"))
-
-    def starts_ray(item: pytest.Item) -> bool:
-        return is_long(item) and item.path.parent.name in ("cluster", "chaos")
-
-    files_with_long = {item.path for item in items if is_long(item)}
-    items.sort(key=lambda item: 0 if starts_ray(item) else 1 if item.path in files_with_long else 2)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else str(item.path)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # files with long tests first, so that no process has one left when the others are done
+        files_with_long = {item.path for item in items if item.get_closest_marker("long")}
+        items.sort(key=lambda item: item.path not in files_with_long)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from grass_ray.cluster.resources import TrialResources
 from grass_ray.config import Parallel, RunConfig
 from grass_ray.execute import RunContext
-from grass_ray.experiment.trial_spec import TrialSpec
-from grass_ray.experiment.tuning import rungs
+from grass_ray.experiment.search import rungs
+from grass_ray.experiment.space import Params, Space
 from grass_ray.results.provenance import hardware
 from grass_ray.results.record import SearchPart
 
@@ -61,8 +61,8 @@ class Job(BaseModel):
         search: which search the trial belongs to.
         until: training steps after which a generation ends.
         start_from: URI of the checkpoint that the run begins with.
-        space: of a population's search, as plain values.
-        picks: the member's place in ``space``, which PBT changes.
+        space: of a population's search.
+        params: the member's point of ``space``, which PBT changes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -74,13 +74,13 @@ class Job(BaseModel):
     search: SearchPart | None = None
     until: int | None = None
     start_from: str | None = None
-    space: dict[str, Any] | None = None
-    picks: dict[str, Any] | None = None
+    space: Space | None = None
+    params: Params | None = None
 
     @classmethod
-    def of(cls, spec: TrialSpec, context: SweepContext, **fields: Any) -> Job:
+    def of(cls, config: RunConfig, context: SweepContext, **fields: Any) -> Job:
         """The job of a trial; ``fields`` are further attributes."""
-        return cls(config=spec.config, key=spec.key, folder=spec.folder, context=context, **fields)
+        return cls(config=config, key=config.fingerprint, folder=config.folder, context=context, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``Job.model_validate`` reads them."""

@@ -25,8 +25,8 @@ from pydantic import AliasChoices, Field
 from grass_ray.cluster.job import RECORD_FILE, TIME, Job
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import train
-from grass_ray.experiment.space import from_plain, values
-from grass_ray.experiment.tuning import generation_ends
+from grass_ray.experiment.search import generation_ends
+from grass_ray.experiment.space import values
 from grass_ray.results.record import LineageStep, RecordPart
 from grass_ray.training.report import VALIDATION
 
@@ -103,10 +103,9 @@ def _train(job: Job, storage: Storage, state: MemberState) -> bool:
 def next_generation(given: Job, state: MemberState) -> Job:
     """The job of the generation that begins at ``state``, with the settings that the member has now."""
     assert given.space is not None
-    assert given.picks is not None
+    assert given.params is not None
     assert given.search is not None
-    space = from_plain(given.space)
-    settings = values(space, given.picks)
+    settings = values(given.space, given.params)
     config = given.config.override(settings)
     lineage = list(state.lineage)
     if not lineage or state.key != given.key or lineage[-1].settings != settings:

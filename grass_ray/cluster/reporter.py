@@ -21,7 +21,8 @@ from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE
 from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.experiment.plan import SweepPlan, TrialSpec
+from grass_ray.config import RunConfig
+from grass_ray.experiment.plan import SweepPlan
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
@@ -38,7 +39,7 @@ class _Trial:
     """What the driver knows of one trial.
 
     Attributes:
-        spec: the trial.
+        config: the trial.
         search: the search that it belongs to.
         run_id: of its run in MLflow; None until it is opened.
         started_at: ISO time; None until it starts.
@@ -48,7 +49,7 @@ class _Trial:
         stopped: the record of a trial that a scheduler stopped.
     """
 
-    spec: TrialSpec
+    config: RunConfig
     search: SearchPart | None = None
     run_id: str | None = None
     started_at: str | None = None
@@ -89,14 +90,14 @@ class TrialStore:
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
         self._scratch = scratch
-        self._trials = {spec.key: _Trial(spec=spec) for spec in plan.specs}
+        self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
 
-    def add(self, spec: TrialSpec, search: SearchPart) -> None:
+    def add(self, config: RunConfig, search: SearchPart) -> None:
         """Learn of a trial of a search, or of its winner, which may not have been known when the sweep began."""
-        self._trials.setdefault(spec.key, _Trial(spec=spec)).search = search
-        self.progress.add(spec.key, spec.config.name)
+        self._trials.setdefault(config.fingerprint, _Trial(config=config)).search = search
+        self.progress.add(config.fingerprint, config.name)
 
     def start(self, key: str) -> None:
         """A trial starts, or a population's member goes on: find or create its run."""
@@ -123,7 +124,7 @@ class TrialStore:
 
     def let_pass(self, key: str, train_step: int) -> None:
         """Tell a trial that waits at a rung to go on."""
-        self.storage.write_text("", self._trials[key].spec.folder, passed_file(train_step))
+        self.storage.write_text("", self._trials[key].config.folder, passed_file(train_step))
 
     def stop_early(self, key: str, train_step: int, reason: str) -> None:
         """A scheduler stopped a trial after a training step: write the record that its process can write no more."""
@@ -152,7 +153,7 @@ class TrialStore:
             earlier: it ended before this process began.
         """
         trial = self._trials[key]
-        folder = trial.spec.folder
+        folder = trial.config.folder
         if failure is None and not self.storage.exists(folder, RECORD_FILE):
             failure = "the trial ended without a record"
         if failure is not None:  # write the record that the dead process could not; --resume tries such a trial again
@@ -176,9 +177,10 @@ class TrialStore:
         if not earlier:  # a resumed sweep begins with many at once
             self.overview.show(list(self.records.values()))
 
-    def has_ended(self, spec: TrialSpec) -> bool:
+    def has_ended(self, config: RunConfig) -> bool:
         """Return whether a trial need not run again: it has a record, and its process did not die."""
-        return self.storage.exists(spec.folder, RECORD_FILE) and not self.storage.exists(spec.folder, TRACEBACK_FILE)
+        folder = config.folder
+        return self.storage.exists(folder, RECORD_FILE) and not self.storage.exists(folder, TRACEBACK_FILE)
 
     # -- what happens to the sweep
 
@@ -187,7 +189,7 @@ class TrialStore:
         for trial in self._trials.values():
             if trial.stopped is not None:
                 self._write(trial, trial.stopped)
-                self.storage.remove("ray", f"train-{trial.spec.key}")
+                self.storage.remove("ray", f"train-{trial.config.fingerprint}")
 
     def stop_running(self, status: Status, reason: str) -> None:
         """The sweep ends early: close the runs of the trials that have not ended, without a record in storage."""
@@ -208,18 +210,18 @@ class TrialStore:
     def _open_run(self, trial: _Trial) -> str:
         """The trial's run in MLflow, found or created once."""
         if trial.run_id is None:
-            config = trial.spec.config
+            config = trial.config
             stage = "trial" if trial.search is None else trial.search.stage
-            folder = f"{self.storage.uri}/{trial.spec.folder}"
+            folder = f"{self.storage.uri}/{config.folder}"
             tags = trial_tags(config, sweep=self.plan.name, stage=stage, folder=folder)
             trial.run_id = self.tracker.start_trial(
-                self.plan.sweep_id, trial.spec.key, config.name, tags, config.flatten()
+                self.plan.sweep_id, trial.config.fingerprint, config.name, tags, config.flatten()
             )
         return trial.run_id
 
     def _fetch(self, trial: _Trial) -> Path:
         """The trial's files in a local folder."""
-        folder = trial.spec.folder
+        folder = trial.config.folder
         local = self.storage.join(folder).local_folder
         if local is None:
             local = self._scratch / folder
@@ -228,15 +230,15 @@ class TrialStore:
         return local
 
     def _write(self, trial: _Trial, record: RunRecord) -> None:
-        self.storage.write_text(record.model_dump_json(indent=1), trial.spec.folder, RECORD_FILE)
+        self.storage.write_text(record.model_dump_json(indent=1), trial.config.folder, RECORD_FILE)
 
     def _record_without_outcome(self, trial: _Trial, status: Status, failure: str) -> RunRecord:
         assert trial.started_at is not None
         return build_record(
-            run_id=f"{self.plan.sweep_id}-{trial.spec.key}",
+            run_id=f"{self.plan.sweep_id}-{trial.config.fingerprint}",
             sweep=self.plan.name,
             sweep_id=self.plan.sweep_id,
-            config=trial.spec.config,
+            config=trial.config,
             status=status,
             failure=failure,
             outcome=None,

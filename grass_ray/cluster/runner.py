@@ -60,7 +60,7 @@ class SweepRunner:
         self.console = console
         local = root.local_folder
         self.tracker = Tracker(plan.tracking_uri, plan.name, None if local is None else local / "artifacts")
-        names = [(spec.key, spec.config.name) for spec in plan.specs]
+        names = [(config.fingerprint, config.name) for config in plan.trials]
         self.progress = SweepProgress(plan.name, names, console=console, quiet=options.quiet, expected=plan.num_trials)
 
     def open(self) -> None:
@@ -116,18 +116,18 @@ class SweepRunner:
         return None if reason is None else f"{reason} ({where})"
 
     def _run_trials(self, trial_store: TrialStore) -> None:
-        tuning = self.plan.tuning
-        groups = tuning.groups if tuning is not None else ()
-        searches = [MethodSearch(tuning, group, trial_store, self.storage) for group in groups if tuning is not None]
-        for spec in [*self.plan.specs, *(spec for search in searches for spec in search.ended())]:
-            if trial_store.has_ended(spec):
-                trial_store.end(spec.key, None, earlier=True)
+        plan = self.plan.search
+        methods = plan.methods if plan is not None else ()
+        searches = [MethodSearch(plan, spec, trial_store, self.storage) for spec in methods if plan is not None]
+        for config in [*self.plan.trials, *(config for search in searches for config in search.ended())]:
+            if trial_store.has_ended(config):
+                trial_store.end(config.fingerprint, None, earlier=True)
         if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
             return
         with ray_cluster(self.options.machines) as cluster:
             cluster.check_storage(self.storage)
-            if tuning is not None and tuning.scheduler != "none":
+            if plan is not None and plan.scheduler != "none":
                 cluster.check_dashboard()
             context = self._context(cluster)
             with self.progress:
@@ -136,11 +136,11 @@ class SweepRunner:
                         run_trials(search.tune_run(context, cluster.memories), context, trial_store)
                 for search in searches:
                     if not search.finals():
-                        self._say(f"no trial of {search.group.method} came to its end: it has no winner", always=True)
+                        self._say(f"no trial of {search.spec.method} came to its end: it has no winner", always=True)
                 jobs = [
-                    Job.of(final.spec, context, search=final.search, start_from=final.start_from)
+                    Job.of(final.config, context, search=final.search, start_from=final.start_from)
                     for final in self._finals(trial_store, searches)
-                    if not trial_store.has_ended(final.spec)
+                    if not trial_store.has_ended(final.config)
                 ]
                 if jobs:
                     run_trials(TuneRun(name="tune", jobs=jobs), context, trial_store)
@@ -172,17 +172,17 @@ class SweepRunner:
         if any(search.is_left() for search in searches):
             return True
         finals = self._finals(trial_store, searches)
-        for final in finals[len(self.plan.specs) :]:
-            if trial_store.has_ended(final.spec):
-                trial_store.end(final.spec.key, None, earlier=True)
-        return any(not trial_store.has_ended(final.spec) for final in finals)
+        for final in finals[len(self.plan.trials) :]:
+            if trial_store.has_ended(final.config):
+                trial_store.end(final.config.fingerprint, None, earlier=True)
+        return any(not trial_store.has_ended(final.config) for final in finals)
 
     def _finals(self, trial_store: TrialStore, searches: list[MethodSearch]) -> list[Final]:
         """The trials that meet the test: those of the plan, then the winners'."""
-        finals = [Final(spec=spec) for spec in self.plan.specs]
+        finals = [Final(config=config) for config in self.plan.trials]
         for final in (final for search in searches for final in search.finals()):
             assert final.search is not None
-            trial_store.add(final.spec, final.search)
+            trial_store.add(final.config, final.search)
             finals.append(final)
         return finals
 

@@ -15,8 +15,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from grass_ray.cluster.job import TIME, Job
-from grass_ray.experiment.space import Mutation, choose, from_plain
-from grass_ray.experiment.tuning import REDUCTION, generation_ends, rungs
+from grass_ray.experiment.search import REDUCTION, generation_ends, rungs
+from grass_ray.experiment.space import mutation, read_space, sample
 from grass_ray.training.report import VALIDATION
 
 
@@ -80,7 +80,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Synchronous PBT: all members end a generation before any begins the next, so that it comes out the same again.
 
     The worst quarter goes on from the checkpoints of the best quarter, with changed settings
-    (:class:`grass_ray.experiment.space.Mutation`).
+    (:func:`grass_ray.experiment.space.mutation`).
 
     Args:
         steps: training steps of a member.
@@ -132,8 +132,8 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         own, donor = trial.config["job"], trial_to_clone.config["job"]
         train_step = self._trial_state[trial_to_clone].last_train_time
         rng = random.Random(f"{self._seed}:{own['key']}:{train_step}")
-        picks = choose(from_plain(own["space"]), Mutation(donor["picks"], rng))
-        return {**trial.config, "job": {**own, "picks": picks}}, {}
+        params = sample(read_space(own["space"]), mutation(donor["params"], rng))
+        return {**trial.config, "job": {**own, "params": params}}, {}
 
 
 def _unchanged(config: dict[str, Any]) -> dict[str, Any]:

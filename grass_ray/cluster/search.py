@@ -1,9 +1,9 @@
 """A method's search while it runs: its trials, those that are left, the next point, and the winner.
 
-A new process can read all of it again: known points are in the plan, points that Optuna chose are files in the sweep's
-folder, and trials that ended have records::
+A new process can read all of it again: known points are in the plan, points that an adaptive algorithm chose are
+files in the sweep's folder, and trials that ended have records::
 
-    search = MethodSearch(tuning, group, trial_store, storage)
+    search = MethodSearch(plan, spec, trial_store, storage)
     if search.is_left():
         run_trials(search.tune_run(context, memories), context, ...)
     finals = search.finals()
@@ -27,10 +27,10 @@ from grass_ray.cluster.schedulers import Asha, OneByOne, Population
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun
 from grass_ray.config import RunConfig
-from grass_ray.experiment.space import Picks, to_plain
-from grass_ray.experiment.suggest import Observation, suggest
-from grass_ray.experiment.trial_spec import TrialSpec
-from grass_ray.experiment.tuning import Group, Tuning
+from grass_ray.experiment.algorithms import make_algorithm
+from grass_ray.experiment.observation import Observation
+from grass_ray.experiment.search import SearchPlan, SearchSpec
+from grass_ray.experiment.space import Params
 from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.searches import rung_losses, trial_loss, winner
 
@@ -42,12 +42,12 @@ class Final:
     """A trial that meets the test: one of the plan, or a search's winner with one of the seeds.
 
     Attributes:
-        spec: the trial.
+        config: the trial.
         search: the search that it won.
         start_from: URI of the checkpoint that is tested, if nothing is trained.
     """
 
-    spec: TrialSpec
+    config: RunConfig
     search: SearchPart | None = None
     start_from: str | None = None
 
@@ -56,41 +56,41 @@ class MethodSearch:
     """One method's search.
 
     Args:
-        tuning: how the sweep searches.
-        group: the method.
+        plan: how the sweep searches.
+        spec: the method, and where it is searched.
         trial_store: where the trials' records are.
         storage: the sweep's folder.
     """
 
-    def __init__(self, tuning: Tuning, group: Group, trial_store: TrialStore, storage: Storage) -> None:
-        self.tuning = tuning
-        self.group = group
+    def __init__(self, plan: SearchPlan, spec: SearchSpec, trial_store: TrialStore, storage: Storage) -> None:
+        self.plan = plan
+        self.spec = spec
         self._trial_store = trial_store
         self._storage = storage
         self._context: SweepContext | None = None  # known once the machines are
-        self.points: list[Picks] = []
-        self.specs: list[TrialSpec] = []
+        self.points: list[Params] = []
+        self.trials: list[RunConfig] = []
         self._waiting: list[int] = []
         self.exhausted = storage.exists(*self._exhausted_file)
-        for picks in [*group.points, *self._saved()]:
-            self._add(picks)
+        for params in [*spec.points, *self._saved()]:
+            self._add(params)
 
     # -- what there is, and what is left
 
-    def ended(self) -> list[TrialSpec]:
+    def ended(self) -> list[RunConfig]:
         """Trials that need not run again; of a population all or none, since they depend on each other."""
-        ended = [spec for spec in self.specs if self._trial_store.has_ended(spec)]
-        return ended if self.tuning.scheduler != "pbt" or len(ended) == len(self.specs) else []
+        ended = [config for config in self.trials if self._trial_store.has_ended(config)]
+        return ended if self.plan.scheduler != "pbt" or len(ended) == len(self.trials) else []
 
     def is_left(self) -> bool:
         """Whether there are trials to run."""
-        more = self.tuning.search == "optuna" and len(self.specs) < (self.tuning.num_samples or 0)
-        return len(self.ended()) < len(self.specs) or (more and not self.exhausted)
+        more = self.plan.adaptive and len(self.trials) < (self.plan.num_samples or 0)
+        return len(self.ended()) < len(self.trials) or (more and not self.exhausted)
 
     def records(self) -> list[RunRecord]:
         """The trials' records, in the order of the trials."""
         records = self._trial_store.records
-        return [records[spec.key] for spec in self.specs if spec.key in records]
+        return [records[key] for key in (config.fingerprint for config in self.trials) if key in records]
 
     def tune_run(self, context: SweepContext, memories: Sequence[int]) -> TuneRun:
         """What is left, as one Tuner runs it.
@@ -100,23 +100,23 @@ class MethodSearch:
             memories: bytes that each machine offers.
         """
         self._context = context
-        ended = {spec.key for spec in self.ended()}
-        self._waiting = [place for place, spec in enumerate(self.specs) if spec.key not in ended]
-        name, scheduler = f"tune-{self.group.method}", self._scheduler()
-        if self.tuning.search == "optuna":
-            left = (self.tuning.num_samples or 0) - len(self.specs) + len(self._waiting)
+        ended = self.ended()
+        self._waiting = [place for place, config in enumerate(self.trials) if config not in ended]
+        name, scheduler = f"tune-{self.spec.method}", self._scheduler()
+        if self.plan.adaptive:
+            left = (self.plan.num_samples or 0) - len(self.trials) + len(self._waiting)
             return TuneRun(name=name, searcher=OneByOne(self._next_job), num_samples=left, scheduler=scheduler)
         jobs = [self._job(place) for place in self._waiting]
-        if self.tuning.scheduler != "pbt":
+        if self.plan.scheduler != "pbt":
             return TuneRun(name=name, jobs=jobs, scheduler=scheduler)
         memory = driver_memory(memories, context.resources.slots)
         return TuneRun(name=name, jobs=jobs, scheduler=scheduler, trainable=drive_member, driver_memory=memory)
 
     def _scheduler(self) -> TrialScheduler | None:
-        steps = self.group.steps
-        if self.tuning.scheduler == "pbt":
-            return Population(steps, self.group.config.seed)
-        if self.tuning.scheduler == "none":
+        steps = self.spec.steps
+        if self.plan.scheduler == "pbt":
+            return Population(steps, self.spec.config.seed)
+        if self.plan.scheduler == "none":
             return None
         asha = Asha(steps)
         for record in self.records():
@@ -125,69 +125,68 @@ class MethodSearch:
 
     # -- a trial
 
-    def _add(self, picks: Picks) -> TrialSpec:
-        spec = self.group.trial(picks)
-        if spec not in self.specs:  # a grid may say the same in two ways
-            self.points.append(picks)
-            self.specs.append(spec)
-            self._trial_store.add(spec, self._search_part(len(self.specs) - 1, "search"))
-        return spec
+    def _add(self, params: Params) -> None:
+        config = self.spec.trial(params)
+        if config not in self.trials:  # a grid may say the same in two ways
+            self.points.append(params)
+            self.trials.append(config)
+            self._trial_store.add(config, self._search_part(len(self.trials) - 1, "search"))
 
     def _search_part(self, number: int, stage: Literal["search", "winner"]) -> SearchPart:
-        return SearchPart(search=self.tuning.search, scheduler=self.tuning.scheduler, stage=stage, number=number)
+        return SearchPart(search=self.plan.search, scheduler=self.plan.scheduler, stage=stage, number=number)
 
     def _job(self, place: int) -> Job:
         assert self._context is not None
-        spec, search = self.specs[place], self._search_part(place, "search")
-        if self.tuning.scheduler != "pbt":
-            return Job.of(spec, self._context, search=search)
-        space, picks = to_plain(self.group.space), dict(self.points[place])
-        return Job.of(spec, self._context, search=search, space=space, picks=picks)
+        config, search = self.trials[place], self._search_part(place, "search")
+        if self.plan.scheduler != "pbt":
+            return Job.of(config, self._context, search=search)
+        return Job.of(config, self._context, search=search, space=self.spec.space, params=self.points[place])
 
-    # -- Optuna
+    # -- points of an adaptive algorithm
 
     def _next_job(self) -> Job | None:
         """The next trial's job: one that was chosen before and did not end, else a new one. None if all are made."""
         if self._waiting:
             return self._job(self._waiting.pop(0))
-        number, wanted = len(self.specs), self.tuning.num_samples or 0
-        if number >= wanted:
+        number = len(self.trials)
+        if number >= (self.plan.num_samples or 0):
             return None
-        tried = [self._observation(picks, spec) for picks, spec in zip(self.points, self.specs, strict=True)]
-        picks = suggest(self.group.space, tried, number=number, seed=self.group.config.seed, num_samples=wanted)
-        if picks is None:
+        # made anew for each point, as by a process that continues the sweep
+        algorithm = make_algorithm(self.plan.search, self.spec.space, self.spec.config, self.plan.num_samples)
+        params = algorithm.ask([self._observation(*trial) for trial in zip(self.points, self.trials, strict=True)])
+        if params is None:
             self.exhausted = True
             self._storage.write_text("", *self._exhausted_file)
             return None
-        self._storage.write_text(json.dumps(picks), *self._file(number))
-        self._add(picks)
+        self._storage.write_text(json.dumps(params), *self._file(number))
+        self._add(params)
         return self._job(number)
 
-    def _observation(self, picks: Picks, spec: TrialSpec) -> Observation:
-        record = self._trial_store.records.get(spec.key)
+    def _observation(self, params: Params, config: RunConfig) -> Observation:
+        record = self._trial_store.records.get(config.fingerprint)
         if record is None:
-            return Observation(picks=picks, loss=None)
+            return Observation(params=params)
         stopped = record.status == "stopped"
         return Observation(
-            picks=picks,
+            params=params,
             loss=math.nan if stopped else trial_loss(record),
             rungs=rung_losses(record),
             stopped=stopped,
         )
 
-    def _saved(self) -> list[Picks]:
-        """Read the points that Optuna chose in an earlier process."""
-        found: list[Picks] = []
-        while self.tuning.search == "optuna" and self._storage.exists(*self._file(len(found))):
+    def _saved(self) -> list[Params]:
+        """Read the points that were chosen in an earlier process."""
+        found: list[Params] = []
+        while self.plan.adaptive and self._storage.exists(*self._file(len(found))):
             found.append(json.loads(self._storage.read_text(*self._file(len(found)))))
         return found
 
     @property
     def _exhausted_file(self) -> tuple[str, str, str]:
-        return SEARCH_FOLDER, self.group.method, "exhausted"
+        return SEARCH_FOLDER, self.spec.method, "exhausted"
 
     def _file(self, number: int) -> tuple[str, str, str]:
-        return SEARCH_FOLDER, self.group.method, f"{number:04d}.json"
+        return SEARCH_FOLDER, self.spec.method, f"{number:04d}.json"
 
     # -- the winner
 
@@ -202,10 +201,10 @@ class MethodSearch:
             return []
         number = best.search.number
         search = self._search_part(number, "winner")
-        if self.tuning.scheduler != "pbt":
-            specs = self.group.finals(self.points[number], self.tuning.seeds)
-            return [Final(spec=spec, search=search) for spec in specs]
-        state = MemberState.model_validate_json(self._storage.read_text(self.specs[number].folder, STATE_FILE))
+        if self.plan.scheduler != "pbt":
+            configs = self.spec.finals(self.points[number], self.plan.seeds)
+            return [Final(config=config, search=search) for config in configs]
+        state = MemberState.model_validate_json(self._storage.read_text(self.trials[number].folder, STATE_FILE))
         config = RunConfig.parse(best.config).override({"evaluation.test": True})
         search = search.model_copy(update={"lineage": best.search.lineage})
-        return [Final(spec=TrialSpec(config=config), search=search, start_from=state.checkpoint)]
+        return [Final(config=config, search=search, start_from=state.checkpoint)]

@@ -91,7 +91,7 @@ class Train:
         )
         return train_locally(
             config,
-            output=self.output or RESULTS / "train" / f"{config.name}-{config.fingerprint}",
+            output=self.output or RESULTS / "train" / config.folder,
             tracking_uri=self.tracking_uri,
             resume=self.resume,
             dry_run=self.dry_run,

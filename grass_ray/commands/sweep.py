@@ -11,7 +11,6 @@ import secrets
 import shlex
 import sys
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -21,12 +20,10 @@ from rich.table import Table
 
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, CustomSource, RunConfig
-from grass_ray.experiment.flags import SweepOptions, default_tracking, parse_options
-from grass_ray.experiment.plan import SweepPlan, TrialSpec, differences
-from grass_ray.experiment.space import RandomPicker
-from grass_ray.experiment.space import choose as choose_point
+from grass_ray.experiment.flags import SweepOptions, parse_options
+from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
+from grass_ray.experiment.space import at_random, sample
 from grass_ray.experiment.sweep import Sweep
-from grass_ray.experiment.tuning import Tuning
 from grass_ray.methods import get_method
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
@@ -48,14 +45,14 @@ DRIVER_ENVIRONMENT = {
 
 
 def main(sweep: Sweep, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the sweep from the command line and exit: 0, 1 when a trial failed, 2 on bad input."""
+    """Run the sweep from the command line and exit: 0, 1 if a trial failed, 2 on bad input."""
     prepare_output()
     options = parse_options(script_name(), sweep.question, argv)
     leave(lambda: run(sweep, options))
 
 
 def run(sweep: Sweep, options: SweepOptions) -> int:
-    """Run, resume or only print the sweep; returns the exit code. Raises :class:`ConfigError` on bad input."""
+    """Run, resume or only print the sweep, and return the exit code. Raises :class:`ConfigError` on bad input."""
     for name, value in DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     quiet_libraries()
@@ -69,32 +66,30 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
     elif not options.quiet:
         _print_head(console, plan, storage)
     for line in _find_lost_rows(plan):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        _say(console, line)
     if options.dry_run:
         return 0
     from grass_ray.cluster.runner import SweepRunner
 
-    execution = SweepRunner(plan, root, storage, options, console)
-    execution.open()
+    runner = SweepRunner(plan, root, storage, options, console)
+    runner.open()
     if not options.resume:
         try:
             storage.write_text(plan.to_yaml(), PLAN_FILE)
         except OSError as error:
             raise ConfigError(f"cannot write to the storage path {root.uri}: {error}") from None
-    return execution.run(resume_command())
+    return runner.run(resume_command())
 
 
 def _new_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
-    specs, tuning = sweep.plan(options)
-    sweep_id = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    tracking_uri = default_tracking(options) or _embedded_store(root)
+    trials, search = plan_trials(sweep, options)
     return SweepPlan(
         name=sweep.name,
-        sweep_id=sweep_id,
+        sweep_id=f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         question=sweep.question,
-        specs=tuple(specs),
-        tracking_uri=tracking_uri,
-        tuning=tuning,
+        tracking_uri=options.tracking or _embedded_store(root),
+        trials=trials,
+        search=search,
     )
 
 
@@ -110,13 +105,13 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
     where = folder.join(saved[-1])
     plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
     chosen = options.chosen()
-    if chosen and not _same_trials(sweep.plan(options), plan):
+    if chosen and not plan.has_the_trials_of(*plan_trials(sweep, options)):
         raise ConfigError(
             f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
             "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
         )
     uri = options.tracking_uri
-    return replace(plan, tracking_uri=uri) if uri else plan
+    return plan.model_copy(update={"tracking_uri": uri}) if uri else plan
 
 
 def _check(plan: SweepPlan, options: SweepOptions) -> None:
@@ -125,9 +120,9 @@ def _check(plan: SweepPlan, options: SweepOptions) -> None:
 
     mistakes: dict[str, None] = {}
     checked: set[Hashable] = set()
-    for spec in _to_check(plan):
+    for config in _to_check(plan):
         try:
-            check_run(spec.config, options.workers_per_trial, options.parallel, options.min_workers, checked)
+            check_run(config, options.workers_per_trial, options.parallel, options.min_workers, checked)
         except ConfigError as mistake:
             mistakes[str(mistake)] = None
     if mistakes:
@@ -139,26 +134,17 @@ def _find_lost_rows(plan: SweepPlan) -> list[str]:
     from grass_ray.training.checks import tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
 
-    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
-    distinct = {(config.model, config.data): config for config in configs if config.training.steps}
+    distinct = {(config.model, config.data): config for config in plan.configs if config.training.steps}
     lines = [find_lost_rows(config, tokenizer_to_check(config.model)) for config in distinct.values()]
     return list(dict.fromkeys(line for some in lines for line in some))
 
 
-def _same_trials(chosen: tuple[list[TrialSpec], Tuning | None], plan: SweepPlan) -> bool:
-    specs, tuning = chosen
-    same_search = (tuning and tuning.to_plain()) == (plan.tuning and plan.tuning.to_plain())
-    return {spec.key for spec in specs} == {spec.key for spec in plan.specs} and same_search
-
-
-def _to_check(plan: SweepPlan) -> list[TrialSpec]:
-    """The trials that are known, and where Optuna will choose them a few from all over its space."""
-    if plan.tuning is None or plan.tuning.search != "optuna":
+def _to_check(plan: SweepPlan) -> list[RunConfig]:
+    """The known trials, and for an adaptive search a few from all over its space."""
+    if plan.search is None or not plan.search.adaptive:
         return plan.known_trials
-    rng = random.Random(0)
-    drawn = [
-        group.trial(choose_point(group.space, RandomPicker(rng))) for group in plan.tuning.groups for _ in range(8)
-    ]
+    choose = at_random(random.Random(0))
+    drawn = [spec.trial(sample(spec.space, choose)) for spec in plan.search.methods for _ in range(8)]
     return [*plan.known_trials, *drawn]
 
 
@@ -168,15 +154,20 @@ def _embedded_store(root: Storage) -> str:
 
 
 def resume_command() -> str:
-    """The command that goes on with this process's sweep: the same line with ``--resume``."""
+    """Return the command that continues this process's sweep: the same line with ``--resume``."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
     return shlex.join(["python", script_name(), *words, "--resume"])
 
 
 def script_name() -> str:
-    """The running script as one types it."""
+    """Return the path of the running script as one types it."""
     path = Path(sys.argv[0])
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _say(console: Console, line: str) -> None:
+    """Print one line whole; a terminal wraps it."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
@@ -185,7 +176,7 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
     def distinct(values: Iterable[str]) -> str:
         return " ".join(dict.fromkeys(values))
 
-    configs = [spec.config for spec in plan.known_trials] + _templates(plan)
+    configs = plan.configs
     rows = {
         "sweep": f"{plan.name} {plan.sweep_id}: {plan.question}",
         "models": distinct(config.model.name for config in configs),
@@ -199,12 +190,12 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
     if any(config.evaluation.extraction == "strict" for config in own):
         rows["answers"] = "read by strict extraction (evaluation.extraction)"
     for name, text in rows.items():
-        console.print(f"{name:9} {text}", soft_wrap=True, highlight=False, markup=False)
-    if plan.tuning is not None:
-        for line in _describe_search(plan.tuning):
-            console.print(f"search    {line}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"{name:9} {text}")
+    if plan.search is not None:
+        for line in plan.search.describe():
+            _say(console, f"search    {line}")
     for line in _without_effect(plan):
-        console.print(f"no effect {line}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"no effect {line}")
 
 
 def _without_effect(plan: SweepPlan) -> list[str]:
@@ -212,28 +203,10 @@ def _without_effect(plan: SweepPlan) -> list[str]:
     from grass_ray.training.without_effect import settings_without_effect
 
     found: dict[str, dict[str, None]] = {}
-    for config in [spec.config for spec in plan.known_trials] + _templates(plan):
+    for config in plan.configs:
         for line in settings_without_effect(config):
             found.setdefault(line, {})[config.method.name] = None
     return [f"{', '.join(methods)}: {line}" for line, methods in found.items()]
-
-
-def _templates(plan: SweepPlan) -> list[RunConfig]:
-    return [group.config for group in plan.tuning.groups] if plan.tuning else []
-
-
-def _describe_search(tuning: Tuning) -> list[str]:
-    """What is searched for each method, and what becomes of the winners."""
-    lines = []
-    for group in tuning.groups:
-        number = tuning.num_samples if tuning.search == "optuna" else len(group.points)
-        keys = ", ".join(key.removeprefix("method.") for key in group.space)
-        lines.append(
-            f"{group.method}: {number} trials of {group.steps} steps by {tuning.how} over {keys}; judged by "
-            f"{group.config.data.validation_rows} held-out rows"
-        )
-    seeds = " ".join(map(str, tuning.seeds[:1] if tuning.scheduler == "pbt" else tuning.seeds))
-    return [*lines, f"the winner of each method is then tested once with each seed: {seeds}"]
 
 
 def _print_trials(console: Console, plan: SweepPlan) -> None:
@@ -241,15 +214,14 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("name", "key", "method", "lr", "steps", "differs in"):
         table.add_column(column, justify="right" if column in ("lr", "steps") else "left", no_wrap=True)
-    for spec, text in zip(plan.known_trials, differences(plan.known_trials), strict=True):
-        config = spec.config
+    for config, text in zip(plan.known_trials, differences(plan.known_trials), strict=True):
         lr = f"{config.method.optimizer.lr:g}" if get_method(config.method.name).trains else "-"
-        table.add_row(config.name, spec.key, config.method.name, lr, str(config.training.steps), text)
+        table.add_row(config.name, config.fingerprint, config.method.name, lr, str(config.training.steps), text)
     console.print(f"{plan.name}: {plan.num_trials} trials; none is run", highlight=False)
-    if plan.tuning is not None:
-        for line in _describe_search(plan.tuning):
-            console.print(f"search: {line}", soft_wrap=True, highlight=False, markup=False)
+    if plan.search is not None:
+        for line in plan.search.describe():
+            _say(console, f"search: {line}")
     wide = Console(width=None if console.is_terminal else 240)
     wide.print(table)
     for line in _without_effect(plan):
-        console.print(f"without effect: {line}", soft_wrap=True, highlight=False, markup=False)
+        _say(console, f"without effect: {line}")

@@ -148,6 +148,11 @@ class RunConfig(ConfigPart):
         return f"{self.method.name}-{slug(self.model.name)}-{slug(self.data.suite)}-s{self.seed}"
 
     @property
+    def folder(self) -> str:
+        """Name of the folder of a run with this configuration; its end is the fingerprint."""
+        return f"{self.name}-{self.fingerprint}"
+
+    @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that two equal configurations share."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,9 +1,9 @@
-"""The flags every sweep script takes, and the plan they choose.
+"""The flags that every sweep script takes.
 
 ::
 
     options = parse_options("sweeps/quickstart.py", "Which method learns most in a minute?", argv)
-    choices = choose(defaults, options)
+    suite, tasks, source = choose_data(("boolq", "piqa"), options.data_dir)
 
 Imports neither ray nor torch.
 """
@@ -11,193 +11,146 @@ Imports neither ray nor torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel, SourceConfig
-from grass_ray.experiment.plan import PlanChoices
-from grass_ray.experiment.space import Space
-from grass_ray.experiment.tuning import Scheduler, Search
-from grass_ray.methods import METHODS, get_method
+from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel
+from grass_ray.config.data import AnySourceConfig
+from grass_ray.experiment.algorithms import ALGORITHMS, Search
+from grass_ray.experiment.search import Scheduler
+from grass_ray.methods import METHODS
 from grass_ray.paths import at_home
-from grass_ray.results.searches import read_settings
 from grass_ray.tasks.custom import read_task_file
-from grass_ray.tasks.readback import choose_extraction
 from grass_ray.tasks.suites import resolve_tasks
+
+_Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+_Names = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...")]
+_SEARCH_HELP = "; ".join(f"{name}: {algorithm.help}" for name, algorithm in ALGORITHMS.items())
+_SCHEDULER_HELP = (
+    "none: every trial runs to its end; asha: the worse two thirds of a search stop early; pbt: a population takes "
+    "over weights from its best and changes settings in mid-training"
+)
+_ELASTIC_HELP = (
+    "elastic: a trial begins, and after a machine's death goes on, with as few workers as this, and grows back when "
+    "machines return; default: always all of them"
+)
+_AT_LEAST = {
+    **dict.fromkeys(("num_samples", "workers_per_trial", "min_workers_per_trial", "cpus_per_trial"), 1),
+    **dict.fromkeys(("max_concurrent_trials", "machines"), 1),
+    **dict.fromkeys(("gpus_per_trial", "max_failures"), 0),
+}
+_CHOOSE_TRIALS = ("smoke", "models", "methods", "tasks", "seeds", "steps", "set", "settings", "search", "num_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """The command line of a sweep; None takes what the sweep's file says."""
 
-    smoke: Annotated[bool, tyro.conf.arg(help="a small version of the sweep that ends in minutes")] = False
-    models: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(help="built-in names, hub ids or folders", metavar="NAME ...")
-    ] = None
-    methods: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")
-    ] = None
-    tasks: Annotated[
-        tuple[str, ...] | None,
-        tyro.conf.arg(help="a suite, some of its tasks, or the YAML file of a task of your own", metavar="NAME ..."),
-    ] = None
-    seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(help="one trial a seed", metavar="N ...")] = None
-    steps: Annotated[
-        int | None, tyro.conf.arg(help="optimizer updates a trial; same as --set training.steps=N", metavar="N")
-    ] = None
-    set: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(help="dotted.key=value, for every method that has the key", metavar="KEY=VALUE ..."),
-    ] = ()
-    settings: Annotated[
-        Path | None,
-        tyro.conf.arg(help="each method's settings from a search: its summary/best.yaml", metavar="FILE"),
-    ] = None
-    search: Annotated[
-        Search | None,
-        tyro.conf.arg(
-            help="grid: the sweep's own grid; random: --num-samples points a method; optuna: --num-samples trials a "
-            "method, each chosen by the losses before it"
-        ),
-    ] = None
-    num_samples: Annotated[
-        int | None,
-        tyro.conf.arg(help="points a method; with --scheduler pbt its population", metavar="N"),
-    ] = None
-    scheduler: Annotated[
-        Scheduler,
-        tyro.conf.arg(
-            help="none: every trial runs to its end; asha: the worse two thirds of a search stop early; pbt: a "
-            "population takes over weights from its best and changes settings in mid-training"
-        ),
-    ] = "none"
-    base: Annotated[bool, tyro.conf.arg(help="add the untrained model as a row")] = True
-    data_dir: Annotated[
-        Path | None, tyro.conf.arg(help="folder with dataset/<Name>/{train,test}.json", metavar="DIR")
-    ] = None
-    storage_path: Annotated[
-        str, tyro.conf.arg(help="folder or URI (s3://...) for everything the sweep writes", metavar="URI")
-    ] = "grass_ray_results"
-    tracking_uri: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db under the storage path", metavar="URI"
-        ),
-    ] = None
-    workers_per_trial: Annotated[
-        int,
-        tyro.conf.arg(
-            help="data-parallel workers that share each step's micro-batches; the numbers stay the same", metavar="N"
-        ),
-    ] = 1
-    min_workers_per_trial: Annotated[
-        int | None,
-        tyro.conf.arg(
-            help="elastic: a trial begins, and after a machine's death goes on, with as few workers as this, and grows "
-            "back when machines return; default: always all of them",
-            metavar="N",
-        ),
-    ] = None
-    parallel: Annotated[
-        Parallel,
-        tyro.conf.arg(help="each worker holds the whole model, or shards of it (FSDP2) where it outgrows one GPU"),
-    ] = "replicate"
-    cpus_per_trial: Annotated[
-        int | None,
-        tyro.conf.arg(help="of each worker; default: all of a machine, so trials run alone", metavar="N"),
-    ] = None
-    gpus_per_trial: Annotated[
-        int | None, tyro.conf.arg(help="of each worker; default: 1 where the cluster has GPUs, else 0", metavar="N")
-    ] = None
-    max_concurrent_trials: Annotated[int | None, tyro.conf.arg(help="default: as many as fit", metavar="N")] = None
-    machines: Annotated[
-        int | None,
-        tyro.conf.arg(
-            help="wait until the cluster has so many machines; default: take those that are there", metavar="N"
-        ),
-    ] = None
-    max_failures: Annotated[
-        int,
-        tyro.conf.arg(
-            help="how often a trial's process may die; each time it goes on from its checkpoint", metavar="N"
-        ),
-    ] = 2
-    keep_checkpoints: Annotated[
-        bool, tyro.conf.arg(help="keep what each trial trained, for `grass-ray export`; otherwise only its numbers")
-    ] = False
-    memory_check: Annotated[
-        bool, tyro.conf.arg(help="refuse trials that cannot fit into their device's memory, before they start")
-    ] = True
-    resume: Annotated[bool, tyro.conf.arg(help="finish this sweep's newest interrupted run")] = False
-    dry_run: Annotated[bool, tyro.conf.arg(help="print the trials and stop")] = False
-    quiet: Annotated[bool, tyro.conf.arg(help="only the final leaderboard, failures and errors")] = False
+    smoke: bool = False
+    """a small version of the sweep that ends in minutes"""
+    models: _Names = None
+    """built-in names, hub ids or folders"""
+    methods: Annotated[_Names, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")] = None
+    tasks: _Names = None
+    """a suite, some of its tasks, or the YAML file of a task of your own"""
+    seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
+    """one trial a seed"""
+    steps: _Count = None
+    """optimizer updates a trial; same as --set training.steps=N"""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """dotted.key=value, for every method that has the key"""
+    settings: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """each method's settings from a search: its summary/best.yaml"""
+    search: Annotated[Search | None, tyro.conf.arg(help=_SEARCH_HELP)] = None
+    num_samples: _Count = None
+    """points a method; with --scheduler pbt its population"""
+    scheduler: Annotated[Scheduler, tyro.conf.arg(help=_SCHEDULER_HELP)] = "none"
+    base: bool = True
+    """add the untrained model as a row"""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """folder with dataset/<Name>/{train,test}.json"""
+    storage_path: Annotated[str, tyro.conf.arg(metavar="URI")] = "grass_ray_results"
+    """folder or URI (s3://...) for everything the sweep writes"""
+    tracking_uri: Annotated[str | None, tyro.conf.arg(metavar="URI")] = None
+    """MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db under the storage path"""
+    workers_per_trial: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """data-parallel workers that share each step's micro-batches; the numbers stay the same"""
+    min_workers_per_trial: Annotated[int | None, tyro.conf.arg(metavar="N", help=_ELASTIC_HELP)] = None
+    parallel: Parallel = "replicate"
+    """each worker holds the whole model, or shards of it (FSDP2) where it outgrows one GPU"""
+    cpus_per_trial: _Count = None
+    """of each worker; default: all of a machine, so trials run alone"""
+    gpus_per_trial: _Count = None
+    """of each worker; default: 1 where the cluster has GPUs, else 0"""
+    max_concurrent_trials: _Count = None
+    """default: as many as fit"""
+    machines: _Count = None
+    """wait until the cluster has so many machines; default: take those that are there"""
+    max_failures: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """how often a trial's process may die; each time it goes on from its checkpoint"""
+    keep_checkpoints: bool = False
+    """keep what each trial trained, for `grass-ray export`; otherwise only its numbers"""
+    memory_check: bool = True
+    """refuse trials that cannot fit into their device's memory, before they start"""
+    resume: bool = False
+    """finish this sweep's newest interrupted run"""
+    dry_run: bool = False
+    """print the trials and stop"""
+    quiet: bool = False
+    """only the final leaderboard, failures and errors"""
 
     @property
     def min_workers(self) -> int:
-        """The number of workers that a trial begins and goes on with at least."""
+        """The number of workers that a trial begins and continues with at least."""
         return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
 
+    @property
+    def tracking(self) -> str | None:
+        """The tracking URI that was asked for, by flag or environment."""
+        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+
     def chosen(self) -> list[str]:
-        """The flags given that decide what the trials are."""
-        plan_flags = (
-            "smoke",
-            "models",
-            "methods",
-            "tasks",
-            "seeds",
-            "steps",
-            "set",
-            "settings",
-            "search",
-            "num_samples",
-            "data_dir",
-        )
-        given = [flag for flag in plan_flags if getattr(self, flag)]
+        """Return the flags given that decide what the trials are."""
+        given = [flag for flag in (*_CHOOSE_TRIALS, "data_dir") if getattr(self, flag)]
         given += [] if self.scheduler == "none" else ["scheduler"]
-        return [f"--{flag.replace('_', '-')}" for flag in given] + ([] if self.base else ["--no-base"])
+        return [_flag(name) for name in given] + ([] if self.base else ["--no-base"])
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` that lists all flags that break a rule."""
+        mistakes = [
+            f"{_flag(name)} {value}: give {least} or more"
+            for name, least in _AT_LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+        fewest = self.min_workers
+        if fewest > self.workers_per_trial:
+            mistakes.append(
+                f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {self.workers_per_trial}"
+            )
+        if self.parallel == "shard" and self.workers_per_trial < 2:
+            mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
+        elif self.parallel == "shard" and fewest < 2:
+            mistakes.append("--parallel shard needs --min-workers-per-trial 2 or more")
+        drawn = self.search not in (None, "grid") and not ALGORITHMS[self.search].adaptive
+        if drawn and self.num_samples is None:
+            mistakes.append(f"--search {self.search} needs --num-samples N, the points drawn for each method")
+        if self.search == "grid" and self.num_samples is not None:
+            mistakes.append(
+                "--search grid takes every point of the grid; leave --num-samples out, or use --search random"
+            )
+        for name in ("models", "methods", "tasks", "seeds"):
+            if getattr(self, name) == ():
+                mistakes.append(f"{_flag(name)}: give at least one value")
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepDefaults:
-    """What a sweep's file decides; the same fields as a preset that ``--smoke`` puts on top.
-
-    ``grid`` combines all its values, ``one_at_a_time`` changes one setting and leaves the others as they are.
-    ``space`` are ranges beyond a method's own (:mod:`grass_ray.experiment.space`) for a random or Optuna search;
-    ``search`` makes the sweep a search without the flag.
-    """
-
-    models: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    settings: tuple[str, ...] = ()
-    method_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    one_at_a_time: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    space: Space = field(default_factory=dict)
-    search: Search | None = None
-
-    def with_preset(self, preset: SweepDefaults) -> SweepDefaults:
-        """This with a preset's choices in the place of its own, and the preset's settings after its own."""
-        methods = {*self.method_settings, *preset.method_settings}
-        return SweepDefaults(
-            models=preset.models or self.models,
-            methods=preset.methods or self.methods,
-            tasks=preset.tasks or self.tasks,
-            seeds=preset.seeds or self.seeds,
-            settings=(*self.settings, *preset.settings),
-            method_settings={
-                name: (*self.method_settings.get(name, ()), *preset.method_settings.get(name, ())) for name in methods
-            },
-            grid=preset.grid or self.grid,
-            one_at_a_time=preset.one_at_a_time or self.one_at_a_time,
-            space=preset.space or self.space,
-            search=preset.search or self.search,
-        )
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_options(script: str, question: str, argv: Sequence[str] | None) -> SweepOptions:
@@ -219,87 +172,7 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
     return at_home(options)
 
 
-def choose(defaults: SweepDefaults, options: SweepOptions) -> PlanChoices:
-    """The plan's choices from a sweep's defaults and the flags. Raises :class:`ConfigError`."""
-    _check_numbers(options)
-    suite, tasks, source = choose_data(options.tasks or defaults.tasks, options.data_dir)
-    methods = options.methods or defaults.methods
-    for name in methods:
-        get_method(name)
-    steps = [] if options.steps is None else [f"training.steps={options.steps}"]
-    settings = (*choose_extraction(source), *defaults.settings, *steps)
-    found = read_settings(options.settings) if options.settings is not None else {}
-    own = {name: (*defaults.method_settings.get(name, ()), *found.get(name, ())) for name in methods}
-    return PlanChoices(
-        methods=methods,
-        models=options.models or defaults.models,
-        suite=suite,
-        tasks=tasks,
-        source=source,
-        seeds=options.seeds or defaults.seeds,
-        settings=settings,
-        method_settings=own,
-        overrides=options.set,
-        grid=defaults.grid,
-        one_at_a_time=defaults.one_at_a_time,
-        num_samples=options.num_samples,
-        base_row=options.base,
-        space=defaults.space,
-        search=options.search or _implied_search(defaults, options),
-        scheduler=options.scheduler,
-    )
-
-
-def _implied_search(defaults: SweepDefaults, options: SweepOptions) -> Search | None:
-    """The search that was not named: the sweep's own; with ``--num-samples`` at random."""
-    if options.scheduler == "pbt" or defaults.search is None:
-        return None
-    return defaults.search if options.num_samples is None else "random"
-
-
-def default_tracking(options: SweepOptions) -> str | None:
-    """The tracking URI that was asked for, by flag or environment."""
-    return options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def _check_numbers(options: SweepOptions) -> None:
-    mistakes = []
-    for flag in (
-        "num_samples",
-        "workers_per_trial",
-        "min_workers_per_trial",
-        "cpus_per_trial",
-        "max_concurrent_trials",
-        "machines",
-    ):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            mistakes.append(f"--{flag.replace('_', '-')} {value}: give 1 or more")
-    for flag in ("gpus_per_trial", "max_failures"):
-        value = getattr(options, flag)
-        if value is not None and value < 0:
-            mistakes.append(f"--{flag.replace('_', '-')} {value}: give 0 or more")
-    fewest = options.min_workers
-    if fewest > options.workers_per_trial:
-        mistakes.append(
-            f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {options.workers_per_trial}"
-        )
-    if options.parallel == "shard" and options.workers_per_trial < 2:
-        mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
-    elif options.parallel == "shard" and fewest < 2:
-        mistakes.append("--parallel shard needs --min-workers-per-trial 2 or more")
-    if options.search == "random" and options.num_samples is None:
-        mistakes.append("--search random needs --num-samples N, the points drawn for each method")
-    if options.search == "grid" and options.num_samples is not None:
-        mistakes.append("--search grid takes every point of the grid; leave --num-samples out, or use --search random")
-    for flag in ("models", "methods", "tasks", "seeds"):
-        if getattr(options, flag) == ():
-            mistakes.append(f"--{flag}: give at least one value")
-    if mistakes:
-        raise ConfigError("; ".join(mistakes))
-
-
-def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], SourceConfig]:
+def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], AnySourceConfig]:
     """Suite, tasks and source that ``--task`` and ``--data-dir`` mean. Raises :class:`ConfigError`.
 
     A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
@@ -316,7 +189,7 @@ def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple
     return source.name, (source.name,), source
 
 
-def data_source(suite: str, data_dir: Path | None) -> SourceConfig:
+def data_source(suite: str, data_dir: Path | None) -> AnySourceConfig:
     """Where a suite's rows come from: made, a folder, or the hub. Raises :class:`ConfigError`."""
     if suite == "generated":
         if data_dir is not None:

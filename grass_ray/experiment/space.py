@@ -10,11 +10,12 @@
             "falling": {"kind": "linear", "start": LogUniform(low=1, high=4), "end": LogUniform(low=0.1, high=1)},
         }),
     }
-    picks = choose(space, RandomPicker(random.Random(0)))     # every pick by name, in the order it was made
-    values(space, picks)                                      # {"method.optimizer.lr": 0.000231, ...}
+    params = sample(space, at_random(random.Random(0)))       # {"method.optimizer.lr": 0.000231, ...}
+    values(space, params)                                     # the same as changes of a configuration
 
-Whoever picks - chance, Optuna, a population's mutation - sees one list of names and ranges; what is inside an
-alternative is only asked for where that alternative was picked. Imports neither ray nor torch nor optuna.
+A point of a space is a flat mapping of parameters. A parameter inside an alternative exists only where that alternative
+was chosen. Whatever chooses (random numbers, Optuna, the mutation of a population) is a function that gets a name and a
+distribution and returns a parameter. Imports neither ray nor torch nor optuna.
 """
 
 from __future__ import annotations
@@ -23,18 +24,24 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+from typing_extensions import TypeAliasType
 
 from grass_ray.config import ConfigError
 from grass_ray.overrides import as_yaml
 
-Pick = float | int | str
-Picks = Mapping[str, Pick]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LogUniform:
-    """A positive hyperparameter, even on a logarithmic scale; three digits, or a whole number."""
+    """A positive number, uniform on a logarithmic scale; rounded to three digits, or to an integer.
+
+    Args:
+        low: the smallest value, greater than 0.
+        high: the largest value.
+        whole: only integers.
+    """
 
     low: float
     high: float
@@ -45,203 +52,135 @@ class LogUniform:
             raise ConfigError(f"a logarithmic range from {self.low} to {self.high}; it needs 0 < low <= high")
 
     def draw(self, rng: random.Random) -> float:
-        """One value."""
+        """Draw one value."""
         return self.rounded(self.low * (self.high / self.low) ** rng.random())
 
     def rounded(self, value: float) -> float:
-        """The value inside the range, to three digits or as a whole number."""
+        """Clip the value to the range, and round it to three digits or to an integer."""
         inside = min(max(value, self.low), self.high)
         return math.floor(inside + 0.5) if self.whole else float(f"{inside:.3g}")
+
+
+def _read_older_form(value: Any) -> Any:
+    """Plans of sweeps that older versions began write ranges and alternatives in another form."""
+    match value:
+        case {"log_uniform": [low, high], "whole": whole}:
+            return {"low": low, "high": high, "whole": whole}
+        case {"one_of": options}:
+            return {"options": options}
+        case _:
+            return value
+
+
+Dimension = TypeAliasType(
+    "Dimension",
+    Annotated[
+        "LogUniform | OneOf | dict[str, Dimension] | Any",
+        Field(union_mode="left_to_right"),
+        BeforeValidator(_read_older_form),
+    ],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneOf:
     """Alternatives by name, each a value, a range, or a mapping of values and ranges."""
 
-    options: Mapping[str, Any]
+    options: Mapping[str, Dimension]
 
 
-Dimension = LogUniform | OneOf | Sequence[Any]
-Space = Mapping[str, Dimension]
+Space = Mapping[str, Dimension]  # dotted key -> LogUniform, OneOf or a sequence of values
+_SPACE: TypeAdapter[Space] = TypeAdapter(Space)
+Param = float | int | str
+Params = Mapping[str, Param]
+Distribution = LogUniform | tuple[str, ...]  # a range, or the labels of values or alternatives
+Choose = Callable[[str, Distribution], Param]  # a parameter's name and distribution -> the parameter
 
 
-class Picker(Protocol):
-    """Whoever decides."""
-
-    def number(self, name: str, among: LogUniform) -> float:
-        """A number of a range."""
-
-    def option(self, name: str, labels: Sequence[str]) -> str:
-        """One of the labels."""
+def read_space(plain: Mapping[str, Any]) -> Space:
+    """Read a space that was written as plain values."""
+    return _SPACE.validate_python(plain)
 
 
-class RandomPicker:
-    """Picks by chance."""
+def at_random(rng: random.Random) -> Choose:
+    """Draw every parameter at random."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def choose(name: str, among: Distribution) -> Param:
+        return among.draw(rng) if isinstance(among, LogUniform) else rng.choice(among)
 
-    def number(self, name: str, among: LogUniform) -> float:
-        """A number of a range."""
-        return among.draw(self._rng)
-
-    def option(self, name: str, labels: Sequence[str]) -> str:
-        """One of the labels."""
-        return self._rng.choice(labels)
+    return choose
 
 
-class Recorder:
-    """Lets another picker decide, and keeps what it picked and from what."""
+def mutation(params: Params, rng: random.Random, *, resample: float = 0.25) -> Choose:
+    """Explore around a point, as a population does: numbers times 0.8 or 1.25, choices to their neighbours.
 
-    def __init__(self, inner: Picker) -> None:
-        self._inner = inner
-        self.picks: dict[str, Pick] = {}
-        self.ranges: dict[str, LogUniform | tuple[str, ...]] = {}
-
-    def number(self, name: str, among: LogUniform) -> float:
-        """A number of a range."""
-        self.ranges[name] = among
-        self.picks[name] = value = among.rounded(self._inner.number(name, among))
-        return value
-
-    def option(self, name: str, labels: Sequence[str]) -> str:
-        """One of the labels."""
-        self.ranges[name] = tuple(labels)
-        self.picks[name] = label = self._inner.option(name, labels)
-        return label
-
-
-class Replay:
-    """Picks again what was picked before."""
-
-    def __init__(self, picks: Picks) -> None:
-        self._picks = picks
-
-    def number(self, name: str, among: LogUniform) -> float:
-        """A number of a range."""
-        return float(self._picks[name])
-
-    def option(self, name: str, labels: Sequence[str]) -> str:
-        """One of the labels."""
-        return str(self._picks[name])
-
-
-class Mutation:
-    """A population's exploration: numbers times 0.8 or 1.25, the neighbouring choice, now and then a fresh draw.
-
-    Nothing leaves its range. What was not picked before, because another alternative was, is drawn afresh.
+    Nothing leaves its range. Parameters that the point lacks, because it took another alternative, are drawn afresh.
 
     Args:
-        picks: of the member whose weights are taken over.
-        rng: decides; seeded by member and step, so that a population comes out the same again.
-        resample: probability of a fresh draw, for each pick.
+        params: the point of the member whose weights are copied.
+        rng: seeded by member and step, so that every run of a population is the same.
+        resample: probability of a fresh draw, for each parameter.
     """
 
-    FACTORS = (0.8, 1.25)
+    def choose(name: str, among: Distribution) -> Param:
+        before = params.get(name)
+        if isinstance(among, LogUniform):
+            if before is None or rng.random() < resample:
+                return among.draw(rng)
+            after = among.rounded(float(before) * rng.choice((0.8, 1.25)))
+            if among.whole and after == before:  # a small integer times 0.8 or 1.25 may round to itself
+                return among.rounded(float(before) + rng.choice((-1, 1)))
+            return after
+        if before not in among or rng.random() < resample:
+            return rng.choice(among)
+        place = among.index(str(before)) + rng.choice((-1, 1))
+        return among[min(max(place, 0), len(among) - 1)]
 
-    def __init__(self, picks: Picks, rng: random.Random, resample: float = 0.25) -> None:
-        self._picks = picks
-        self._rng = rng
-        self._resample = resample
-
-    def number(self, name: str, among: LogUniform) -> float:
-        """A number of a range."""
-        if name not in self._picks or self._rng.random() < self._resample:
-            return among.draw(self._rng)
-        before = float(self._picks[name])
-        after = among.rounded(before * self._rng.choice(self.FACTORS))
-        # a small whole number times 0.8 or 1.25 may round to itself
-        return among.rounded(before + self._rng.choice((-1, 1))) if among.whole and after == before else after
-
-    def option(self, name: str, labels: Sequence[str]) -> str:
-        """One of the labels."""
-        if self._picks.get(name) not in labels or self._rng.random() < self._resample:
-            return self._rng.choice(labels)
-        place = labels.index(str(self._picks[name])) + self._rng.choice((-1, 1))
-        return labels[min(max(place, 0), len(labels) - 1)]
+    return choose
 
 
-def choose(space: Space, picker: Picker) -> dict[str, Pick]:
-    """Let ``picker`` decide everything that is to be decided; every pick by name."""
-    recorder = Recorder(picker)
-    for key, dimension in space.items():
-        _value(key, dimension, recorder)
-    return recorder.picks
+def sample(space: Space, choose: Choose) -> dict[str, Param]:
+    """Let ``choose`` choose a point; parameters are in the order in which they were asked for."""
+    return {name: param for name, (_, param) in _walk(space, choose)[1].items()}
 
 
-def ranges(space: Space, picks: Picks) -> dict[str, LogUniform | tuple[str, ...]]:
-    """From what each pick was picked: a range, or labels."""
-    recorder = Recorder(Replay(picks))
-    for key, dimension in space.items():
-        _value(key, dimension, recorder)
-    return recorder.ranges
+def distributions(space: Space, params: Params) -> dict[str, Distribution]:
+    """Return the distribution that each parameter of a point was chosen from."""
+    return {name: among for name, (among, _) in _walk(space, lambda name, _: params[name])[1].items()}
 
 
-def values(space: Space, picks: Picks) -> dict[str, Any]:
-    """The plain value of each key of the space: a number, a text, None, or a schedule's mapping."""
-    replay = Replay(picks)
-    return {key: _value(key, dimension, replay) for key, dimension in space.items()}
+def values(space: Space, params: Params) -> dict[str, Any]:
+    """Return the value of each key of the space at a point: a number, a text, None, or a schedule's mapping."""
+    return _walk(space, lambda name, _: params[name])[0]
 
 
-def _value(name: str, dimension: Any, picker: Picker) -> Any:
-    match dimension:
-        case LogUniform():
-            return dimension.rounded(picker.number(name, dimension))
-        case OneOf():
-            label = picker.option(name, tuple(dimension.options))
-            return _value(f"{name}:{label}", dimension.options[label], picker)
-        case Mapping():
-            return {key: _value(f"{name}.{key}", inner, picker) for key, inner in dimension.items()}
-        case list() | tuple() if ":" not in name:
-            by_label = labelled(dimension)
-            return by_label[picker.option(name, tuple(by_label))]
-        case _:
-            return dimension
-
-
-def labelled(choices: Sequence[Any]) -> dict[str, Any]:
-    """Each of some values by the label that stands for it among picks."""
+def labels(choices: Sequence[Any]) -> dict[str, Any]:
+    """Return values by the label that stands for each as a parameter."""
     return {as_yaml(value): value for value in choices}
 
 
-# ------------------------------------------------------------------------------------------------- a space as a file
+def _walk(space: Space, choose: Choose) -> tuple[dict[str, Any], dict[str, tuple[Distribution, Param]]]:
+    """Return the value of each key, and what was asked for on the way with what was chosen."""
+    asked: dict[str, tuple[Distribution, Param]] = {}
 
+    def ask(name: str, among: Distribution) -> Param:
+        param = choose(name, among)
+        asked[name] = (among, among.rounded(float(param)) if isinstance(among, LogUniform) else str(param))
+        return asked[name][1]
 
-def to_plain(space: Space) -> dict[str, Any]:
-    """The space as plain values, for a file."""
-    return {key: _to_plain(dimension) for key, dimension in space.items()}
+    def value_of(name: str, dimension: Any) -> Any:
+        match dimension:
+            case LogUniform():
+                return ask(name, dimension)
+            case OneOf(options=options):
+                label = ask(name, tuple(options))
+                return value_of(f"{name}:{label}", options[str(label)])
+            case Mapping():
+                return {key: value_of(f"{name}.{key}", inner) for key, inner in dimension.items()}
+            case list() | tuple() if ":" not in name:
+                by_label = labels(dimension)
+                return by_label[str(ask(name, tuple(by_label)))]
+            case _:
+                return dimension
 
-
-def from_plain(plain: Mapping[str, Any]) -> dict[str, Dimension]:
-    """The space again."""
-    return {key: tuple(own) if isinstance(own, list) else _from_plain(own) for key, own in plain.items()}
-
-
-def _to_plain(dimension: Any) -> Any:
-    match dimension:
-        case LogUniform():
-            return {"log_uniform": [dimension.low, dimension.high], "whole": dimension.whole}
-        case OneOf():
-            return {"one_of": _each(dimension.options, _to_plain)}
-        case Mapping():
-            return _each(dimension, _to_plain)
-        case list() | tuple():
-            return list(dimension)
-        case _:
-            return dimension
-
-
-def _from_plain(plain: Any) -> Any:
-    match plain:
-        case {"log_uniform": [low, high], "whole": whole}:
-            return LogUniform(low=low, high=high, whole=whole)
-        case {"one_of": options}:
-            return OneOf(options=_each(options, _from_plain))
-        case dict():
-            return _each(plain, _from_plain)
-        case _:
-            return plain
-
-
-def _each(mapping: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    return {key: change(value) for key, value in mapping.items()}
+    return {key: value_of(key, dimension) for key, dimension in space.items()}, asked

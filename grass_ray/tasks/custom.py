@@ -70,16 +70,7 @@ def find_task(key: str, source: SourceConfig) -> Task:
     """Return the task with a key: the custom task of ``source``, or a built-in one."""
     if not isinstance(source, CustomSource):
         return TASKS[key]
-    return Task(
-        key=source.name,
-        title=source.name,
-        suite=source.name,
-        folder=source.name,
-        answer=source.answer,
-        labels=source.labels,
-        max_new_tokens=source.max_new_tokens,
-        test_rows=None,
-    )
+    return Task.custom(source.name, source.answer, source.labels, source.max_new_tokens)
 
 
 class CustomRows(RowSource[CustomSource]):

@@ -1,9 +1,9 @@
-"""A prompt and its answer as token ids: one way for training, generation, scoring and validation.
+"""Encode a prompt and its answer, in the same way for training, generation, scoring and validation.
 
-Generation goes on from the tokens of the prompt alone, so these always stand first. The answer's tokens are those that
-it has behind the prompt, as lm-eval scores them: some tokenizers (Llama 2) put a space before an answer only when it is
-encoded alone. Where the prompt's last characters and the answer's first ones would merge into a token that generation
-cannot write, the answer is encoded alone::
+The tokens of the prompt are those of the prompt alone, since generation continues from them. The tokens of the answer
+are those that follow them if both are encoded together, as lm-eval does: some tokenizers (Llama 2) insert a space if an
+answer is encoded alone. It is encoded alone only if the last characters of the prompt and the first of the answer would
+merge into one token, which generation could not produce::
 
     context, continuation = encode_pair(tokenizer, prompt, "the correct answer is true")
 """
@@ -15,20 +15,20 @@ from typing import Any
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The token ids that an answer goes on from, special tokens before the text included."""
+    """Return the token ids of a prompt, with the special tokens before the text."""
     return without_end(tokenizer, tokenizer(text)["input_ids"])
 
 
 def encode_pair(
     tokenizer: Any, prompt: str, answer: str, encode: Callable[[str], list[int]] | None = None
 ) -> tuple[list[int], list[int]]:
-    """The token ids of a prompt, and those of its answer without an end token.
+    """Return the token ids of a prompt, and those of its answer without an end token.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        prompt: the text before the answer.
-        answer: the text to learn, write or score.
-        encode: :func:`encode_prompt` of this tokenizer, where it remembers texts.
+        prompt: text before the answer.
+        answer: text to learn, generate or score.
+        encode: replaces :func:`encode_prompt`, for example by a cached version.
     """
     encode = encode or (lambda text: encode_prompt(tokenizer, text))
     context, whole = encode(prompt), encode(prompt + answer)
@@ -38,7 +38,7 @@ def encode_pair(
 
 
 def without_end(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Token ids of a prompt without the end token that some tokenizers put behind every text (``add_eos_token``)."""
+    """Remove the end token that some tokenizers append to every text (``add_eos_token``)."""
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     length = len(ids)
     while length and ids[length - 1] in ends:

@@ -1,10 +1,10 @@
-"""Reading an answer out of a model's text, and saying whether it is right. Pure functions.
+"""Extract the answer from generated text, and compare it with the correct one. Pure functions.
 
-``published`` is what the LLM-Adapters evaluation does, its blind spots included: the last number of the text, the first
-capital A-E (so "Answer: D" reads as "A"), the first label word. ``strict`` reads what is said to be the answer: after
-"answer is", "Answer:", "The correct option is", GSM8K's "####" or in a box, or a text that is nothing but the answer.
-The first such place counts, unless the same paragraph corrects it ("..., but the correct answer is 4"). It reads
-fractions, sums and LaTeX as numbers. Both read what comes before a text that ends an answer::
+``published`` is the rule of the LLM-Adapters evaluation, with its weaknesses: the last number of the text, the first
+capital A-E (so "Answer: D" gives "A"), the first label. ``strict`` takes what is stated as the answer: after "answer
+is", "Answer:", "The correct option is", GSM8K's "####" or in a box, or a text that consists of the answer. The first
+statement counts, unless it is corrected in the same paragraph ("..., but the correct answer is 4"). It parses
+fractions, sums and LaTeX. Both ignore everything from the first stop text on::
 
     extract_answer("The answer is (D).", TASKS["aqua"], "strict")     # "D"
     is_correct("D", "D", TASKS["aqua"])                               # True
@@ -24,7 +24,7 @@ from grass_ray.tasks.suites import STOP, TASKS, Task
 ExtractionName = Literal["published", "strict"]
 
 TOLERANCE = 0.001
-ANSWER_RULES = 2  # one more whenever some text is read otherwise: results under other numbers are not ranked together
+ANSWER_RULES = 2  # version of the rules; results of different versions are not ranked together
 
 _NUMBER = r"-?\d+\.?\d*"
 _STRICT_NUMBER = (
@@ -61,7 +61,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], float]] = {
 
 
 def extract_answer(output: str, task: Task, extraction: ExtractionName) -> str | None:
-    """The answer that ``output`` gives, or None where it gives none."""
+    """Extract the answer from ``output``; None if there is none."""
     ended = re.split("|".join(map(re.escape, STOP)), output, maxsplit=1)[0]
     text = unicodedata.normalize("NFC", ended)
     if extraction == "published":
@@ -70,7 +70,7 @@ def extract_answer(output: str, task: Task, extraction: ExtractionName) -> str |
 
 
 def is_correct(extracted: str | None, answer: str, task: Task) -> bool:
-    """Whether an extracted answer is the row's: numbers within 0.001, words exactly."""
+    """Return whether an extracted answer equals the correct one; numbers within 0.001."""
     if extracted is None:
         return False
     if task.answer != "number":
@@ -80,24 +80,9 @@ def is_correct(extracted: str | None, answer: str, task: Task) -> bool:
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """lm-eval's hook: the score of one generated text."""
-    task = TASKS.get(doc["task"]) or _own_task(doc)
+    """Score one generated text; called by lm-eval."""
+    task = TASKS.get(doc["task"]) or Task.custom(doc["task"], doc["kind"], doc["labels"] or (), max_new_tokens=1)
     return {"acc": float(is_correct(extract_answer(results[0], task, doc["extraction"]), doc["answer"], task))}
-
-
-def _own_task(doc: Mapping[str, Any]) -> Task:
-    """A user's own task, of which the document says all that scoring needs."""
-    name, labels = doc["task"], tuple(doc["labels"] or ())
-    return Task(
-        key=name,
-        title=name,
-        suite=name,
-        folder=name,
-        answer=doc["kind"],
-        labels=labels,
-        max_new_tokens=1,
-        test_rows=None,
-    )
 
 
 def _published(output: str, task: Task) -> str | None:

@@ -1,4 +1,4 @@
-"""An evaluation in lm-eval's own files, as ``lm_eval --output_path`` writes them, by lm-eval's own writer.
+"""Write results in the files of lm-eval, as ``lm_eval --output_path`` does.
 
 ::
 
@@ -19,12 +19,12 @@ from typing import Any
 
 from grass_ray.config import EvaluationConfig
 
-# what lm-eval's results hold by task
+# keys of lm-eval's results that map tasks to values
 BY_TASK = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 class HarnessResults:
-    """Puts the outcomes of single tasks together and writes them."""
+    """Collects the results of single tasks and writes them."""
 
     def __init__(self) -> None:
         self._results: dict[str, Any] = {name: {} for name in BY_TASK}
@@ -32,22 +32,22 @@ class HarnessResults:
         self._started = time.time()
 
     def add(self, outcome: Mapping[str, Any]) -> None:
-        """Take what ``lm_eval.evaluate`` returned for one or more tasks."""
+        """Add the return value of ``lm_eval.evaluate`` for one or more tasks."""
         for name in BY_TASK:
             self._results[name] |= copy.deepcopy(outcome[name])
         for task, samples in outcome["samples"].items():
             self._samples[task] = sorted(copy.deepcopy(samples), key=lambda sample: sample["doc_id"])
 
     def write(self, folder: Path, *, model: str, evaluation: EvaluationConfig) -> list[Path]:
-        """Write ``results_<date>.json`` and a ``samples_<task>_<date>.jsonl`` a task into a folder named by the model.
+        """Write ``results_<date>.json``, and per task ``samples_<task>_<date>.jsonl``, into a folder for the model.
 
         Args:
-            folder: where lm-eval's ``--output_path`` would point.
-            model: its name.
-            evaluation: how it was evaluated.
+            folder: parent folder, lm-eval's ``--output_path``.
+            model: name of the model.
+            evaluation: configuration of the evaluation.
 
         Returns:
-            The files.
+            The files written.
 
         Raises:
             OSError: a file could not be written.

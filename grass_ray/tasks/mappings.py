@@ -1,10 +1,10 @@
-"""Records of the original data sets, mapped into rows in the published wording. Pure functions.
+"""Map records of the original datasets to rows in the published wording. Pure functions.
 
-Each takes a record as the data set's authors publish it and gives the row the suites train and evaluate on::
+Each function takes a record as published by the authors of the dataset::
 
     MAPPINGS["boolq"]({"question": "is the sky blue", "passage": "...", "answer": True})
 
-A record that does not fit raises :class:`~grass_ray.tasks.rows.RowError`.
+They raise :class:`~grass_ray.tasks.rows.RowError` if a record has another form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an evaluation says: one :class:`EvaluationResult` a task, with every example in it. Plain data, no torch."""
+"""Results of an evaluation: one :class:`EvaluationResult` per task, with every example. Plain data, no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grass_ray.tasks.suites import SUITES, TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One evaluated example. ``id`` is a hash of the prompt; ``extracted`` is None where no answer was found."""
+    """One evaluated example. ``id`` is a hash of the prompt; ``extracted`` is None if no answer was found."""
 
     id: str
     prompt: str
@@ -24,11 +24,15 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What an evaluation took: the same answers may take more or less.
+    """Work that an evaluation took. It may differ between evaluations with equal results.
 
-    ``tokens`` are those of prompts, options and generated answers that went through the model, ``padding_tokens`` the
-    positions that were computed besides; ``halvings`` counts batches that did not fit into memory, ``prompts_cut``
-    prompts that lost their beginning because the model takes no more tokens.
+    Attributes:
+        tokens: tokens of prompts, options and generated answers that the model processed.
+        padding_tokens: other positions that it processed.
+        passes: forward passes.
+        halvings: how often a batch did not fit into memory.
+        prompts_cut: prompts that were truncated on the left, because the context of the model is too short.
+        seconds: duration.
     """
 
     tokens: int = 0
@@ -39,21 +43,27 @@ class Workload:
     seconds: float = 0.0
 
     def __add__(self, other: Workload) -> Workload:
-        """Both together; the seconds of work that went on side by side count each."""
+        """Sum of both. Seconds of work done at the same time by several workers are added, too."""
         return Workload(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
     @property
     def padding_share(self) -> float:
-        """Padding over all computed positions, 0 to 1."""
+        """Padding as a share of all processed positions, 0 to 1."""
         return self.padding_tokens / max(self.tokens + self.padding_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One task's result. ``protocol`` names template, decoding, limit and file, so that numbers can be compared.
+    """Result of one task. Results are equal whatever work they took.
 
-    Its ``chance`` is the accuracy of guessing: the mean of 1/options over the questions asked, 0 for numbers. Results
-    are equal whatever work they took.
+    Attributes:
+        task: key of the task.
+        scoring: ``generation`` or ``loglikelihood``.
+        extraction: rule that extracted the answers.
+        examples: every example, in the order of the test file.
+        protocol: template, decoding, limit, test file and all else that makes results comparable, as plain JSON values.
+            Its ``chance`` is the expected accuracy of guessing: the mean of 1/options, 0 for numbers.
+        workload: work that it took.
     """
 
     task: str
@@ -72,16 +82,16 @@ class EvaluationResult:
 def accuracy_metrics(
     results: Mapping[str, EvaluationResult], *, contaminated: Collection[str] = ()
 ) -> dict[str, float]:
-    """Each task's accuracy and their averages under MLflow's names; empty without results.
+    """Return the accuracy of each task and their averages, by MLflow key; empty without results.
 
     Args:
         results: by task.
-        contaminated: tasks whose test questions were trained on (:func:`contaminated_tasks`).
+        contaminated: tasks whose test questions are part of the training data (:func:`contaminated_tasks`).
 
     Returns:
-        ``eval/<task>/accuracy``, and unweighted means over tasks: ``eval/average``; ``eval/average_clean`` over the
-        tasks that are not contaminated, where there are any; ``eval/average_normalised`` of accuracies above chance
-        (:func:`above_chance`), where every task's chance is known.
+        ``eval/<task>/accuracy``, and unweighted means over tasks: ``eval/average``; ``eval/average_clean`` over tasks
+        that are not contaminated, if there are any; ``eval/average_normalised`` of accuracies above chance
+        (:func:`above_chance`), if the chance of every task is known.
     """
     metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
     if not metrics:
@@ -97,10 +107,10 @@ def accuracy_metrics(
 
 
 def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float]:
-    """What evaluating took, under MLflow's names; empty without results.
+    """Return the work that an evaluation took, by MLflow key; empty without results.
 
     ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
-    ``evaluation/examples_per_second`` (of one worker); ``evaluation/prompts_cut`` where there are any.
+    ``evaluation/examples_per_second`` (per worker); ``evaluation/prompts_cut`` if there are any.
     """
     if not results:
         return {}
@@ -117,9 +127,10 @@ def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float
 
 
 def above_chance(accuracy: float, chance: float) -> float:
-    """``(accuracy - chance) / (1 - chance)``: 0 is guessing, 1 is perfect, below 0 is worse than guessing.
+    """Return ``(accuracy - chance) / (1 - chance)``: 0 is guessing, 1 is perfect.
 
-    Raises :class:`ValueError` unless ``0 <= chance < 1``.
+    Raises:
+        ValueError: ``chance`` is not in [0, 1).
     """
     if not 0 <= chance < 1:
         raise ValueError(f"chance must be at least 0 and below 1, got {chance}")
@@ -127,21 +138,21 @@ def above_chance(accuracy: float, chance: float) -> float:
 
 
 def average_above_chance(scores: Sequence[tuple[float, float | None]]) -> float | None:
-    """The mean over (accuracy, chance) of :func:`above_chance`; None where a chance is unknown or leaves nothing."""
+    """Return the mean of :func:`above_chance` over (accuracy, chance); None if a chance is unknown or 1."""
     values = [above_chance(accuracy, chance) for accuracy, chance in scores if chance is not None and chance < 1]
     return fmean(values) if values and len(values) == len(scores) else None
 
 
 def contaminated_tasks(suite: str, train: Mapping[str, Any], *, training_steps: int) -> tuple[str, ...]:
-    """Tasks whose test questions are in what a run trained on: known for the published mixtures alone.
+    """Return the tasks whose test questions are part of the training data; known only for published mixtures.
 
-    ``math_10k`` contains MAWPS, and with it AddSub, MultiArith and SingleEq; a mixture that was built from train sets
-    in its place does not.
+    ``math_10k`` contains MAWPS, and thereby AddSub, MultiArith and SingleEq. A mixture built from training sets does
+    not.
 
     Args:
-        suite: the run's suite.
-        train: the provenance of its training rows.
-        training_steps: 0 is a model that was not trained.
+        suite: suite of the run.
+        train: provenance of its training rows.
+        training_steps: number of steps; 0 for a model that was not trained.
     """
     known = SUITES.get(suite)
     files = {str(file.get("name", "")) for file in train.get("files", ())}

@@ -1,9 +1,9 @@
-"""An evaluation split over several workers, and put together again.
+"""Split an evaluation over several workers, and merge their results.
 
-Every worker evaluates the examples of one shard; the gathered parts merge into what one worker alone returns::
+Each worker evaluates the examples of one shard. The merged results equal those of a single worker::
 
     part = evaluate(model, tokenizer, data, evaluation, shard=(rank, world_size))
-    results = merge_shards(all_gather(part))        # a part is plain data: dataclasses of text and numbers
+    results = merge_shards(all_gather(part))        # parts are plain data
 
 Importing this module loads no torch.
 """
@@ -15,21 +15,21 @@ from collections.abc import Mapping, Sequence
 
 from grass_ray.tasks.scores import EvaluationResult, Workload
 
-SHARD = "shard"  # the protocol's key that says which examples a part holds; gone after the merge
+SHARD = "shard"  # key of the protocol that says which examples a part holds; removed by the merge
 
 
 def split_by_cost(costs: Sequence[float], count: int) -> list[list[int]]:
     """Split examples into ``count`` shards that take about equally long.
 
-    The costliest example that is left goes to the shard with the least work so far (longest processing time first,
-    Graham 1969: at most a third longer than the best split). The same costs give the same split everywhere.
+    The most expensive remaining example goes to the shard with the least work (longest processing time first, Graham
+    1969: at most a third longer than the best split). Equal costs give equal splits on every worker.
 
     Args:
-        costs: what each example costs, in any unit.
-        count: number of shards; some are empty where there are fewer examples.
+        costs: cost of each example, in any unit.
+        count: number of shards. Some are empty if there are fewer examples.
 
     Returns:
-        The positions of each shard's examples, ascending.
+        Positions of the examples of each shard, ascending.
     """
     if count < 1:
         raise ValueError(f"cannot split into {count} shards; the number of shards is at least 1")
@@ -43,13 +43,13 @@ def split_by_cost(costs: Sequence[float], count: int) -> list[list[int]]:
 
 
 def merge_shards(parts: Sequence[Mapping[str, EvaluationResult]]) -> dict[str, EvaluationResult]:
-    """Put the parts of all workers together: the result of an evaluation that was never split.
+    """Merge the results of all workers into those of an evaluation that was never split.
 
     Args:
-        parts: what :func:`grass_ray.tasks.evaluation.evaluate` returned for every shard, in any order.
+        parts: results of :func:`grass_ray.tasks.evaluation.evaluate` for every shard, in any order.
 
     Raises:
-        ValueError: the parts are not those of one evaluation, or one is missing or there twice.
+        ValueError: the parts are not from one evaluation, or one is missing or duplicate.
     """
     if not parts:
         raise ValueError("there are no shards to merge")

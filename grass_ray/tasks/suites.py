@@ -1,4 +1,4 @@
-"""The tasks and the suites they belong to: plain data, one row a task.
+"""The tasks and their suites, as data: one row per task.
 
 The two large suites follow the LLM-Adapters protocol (arXiv 2304.01933): train on one mixture, evaluate on every task::
 
@@ -26,9 +26,20 @@ ANSWERS = ("answer1", "answer2", "answer3", "answer4", "answer5")
 class Task:
     """One benchmark.
 
-    ``folder`` is its name in the published layout (``dataset/<folder>/test.json``), ``labels`` the words an answer may
-    be (empty for numbers), ``contaminated`` whether its test questions are part of the suite's training mixture,
-    ``test_rows`` the size of the published test set. ``hub_id`` is None where the hub source does not serve the task.
+    Attributes:
+        key: name on the command line, in records and in MLflow.
+        title: name in tables.
+        suite: key of its suite.
+        folder: name in the published layout (``dataset/<folder>/test.json``).
+        answer: kind of answer.
+        max_new_tokens: maximum number of tokens to generate.
+        test_rows: size of the published test set, if there is one.
+        labels: possible answers; empty for numbers.
+        stop: texts that end a generated answer.
+        hub_id: dataset on the Hugging Face Hub; None if the hub source does not have the task.
+        hub_config: configuration of that dataset.
+        hub_test_split: its split to test on.
+        contaminated: whether its test questions are part of the suite's training mixture.
     """
 
     key: str
@@ -45,10 +56,26 @@ class Task:
     hub_test_split: str = "test"
     contaminated: bool = False
 
+    @classmethod
+    def custom(
+        cls, name: str, answer: Literal["number", "letter", "labels"], labels: Sequence[str], max_new_tokens: int
+    ) -> Task:
+        """Make a custom task, which is its own suite."""
+        return cls(
+            key=name,
+            title=name,
+            suite=name,
+            folder=name,
+            answer=answer,
+            labels=tuple(labels),
+            max_new_tokens=max_new_tokens,
+            test_rows=None,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Tasks that share a training mixture; ``mixtures`` are its published file names, best first."""
+    """Tasks that share a training mixture, whose published file names are ``mixtures``, in order of preference."""
 
     key: str
     title: str
@@ -163,9 +190,10 @@ SUITES: Mapping[str, Suite] = {
 
 
 def resolve_tasks(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The suite and the tasks that ``names`` mean: one suite, one task, or several tasks of one suite.
+    """Return the suite and the tasks with the given names: one suite, or one or more tasks of one suite.
 
-    Raises :class:`ConfigError` on unknown names, none at all, or tasks of more than one suite.
+    Raises:
+        ConfigError: there is no name, an unknown name, or tasks of several suites.
     """
     if not names:
         raise ConfigError(f"no task given; name a suite ({', '.join(SUITES)}) or tasks ({', '.join(TASKS)})")
@@ -190,7 +218,7 @@ def resolve_tasks(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def check_tasks(suite: str, tasks: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless ``suite`` exists and ``tasks`` are one or more tasks of it."""
+    """Raise :class:`ConfigError` unless ``suite`` exists and has all ``tasks``, of which there is at least one."""
     if suite not in SUITES:
         raise ConfigError(unknown("suite", suite, SUITES))
     if not tasks:

@@ -1,8 +1,8 @@
-"""How a row becomes text: the prompt a model reads and the response it learns.
+"""Prompt templates: how a row becomes the prompt and the response.
 
-Both templates have the Alpaca form (a sentence, ``### Instruction:``, ``### Response:``). ``clean`` is one tidy version
-for training and evaluation; ``published`` keeps the white space of the LLM-Adapters evaluation (16-space indents, a
-trailing space after the preamble, a prompt that ends in an indent), for comparison with published numbers::
+Both templates have the Alpaca form (a sentence, ``### Instruction:``, ``### Response:``). ``clean`` has no superfluous
+white space; ``published`` keeps that of the LLM-Adapters evaluation (16-space indents, a trailing space after the first
+sentence, a prompt that ends in an indent), for comparison with published numbers::
 
     text = render_prompt(row, "clean") + render_response(row)
 """
@@ -35,7 +35,7 @@ _CLEAN_WITH_INPUT = (
 
 
 def render_prompt(row: Row, template: TemplateName) -> str:
-    """The text before the response. ``clean`` drops white space around the instruction, ``published`` keeps it."""
+    """Return the text before the response. ``clean`` strips the instruction, ``published`` does not."""
     if template == "published":
         form = _PUBLISHED_WITH_INPUT if row.input else _PUBLISHED
         return form.format(instruction=row.instruction, input=row.input)
@@ -44,12 +44,12 @@ def render_prompt(row: Row, template: TemplateName) -> str:
 
 
 def render_response(row: Row) -> str:
-    """The text to learn, without white space around it; the end-of-text token is the tokenizer's matter."""
+    """Return the text to learn, stripped and without an end token."""
     return row.output.strip()
 
 
 def render_answer(task: Task, answer: str) -> str:
-    """The whole response that gives an answer, in the words of the training data."""
+    """Return the response that states an answer, in the words of the training data."""
     if task.answer == "labels":
         return f"the correct answer is {answer}"
     return f"The answer is ({answer})." if task.answer == "letter" else f"The answer is {answer}."

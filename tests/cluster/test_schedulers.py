@@ -12,9 +12,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pbt import _PBTTrialState
 
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
-from grass_ray.experiment.space import LogUniform, to_plain
 
-SPACE = to_plain({"method.optimizer.lr": LogUniform(low=1e-4, high=1e-2)})
+SPACE = {"method.optimizer.lr": {"low": 1e-4, "high": 1e-2, "whole": False}}  # as a job holds it
 
 
 def trial(key: str, **job: Any) -> Trial:
@@ -58,7 +57,7 @@ def test_asha_of_a_resumed_search_counts_the_trials_before() -> None:
 
 def population(*losses: float) -> tuple[Population, list[Trial]]:
     scheduler = Population(36, seed=0)
-    members = [trial(f"m{n}", space=SPACE, picks={"method.optimizer.lr": 1e-3}, folder=f"f{n}") for n in range(4)]
+    members = [trial(f"m{n}", space=SPACE, params={"method.optimizer.lr": 1e-3}, folder=f"f{n}") for n in range(4)]
     for member, loss in zip(members, losses, strict=True):
         scheduler._trial_state[member] = state = _PBTTrialState(member)
         state.last_score, state.last_train_time = -loss, 9
@@ -77,10 +76,10 @@ def test_a_member_that_takes_over_keeps_its_own_name_and_changes_its_donors_sett
     again, _ = scheduler._get_new_config(worst, donor)
     assert config == again
     assert (config["job"]["key"], config["job"]["folder"]) == ("m3", "f3")
-    rate = config["job"]["picks"]["method.optimizer.lr"]
+    rate = config["job"]["params"]["method.optimizer.lr"]
     assert 1e-4 <= rate <= 1e-2
     assert rate != 1e-3
-    assert donor.config["job"]["picks"] == {"method.optimizer.lr": 1e-3}
+    assert donor.config["job"]["params"] == {"method.optimizer.lr": 1e-3}
 
 
 def test_jobs_come_one_by_one_and_a_pickled_searcher_takes_nothing_of_the_driver_along() -> None:

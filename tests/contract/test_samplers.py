@@ -234,12 +234,13 @@ def test_draws_valid_distinct_layers_and_probabilities(make: Callable[[int], Sam
 def from_a_fresh_process() -> dict[str, object]:
     """Every sampler's sequence from seed 7, all of them from one process."""
     code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); import test_samplers as t\n"
+        "import json, sys; sys.path[:0] = sys.argv[1:]; import test_samplers as t\n"
         "samplers = {name: make(7) for name, make in t.SAMPLERS.items()}\n"
         "for sampler in samplers.values(): sampler.start(t.SIZES)\n"
         "print(json.dumps({name: t.drive(sampler, 30) for name, sampler in samplers.items()}))"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", code, str(here), str(here.parent)]
     sequences: dict[str, object] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return sequences
 

@@ -159,12 +159,16 @@ def test_true_and_false_are_labels_in_any_case(folder: Path) -> None:
 
 
 def test_a_sweep_takes_the_file(folder: Path) -> None:
-    from grass_ray.experiment.flags import SweepDefaults, SweepOptions, choose
+    from grass_ray.experiment.flags import SweepOptions
+    from grass_ray.experiment.plan import plan_trials
+    from grass_ray.experiment.sweep import Sweep
 
-    defaults = SweepDefaults(models=("tiny",), methods=("grass",), tasks=("generated",), seeds=(0,))
-    choices = choose(defaults, SweepOptions(tasks=(str(folder / "reviews.yaml"),)))
-    assert (choices.suite, choices.tasks) == ("reviews", ("reviews",))
-    assert choices.source == read_task_file(folder / "reviews.yaml")
+    sweep = Sweep(name="s", question="?", models=("tiny",), methods=("grass",), tasks=("generated",), seeds=(0,))
+    trials, _ = plan_trials(sweep, SweepOptions(tasks=(str(folder / "reviews.yaml"),)))
+    assert [config.method.name for config in trials] == ["base", "grass"]
+    for config in trials:
+        assert (config.data.suite, config.data.tasks) == ("reviews", ("reviews",))
+        assert config.data.source == read_task_file(folder / "reviews.yaml")
 
 
 def test_a_configuration_that_names_another_task_is_refused(folder: Path) -> None:

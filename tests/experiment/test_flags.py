@@ -10,9 +10,12 @@ import pytest
 from mini_sweep import SWEEP
 from small import REPOSITORY
 
+from grass_ray.cli import main as command_line
 from grass_ray.commands.sweep import main
-from grass_ray.experiment.flags import SweepDefaults, SweepOptions
-from grass_ray.experiment.sweep import Sweep
+from grass_ray.config import EvaluationConfig, RunConfig, TrainingConfig
+from grass_ray.experiment.flags import SweepOptions
+from grass_ray.experiment.plan import plan_trials
+from grass_ray.experiment.sweep import Preset, Sweep
 
 SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
 ROWS = [{"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}]
@@ -87,7 +90,7 @@ def test_a_data_folder_without_the_task_and_a_broken_one(capsys: pytest.CaptureF
     (folder / "test.json").write_text(json.dumps(ROWS))
     (folder / "train.json").write_text("[{")
     data = ["--data-dir", str(tmp_path / "data")]
-    sweep = Sweep("mini", "?", replace(SWEEP.defaults, settings=()))
+    sweep = replace(SWEEP, data=None)
     assert "piqa" in fails(capsys, tmp_path, "--tasks", "piqa", *data, sweep=sweep)
     assert "train.json" in fails(capsys, tmp_path, "--tasks", "boolq", *data, sweep=sweep)
     (folder / "train.json").write_text(json.dumps([{key: ROWS[0][key] for key in ("instruction", "input", "output")}]))
@@ -113,6 +116,18 @@ def test_the_help_shows_three_examples_and_loads_no_torch() -> None:
     assert "code 0 False False" in done.stdout
 
 
+def test_the_verb_shows_the_help_of_the_file_that_it_is_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [])
+    with pytest.raises(SystemExit) as stop:
+        command_line(["sweep", str(SCRIPT), "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "Does a sweep run from end to end?" in said
+    assert "--dry-run" in said
+
+
 def test_a_dry_run_prints_every_trial_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main(SWEEP, ["--dry-run", "--seeds", "0", "1", "--steps", "3", "--storage-path", str(tmp_path / "results")])
@@ -129,21 +144,50 @@ def test_settings_from_a_search_reach_their_method_and_the_user_has_the_last_wor
 ) -> None:
     file = tmp_path / "best.yaml"
     file.write_text("methods: {grass: [method.optimizer.lr=0.00042, method.sampler.temperature=0.7]}")
-    found = SWEEP.plan(SweepOptions(settings=file, seeds=(0,)))[0]
-    by_method = {spec.config.method.name: spec.config for spec in found}
+    found = plan_trials(SWEEP, SweepOptions(settings=file, seeds=(0,)))[0]
+    by_method = {config.method.name: config for config in found}
     assert by_method["grass"].method.optimizer.lr == 0.00042
     assert by_method["full"].method.optimizer.lr != 0.00042
-    found = SWEEP.plan(SweepOptions(settings=file, set=("method.optimizer.lr=0.1",)))[0]
-    assert {spec.config.method.optimizer.lr for spec in found if spec.config.training.steps} == {0.1}
+    found = plan_trials(SWEEP, SweepOptions(settings=file, set=("method.optimizer.lr=0.1",)))[0]
+    assert {config.method.optimizer.lr for config in found if config.training.steps} == {0.1}
     file.write_text("methods: {grass: [method.optimizer.learning_rate=1]}")
     assert "learning_rate" in fails(capsys, tmp_path, "--settings", str(file))
 
 
-def test_a_preset_goes_on_top_of_the_defaults() -> None:
-    defaults = SweepDefaults(
-        models=("a",), tasks=("t",), settings=("x=1",), method_settings={"lisa": ("p=1",), "full": ("q=1",)}
+def test_a_preset_goes_on_top_of_the_sweep_key_by_key() -> None:
+    sweep = Sweep(
+        name="s",
+        question="?",
+        models=("a",),
+        tasks=("t",),
+        training=TrainingConfig(steps=9, batch_size=4),
+        settings={"seed": 1, "training.steps": 8},
+        method_settings={"lisa": {"p": 1, "r": 1}, "full": {"q": 1}},
+        smoke=Preset(
+            tasks=("u",),
+            training=TrainingConfig(steps=2),
+            evaluation=EvaluationConfig(limit=None),
+            method_settings={"lisa": {"p": 2}},
+        ),
     )
-    preset = SweepDefaults(tasks=("u",), settings=("x=2",), method_settings={"lisa": ("p=2",)})
-    merged = defaults.with_preset(preset)
-    assert (merged.models, merged.tasks, merged.settings) == (("a",), ("u",), ("x=1", "x=2"))
-    assert merged.method_settings == {"lisa": ("p=1", "p=2"), "full": ("q=1",)}
+    small = sweep.small()
+    assert (small.name, small.models, small.tasks) == ("s", ("a",), ("u",))
+    assert sweep.changes == {"training.batch_size": 4, "seed": 1, "training.steps": 8}
+    assert small.changes == {"training.batch_size": 4, "seed": 1, "training.steps": 2, "evaluation.limit": None}
+    assert small.method_settings == {"lisa": {"r": 1, "p": 2}, "full": {"q": 1}}
+
+
+def test_only_the_fields_that_a_sweep_gives_change_a_method() -> None:
+    sweep = Sweep(
+        name="s",
+        question="?",
+        models=("tiny",),
+        methods=("full",),
+        tasks=("generated",),
+        seeds=(0,),
+        training=TrainingConfig(steps=7, checkpoint_every_steps=None),
+        evaluation=EvaluationConfig(),
+    )
+    assert sweep.changes == {"training.steps": 7, "training.checkpoint_every_steps": None}
+    (config,) = plan_trials(sweep, SweepOptions(base=False))[0]
+    assert config.training == RunConfig(method=config.method).training.model_copy(update={"steps": 7})

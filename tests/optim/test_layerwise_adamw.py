@@ -373,3 +373,8 @@ def test_model_and_optimizer_are_freed_together(offload: Any) -> None:
     del model, optimizer
     gc.collect()
     assert [reference() for reference in watched] == [None] * len(watched)
+
+
+def test_a_sampler_that_is_none_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"subclass of grass_ray.layerwise.sampler.Sampler, not int"):
+        LayerwiseAdamW(make_llama(), 2)

@@ -76,7 +76,8 @@ def _are(rows: Sequence[LeaderboardRow]) -> str:
 
 def _names(rows: Sequence[LeaderboardRow]) -> str:
     """``grass, lisa and lora``; the number of those that are too many."""
-    labels = [row.label for row in rows[:_FEW]]
-    if len(rows) > _FEW:
-        labels.append(f"{len(rows) - _FEW} more")
+    shown = rows if len(rows) <= _FEW + 1 else rows[:_FEW]
+    labels = [row.label for row in shown]
+    if len(rows) > len(shown):
+        labels.append(f"{len(rows) - len(shown)} more")
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"

@@ -1,12 +1,12 @@
-"""Which requests share a forward pass: sorted by length, as many as fit, half as many when memory runs out.
+"""Form batches of requests: sorted by length, as many as fit, half as many if memory runs out.
 
 ::
 
-    scheduler = Scheduler("auto", device="cpu")
-    answers = scheduler.run(requests, [len(request) for request in requests], answer_batch)
+    batcher = Batcher("auto", device="cpu")
+    answers = batcher.run(requests, [len(request) for request in requests], answer_batch)
 
-Requests of about one length share a batch, so there is little padding, and what takes most memory comes first. A batch
-that does not fit into memory is halved and repeated; what was answered before is kept, and no answer changes.
+Requests of similar length share a batch, which needs little padding. The longest come first, so memory runs out early
+if at all. Then the batch is halved and repeated; earlier answers are kept, and no answer changes.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from typing import Literal, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # type: ignore[import-untyped]
 
-# Most tokens of a batch with ``auto``, by device: padding and room for the answer included. A GPU starts from more than
-# some can hold, and halves.
-MOST_TOKENS = {"cpu": 16_384, "cuda": 65_536}
-# What a forward pass costs besides its tokens, in tokens: weights are read, kernels started. Measured with SmolLM2-135M
-# on a CPU, where a pass over one token takes 60 ms and each further token about 3.
+# Maximum number of tokens of an automatic batch, by device, with padding and generated tokens. For GPUs it is more than
+# some can hold, since it is halved if needed.
+MAX_TOKENS = {"cpu": 16_384, "cuda": 65_536}
+# Fixed cost of a forward pass (reading weights, launching kernels), in tokens. Measured with SmolLM2-135M on a CPU,
+# where a pass over one token takes 60 ms and each further token about 3 ms.
 PASS_TOKENS = {"cpu": 25, "cuda": 2_048}
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-class Scheduler:
-    """Runs requests in batches, and counts in ``halvings`` how often a batch did not fit into memory.
+class Batcher:
+    """Runs requests in batches.
 
     Args:
-        batch_size: most requests of a batch; ``auto`` takes as many as are efficient.
-        device: its type, ``cpu`` or ``cuda``.
+        batch_size: maximum number of requests per batch; ``auto`` chooses it by length.
+        device: type of the device, ``cpu`` or ``cuda``.
+
+    Attributes:
+        halvings: how often a batch did not fit into memory.
     """
 
     def __init__(self, batch_size: int | Literal["auto"], device: str) -> None:
         self.rows = None if batch_size == "auto" else batch_size
-        self.most = MOST_TOKENS.get(device, MOST_TOKENS["cpu"])
+        self.max_tokens = MAX_TOKENS.get(device, MAX_TOKENS["cpu"])
         self.pass_tokens = PASS_TOKENS.get(device, PASS_TOKENS["cpu"])
         self.halvings = 0
 
@@ -53,9 +56,9 @@ class Scheduler:
 
         Args:
             requests: in any order.
-            lengths: of each request, in tokens.
-            answer: one forward pass, or one generation, over a batch.
-            room: most tokens that an answer may have, each of which is a pass of its own.
+            lengths: number of tokens of each request.
+            answer: runs one forward pass, or one generation, on a batch.
+            room: maximum number of tokens to generate, each of which is a forward pass.
 
         Returns:
             The answers in the order of the requests.
@@ -76,13 +79,13 @@ class Scheduler:
         return [answers[place] for place in range(len(requests))]
 
     def _count(self, lengths: Sequence[int], room: int) -> int:
-        """How many of the requests, longest first, share the next batch.
+        """Return how many of the requests, longest first, share the next batch.
 
-        With ``auto``: as many as fit, until padding has cost what the passes of another batch would.
+        With ``auto`` as many as fit, until their padding costs more than the passes of another batch.
         """
         if self.rows is not None:
             return self.rows
-        most = max(1, self.most // max(lengths[0] + room, 1))
+        most = max(1, self.max_tokens // max(lengths[0] + room, 1))
         worth, padding = self.pass_tokens * max(room, 1), 0
         for count, length in enumerate(lengths[:most]):
             padding += lengths[0] - length
@@ -91,13 +94,13 @@ class Scheduler:
         return most
 
     def _attempt(self, batch: list[Request], answer: Callable[[list[Request]], list[Answer]]) -> list[Answer] | None:
-        """The batch's answers, or None where memory ran out."""
+        """Return the answers of a batch; None if memory ran out."""
         try:
             return answer(batch)
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise
-        # the failed pass is only now forgotten, and its memory with it
+        # outside the except block, where the traceback no longer holds the tensors of the failed pass
         clear_device_cache(garbage_collection=True)
         return None
 
@@ -106,4 +109,4 @@ class Scheduler:
         if self.rows is not None:
             self.rows = rows // 2
         else:
-            self.most = rows // 2 * max(longest, 1)
+            self.max_tokens = rows // 2 * max(longest, 1)

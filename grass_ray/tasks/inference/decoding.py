@@ -1,7 +1,7 @@
-"""Greedy and beam-search decoding with transformers' ``generate``, a few tokens at a time.
+"""Greedy and beam-search decoding with ``generate`` of transformers, a few tokens at a time.
 
-A batch is as slow as its longest answer. So greedy decoding stops every :data:`TOKENS_AT_A_TIME` tokens and goes on
-with the rows that are not finished, on their keys and values so far; what a row says does not depend on the others::
+A batch takes as long as its longest answer. So greedy decoding stops every :data:`TOKENS_AT_A_TIME` tokens and
+continues with the unfinished rows and their keys and values. The answer of a row does not depend on other rows::
 
     decoder = Decoder(model, tokenizer, stop=["### Instruction:"])
     tokens = decoder.generate(prompts, attention_mask, max_new_tokens=256)       # (rows, prompt and answer)
@@ -23,10 +23,13 @@ ENDLESS = 2**31
 
 
 class StopAtText(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row at one of several texts, whatever the other rows of its batch do.
+    """Stopping criterion that ends each row at one of several texts, independently of other rows.
 
-    lm-eval's own rule ends a batch at once, which beam search turns into a dependence on the batch size. ``lengths``
-    are the tokens of each row (rows,) when it ended; of greedy decoding only, where rows stay in their places.
+    The criterion of lm-eval ends all rows of a batch at once, so with beam search results depend on the batch size.
+
+    Attributes:
+        lengths: number of tokens of each row when it ended, shape (rows,). Only valid for greedy decoding, in which
+            rows keep their order.
     """
 
     def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
@@ -37,7 +40,7 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
         self.lengths: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """True for every row (rows,) whose newest tokens contain a stop text."""
+        """Return for each row whether its newest tokens contain a stop text, shape (rows,)."""
         newest = input_ids[:, self.prompt_length :][:, -self.window :]
         texts = self.tokenizer.batch_decode(newest)
         ended = torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=input_ids.device)
@@ -47,18 +50,18 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
 
 
 class Decoder:
-    """Decodes batches and counts what it takes.
+    """Decodes batches, and counts the work.
 
     Args:
-        model: a causal language model whose generation settings are plain (see ``undisturbed`` in the harness).
+        model: causal language model with default generation settings (see ``undisturbed`` in the harness).
         tokenizer: its tokenizer, with a padding token.
-        stop: texts that end a row; what follows is for the caller to cut.
-        num_beams: 1 is greedy.
+        stop: texts that end a row. The caller removes what follows them.
+        num_beams: number of beams; 1 is greedy decoding.
 
     Attributes:
-        passes: forward passes so far.
-        tokens: tokens of prompts and answers so far.
-        padding_tokens: positions that were computed for neither.
+        passes: number of forward passes.
+        tokens: number of tokens of prompts and answers.
+        padding_tokens: number of other positions that were processed.
     """
 
     def __init__(
@@ -74,15 +77,15 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts: Tensor, attention_mask: Tensor, max_new_tokens: int) -> Tensor:
-        """Prompts and answers.
+        """Generate an answer for each prompt.
 
         Args:
-            prompts: (rows, tokens), left-padded.
+            prompts: token ids, shape (rows, tokens), left-padded.
             attention_mask: of the same shape.
-            max_new_tokens: most tokens of an answer.
+            max_new_tokens: maximum number of tokens of an answer.
 
         Returns:
-            (rows, tokens + ``max_new_tokens``); a row that ended early is filled up with the padding token.
+            Prompts and answers, shape (rows, tokens + ``max_new_tokens``), right-padded.
         """
         rows, width = prompts.shape
         self.tokens += int(attention_mask.sum())
@@ -110,7 +113,7 @@ class Decoder:
     def _advance(
         self, ids: Tensor, mask: Tensor, cache: dict[str, Any], count: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Up to ``count`` more tokens: (all tokens of the rows, how many a row had when it ended, or ENDLESS)."""
+        """Generate up to ``count`` tokens. Returns all tokens, and the length at which each row ended, or ENDLESS."""
         rule = StopAtText(self._stop, self._tokenizer, width) if self._stop else None
         tokens: Tensor = self._model.generate(
             input_ids=ids,
@@ -130,7 +133,7 @@ class Decoder:
         return tokens, first
 
     def _count(self, new: Tensor, lengths: Tensor) -> None:
-        """Take note of (rows, new tokens), of which each row has ``lengths`` before its end."""
+        """Count new tokens, shape (rows, tokens), of which each row has ``lengths`` before its end."""
         written = int(lengths.clamp(max=new.shape[1]).sum())
         self.passes += new.shape[1]
         self.tokens += written

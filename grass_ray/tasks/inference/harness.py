@@ -1,11 +1,11 @@
-"""lm-eval's Hugging Face model, made quick, quiet, observable and independent of the batch size.
+"""The Hugging Face model of lm-eval, with faster inference that does not depend on the batch size.
 
-:class:`ObservedLM` is ``lm_eval``'s ``HFLM`` in everything but how requests go through the model: sorted by length into
-batches that fit into memory (:mod:`.scheduling`), tokenised once (:mod:`.token_cache`), nothing computed twice and the
-attention mask always given (:mod:`.likelihood`), finished rows dropped (:mod:`.decoding`). It shows no progress bars
-but calls a function as requests finish, and it never asks the hub about the model.
+:class:`ObservedLM` differs from ``HFLM`` only in how requests are processed: in batches of similar length that fit into
+memory (:mod:`.batching`), tokenized once (:mod:`.token_cache`), without computing anything twice (:mod:`.likelihood`),
+without finished rows (:mod:`.decoding`), and always with an attention mask. It calls a function as requests finish in
+place of showing progress bars, and makes no request to the hub.
 
-:func:`undisturbed` leaves the model and tokenizer as they were found::
+:func:`undisturbed` restores the model and the tokenizer afterwards::
 
     with undisturbed(model, tokenizer), quiet():
         lm = ObservedLM(model, tokenizer, batch_size=16, on_batch=print)
@@ -30,22 +30,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grass_ray.config import ConfigError
 from grass_ray.tasks.encoding import encode_pair, encode_prompt, without_end
-from grass_ray.tasks.inference.batching import Scheduler
+from grass_ray.tasks.inference.batching import Batcher
 from grass_ray.tasks.inference.decoding import Decoder
-from grass_ray.tasks.inference.likelihood import Row, Score, Scorer, share_rows
+from grass_ray.tasks.inference.likelihood import Score, Scorer, TokenRow, share_rows
 from grass_ray.tasks.inference.token_cache import TokenCache
 from grass_ray.tasks.scores import Workload
 
 
 class ObservedLM(HFLM):  # type: ignore[misc]
-    """HFLM on a model that is already loaded.
+    """``HFLM`` for a model that is already loaded.
 
     Args:
-        model: a causal language model of transformers, possibly with peft adapters.
+        model: causal language model of transformers, possibly with peft adapters.
         tokenizer: its tokenizer.
-        batch_size: requests a forward pass, or ``auto``.
-        cache: a folder that keeps tokenised texts; None keeps nothing.
-        on_batch: gets the number of requests that each batch has finished.
+        batch_size: maximum number of requests per forward pass, or ``auto``.
+        cache: folder that keeps tokenized texts; None keeps nothing.
+        on_batch: called after each batch with its number of requests.
     """
 
     def __init__(
@@ -65,26 +65,26 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         finally:
             logger.setLevel(level)
         self.on_batch = on_batch
-        self.scheduler = Scheduler(batch_size, self.device.type)
+        self.batcher = Batcher(batch_size, self.device.type)
         self._token_cache = TokenCache(tokenizer, cache)
         self._tokens: dict[str, list[int]] = {}
         self._counted = Workload()
 
     def take_workload(self) -> Workload:
-        """What went through the model since the last call."""
-        counted = replace(self._counted, halvings=self.scheduler.halvings)
-        self._counted, self.scheduler.halvings = Workload(), 0
+        """Return the work done since the last call."""
+        counted = replace(self._counted, halvings=self.batcher.halvings)
+        self._counted, self.batcher.halvings = Workload(), 0
         return counted
 
     # -- tokens
 
-    def _tokenise(self, texts: Sequence[str]) -> None:
-        """Have the tokens of texts at hand."""
+    def _tokenize(self, texts: Sequence[str]) -> None:
+        """Tokenize texts in advance, for :meth:`tok_encode`."""
         found = self._token_cache.encode(texts)
         self._tokens = {text: without_end(self.tokenizer, ids) for text, ids in found.items()}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids of a text as of a prompt, unless told which special tokens to add."""
+        """Return the token ids of a text, encoded like a prompt unless special tokens are specified."""
         if add_special_tokens is not None or kwargs:
             ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
             return ids
@@ -92,7 +92,7 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         return encode_prompt(self.tokenizer, string) if known is None else known
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encode the two as training does. White space before an option counts to the option, as lm-eval has it."""
+        """Encode both as in training. White space before an option belongs to the option, as in lm-eval."""
         prompt, answer = encode_pair(self.tokenizer, context, continuation, self.tok_encode)
         start = min(len(self.tok_encode(context.rstrip())), len(prompt))
         return prompt[:start], prompt[start:] + answer
@@ -104,8 +104,8 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask of several texts, both (rows, tokens) and padded at the left."""
-        assert padding_side == "left", "generation goes on at the right"
+        """Return token ids and attention mask of several texts, both of shape (rows, tokens) and left-padded."""
+        assert padding_side == "left", "generation continues on the right"
         rows = [self.tok_encode(text)[-(left_truncate_len or 0) :] for text in strings]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), int(self.tokenizer.pad_token_id))
@@ -118,11 +118,11 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     # -- options
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
-        """(log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
+        """Return (log-likelihood, whether greedy decoding gives it) of each (context, continuation)."""
         pairs = [request.args for request in requests]
         contexts = [context for context, _ in pairs]
         wholes = [context + continuation for context, continuation in pairs]
-        self._tokenise([*contexts, *(context.rstrip() for context in contexts), *wholes])
+        self._tokenize([*contexts, *(context.rstrip() for context in contexts), *wholes])
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
@@ -131,20 +131,20 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     ) -> list[Score]:
         """Score (texts, context ids, continuation ids); see :mod:`grass_ray.tasks.inference.likelihood`."""
         rows = share_rows([(context, continuation) for _, context, continuation in requests], self.max_length)
-        most = self.max_length + 1  # the last token is only predicted
-        cut = {texts[0] for texts, context, continuation in requests if len(context) + len(continuation) > most}
+        longest = self.max_length + 1  # the last token is only predicted
+        cut = {texts[0] for texts, context, continuation in requests if len(context) + len(continuation) > longest}
         self._count(prompts_cut=len(cut))
         scorer = Scorer(self.model, rows)
         self._count(tokens=scorer.shared, passes=int(scorer.shared > 0))
 
-        def answer(batch: list[Row]) -> list[list[Score]]:
+        def answer(batch: list[TokenRow]) -> list[list[Score]]:
             scores = scorer.score(batch)
             lengths = [len(row.tokens) - scorer.shared for row in batch]
             self._count(tokens=sum(lengths), padding_tokens=len(batch) * max(lengths) - sum(lengths), passes=1)
             self.on_batch(sum(len(row.continuations) for row in batch))
             return scores
 
-        found = self.scheduler.run(rows, [len(row.tokens) for row in rows], answer)
+        found = self.batcher.run(rows, [len(row.tokens) for row in rows], answer)
         numbered = {
             number: score
             for row, scores in zip(rows, found, strict=True)
@@ -155,11 +155,11 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     # -- texts
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Generate from each context, until a stop text, the end token or the longest answer."""
+        """Generate from each context until a stop text, the end token or the maximum length."""
         if not requests:
             return []
         contexts = [request.args[0] for request in requests]
-        self._tokenise(contexts)
+        self._tokenize(contexts)
         room = max(request.args[1]["max_gen_toks"] for request in requests)
         lengths = [len(self.tok_encode(text)) for text in contexts]
         self._count(prompts_cut=sum(length > self.max_length - room for length in lengths))
@@ -170,10 +170,10 @@ class ObservedLM(HFLM):  # type: ignore[misc]
             self.on_batch(len(batch))
             return texts
 
-        return self.scheduler.run(requests, lengths, answer, room=room)
+        return self.batcher.run(requests, lengths, answer, room=room)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        """Generate from ``context`` (rows, tokens), left-padded, with its attention mask in ``kwargs``."""
+        """Generate from ``context``, shape (rows, tokens), left-padded; its attention mask is in ``kwargs``."""
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         texts = [text for text in stop if text != eos]  # generate() itself stops at the token
         decoder = Decoder(self.model, self.tokenizer, stop=texts, num_beams=kwargs.get("num_beams", 1))
@@ -185,16 +185,19 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         self._counted += Workload(**numbers)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Nothing: the run record says what the model is, and lm-eval would ask the hub."""
+        """Return nothing. The record describes the model, and lm-eval would send a request to the hub."""
         return {}
 
 
 @contextmanager
 def undisturbed(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Evaluate inside, find everything as before outside: training modes, padding, generation settings.
+    """Prepare a model for evaluation in the block; restore training modes, padding and generation settings after it.
 
-    Inside, decoding depends on nothing but the arguments: a model's own generation settings (sampling, repetition
-    penalties) are put aside, its end-of-text tokens are kept. A tokenizer without padding token pads with end-of-text.
+    In the block the generation settings of the model (sampling, repetition penalties) have no effect, except its end
+    tokens. A tokenizer without a padding token pads with its end token.
+
+    Raises:
+        ConfigError: the tokenizer has no end token.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -230,7 +233,7 @@ def _plain_decoding(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no messages below warnings, no count of downloads sent anywhere."""
+    """In the block, show no progress bars and no messages below warnings, and send no download counts."""
     bars, counts = datasets.are_progress_bars_disabled(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     tqdm, logger = lm_eval.api.task.tqdm, logging.getLogger("lm_eval")
     level = logger.level

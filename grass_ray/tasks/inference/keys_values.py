@@ -1,4 +1,4 @@
-"""Keys and values that a model keeps of the tokens it has read: whether, and under which name, it goes on from them."""
+"""The cache of keys and values of a model: whether it has one, and the name of the argument."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from transformers import DynamicCache
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model under peft adapters, or the model itself."""
+    """Return the transformers model inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """Whether trained tokens of prompt or prefix tuning stand before a row's own."""
+    """Return whether the model prepends virtual tokens (prompt or prefix tuning)."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def accepts(model: Any, argument: str) -> bool:
-    """Whether the model's forward pass takes the argument."""
+    """Return whether the forward method of the model has the argument."""
     return argument in inspect.signature(base_model(model).forward).parameters
 
 
 def new_cache(model: Any, *, sliding: bool = True) -> dict[str, DynamicCache]:
-    """An empty store as the argument of a forward pass; empty where rows of it could not be copied and dropped.
+    """Return an empty cache as a keyword argument of the forward method.
+
+    Empty if the model has no cache whose rows can be copied and dropped.
 
     Args:
-        model: a causal language model, possibly with adapters.
-        sliding: whether layers that keep a sliding window will do.
+        model: causal language model, possibly with adapters.
+        sliding: whether layers with a sliding window are acceptable.
     """
     base = base_model(model)
     name = next((name for name in ("cache", "past_key_values") if accepts(model, name)), None)

@@ -1,12 +1,12 @@
-"""How likely a model finds continuations of contexts, without computing anything twice.
+"""Log-likelihoods of continuations of contexts, without computing anything twice.
 
-What lm-eval asks for is the log-likelihood of every option after its prompt. Options that differ in their last token
-share one row; the tokens that all rows begin with (the template, the question's first words) go through the model once;
-the output layer, a fifth of a small model, runs where options stand and nowhere else::
+lm-eval asks for the log-likelihood of each option after its prompt. Options that differ only in their last token share
+one row. The tokens with which all rows begin (the template, for example) are processed once. The output layer, a fifth
+of a small model, only runs at the positions of options::
 
     rows = share_rows([(context_ids, continuation_ids), ...], max_length=2048)
     scorer = Scorer(model, rows)
-    scores = scorer.score(rows[:16])        # for each row: one (log-likelihood, greedy) a continuation
+    scores = scorer.score(rows[:16])        # per row and continuation: (log-likelihood, whether it is greedy)
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch import Tensor
 
 from grass_ray.tasks.inference.keys_values import accepts, base_model, has_virtual_tokens, new_cache
 
-MIN_SHARED = 4  # shorter beginnings are not worth a pass of their own
+MIN_SHARED = 4  # shorter common beginnings are not worth a forward pass
 
 Score = tuple[float, bool]
 
 
 @dataclass
-class Row:
-    """What goes through the model: ``tokens``, and the continuations that end one token after it.
+class TokenRow:
+    """A row that the model processes.
 
-    ``continuations`` are (number of the request, its token ids): tokens of the row, and one more.
+    Attributes:
+        tokens: token ids.
+        continuations: number and token ids of each request that ends one token after the row.
     """
 
     tokens: list[int]
@@ -38,34 +40,34 @@ class Row:
 
     @property
     def start(self) -> int:
-        """The first position whose prediction counts."""
+        """First position whose prediction is needed."""
         return len(self.tokens) - max(len(ids) for _, ids in self.continuations)
 
 
-def share_rows(requests: Sequence[tuple[list[int], list[int]]], max_length: int) -> list[Row]:
-    """One row for all requests (context, continuation) that are the same but for their last token.
+def share_rows(requests: Sequence[tuple[list[int], list[int]]], max_length: int) -> list[TokenRow]:
+    """Make one row for all requests (context, continuation) that only differ in their last token.
 
-    What exceeds ``max_length`` tokens is cut off at the left, as lm-eval does.
+    Longer ones than ``max_length`` tokens are truncated on the left, as in lm-eval.
     """
-    rows: dict[tuple[int, ...], Row] = {}
+    rows: dict[tuple[int, ...], TokenRow] = {}
     for number, (context, continuation) in enumerate(requests):
         tokens = (context + continuation)[-(max_length + 1) :][:-1]
-        rows.setdefault(tuple(tokens), Row(tokens)).continuations.append((number, continuation))
+        rows.setdefault(tuple(tokens), TokenRow(tokens)).continuations.append((number, continuation))
     return list(rows.values())
 
 
 class Scorer:
-    """Scores batches of ``rows`` of one task.
+    """Scores batches of rows of one task.
 
     Args:
-        model: a causal language model on one device, in evaluation mode.
-        rows: all rows that will be scored: what they begin with is computed once.
+        model: causal language model on one device, in evaluation mode.
+        rows: all rows that will be scored. Their common beginning is processed once.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row]) -> None:
+    def __init__(self, model: Any, rows: Sequence[TokenRow]) -> None:
         self._model = model
         self._device = base_model(model).device
-        # virtual tokens stand before a row's own: then all of it comes out, and is cut afterwards
+        # positions to keep do not count virtual tokens; all logits are computed then, and cut afterwards
         self._keeps_logits = accepts(model, "logits_to_keep") and not has_virtual_tokens(model)
         self.shared = 0
         self._cache: dict[str, Any] = {}
@@ -73,7 +75,7 @@ class Scorer:
             self._share_beginning(rows)
 
     @torch.no_grad()
-    def _share_beginning(self, rows: Sequence[Row]) -> None:
+    def _share_beginning(self, rows: Sequence[TokenRow]) -> None:
         length = min(_shared_length([row.tokens for row in rows]), *(row.start for row in rows))
         cache = new_cache(self._model, sliding=False)
         if length < MIN_SHARED or not cache:
@@ -84,8 +86,8 @@ class Scorer:
         self.shared, self._cache = length, cache
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[list[Score]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of the continuations of each row."""
+    def score(self, rows: Sequence[TokenRow]) -> list[list[Score]]:
+        """Return (log-likelihood in nats, whether greedy decoding gives it) of the continuations of each row."""
         own = [row.tokens[self.shared :] for row in rows]
         longest = max(len(tokens) for tokens in own)
         ids = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -109,14 +111,14 @@ class Scorer:
 
 
 def _shared_length(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)  # in dictionary order: what these two share, all share
+    """Return the length of the common beginning of all rows."""
+    first, last = min(rows), max(rows)  # in lexicographic order, so all rows share what these two share
     pairs = enumerate(zip(first, last, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
 def _read(logits: Tensor, end: int, continuations: Sequence[tuple[int, list[int]]]) -> list[Score]:
-    """The scores of continuations that end at position ``end`` of a row's logits (positions, vocabulary)."""
+    """Score continuations that end at position ``end`` of the logits of a row, shape (positions, vocabulary)."""
     longest = max(len(ids) for _, ids in continuations)
     logp = logits[end - longest : end].float().log_softmax(-1)
     greedy = logp.argmax(-1)

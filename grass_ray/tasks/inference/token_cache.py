@@ -1,7 +1,7 @@
-"""Texts to tokens once a sweep: kept in files that any number of processes read and write.
+"""Cache of tokenized texts, in files that any number of processes may read and write.
 
-A file's name is a hash of the tokenizer and of all texts, so a file is right for good; one that is missing or broken
-only costs the time to tokenise again::
+The name of a file is a hash of the tokenizer and of all texts, so a file never becomes outdated. If it is missing or
+broken, the texts are tokenized again::
 
     cache = TokenCache(tokenizer, folder)         # folder None keeps nothing
     tokens = cache.encode(["What is 2 + 3?"])     # {"What is 2 + 3?": [1780, 314, ...]}
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy
 
-FEW = 8  # so few texts are tokenised faster than their file is found
+MIN_TEXTS = 8  # as many texts or fewer are tokenized faster than their file is read
 
 
 class TokenCache:
-    """Tokenises with one tokenizer, its special tokens included, and remembers in ``folder``."""
+    """Tokenizes texts, with special tokens, and keeps the result in ``folder``, unless that is None."""
 
     def __init__(self, tokenizer: Any, folder: Path | None) -> None:
         self._tokenizer = tokenizer
@@ -34,9 +34,9 @@ class TokenCache:
         self._name: str | None = None
 
     def encode(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """The token ids of every text."""
+        """Return the token ids of each text."""
         texts = list(dict.fromkeys(texts))
-        path = self._path(texts) if self._folder is not None and len(texts) > FEW else None
+        path = self._path(texts) if self._folder is not None and len(texts) > MIN_TEXTS else None
         tokens = None if path is None else _read(path, len(texts))
         if tokens is None:
             tokens = self._tokenizer(texts)["input_ids"] if texts else []
@@ -56,7 +56,7 @@ class TokenCache:
 
 
 def _identify(tokenizer: Any) -> str:
-    """A text that two tokenizers share only if they cut texts alike."""
+    """Return a text that is equal for two tokenizers only if they tokenize all texts equally."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
@@ -69,7 +69,7 @@ def _identify(tokenizer: Any) -> str:
 
 
 def _read(path: Path, count: int) -> list[list[int]] | None:
-    """The token ids in a file of ``count`` texts; None where there is no such file, or it is broken."""
+    """Read the token ids of ``count`` texts; None if the file is missing or broken."""
     try:
         with numpy.load(path, allow_pickle=False) as file:
             ids, lengths = file["ids"], file["lengths"]
@@ -82,7 +82,7 @@ def _read(path: Path, count: int) -> list[list[int]] | None:
 
 
 def _write(path: Path, tokens: Sequence[Sequence[int]]) -> None:
-    """Write a whole file or none; a folder that cannot be written to is no mistake."""
+    """Write a file completely or not at all; errors are ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")

@@ -162,6 +162,14 @@ def test_colours_follow_the_page(page: tuple[str, Page]) -> None:
     assert text.count("--cd55e00:") == 2, "once for light, once for dark"
 
 
+def test_figures_are_as_wide_as_a_phone(page: tuple[str, Page]) -> None:
+    """A CSS pixel of a phone is about a point of the figure, so that letters keep their size."""
+    _, read = page
+    widths = [float(attributes["width"] or 0) for tag, attributes in read.attributes if tag == "svg"]
+    assert len(widths) >= 8
+    assert max(widths) < 358, "what a phone of 390 pixels leaves between margins"
+
+
 def test_only_failures(page: tuple[str, Page]) -> None:
     records = synthetic_records(20, only_failures=True)
     text, read = page_of(records)

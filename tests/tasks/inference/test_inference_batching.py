@@ -8,13 +8,13 @@ import pytest
 import torch
 from small import REPOSITORY
 
-from grass_ray.tasks.inference.batching import Scheduler
+from grass_ray.tasks.inference.batching import Batcher
 
 GENERATOR = random.Random(0)
 MIXED = [GENERATOR.randint(5, 400) for _ in range(300)]
 
 
-def run(scheduler: Scheduler, lengths: list[int], **options: int) -> list[list[int]]:
+def run(batcher: Batcher, lengths: list[int], **options: int) -> list[list[int]]:
     """The lengths of each batch; checks that every request is answered once, in its place."""
     batches = []
 
@@ -22,44 +22,44 @@ def run(scheduler: Scheduler, lengths: list[int], **options: int) -> list[list[i
         batches.append([lengths[number] for number in batch])
         return [10 * number for number in batch]
 
-    assert scheduler.run(range(len(lengths)), lengths, answer, **options) == [10 * n for n in range(len(lengths))]
+    assert batcher.run(range(len(lengths)), lengths, answer, **options) == [10 * n for n in range(len(lengths))]
     return batches
 
 
 def test_no_requests_need_no_batches():
-    assert run(Scheduler("auto", "cpu"), []) == []
-    assert run(Scheduler(4, "cpu"), []) == []
+    assert run(Batcher("auto", "cpu"), []) == []
+    assert run(Batcher(4, "cpu"), []) == []
 
 
 def test_a_given_batch_size_is_kept():
-    assert [len(batch) for batch in run(Scheduler(7, "cpu"), MIXED)] == [7] * 42 + [6]
+    assert [len(batch) for batch in run(Batcher(7, "cpu"), MIXED)] == [7] * 42 + [6]
 
 
 @pytest.mark.parametrize(("device", "room"), [("cpu", 0), ("cuda", 0), ("cpu", 16), ("cpu", 256), ("cuda", 256)])
 def test_auto_keeps_within_its_tokens_and_pads_no_more_than_another_batch_would_cost(device, room):
-    scheduler = Scheduler("auto", device)
-    batches = run(scheduler, MIXED, room=room)
-    assert max(len(batch) * (max(batch) + room) for batch in batches) <= scheduler.most
-    worth = scheduler.pass_tokens * max(room, 1)
+    batcher = Batcher("auto", device)
+    batches = run(batcher, MIXED, room=room)
+    assert max(len(batch) * (max(batch) + room) for batch in batches) <= batcher.max_tokens
+    worth = batcher.pass_tokens * max(room, 1)
     for batch, following in zip(batches, [*batches[1:], [0]], strict=True):
         assert len(batch) * max(batch) - sum(batch) <= worth
         one_more = [*batch, following[0]]
         too_much = len(one_more) * max(one_more) - sum(one_more) > worth
-        assert too_much or len(one_more) * (max(one_more) + room) > scheduler.most or following == [0]
+        assert too_much or len(one_more) * (max(one_more) + room) > batcher.max_tokens or following == [0]
     if (device, room) == ("cpu", 0):
         in_order = sum(len(part) * max(part) for part in (MIXED[at : at + 16] for at in range(0, 300, 16)))
         assert sum(len(batch) * max(batch) for batch in batches) < 1.05 * sum(MIXED) < 0.6 * in_order
 
 
 def test_a_request_longer_than_the_most_goes_alone():
-    assert run(Scheduler("auto", "cpu"), [100_000, 3]) == [[100_000], [3]]
+    assert run(Batcher("auto", "cpu"), [100_000, 3]) == [[100_000], [3]]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("batch_size", [64, "auto"])
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(batch_size):
     """A pass over more than 900 tokens fails, as one on a small device would."""
-    scheduler, sizes = Scheduler(batch_size, "cuda"), []
+    batcher, sizes = Batcher(batch_size, "cuda"), []
 
     def answer(batch: list[int]) -> list[int]:
         if (size := len(batch) * max(MIXED[number] for number in batch)) > 900:
@@ -67,8 +67,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(batch_size):
         sizes.append(size)
         return batch
 
-    assert scheduler.run(range(300), MIXED, answer) == list(range(300))
-    assert scheduler.halvings > 2
+    assert batcher.run(range(300), MIXED, answer) == list(range(300))
+    assert batcher.halvings > 2
     assert len(sizes) < 200
 
 
@@ -80,13 +80,13 @@ def test_what_fits_not_even_alone_and_other_errors_are_raised():
     def broken(batch: list[int]) -> list[int]:
         raise RuntimeError("shapes do not match")
 
-    scheduler = Scheduler("auto", "cuda")
+    batcher = Batcher("auto", "cuda")
     with pytest.raises(torch.OutOfMemoryError):
-        scheduler.run(range(8), [9] * 8, too_big)
-    assert scheduler.halvings == 3
+        batcher.run(range(8), [9] * 8, too_big)
+    assert batcher.halvings == 3
     with pytest.raises(RuntimeError, match="shapes"):
-        scheduler.run(range(8), [9] * 8, broken)
-    assert scheduler.halvings == 3
+        batcher.run(range(8), [9] * 8, broken)
+    assert batcher.halvings == 3
 
 
 @pytest.mark.long

@@ -12,17 +12,24 @@ from grass_ray.cluster.pbt import MemberState, next_generation
 from grass_ray.cluster.resources import TrialResources, driver_memory
 from grass_ray.commands.sweep import main
 from grass_ray.config import ConfigError
-from grass_ray.experiment.flags import SweepOptions, choose
-from grass_ray.experiment.plan import SweepPlan, make_tuning, untrained
-from grass_ray.experiment.space import to_plain
-from grass_ray.experiment.tuning import MUTABLE, Tuning, generation_ends, rungs
+from grass_ray.experiment.flags import SweepOptions
+from grass_ray.experiment.plan import SweepPlan, plan_trials
+from grass_ray.experiment.search import MUTABLE, SearchPlan, generation_ends, rungs
 from grass_ray.results.record import LineageStep, SearchPart
 
 
-def tuning(**flags: Any) -> Tuning:
-    made = make_tuning(choose(SWEEP.defaults, SweepOptions(**flags)))
+def search(**flags: Any) -> SearchPlan:
+    made = plan_trials(SWEEP, SweepOptions(**flags))[1]
     assert made is not None
     return made
+
+
+def make_plan(**flags: Any) -> SweepPlan:
+    trials, search = plan_trials(SWEEP, SweepOptions(**flags))
+    return SweepPlan(
+        name="mini-search", sweep_id="20260101-000000-abcd", question=SWEEP.question,
+        tracking_uri="sqlite:////x/mlflow.db", trials=trials, search=search,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ def tuning(**flags: Any) -> Tuning:
 )
 def test_what_does_not_go_together_is_one_message(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tuning(**flags)
+        search(**flags)
 
 
 def test_a_mistake_ends_the_command_with_2_before_anything_is_written(
@@ -59,45 +66,59 @@ def test_a_mistake_ends_the_command_with_2_before_anything_is_written(
 
 @pytest.mark.parametrize("flags", [{"search": "random"}, {"scheduler": "asha"}, {"scheduler": "pbt"}])
 def test_every_method_has_the_same_number_of_trials_and_none_meets_the_test(flags: dict[str, Any]) -> None:
-    made = tuning(num_samples=5, seeds=(3, 4), methods=("grass", "lora", "full"), **flags)
-    assert [(group.method, len(group.points)) for group in made.groups] == [("grass", 5), ("lora", 5), ("full", 5)]
+    made = search(num_samples=5, seeds=(3, 4), methods=("grass", "lora", "full"), **flags)
+    assert [(spec.method, len(spec.points)) for spec in made.methods] == [("grass", 5), ("lora", 5), ("full", 5)]
     assert len(made.trials) == 15
-    assert not any(spec.config.evaluation.test for spec in made.trials)
-    assert {spec.config.seed for spec in made.trials} == {3}
-    finals = made.groups[0].finals(made.groups[0].points[0], made.seeds)
-    assert [(spec.config.seed, spec.config.evaluation.test) for spec in finals] == [(3, True), (4, True)]
+    assert not any(config.evaluation.test for config in made.trials)
+    assert {config.seed for config in made.trials} == {3}
+    finals = made.methods[0].finals(made.methods[0].points[0], made.seeds)
+    assert [(config.seed, config.evaluation.test) for config in finals] == [(3, True), (4, True)]
     assert made.num_trials == 15 + 3 * (1 if made.scheduler == "pbt" else 2)
 
 
 def test_optuna_knows_no_point_beforehand_and_counts_on_all_of_them() -> None:
-    made = tuning(search="optuna", num_samples=5, methods=("grass", "full"))
+    made = search(search="optuna", num_samples=5, methods=("grass", "full"))
     assert made.trials == []
     assert made.num_trials == 2 * 5 + 2
 
 
 def test_a_search_that_was_not_asked_for_stays_a_sweep_of_tested_trials() -> None:
-    assert make_tuning(choose(SWEEP.defaults, SweepOptions())) is None
+    assert plan_trials(SWEEP, SweepOptions())[1] is None
     unjudged = SweepOptions(search="random", num_samples=2, set=("data.validation_rows=null",))
-    assert make_tuning(choose(SWEEP.defaults, unjudged)) is None
+    trials, search = plan_trials(SWEEP, unjudged)
+    assert search is None
+    assert [config.method.name for config in trials] == ["base", "grass", "grass"]
 
 
 def test_a_population_changes_only_what_may_change_in_mid_training() -> None:
-    (group,) = tuning(scheduler="pbt", num_samples=4, methods=("grass",)).groups
-    assert "method.sampler.num_active_layers" not in group.space
-    assert set(group.space) <= set(MUTABLE)
-    assert {"method.optimizer.lr", "method.sampler.period", "method.sampler.temperature"} <= set(group.space)
+    (spec,) = search(scheduler="pbt", num_samples=4, methods=("grass",)).methods
+    assert "method.sampler.num_active_layers" not in spec.space
+    assert set(spec.space) <= set(MUTABLE)
+    assert {"method.optimizer.lr", "method.sampler.period", "method.sampler.temperature"} <= set(spec.space)
 
 
 def test_a_plan_with_a_search_reads_back_equal() -> None:
-    options = SweepOptions(scheduler="asha", num_samples=3)
-    plan = SweepPlan(
-        name="mini-search", sweep_id="20260101-000000-abcd", question="why?", tracking_uri="sqlite:////x/mlflow.db",
-        specs=tuple(untrained(choose(SWEEP.defaults, options))), tuning=tuning(scheduler="asha", num_samples=3),
-    )  # fmt: skip
+    plan = make_plan(scheduler="asha", num_samples=3)
     again = SweepPlan.from_yaml(plan.to_yaml(), "sweep.yaml")
-    assert again.to_yaml() == plan.to_yaml()
-    assert [spec.key for spec in again.known_trials] == [spec.key for spec in plan.known_trials]
-    assert "tuning" in yaml.safe_load(plan.to_yaml())
+    assert yaml.safe_load(again.to_yaml()) == yaml.safe_load(plan.to_yaml())
+    assert again.known_trials == plan.known_trials
+    assert again.search is not None
+    assert again.search.trials
+
+
+@pytest.mark.parametrize(
+    ("file", "flags"),
+    [
+        ("mini_search_asha.yaml", {"search": "random", "scheduler": "asha", "num_samples": 4}),
+        ("mini_search_optuna.yaml", {"search": "optuna", "num_samples": 6}),
+    ],
+)
+def test_a_search_that_an_older_version_began_is_the_one_its_flags_ask_for(file: str, flags: dict[str, Any]) -> None:
+    """The file is a sweep.yaml in the form of the time before plans were pydantic models."""
+    text = (Path(__file__).parent / "plans" / file).read_text()
+    assert "groups" in yaml.safe_load(text)["tuning"]
+    plan = make_plan(**flags, models=("tiny",), set=("data.validation_rows=8",))
+    assert SweepPlan.from_yaml(text, file).model_dump(mode="json") == plan.model_dump(mode="json")
 
 
 def test_rungs_and_generations_end_before_the_training_does() -> None:
@@ -117,12 +138,12 @@ def test_as_many_drivers_fit_as_trials_may_run_at_once() -> None:
 
 
 def member() -> Job:
-    (group,) = tuning(scheduler="pbt", num_samples=2, methods=("grass",)).groups
+    (spec,) = search(scheduler="pbt", num_samples=2, methods=("grass",)).methods
     context = SweepContext(sweep="s", sweep_id="i", storage="/x", resources=TrialResources(cpus=1, gpus=0))
-    search = SearchPart(search="random", scheduler="pbt", stage="search", number=0)
+    part = SearchPart(search="random", scheduler="pbt", stage="search", number=0)
     return Job(
-        config=group.config, key="a" * 12, folder="f", context=context, search=search,
-        space=to_plain(group.space), picks=dict(group.points[0]),
+        config=spec.config, key="a" * 12, folder="f", context=context, search=part,
+        space=spec.space, params=spec.points[0],
     )  # fmt: skip
 
 
