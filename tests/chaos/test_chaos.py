@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -41,7 +41,7 @@ STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
 PATIENCE_S = 300
 
 
-def trial_processes(machines: Machines) -> list[psutil.Process]:
+def trial_processes(machines: Machines, kinds: Sequence[str] = PROCESSES) -> list[psutil.Process]:
     """Those in which trials train, or are driven."""
     found = []
     for process in psutil.Process(machines.process.pid).children(recursive=True):
@@ -49,7 +49,7 @@ def trial_processes(machines: Machines) -> list[psutil.Process]:
             title = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if title.startswith("ray::") and any(kind in title for kind in PROCESSES):
+        if title.startswith("ray::") and any(kind in title for kind in kinds):
             found.append(process)
     return found
 
@@ -70,7 +70,7 @@ def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iter
 def wait_for_training(machines: Machines, process: subprocess.Popen[str]) -> bool:
     """Whether the sweep still runs once a trial has its worker."""
     deadline = time.monotonic() + PATIENCE_S
-    while process.poll() is None and not any("TrainWorker" in " ".join(p.cmdline()) for p in living(machines)):
+    while process.poll() is None and not trial_processes(machines, ["TrainWorker"]):
         assert time.monotonic() < deadline, "no trial trains"
         time.sleep(0.2)
     return process.poll() is None
