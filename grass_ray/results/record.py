@@ -117,22 +117,22 @@ class RunRecord(RecordPart):
         except ValidationError as error:
             raise ConfigError(f"{path} is not a run record of schema 1 or 2: {error.error_count()} mistakes") from None
 
-    # What happened at each step. A record of schema 1 says it by other names.
+    # What happened at each step. A record of schema 1 says it by other names; a run that began under schema 1 and was
+    # resumed under schema 2 has the series of schema 2 from there on.
 
     def step_tokens(self) -> dict[int, float]:
         """Non-padding tokens of each step, probing included; empty where a step's are unknown."""
-        if TOKENS in self.series:
-            return dict(self.series[TOKENS])
         speeds, seconds = (dict(self.series.get(name, ())) for name in ("throughput/tokens_per_second", "time/step_s"))
-        return {step: speeds[step] * seconds[step] for step in speeds} if speeds.keys() == seconds.keys() else {}
+        computed = {step: speeds[step] * seconds[step] for step in speeds} if speeds.keys() == seconds.keys() else {}
+        return computed | dict(self.series.get(TOKENS, ()))
 
     def probing_steps(self) -> set[int]:
         """The steps that only measured, before training began."""
-        if PHASE in self.series:
-            return {step for step, phase in self.series[PHASE] if phase == PROBE}
+        known = dict(self.series.get(PHASE, ()))
         intervals = [] if self.layers is None else self.layers.intervals
         first = intervals[0][0] if intervals else math.inf  # a schedule may end at a learning rate of 0, too
-        return {step for step, rate in self.series.get("train/lr", ()) if rate == 0.0 and step < first}
+        guessed = {step for step, rate in self.series.get("train/lr", ()) if rate == 0.0 and step < first}
+        return {step for step, phase in known.items() if phase == PROBE} | (guessed - known.keys())
 
     def train_steps(self, steps: Iterable[int]) -> dict[int, int]:
         """For each of the given steps, the number of training steps done after it; not above 0 while probing."""
@@ -142,10 +142,8 @@ class RunRecord(RecordPart):
 
     def step_stalls(self) -> dict[int, float]:
         """Seconds that each step waited for optimizer states to move; empty where none are moved."""
-        if STALL_S in self.series:
-            return dict(self.series[STALL_S])
         stalls, before = {}, 0.0
         for step, total in self.series.get("offload/exposed_s", ()):
             stalls[step] = total - before if total >= before else total  # the total begins anew after a resume
             before = total
-        return stalls
+        return stalls | dict(self.series.get(STALL_S, ()))

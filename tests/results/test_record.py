@@ -47,6 +47,14 @@ def test_what_happened_at_each_step_is_known_from_records_of_both_schemas(versio
     assert record.step_stalls() == dict(zip(STEPS, STALLS, strict=True))
 
 
+def test_a_run_resumed_under_the_new_schema_keeps_the_steps_before() -> None:
+    record, new = of_schema(1), of_schema(2)
+    record.schema_version = 2
+    record.series |= {name: points[3:] for name, points in new.series.items() if name.startswith("step/")}
+    for facts in ("step_tokens", "probing_steps", "step_stalls"):
+        assert getattr(record, facts)() == getattr(new, facts)()
+
+
 def test_nothing_is_known_of_steps_that_nobody_recorded() -> None:
     record = make_record()
     assert (record.step_tokens(), record.probing_steps(), record.step_stalls()) == ({}, set(), {})
