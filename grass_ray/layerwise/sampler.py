@@ -185,3 +185,16 @@ def require(condition: bool, name: str, given: object, rule: str) -> None:
     """Raise ValueError that names the setting, what was given and the rule."""
     if not condition:
         raise ValueError(f"{name} is {given!r}; it must be {rule}")
+
+
+def check_complete(sampler: object) -> None:
+    """Raise TypeError if ``sampler`` neither derives from :class:`Sampler` nor has all that one has."""
+    if isinstance(sampler, Sampler):
+        return
+    public = [name for name in (*vars(Sampler), *Sampler.__annotations__) if not name.startswith("_")]
+    missing = [name for name in dict.fromkeys(public) if not hasattr(sampler, name)]
+    if missing:
+        raise TypeError(
+            f"{type(sampler).__name__} is no sampler: it lacks {', '.join(missing)}; derive it from "
+            "grass_ray.layerwise.sampler.Sampler, which has them all"
+        )

@@ -129,13 +129,7 @@ def make_request(
     mistakes = [message for holds, message in rules if not holds]
     if mistakes:
         raise ConfigError("; ".join(mistakes))
-    here = default_device()
-    kind: DeviceKind = device or ("cuda" if memory_gib is not None or here.type == "cuda" else "cpu")
-    memory = None if memory_gib is None else int(memory_gib * GIB)
-    if memory is None and kind == here.type:
-        memory = total_bytes(here)
-    if memory is None:
-        raise ConfigError(f"this machine does not say how much memory {kind} has; give --gpu-memory GIB")
+    kind, memory = _device_memory(memory_gib, device)
     return PlanRequest(
         model=ModelConfig(name=find_model(model), dtype=dtype),
         device=kind,
@@ -150,6 +144,18 @@ def make_request(
         methods=tuple(METHODS) if methods is None else methods,
         settings=settings,
     )
+
+
+def _device_memory(memory_gib: float | None, device: DeviceKind | None) -> tuple[DeviceKind, int]:
+    """Return the kind of device and its memory in bytes, of this machine where neither is given."""
+    here = default_device()
+    kind: DeviceKind = device or ("cuda" if memory_gib is not None or here.type == "cuda" else "cpu")
+    if memory_gib is not None:
+        return kind, int(memory_gib * GIB)
+    memory = total_bytes(here) if kind == here.type else None
+    if memory is None:
+        raise ConfigError(f"this machine does not say how much memory {kind} has; give --gpu-memory GIB")
+    return kind, memory
 
 
 def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda name: None) -> MemoryReport:

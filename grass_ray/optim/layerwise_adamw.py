@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.config import Offload
-from grass_ray.layerwise.sampler import Measure, Sampler
+from grass_ray.layerwise.sampler import Measure, Sampler, check_complete
 from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.gradients import Gradients
 from grass_ray.optim.hooks import remove
@@ -88,7 +88,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         ValueError: no decoder stack, no trainable layer, more active layers than trainable ones, a setting out of
             range, float16 weights that should train, or a model sharded in another way than by rows over
             the process group.
-        TypeError: an argument that is one of the options, or unknown; a sampler that is no :class:`Sampler`.
+        TypeError: an argument that is one of the options, or unknown; a sampler without what a ``Sampler`` has.
     """
 
     # torch.amp.GradScaler then always calls step(), and tells it the scale and whether a gradient is not finite
@@ -110,10 +110,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         **others: Never,
     ) -> None:
         refuse_keywords(others)
-        if not isinstance(sampler, Sampler):
-            raise TypeError(
-                f"a sampler is a subclass of grass_ray.layerwise.sampler.Sampler, not {type(sampler).__name__}"
-            )
+        check_complete(sampler)
         options = options or LayerwiseOptions()
         check_adamw(lr, betas, eps, weight_decay, max_grad_norm, precision)
         check_offload(offload, options)

@@ -375,6 +375,9 @@ def test_model_and_optimizer_are_freed_together(offload: Any) -> None:
     assert [reference() for reference in watched] == [None] * len(watched)
 
 
-def test_a_sampler_that_is_none_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"subclass of grass_ray.layerwise.sampler.Sampler, not int"):
-        LayerwiseAdamW(make_llama(), 2)
+def test_what_is_no_sampler_is_told_what_it_lacks():
+    class Own:
+        due = probing = False
+
+    with pytest.raises(TypeError, match=r"Own is no sampler: it lacks .*largest_active_sets.*; derive it from"):
+        LayerwiseAdamW(make_llama(), Own())
