@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grass_ray.config import CustomSource, DataConfig
 from grass_ray.tasks.generated import generate
+from grass_ray.tasks.row_files import read_file
 from grass_ray.tasks.templates import render_prompt, render_response
 
 
@@ -75,3 +76,8 @@ def make_model(
                 eos_token_id=tokenizer.eos_token_id,
             )
         )
+
+
+def read_rows(path, task):
+    """The rows of a file in which every row must be valid."""
+    return read_file(path, task).rows

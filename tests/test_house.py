@@ -94,6 +94,19 @@ def test_every_file_of_the_package_is_named_by_another() -> None:
     assert {name for name in others if f'"{name}"' not in text} == set()
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_grows_too_long(path: Path) -> None:
+    """Files of at most 350 lines, functions of 60 (the training loop: 70), classes of 20 methods."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < (70 if node.name == "fit" else 60), node.name
+        elif isinstance(node, ast.ClassDef):
+            assert sum(isinstance(part, ast.FunctionDef) for part in node.body) <= 20, node.name
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 

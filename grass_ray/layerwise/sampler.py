@@ -132,10 +132,6 @@ class Sampler:
         """Everything needed to resume, in plain JSON values."""
         return {"sampler": type(self).__name__, "units": self._num_units}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if :meth:`load_state_dict` cannot resume from ``state``."""
-        self._restored(state)
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`.
 

@@ -107,16 +107,6 @@ class Workers:
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean (or sum) over the workers; a missing one counts as zeros.
-
-        One all-reduce per dtype.
-        """
-        if self.count == 1:
-            return
-        for reduction in self.start(parameters):
-            reduction.wait()
-
     def start(self, parameters: Iterable[nn.Parameter]) -> list[PendingAllReduce]:
         """Start to reduce gradients, one all-reduce per dtype; the parameters have none until it is waited for."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}

@@ -4,7 +4,7 @@
 
     for test, records in comparable_groups(records):      # one table each
         print(test.name, len(records))
-    comparison = compare_groups(runs_of_grass, runs_of_full)
+    comparison = compare_answers(collect_answers(runs_of_grass), collect_answers(runs_of_full))
     comparison.value, comparison.low, comparison.high, comparison.p_value, comparison.test
 
 What a run was asked for is in its configuration; what it was asked is in its scores: the questions, the file they came
@@ -292,8 +292,3 @@ def adjust(found: Mapping[int, Comparison]) -> dict[int, Comparison]:
     """The comparisons with their p-values adjusted over all of them."""
     adjusted = benjamini_hochberg([comparison.p_value for comparison in found.values()])
     return {key: replace(found[key], p_adjusted=value) for key, value in zip(found, adjusted, strict=True)}
-
-
-def compare_groups(first: Sequence[RunRecord], second: Sequence[RunRecord]) -> Comparison | None:
-    """Compare the finished runs of two groups; None if they share no question."""
-    return compare_answers(collect_answers(first), collect_answers(second))

@@ -44,7 +44,7 @@ from grass_ray.results.sweep_comparison import (
 Format = Literal["table", "markdown", "csv", "json", "html"]
 
 _EMPTY = "no runs yet"
-_SHORT, _WORDY = 5, 16  # characters that text in a terminal's table needs, and has where there are few
+_WORDY = 16  # characters that a column of words has in a narrow terminal
 
 
 def render(
@@ -98,15 +98,24 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
 
 def _terminal(table: LeaderboardTable, width: int) -> str:
     scored = [row for row in table.rows if row.tasks]
-    parts: list[tuple[list[Column], Sequence[LeaderboardRow]]] = [(result_columns(table), table.rows)]
-    parts.append(([RANK, METHOD, *detail_columns(table)], table.rows))
+    results, details = result_columns(table), detail_columns(table)
+    parts: list[tuple[list[Column], Sequence[LeaderboardRow]]] = [([*results, *details], table.rows)]
+    if _fits(results, table.rows, width):
+        parts = [(results, table.rows), ([RANK, METHOD, *details], table.rows)]
     if len(table.tasks) > 1 and scored:
         parts.append(([RANK, METHOD, *task_columns(table)], scored))
     grids = []
     for columns, rows in parts:
-        cells = [[column.cell(row) for column in columns] for row in rows]
-        grids += _grids([column.name for column in columns], cells, width, repeated=2)
+        grids += _grids([column.name for column in columns], _cells(columns, rows), width, repeated=2)
     return _print(table.title, grids, table.reasons + table.all_notes, width)
+
+
+def _cells(columns: Sequence[Column], rows: Sequence[LeaderboardRow]) -> list[list[str]]:
+    return [[column.cell(row) for column in columns] for row in rows]
+
+
+def _fits(columns: Sequence[Column], rows: Sequence[LeaderboardRow], width: int) -> bool:
+    return _total(_widths([column.name for column in columns], _cells(columns, rows))) <= width
 
 
 def _print(title: str, grids: Sequence[Table], lines: Sequence[str], width: int) -> str:
@@ -123,9 +132,16 @@ def _print(title: str, grids: Sequence[Table], lines: Sequence[str], width: int)
 
 
 def _grids(names: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, repeated: int) -> list[Table]:
-    """The table, or several below each other where numbers would be cut; ``repeated`` first columns are in each."""
+    """The table, or several below each other where numbers or words would be cut.
+
+    Args:
+        names: of the columns.
+        rows: their cells.
+        width: of the terminal in characters.
+        repeated: how many columns, from the first, stand in each table.
+    """
     whole, words = _widths(names, rows), [name in WORDS for name in names]
-    if _total([min(own, _SHORT) if word else own for own, word in zip(whole, words, strict=True)]) <= width:
+    if _total(whole) <= width:
         return [_grid(names, rows, whole)]
     broken = [
         [cell.replace(" ", "\n") if word else cell for cell, word in zip(row, words, strict=True)] for row in rows
@@ -134,6 +150,11 @@ def _grids(names: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, r
     taken = len(names)
     while taken > repeated + 1 and _total(widths[:taken]) > width:
         taken -= 1
+    room = width - _total(widths[:taken])
+    for place in range(taken):  # what is left goes to the columns of words, from the first
+        more = min(whole[place] - widths[place], max(room, 0))
+        widths[place] += more
+        room -= more
     grid = _grid(names[:taken], [row[:taken] for row in rows], widths[:taken], fixed=True)
     if taken == len(names):
         return [grid]
@@ -169,8 +190,7 @@ def _grid(names: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[
 
 def markdown_rows(columns: Sequence[Column], rows: Sequence[LeaderboardRow]) -> list[str]:
     """The lines of a Markdown table with these columns."""
-    cells = [[column.cell(row) for column in columns] for row in rows]
-    return markdown_table([column.name for column in columns], cells, WORDS)
+    return markdown_table([column.name for column in columns], _cells(columns, rows), WORDS)
 
 
 def _markdown(table: LeaderboardTable) -> str:

@@ -2,10 +2,10 @@
 
 ::
 
-    rows = read_rows(Path("dataset/boolq/test.json"), TASKS["boolq"])
+    rows = read_file(Path("dataset/boolq/test.json"), TASKS["boolq"]).rows
 
 Broken rows raise one :class:`ConfigError` with the file, the numbers of the rows (from 1) and how many there are; with
-``broken_rows="skip"`` they are left out and reported (:func:`read_file`). A file that is no list of rows is always an
+``broken_rows="skip"`` they are left out and reported. A file that is no list of rows is always an
 error.
 """
 
@@ -44,13 +44,6 @@ class Reading:
         if self.skipped:
             counts |= {"rows_skipped": len(self.skipped), "mistakes": list(self.skipped[:MAX_SHOWN])}
         return counts
-
-
-def read_rows(
-    path: Path, task: Task | None, convert: Callable[[Mapping[str, Any]], Row] | None = None
-) -> tuple[Row, ...]:
-    """Read a file in which every row must be valid; see :func:`read_file`."""
-    return read_file(path, task, convert).rows
 
 
 def read_file(

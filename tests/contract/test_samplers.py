@@ -351,13 +351,6 @@ def test_damaged_states_are_refused_one_value_at_a_time(make: Callable[[int], Sa
     assert held(fresh) == held(sampler)
 
 
-def test_checking_a_state_changes_nothing(make: Callable[[int], Sampler]) -> None:
-    sampler, saved = started(make), started(make, 9)
-    before = held(sampler)
-    sampler.check_state(saved.state_dict())  # type: ignore[attr-defined]
-    assert held(sampler) == before
-
-
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
 def test_a_sampler_that_is_started_again_is_new(make: Callable[[int], Sampler], steps: int) -> None:
     used = started(make, steps)

@@ -123,7 +123,8 @@ def pieces(rank: int) -> dict[str, Any]:
         third.grad = torch.tensor([8.0, 10.0])
     workers = Workers()
     before = len(traffic)
-    workers.average_gradients([first, second, third])
+    for reduction in workers.start([first, second, third]):
+        reduction.wait()
     calls = len(traffic) - before
     measured = workers.average(torch.tensor([1.0 + rank, float("nan") if rank else 7.0]))
     return {
@@ -291,10 +292,7 @@ def test_workers_that_part_from_the_start_never_mix_gradients(workers: list[dict
 
 def test_one_process_is_one_worker_without_traffic() -> None:
     alone = Workers()
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    alone.average_gradients([parameter])
     alone.check_agreement((0, 1))
     assert alone.count == 1
-    assert parameter.grad is None
     values = torch.tensor([1.0])
     assert alone.average(values) is values

@@ -1,12 +1,11 @@
 import re
 
 import pytest
-from task_parts import write
+from task_parts import read_rows, write
 
 from grass_ray.config import ConfigError
 from grass_ray.tasks.extraction import extract_answer, is_correct
 from grass_ray.tasks.generated import KINDS, generate, split_of
-from grass_ray.tasks.row_files import read_rows
 from grass_ray.tasks.suites import TASKS
 
 TASK = TASKS["generated"]

@@ -1,8 +1,7 @@
 import pytest
-from task_parts import write
+from task_parts import read_rows, write
 
 from grass_ray.tasks.mappings import MAPPINGS
-from grass_ray.tasks.row_files import read_rows
 from grass_ray.tasks.rows import RowError, check_answer
 from grass_ray.tasks.suites import TASKS
 

@@ -2,10 +2,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from task_parts import record, write
+from task_parts import read_rows, record, write
 
 from grass_ray.config import ConfigError
-from grass_ray.tasks.row_files import read_file, read_rows
+from grass_ray.tasks.row_files import read_file
 from grass_ray.tasks.rows import MAX_ROW_CHARACTERS, Row
 from grass_ray.tasks.suites import TASKS
 
