@@ -236,7 +236,7 @@ class _LocalRun(Listener):
                 if result.outcome is not None:
                     write_run_plots(record, self.output)
         except KeyboardInterrupt:
-            pass  # the pictures at most are missing
+            pass  # the figures at most are missing
         except Exception as error:
             refusal = describe_failure(error)
             if refusal is None:
