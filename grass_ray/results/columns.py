@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grass_ray.results.column import COMPARED, COST, DETAILS, END, RANKING, Column
-from grass_ray.results.compare import Comparison, fact
 from grass_ray.results.formats import NONE, gib, limits, number, p_text, percent, points, scope
 from grass_ray.results.leaderboard import LeaderboardTable
+from grass_ray.results.paired import Comparison, fact
 from grass_ray.results.rows import LeaderboardRow
 from grass_ray.tasks.suites import TASKS
 

@@ -20,20 +20,13 @@ from datetime import datetime
 from typing import Any
 
 from grass_ray.paths import model_label
-from grass_ray.results.compare import (
-    EVALUATION,
-    Asked,
-    Comparison,
-    adjust,
-    collect_answers,
-    comparable_groups,
-    compare_answers,
-    differences,
-)
+from grass_ray.results.compare import EVALUATION, Asked, comparable_groups, differences
 from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
+from grass_ray.results.paired import Comparison, Metric, adjust, collect_answers, compare_answers
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
-from grass_ray.results.rows import build_rows, settings_key, training_rows
+from grass_ray.results.rows import build_rows
+from grass_ray.results.settings import settings_key, training_rows
 from grass_ray.results.statistics import mean_of_shares
 
 _MOST_DIFFERENCES = 4
@@ -179,7 +172,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     rows = [replace(row, test=test.name) for row in build_rows(groups)]
     evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
-    rows = _compare(rows, groups)
+    rows = _compare(_compare(rows, groups, "accuracy"), groups, "loss")
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
@@ -220,29 +213,38 @@ def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
 # ------------------------------------------------------------------------------------------- comparing and ranking
 
 
-def _compare(rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
-    """Compare each ranked row with the best ``full`` row and with the best row, question by question."""
-    ranked = [index for index, row in enumerate(rows) if row.is_ranked]
+def _compare(
+    rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]], metric: Metric
+) -> list[LeaderboardRow]:
+    """Compare each ranked row with the best ``full`` row and with the best row by a metric, question by question."""
+    by_loss = metric == "loss"
+    ranked = [index for index, row in enumerate(rows) if row.is_ranked and not (by_loss and row.loss is None)]
     if len(ranked) < 2:
         return list(rows)
 
     def place(index: int) -> tuple[float, str]:
-        return -(rows[index].accuracy or 0.0), rows[index].label
+        row = rows[index]
+        return (row.loss or 0.0) if by_loss else -(row.accuracy or 0.0), row.label
 
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
-    to_full, to_best = _comparisons(ranked, groups, full, best)
-    return [replace(row, to_full=to_full.get(index), to_best=to_best.get(index)) for index, row in enumerate(rows)]
+    to_full, to_best = _comparisons(ranked, groups, metric, full, best)
+    return [
+        replace(row, loss_to_full=to_full.get(index), loss_to_best=to_best.get(index))
+        if by_loss
+        else replace(row, to_full=to_full.get(index), to_best=to_best.get(index))
+        for index, row in enumerate(rows)
+    ]
 
 
 def _comparisons(
-    ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], *references: int | None
+    ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], metric: Metric, *references: int | None
 ) -> list[dict[int, Comparison]]:
     """For each reference row the comparisons of all other ranked rows with it; answers of one row at a time."""
-    theirs = {index: collect_answers(groups[index]) for index in references if index is not None}
+    theirs = {index: collect_answers(groups[index], metric) for index in references if index is not None}
     found: dict[int, dict[int, Comparison]] = {reference: {} for reference in theirs}
     for index in ranked:
-        own = theirs.get(index) or collect_answers(groups[index])
+        own = theirs.get(index) or collect_answers(groups[index], metric)
         for reference in found:
             if index != reference and (comparison := compare_answers(own, theirs[reference])) is not None:
                 found[reference][index] = comparison

@@ -7,22 +7,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
 
-from grass_ray.results.compare import Comparison
+from grass_ray.results.paired import Comparison
 from grass_ray.results.record import RunRecord
+from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 from grass_ray.training.report import VALIDATION
-
-# Settings that change no result: runs that differ only in them are one row.
-_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +39,13 @@ class LeaderboardRow:
         status: the seeds' common status, or ``"partial"`` if they differ.
         variant: what tells this row from others of its method.
         contaminated: tasks whose test questions are in the data that this row trained on.
-        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.compare`); None
+        loss: loss of the right answer in nats, the mean over tasks of the means over seeds; lower is better. None where
+            a finished seed did not measure it on every task, or it is not finite. ``loss_std`` is the spread over seeds.
+        task_losses: loss by task.
+        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.paired`); None
             for that row itself, and if nothing can be compared.
         to_best: the same with the best row.
+        loss_to_full, loss_to_best: the same by loss, with the ``full`` row and the row of the lowest loss.
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
         train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
@@ -92,6 +92,11 @@ class LeaderboardRow:
     train_rows: int | None = None
     train_rows_dropped: int | None = None
     test: str | None = None
+    loss: float | None = None
+    loss_std: float | None = None
+    task_losses: dict[str, float] = field(default_factory=dict)
+    loss_to_full: Comparison | None = None
+    loss_to_best: Comparison | None = None
 
     @property
     def label(self) -> str:
@@ -108,6 +113,11 @@ class LeaderboardRow:
         """Whether anything was to be trained; False for the untrained base model."""
         return self.training_steps > 0
 
+    @property
+    def told_apart(self) -> bool | None:
+        """Whether its accuracy differs from the best row's, adjusted; None for that row, and where none is compared."""
+        return None if self.to_best is None else self.to_best.told_apart
+
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
     """One row per group. Groups of one method are told apart by their settings."""
@@ -115,99 +125,10 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
     for record in (record for group in groups for record in group):
         if (rate := _learning_rate(record)) is not None:
             rates[record.config["method"]["name"]].add(rate)
-    variants = _variants(groups)
     return [
         _row(group, variant, len(rates[group[0].config["method"]["name"]]))
-        for group, variant in zip(groups, variants, strict=True)
+        for group, variant in zip(groups, variants(groups), strict=True)
     ]
-
-
-# ------------------------------------------------------------------------------------------------- what a row is
-
-
-def settings(record: RunRecord) -> dict[str, str]:
-    """The configuration by dotted key, as text, without settings that change no result. A schedule is one text."""
-    return {key: value for key, value in _flat("", record.config, _schedule_in_words) if key not in _NO_EFFECT}
-
-
-def leaf_settings(record: RunRecord) -> dict[str, str]:
-    """As :func:`settings`, with one key per number of a schedule."""
-    return {key: value for key, value in _flat("", record.config, lambda _: None) if key not in _NO_EFFECT}
-
-
-def settings_key(record: RunRecord) -> str:
-    """A text that is equal for records that are seeds of one row."""
-    config: dict[str, Any] = dict(record.config)
-    for key in _NO_EFFECT:
-        part, _, inner = key.rpartition(".")
-        if not part:
-            config.pop(inner, None)
-        elif isinstance(config.get(part), Mapping):
-            config[part] = {name: value for name, value in config[part].items() if name != inner}
-    return json.dumps(config, sort_keys=True)
-
-
-def _flat(prefix: str, value: object, in_words: Callable[[Mapping[str, Any]], str | None]) -> Iterable[tuple[str, str]]:
-    if not isinstance(value, Mapping):
-        yield prefix, json.dumps(value).strip('"')
-    elif (words := in_words(value)) is not None:
-        yield prefix, words
-    else:
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner, in_words)
-
-
-def _schedule_in_words(value: Mapping[str, Any]) -> str | None:
-    """``linear 2 to 0.5``, ``step 2, 0.5 at 0.25``, with the steps where it does not span the training; else None."""
-    span = "" if value.get("steps") is None else f" over {value['steps']} steps"
-    match value:
-        case {"kind": "linear" | "cosine" as kind, "start": start, "end": end}:
-            return f"{kind} {start:g} to {end:g}{span}"
-        case {"kind": "step", "values": values, "at_progress": shares}:
-            numbers, places = (", ".join(f"{number:g}" for number in own) for own in (values, shares))
-            return f"step {numbers} at {places}{span}"
-        case _:
-            return None
-
-
-def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str]]:
-    """For each method the settings in which its groups differ, sorted."""
-    values: defaultdict[str, defaultdict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
-    number: defaultdict[str, int] = defaultdict(int)
-    seen: defaultdict[tuple[str, str], int] = defaultdict(int)
-    for group in groups:
-        own = settings(group[0])
-        method = own["method.name"]
-        number[method] += 1
-        for key, value in own.items():
-            values[method][key].add(value)
-            seen[method, key] += 1
-    return {
-        method: sorted(key for key in keys if len(keys[key]) > 1 or seen[method, key] < number[method])
-        for method, keys in values.items()
-    }
-
-
-def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """For each group what tells it from the other groups of its method, as short as is unambiguous."""
-    varied = varied_settings(groups)
-    labels = []
-    for group in groups:
-        own = settings(group[0])
-        differing = [key for key in varied[own["method.name"]] if key in own]
-        last = [key.rsplit(".", 1)[-1] for key in differing]
-        words = [name if last.count(name) == 1 else key for name, key in zip(last, differing, strict=True)]
-        labels.append(", ".join(f"{word}={own[key]}" for word, key in zip(words, differing, strict=True)))
-    named = [(group[0].config["method"]["name"], label) for group, label in zip(groups, labels, strict=True)]
-    times = Counter(named)
-    return [
-        label if times[name] == 1 else ", ".join(filter(None, [label, f"training rows {_rows_hash(group)}"]))
-        for name, label, group in zip(named, labels, groups, strict=True)
-    ]
-
-
-def _rows_hash(group: Sequence[RunRecord]) -> str:
-    return next((found[:8] for record in group if (found := training_rows(record))), "unknown")
 
 
 # ------------------------------------------------------------------------------------------------ what is in a row
@@ -231,6 +152,8 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
     clean = [value for task, value in scores.items() if task not in contaminated]
     shares = [record.layers.trainable_share for record in group if record.layers is not None]
     status, failure = _status(group)
+    losses = _losses(scores, finished)
+    seed_losses = [fmean(own) for own in zip(*losses.values(), strict=True)]
     return LeaderboardRow(
         method=config["method"]["name"],
         variant=variant,
@@ -269,12 +192,24 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         run_ids=[record.run_id for record in group],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
+        loss=_mean(seed_losses),
+        loss_std=stdev(seed_losses) if len(seed_losses) > 1 else None,
+        task_losses={task: fmean(own) for task, own in losses.items()},
     )
+
+
+def _losses(tasks: Collection[str], finished: Sequence[RunRecord]) -> dict[str, list[float]]:
+    """By task the mean loss of each seed; empty unless every seed has a finite one on every task."""
+    found = {}
+    for task in tasks:
+        seeds = [losses for record in finished if (losses := record.tasks[task].losses)]
+        found[task] = [fmean(losses) for losses in seeds if all(map(math.isfinite, losses))]
+    return found if all(len(seeds) == len(finished) for seeds in found.values()) else {}
 
 
 def _contaminated(record: RunRecord) -> tuple[str, ...]:
     steps = record.config["training"]["steps"]
-    return contaminated_tasks(record.config["data"]["suite"], _train_data(record), training_steps=steps)
+    return contaminated_tasks(record.config["data"]["suite"], train_data(record), training_steps=steps)
 
 
 def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> float | None:
@@ -284,17 +219,6 @@ def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> 
     if known.keys() != scores.keys() or not any(known.values()):
         return None
     return average_above_chance([(value, known[task]) for task, value in scores.items()])
-
-
-def _train_data(record: RunRecord) -> Mapping[str, Any]:
-    found = record.data.get("train")
-    return found if isinstance(found, Mapping) else {}
-
-
-def training_rows(record: RunRecord) -> str | None:
-    """The hash of the rows that a run trained on; None if it is unknown or there were none."""
-    found = _train_data(record).get("rows_sha256") if record.config["training"]["steps"] else None
-    return found if isinstance(found, str) else None
 
 
 def _counts(group: Iterable[RunRecord], key: str) -> list[int]:

@@ -20,23 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grass_ray.config import ConfigError
-from grass_ray.results.compare import (
-    Answers,
-    Asked,
-    Comparison,
-    adjust,
-    collect_answers,
-    comparable_groups,
-    compare_answers,
-    differences,
-    fact,
-    same_test_key,
-)
+from grass_ray.results.compare import Asked, comparable_groups, differences, same_test_key
 from grass_ray.results.formats import limits, p_text, percent, points, scope, times
 from grass_ray.results.leaderboard import seed_groups
 from grass_ray.results.notes import scope_notes
+from grass_ray.results.paired import Answers, Comparison, adjust, collect_answers, compare_answers, fact
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rows import LeaderboardRow, build_rows, settings
+from grass_ray.results.rows import LeaderboardRow, build_rows
+from grass_ray.results.settings import settings
 
 _SHOWN_SETTINGS = 4
 # what the JSON of a row says of its comparison, and under which name

@@ -33,7 +33,7 @@ from grass_ray.results.figures.style import (
 )
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rows import settings
+from grass_ray.results.settings import settings
 
 _HATCHES = {"measuring": "////", "moving states": "xxx", "steps that end in a switch": "...", "other steps": ""}
 _OFFSETS = {"steps that end in a switch": -0.14, "other steps": 0.14}  # from the middle of a method's bar
