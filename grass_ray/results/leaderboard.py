@@ -21,6 +21,7 @@ from typing import Any
 
 from grass_ray.paths import model_label
 from grass_ray.results.compare import EVALUATION, Asked, comparable_groups, differences
+from grass_ray.results.formats import NOT_TOLD
 from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
 from grass_ray.results.paired import Comparison, Metric, adjust, collect_answers, compare_answers
 from grass_ray.results.record import RunRecord
@@ -83,6 +84,11 @@ class LeaderboardTable:
         """What a reader must know, one sentence each; the budget first."""
         notes = [self.budget] if self.budget else []
         notes += self.notes
+        if any(row.told_apart is False for row in self.rows):
+            notes.append(
+                f"{NOT_TOLD}: not told apart from the first row at the 5 % level, so the order among them says "
+                "nothing; other ranks are told from the first row, not from each other"
+            )
         if any(row.pareto for row in self.rows):
             notes.append("* no other row has both more accuracy and less peak memory")
         if any(row.accuracy_std is not None for row in self.rows):

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.columns import column_of, overview_rows
+from grass_ray.results.columns import METHOD, RANK, column_of, loss_columns, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.figures.style import style_of
-from grass_ray.results.formats import limits, markdown_text, percent
+from grass_ray.results.formats import NOT_TOLD, limits, markdown_text, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
@@ -28,8 +28,8 @@ from grass_ray.results.tracker import Tracker
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
 _DESCRIBED = (
-    *("rank", "label", "accuracy", "interval", "difference_to_full", "peak_allocated_gib", "tokens_per_second"),
-    *("seeds", "status"),
+    *("rank", "label", "accuracy", "interval", "difference_to_full", "loss", "loss_difference_to_full"),
+    *("peak_allocated_gib", "tokens_per_second", "seeds", "status"),
 )
 _FORMS: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
 _LEAST_PAUSE_S = 5.0
@@ -109,7 +109,7 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
 def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
     """The sweep in Markdown, at most ``LONGEST_NOTE`` characters; the lowest rows are left out if there is no room."""
     best = next((row for table in tables for row in table.rows if row.rank == 1), None)
-    found = "" if best is None or len(tables) > 1 else f"Best: **{markdown_text(best.label)}**, {_interval(best)} %. "
+    found = "" if best is None or len(tables) > 1 else f"{_highest(best, tables[0].rows)} "
     # MLflow folds what comes after the first lines
     head = f"{found}{done} of {num_trials} trials have ended.\n\n{markdown_text(question)}"
     longest = max((len(table.rows) for table in tables), default=0)
@@ -120,12 +120,21 @@ def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: i
     return f"{head}\n\nThe ranking is too long for this place: see leaderboard.md among the artifacts."
 
 
+def _highest(best: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
+    alike = sum(row.told_apart is False for row in rows)
+    others = f", not told apart from {alike} other row{'s' * (alike > 1)}" if alike else ""
+    return f"Highest accuracy: **{markdown_text(best.label)}**, {_interval(best)} %{others}."
+
+
 def _table(table: LeaderboardTable, shown: int) -> str:
-    rows, columns = table.rows[:shown], [column_of(key) for key in _DESCRIBED]
+    described = _DESCRIBED if loss_columns(table) else [key for key in _DESCRIBED if not key.startswith("loss")]
+    rows, columns = table.rows[:shown], [column_of(key) for key in described]
     lines = [f"**{markdown_text(table.title)}**\n", *markdown_rows(columns, rows)]
     if len(table.rows) > shown:
         lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
     lines += [f"\n{markdown_text(warning)}" for warning in table.warnings]
+    if any(row.told_apart is False for row in rows):
+        lines.append(f"\n{NOT_TOLD}: not told apart from the first row at the 5 % level")
     if any(row.to_full is not None and not row.to_full.covers_training for row in rows):
         lines.append("\nvs full speaks of these runs alone where a side has one seed")
     if any(row.pareto for row in rows):
@@ -174,12 +183,13 @@ def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow
             f"{accuracy:.1f}", (max(high, accuracy), place), xytext=(5, 0), textcoords="offset points", va="center",
             fontsize=8.5,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{row.rank}  {row.label}{' *' if row.pareto else ''}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{RANK.cell(row)}  {METHOD.cell(row)}" for row in rows])
     axes.tick_params(axis="y", labelsize=9, length=0)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.08)
     head, _, tail = table.title.partition(" (")
     axes.set_title(f"{head}\n({tail}" if tail else head, fontsize=9.5, loc="left")
-    axes.set_xlabel("accuracy (%), 95 % interval over questions", fontsize=9)
+    legend = f"; {NOT_TOLD}: not told apart from the first row" if any(row.told_apart is False for row in rows) else ""
+    axes.set_xlabel(f"accuracy (%), 95 % interval over questions{legend}", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)

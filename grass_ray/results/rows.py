@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
+from typing import Any
 
 from grass_ray.results.paired import Comparison
 from grass_ray.results.record import RunRecord
@@ -40,7 +41,7 @@ class LeaderboardRow:
         variant: what tells this row from others of its method.
         contaminated: tasks whose test questions are in the data that this row trained on.
         loss: loss of the right answer in nats, the mean over tasks of the means over seeds; lower is better. None where
-            a finished seed did not measure it on every task, or it is not finite. ``loss_std`` is the spread over seeds.
+            a finished seed has none on a task, or one that is not finite. ``loss_std`` is the spread over seeds.
         task_losses: loss by task.
         to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.paired`); None
             for that row itself, and if nothing can be compared.
@@ -152,8 +153,6 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
     clean = [value for task, value in scores.items() if task not in contaminated]
     shares = [record.layers.trainable_share for record in group if record.layers is not None]
     status, failure = _status(group)
-    losses = _losses(scores, finished)
-    seed_losses = [fmean(own) for own in zip(*losses.values(), strict=True)]
     return LeaderboardRow(
         method=config["method"]["name"],
         variant=variant,
@@ -192,19 +191,24 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         run_ids=[record.run_id for record in group],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
-        loss=_mean(seed_losses),
-        loss_std=stdev(seed_losses) if len(seed_losses) > 1 else None,
-        task_losses={task: fmean(own) for task, own in losses.items()},
+        **_losses(scores, finished),
     )
 
 
-def _losses(tasks: Collection[str], finished: Sequence[RunRecord]) -> dict[str, list[float]]:
-    """By task the mean loss of each seed; empty unless every seed has a finite one on every task."""
+def _losses(tasks: Collection[str], finished: Sequence[RunRecord]) -> dict[str, Any]:
+    """The row's losses; nothing unless every seed has finite ones on every task."""
     found = {}
     for task in tasks:
         seeds = [losses for record in finished if (losses := record.tasks[task].losses)]
         found[task] = [fmean(losses) for losses in seeds if all(map(math.isfinite, losses))]
-    return found if all(len(seeds) == len(finished) for seeds in found.values()) else {}
+    if not found or any(len(seeds) < len(finished) for seeds in found.values()):
+        return {}
+    averages = [fmean(own) for own in zip(*found.values(), strict=True)]
+    return {
+        "loss": fmean(averages),
+        "loss_std": stdev(averages) if len(averages) > 1 else None,
+        "task_losses": {task: fmean(seeds) for task, seeds in found.items()},
+    }
 
 
 def _contaminated(record: RunRecord) -> tuple[str, ...]:

@@ -241,7 +241,7 @@ _COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
     ("A %", lambda row: percent(row.first)),
     ("B %", lambda row: percent(row.second)),
     ("B - A", lambda row: points(fact(row.comparison, "value"))),
-    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), sign=True)),
+    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), points)),
     ("p", lambda row: p_text(fact(row.comparison, "p_adjusted"))),
     ("p for", lambda row: scope(fact(row.comparison, "covers_training"))),
     ("only A", lambda row: str(row.only_first)),
