@@ -32,42 +32,48 @@ class RecordPart(BaseModel):
 
 
 class TaskScore(RecordPart):
-    """One task's result. ``correct`` has one entry per example, in the order of the test file, as have the losses."""
+    """One task's result. Lists have one entry per example, in the order of the test file.
+
+    With scoring ``loss`` the accuracy is NaN, and nothing is correct.
+    """
 
     accuracy: float
     num_examples: int
     correct: list[bool]
     example_ids: list[str] = Field(description="a hash of each prompt, so that runs can be compared example by example")
-    answer_nats: list[float] | None = Field(
-        default=None, description="negative log-likelihood of the reference response after the prompt, summed, in nats"
-    )
-    answer_tokens: list[int] | None = Field(default=None, description="tokens of the reference response")
-    option_nats: list[float] | None = Field(
-        default=None, description="-log of the right option's share of the likelihood among the options; None without"
-    )
     scoring: str
     extraction: str
     protocol: dict[str, Any] = Field(default_factory=dict)
     workload: dict[str, float] = Field(default_factory=dict, description="tokens, padding, halved batches, seconds")
-
-    @model_validator(mode="after")
-    def _one_entry_per_example(self) -> Self:
-        each = (self.correct, self.example_ids, self.answer_nats, self.answer_tokens, self.option_nats)
-        if any(values is not None and len(values) != self.num_examples for values in each):
-            raise ValueError("num_examples, correct, example_ids and the losses do not agree")
-        return self
+    answer_nats: list[float] | None = Field(
+        default=None, description="negative log-likelihood of each reference response, the sum over its tokens"
+    )
+    answer_tokens: list[int] | None = Field(default=None, description="tokens of each reference response")
+    option_nats: list[float] | None = Field(
+        default=None, description="negative logarithm of the right option's share of the likelihood of all options"
+    )
 
     @property
     def losses(self) -> list[float] | None:
-        """Loss of each example's right answer in nats: of the right option, else per token of the reference response.
+        """Loss of each right answer in nats: among the options, else per token of the reference response.
 
-        None where it was not measured.
+        None if it was not measured.
         """
         if self.option_nats is not None:
             return self.option_nats
         if self.answer_nats is None or self.answer_tokens is None:
             return None
-        return [nats / max(tokens, 1) for nats, tokens in zip(self.answer_nats, self.answer_tokens, strict=True)]
+        return [nats / tokens for nats, tokens in zip(self.answer_nats, self.answer_tokens, strict=True)]
+
+    @model_validator(mode="after")
+    def _one_entry_per_example(self) -> Self:
+        if not self.num_examples == len(self.correct) == len(self.example_ids):
+            raise ValueError("num_examples, correct and example_ids do not agree")
+        for name in ("answer_nats", "answer_tokens", "option_nats"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_examples:
+                raise ValueError(f"num_examples and {name} do not agree")
+        return self
 
 
 class LineageStep(RecordPart):
