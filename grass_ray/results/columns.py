@@ -16,7 +16,7 @@ from grass_ray.results.column import COST, DETAILS, END, LOSS, RANKING, Column
 from grass_ray.results.difference_columns import P_FOR, differences
 from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_more, number, percent, points
 from grass_ray.results.leaderboard import LeaderboardTable
-from grass_ray.results.paired import fact
+from grass_ray.results.paired import Metric, fact
 from grass_ray.results.rows import LeaderboardRow
 from grass_ray.tasks.suites import TASKS
 
@@ -40,7 +40,7 @@ RANK = Column(
     "#",
     text=_rank,
     plain=lambda row: _rank(row).strip(NONE),
-    meaning=f"place by accuracy; {NOT_TOLD}: not told apart from the first row",
+    meaning=f"place by accuracy, or by loss if there are no accuracies; {NOT_TOLD}: not told apart from the first row",
     place=RANKING,
     small_first=True,
     always=True,
@@ -234,14 +234,19 @@ COLUMNS: tuple[Column, ...] = (
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 
 
-def task_column(task: str) -> Column:
-    """A task's accuracy."""
+def task_column(task: str, metric: Metric = "accuracy") -> Column:
+    """A task's accuracy, or its loss."""
+    title = TASKS[task].title if task in TASKS else task
+    if metric == "loss":
+        return Column(
+            task, task, lambda row: row.task_losses.get(task), nats, f"loss on {title}, in nats", small_first=True
+        )
     return Column(
         task,
         task,
         lambda row: row.tasks.get(task),
         percent,
-        f"accuracy (%) on {TASKS[task].title if task in TASKS else task}",
+        f"accuracy (%) on {title}",
         interval=lambda row: row.task_intervals.get(task),
     )
 
@@ -251,9 +256,9 @@ def sort_keys() -> list[str]:
     return [column.key for column in COLUMNS if column.sortable]
 
 
-def column_of(key: str) -> Column:
-    """The column of a key, or of a task."""
-    return next((column for column in COLUMNS if column.key == key), task_column(key))
+def column_of(key: str, metric: Metric = "accuracy") -> Column:
+    """The column of a key, or of a task in a table that is ranked by the metric."""
+    return next((column for column in COLUMNS if column.key == key), task_column(key, metric))
 
 
 # --------------------------------------------------------------------------------------------------------- of a table
@@ -277,7 +282,7 @@ def detail_columns(table: LeaderboardTable) -> list[Column]:
 
 def task_columns(table: LeaderboardTable) -> list[Column]:
     """A column per task; none if there is only one task."""
-    return [task_column(task) for task in table.tasks] if len(table.tasks) > 1 else []
+    return [task_column(task, table.metric) for task in table.tasks] if len(table.tasks) > 1 else []
 
 
 def all_columns(table: LeaderboardTable) -> list[Column]:
@@ -288,7 +293,12 @@ def all_columns(table: LeaderboardTable) -> list[Column]:
 def _shown(table: LeaderboardTable, chosen: Callable[[Column], bool]) -> list[Column]:
     """The chosen columns for people that have a value in some row, and those that are always there."""
     columns = [column for column in COLUMNS if column.name and chosen(column)]
-    shown = [column for column in columns if column.always or any(column.cell(row) != NONE for row in table.rows)]
+    without = "accuracy" if table.metric == "loss" else None
+    shown = [
+        column
+        for column in columns
+        if (column.always and column.key != without) or any(column.cell(row) != NONE for row in table.rows)
+    ]
     return sorted(shown, key=lambda column: column.place)
 
 

@@ -60,7 +60,9 @@ class LeaderboardTable:
         """Model, suite, hardware and how it was evaluated."""
         # a CPU is named with all of its cores, which several workers may share; a GPU is one of theirs
         machine = self.hardware if self.world_size == 1 else f"{self.hardware}, {self.world_size} workers"
-        parts = [str(self.evaluation["scoring"]), f"{self.evaluation['extraction']} extraction"]
+        parts = [str(self.evaluation["scoring"])]
+        if self.metric == "accuracy":
+            parts.append(f"{self.evaluation['extraction']} extraction")
         if self.evaluation["num_beams"] not in (None, 1):
             parts.append(f"{self.evaluation['num_beams']} beams")
         if self.evaluation["limit"] is not None:
@@ -70,6 +72,17 @@ class LeaderboardTable:
         if self.apart:
             parts.append(self.apart)
         return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
+
+    @property
+    def metric(self) -> Metric:
+        """What rows are ranked by: accuracy, or loss if no accuracy is measured."""
+        return "loss" if self.evaluation["scoring"] == "loss" else "accuracy"
+
+    @property
+    def pareto_note(self) -> str:
+        """What the star beside a method says."""
+        better = "more accuracy" if self.metric == "accuracy" else "a lower loss"
+        return f"* no other row has both {better} and less peak memory"
 
     @property
     def best_of_each_method(self) -> tuple[LeaderboardRow, ...]:
@@ -90,7 +103,7 @@ class LeaderboardTable:
                 "nothing; other ranks are told from the first row, not from each other"
             )
         if any(row.pareto for row in self.rows):
-            notes.append("* no other row has both more accuracy and less peak memory")
+            notes.append(self.pareto_note)
         if any(row.accuracy_std is not None for row in self.rows):
             notes.append("±: standard deviation over seeds; the 95 % interval is over the questions")
         return notes
@@ -176,7 +189,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     config = records[0].config
     groups = seed_groups(records)
     rows = [replace(row, test=test.name) for row in build_rows(groups)]
-    evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
+    evaluated = {task for row in rows if row.status == "finished" for task in row.scored}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
     rows = _compare(_compare(rows, groups, "accuracy"), groups, "loss")
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
@@ -210,8 +223,8 @@ def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
 
 def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
     """Do not rank a row that was evaluated on fewer tasks than the others."""
-    missing = sorted(evaluated - row.tasks.keys())
-    if row.status != "finished" or not missing or not row.tasks:
+    missing = sorted(evaluated - row.scored)
+    if row.status != "finished" or not missing or not row.scored:
         return row
     return replace(row, status="partial", failure=f"not evaluated on {', '.join(missing)}")
 
@@ -224,13 +237,12 @@ def _compare(
 ) -> list[LeaderboardRow]:
     """Compare each ranked row with the best ``full`` row and with the best row by a metric, question by question."""
     by_loss = metric == "loss"
-    ranked = [index for index, row in enumerate(rows) if row.is_ranked and not (by_loss and row.loss is None)]
+    ranked = [index for index, row in enumerate(rows) if row.is_ranked and math.isfinite(row.badness(metric))]
     if len(ranked) < 2:
         return list(rows)
 
     def place(index: int) -> tuple[float, str]:
-        row = rows[index]
-        return (row.loss or 0.0) if by_loss else -(row.accuracy or 0.0), row.label
+        return rows[index].badness(metric), rows[index].label
 
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
@@ -258,27 +270,27 @@ def _comparisons(
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Mark the ranked rows on the Pareto front: no other row has both more accuracy and less peak memory."""
+    """Mark the ranked rows on the Pareto front: no other row is both better and has less peak memory."""
     points = {
-        index: (-row.accuracy, row.peak_allocated_gib)
+        index: (row.badness(row.ranked_by), row.peak_allocated_gib)
         for index, row in enumerate(rows)
-        if row.is_ranked and row.accuracy is not None and row.peak_allocated_gib is not None
+        if row.is_ranked and row.peak_allocated_gib is not None
     }
     front: set[int] = set()
     best_before, previous = math.inf, (math.inf, math.inf)
-    # from the least memory on, the more accurate first: a point is on the front when it beats all before it
-    for index, (loss, gib) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
-        if loss < best_before or (loss, gib) == previous:
+    # from the least memory on, the better first: a point is on the front when it beats all before it
+    for index, (badness, gib) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
+        if badness < best_before or (badness, gib) == previous:
             front.add(index)
-            best_before, previous = loss, (loss, gib)
+            best_before, previous = badness, (badness, gib)
     return [replace(row, pareto=index in front) for index, row in enumerate(rows)]
 
 
 def _ranked(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Best first, equal accuracies sharing a rank; then rows that are not ranked, partly finished before failed."""
-    ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (-(row.accuracy or 0.0), row.label))
-    ranks: dict[float | None, int] = {}
+    """Best first, equals sharing a rank; then rows that are not ranked, partly finished before failed."""
+    ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (row.badness(row.ranked_by), row.label))
+    ranks: dict[float, int] = {}
     for place, row in enumerate(ranked, start=1):
-        ranks.setdefault(row.accuracy, place)
+        ranks.setdefault(row.badness(row.ranked_by), place)
     below = sorted((row for row in rows if not row.is_ranked), key=lambda row: (-len(row.seeds), row.label))
-    return [replace(row, rank=ranks[row.accuracy]) for row in ranked] + below
+    return [replace(row, rank=ranks[row.badness(row.ranked_by)]) for row in ranked] + below

@@ -168,7 +168,7 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
     if losses:
         notes.append(f"p loss: {_named(losses)}; its best row is that of the lowest loss")
     notes += scope_notes(found.covers_training for found in accuracies + losses)
-    if accuracies:
+    if accuracies or losses:
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
     notes += _loss_notes(rows)
     notes += _contamination(rows)

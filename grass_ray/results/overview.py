@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.columns import METHOD, RANK, column_of, loss_columns, overview_rows
+from grass_ray.results.columns import METHOD, RANK, all_columns, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.figures.style import style_of
-from grass_ray.results.formats import NOT_TOLD, limits, markdown_text, percent
+from grass_ray.results.formats import NOT_TOLD, limits, markdown_text, nats, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
@@ -76,15 +76,15 @@ class Overview:
             metrics["sweep/stopped_early"] = float(stopped)
         first = [row for table in tables for row in table.rows if row.rank == 1]
         alike = len({row.test for row in first}) == 1  # accuracies of other tests cannot be ranked
-        best = max(first, key=_accuracy) if alike else None
+        best = min(first, key=lambda row: row.badness(row.ranked_by)) if alike and first else None
         if best is not None:
-            metrics["sweep/best_accuracy"] = _accuracy(best)
+            metrics[f"sweep/best_{best.ranked_by}"] = abs(best.badness(best.ranked_by))
         self._tracker.show_sweep(
             self._run_id,
             note=describe_sweep(self._question, tables, done=len(records), num_trials=self._num_trials),
             table=overview_rows(tables),
             files=sorted(path for path in self.folder.iterdir() if path.is_file()),
-            tags={} if best is None else {"best": f"{best.label}: {percent(best.accuracy)} %"},
+            tags={} if best is None else {"best": f"{best.label}: {_score(best)}"},
         )
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
         # drawing takes at most a tenth of the driver's time, however many trials end at once
@@ -123,12 +123,12 @@ def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: i
 def _highest(best: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
     alike = sum(row.told_apart is False for row in rows)
     others = f", not told apart from {alike} other row{'s' * (alike > 1)}" if alike else ""
-    return f"Highest accuracy: **{markdown_text(best.label)}**, {_interval(best)} %{others}."
+    what = "Lowest loss" if best.ranked_by == "loss" else "Highest accuracy"
+    return f"{what}: **{markdown_text(best.label)}**, {_score(best)}{others}."
 
 
 def _table(table: LeaderboardTable, shown: int) -> str:
-    described = _DESCRIBED if loss_columns(table) else [key for key in _DESCRIBED if not key.startswith("loss")]
-    rows, columns = table.rows[:shown], [column_of(key) for key in described]
+    rows, columns = table.rows[:shown], [column for column in all_columns(table) if column.key in _DESCRIBED]
     lines = [f"**{markdown_text(table.title)}**\n", *markdown_rows(columns, rows)]
     if len(table.rows) > shown:
         lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
@@ -138,24 +138,22 @@ def _table(table: LeaderboardTable, shown: int) -> str:
     if any(row.to_full is not None and not row.to_full.covers_training for row in rows):
         lines.append("\nvs full speaks of these runs alone where a side has one seed")
     if any(row.pareto for row in rows):
-        lines.append("\n\\* no other row has both more accuracy and less peak memory")
+        lines.append(f"\n{markdown_text(table.pareto_note)}")
     return "\n".join(lines)
 
 
-def _interval(row: LeaderboardRow) -> str:
+def _score(row: LeaderboardRow) -> str:
+    if row.ranked_by == "loss":
+        return f"{nats(row.loss)} nats"
     known = row.accuracy_low is not None and row.accuracy_high is not None
-    return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "")
-
-
-def _accuracy(row: LeaderboardRow) -> float:
-    return row.accuracy or 0.0
+    return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "") + " %"
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
 def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
-    """Draw accuracies with their intervals, one panel per table. Returns False if nothing is ranked."""
+    """Draw accuracies with their intervals, or losses, one panel per table. Returns False if nothing is ranked."""
     from matplotlib.figure import Figure
 
     panels = [(table, rows) for table in tables if (rows := [row for row in table.rows if row.rank is not None])]
@@ -174,15 +172,13 @@ def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
 
 def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow]) -> None:
     for place, row in enumerate(rows):
-        accuracy = 100 * _accuracy(row)
-        low, high = (accuracy if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
-        axes.barh(place, accuracy, color=style_of(row.method).colour, height=0.66, alpha=0.85)
-        spread = [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]]
-        axes.errorbar(accuracy, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
+        score, low, high, text = _bar(row)
+        axes.barh(place, score, color=style_of(row.method).colour, height=0.66, alpha=0.85)
+        spread = [[max(0.0, score - low)], [max(0.0, high - score)]]
+        axes.errorbar(score, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
         axes.annotate(
-            f"{accuracy:.1f}", (max(high, accuracy), place), xytext=(5, 0), textcoords="offset points", va="center",
-            fontsize=8.5,
-        )  # fmt: skip
+            text, (max(high, score), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5
+        )
     axes.set_yticks(range(len(rows)), [f"{RANK.cell(row)}  {METHOD.cell(row)}" for row in rows])
     axes.tick_params(axis="y", labelsize=9, length=0)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -191,5 +187,17 @@ def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow
     head, _, tail = table.title.partition(" (")
     axes.set_title(f"{head}\n({tail}" if tail else head, fontsize=9.5, loc="left")
     legend = f"; {NOT_TOLD}: not told apart from the first row" if any(row.told_apart is False for row in rows) else ""
-    axes.set_xlabel(f"accuracy (%), 95 % interval over questions{legend}", fontsize=9)
+    by_loss = "loss (nats), lower is better; ± standard deviation over seeds"
+    what = by_loss if table.metric == "loss" else "accuracy (%), 95 % interval over questions"
+    axes.set_xlabel(f"{what}{legend}", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _bar(row: LeaderboardRow) -> tuple[float, float, float, str]:
+    """A row's score, its limits and its text: accuracy in percent with its interval, or loss and the seeds' spread."""
+    if row.ranked_by == "loss":
+        loss, spread = row.loss or 0.0, row.loss_std or 0.0
+        return loss, loss - spread, loss + spread, nats(loss)
+    score = 100 * (row.accuracy or 0.0)
+    low, high = (score if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
+    return score, low, high, percent(row.accuracy)

@@ -121,7 +121,7 @@ def collect_answers(group: Sequence[RunRecord], metric: Metric = "accuracy") -> 
     tasks = {}
     for task in finished[0].tasks if finished else ():
         scores = [record.tasks[task] for record in finished if task in record.tasks]
-        if len(scores) < len(finished):
+        if len(scores) < len(finished) or (metric == "accuracy" and scores[0].scoring == "loss"):
             continue
         seeds = [_by_question(score, metric) for score in scores]
         asked = tuple(question for question in seeds[0] if all(question in seed for seed in seeds[1:]))

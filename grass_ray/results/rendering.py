@@ -98,10 +98,10 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
 
 
 def _terminal(table: LeaderboardTable, width: int) -> str:
-    scored = [row for row in table.rows if row.tasks]
+    scored = [row for row in table.rows if row.scored]
     results, details = result_columns(table), detail_columns(table)
     losses: list[Column] = []
-    if not _fits(results, table.rows, width):  # differences of losses get a table of their own
+    if table.metric == "accuracy" and not _fits(results, table.rows, width):  # losses get a table of their own
         losses = loss_columns(table)
         results = [column for column in results if column not in losses or not LOSS <= column.place < SCOPE]
     parts: list[tuple[list[Column], Sequence[LeaderboardRow]]] = [([*results, *details], table.rows)]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from grass_ray.results.paired import Comparison
+from grass_ray.results.paired import Comparison, Metric
 from grass_ray.results.record import RunRecord
 from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
@@ -29,7 +29,7 @@ class LeaderboardRow:
     Accuracies are shares from 0 to 1. Memory is the maximum over seeds; speed, time and tokens are means.
 
     Attributes:
-        rank: place by accuracy; None for rows that are not ranked.
+        rank: place by accuracy, or by loss where no accuracy is measured; None for rows that are not ranked.
         accuracy: unweighted mean over tasks of the means over seeds. ``accuracy_low`` and ``accuracy_high`` are its
             95 % interval over the questions, which every seed is asked again
             (:func:`grass_ray.results.statistics.average_interval`); ``accuracy_std`` is the spread over seeds.
@@ -47,6 +47,7 @@ class LeaderboardRow:
             for that row itself, and if nothing can be compared.
         to_best: the same with the best row.
         loss_to_full, loss_to_best: the same by loss, with the ``full`` row and the row of the lowest loss.
+        ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``).
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
         train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
@@ -98,6 +99,7 @@ class LeaderboardRow:
     task_losses: dict[str, float] = field(default_factory=dict)
     loss_to_full: Comparison | None = None
     loss_to_best: Comparison | None = None
+    ranked_by: Metric = "accuracy"
 
     @property
     def label(self) -> str:
@@ -106,8 +108,18 @@ class LeaderboardRow:
 
     @property
     def is_ranked(self) -> bool:
-        """Whether every seed finished with an accuracy."""
-        return self.status == "finished" and self.accuracy is not None and math.isfinite(self.accuracy)
+        """Whether every seed finished with an accuracy, or with a loss where no accuracy is measured."""
+        return self.status == "finished" and math.isfinite(self.badness(self.ranked_by))
+
+    @property
+    def scored(self) -> frozenset[str]:
+        """The tasks that it was scored on."""
+        return frozenset(self.task_losses if self.ranked_by == "loss" else self.tasks)
+
+    def badness(self, metric: Metric) -> float:
+        """The loss, or the accuracy's negative: small values are good. Infinite where it has none."""
+        value = self.loss if metric == "loss" else None if self.accuracy is None else -self.accuracy
+        return math.inf if value is None else value
 
     @property
     def trained(self) -> bool:
@@ -116,8 +128,12 @@ class LeaderboardRow:
 
     @property
     def told_apart(self) -> bool | None:
-        """Whether its accuracy differs from the best row's, adjusted; None for that row, and where none is compared."""
-        return None if self.to_best is None else self.to_best.told_apart
+        """Whether it differs from the first row, adjusted, by what it is ranked by.
+
+        None for the first row, and where nothing is compared.
+        """
+        found = self.loss_to_best if self.ranked_by == "loss" else self.to_best
+        return None if found is None else found.told_apart
 
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
@@ -161,7 +177,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         accuracy=mean_of_shares(scores.values()) if scores else None,
         accuracy_low=low,
         accuracy_high=high,
-        accuracy_std=stdev(averages) if len(averages) > 1 else None,
+        accuracy_std=stdev(averages) if scores and len(averages) > 1 else None,
         accuracy_clean=mean_of_shares(clean) if clean and len(clean) < len(scores) else None,
         accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
@@ -191,15 +207,17 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         run_ids=[record.run_id for record in group],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
-        **_losses(scores, finished),
+        ranked_by="loss" if config["evaluation"].get("scoring") == "loss" else "accuracy",
+        **_losses(finished),
     )
 
 
-def _losses(tasks: Collection[str], finished: Sequence[RunRecord]) -> dict[str, Any]:
+def _losses(finished: Sequence[RunRecord]) -> dict[str, Any]:
     """The row's losses; nothing unless every seed has finite ones on every task."""
     found = {}
-    for task in tasks:
-        seeds = [losses for record in finished if (losses := record.tasks[task].losses)]
+    for task in finished[0].tasks if finished else ():
+        scores = [record.tasks[task] for record in finished if task in record.tasks]
+        seeds = [losses for score in scores if (losses := score.losses)]
         found[task] = [fmean(losses) for losses in seeds if all(map(math.isfinite, losses))]
     if not found or any(len(seeds) < len(finished) for seeds in found.values()):
         return {}
