@@ -204,6 +204,7 @@ def _score(result: EvaluationResult) -> TaskScore:
         workload=asdict(result.workload),
         answer_nats=_of_each(example.answer_nats for example in result.examples),
         answer_tokens=_of_each(example.answer_tokens for example in result.examples),
+        answer_bytes=_of_each(example.answer_bytes for example in result.examples),
         option_nats=_of_each(example.option_nats for example in result.examples),
     )
 
@@ -240,4 +241,6 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "answer_tokens": example.answer_tokens,
                     "option_nats": example.option_nats,
                 }
+                if example.answer_bytes is not None:
+                    row["answer_bytes"] = example.answer_bytes
                 file.write(to_json(row) + "\n")

@@ -49,6 +49,9 @@ class TaskScore(RecordPart):
         default=None, description="negative log-likelihood of each reference response, the sum over its tokens"
     )
     answer_tokens: list[int] | None = Field(default=None, description="tokens of each reference response")
+    answer_bytes: list[int] | None = Field(
+        default=None, description="bytes of the learned text of each row without a right answer"
+    )
     option_nats: list[float] | None = Field(
         default=None, description="negative logarithm of the right option's share of the likelihood of all options"
     )
@@ -69,7 +72,7 @@ class TaskScore(RecordPart):
     def _one_entry_per_example(self) -> Self:
         if not self.num_examples == len(self.correct) == len(self.example_ids):
             raise ValueError("num_examples, correct and example_ids do not agree")
-        for name in ("answer_nats", "answer_tokens", "option_nats"):
+        for name in ("answer_nats", "answer_tokens", "answer_bytes", "option_nats"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_examples:
                 raise ValueError(f"num_examples and {name} do not agree")

@@ -22,7 +22,7 @@ from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
-from grass_ray.tasks.rows import Row, hash_rows
+from grass_ray.tasks.rows import AnyRow, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
 from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import load_train_rows
@@ -243,7 +243,7 @@ class Run:
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """The batches to train on, the held-out rows if there are any, and what the record says of both."""
     rows = load_train_rows(config.data)
-    train_rows: Sequence[Row] = rows.rows
+    train_rows: Sequence[AnyRow] = rows.rows
     held_out: Batches | None = None
     data: dict[str, Any] = {}
     if config.data.validation_rows is not None:
