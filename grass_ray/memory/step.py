@@ -12,7 +12,7 @@ formulas::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
+from grass_ray.optim.recompute import Recompute
 from grass_ray.training.batches import Batch
 from grass_ray.training.loss import summed_loss
 
@@ -76,6 +77,7 @@ def profile_step(
     *,
     device: DeviceKind,
     drop_gradients: bool = False,
+    recomputed: Sequence[nn.Module] = (),
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
@@ -84,16 +86,20 @@ def profile_step(
         shape: work of the step.
         device: whose kernels and allocator to assume.
         drop_gradients: whether to free each gradient as soon as it is complete, as a probing step does.
+        recomputed: decoder layers that are computed again in backward.
     """
     vocabulary = _vocabulary(model)
     positions = shape.rows * shape.label_positions
     log = AllocationLog(device, logits=None if vocabulary is None else (positions, vocabulary))
-    handles = [
+    handles: list[Any] = [
         p.register_post_accumulate_grad_hook(_drop if drop_gradients else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
     model.train()
+    recompute = Recompute(recomputed)
+    recompute.switch(True)
+    handles.append(recompute)
     log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
     try:
         with _checkpointing(model, shape.checkpointing), kernel_stand_ins(device, log), log:
