@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from grass_ray.tasks.suites import SUITES, TASKS
 
@@ -79,9 +79,19 @@ class EvaluationResult:
         return sum(example.correct for example in self.examples) / len(self.examples)
 
 
-def accuracy_metrics(
-    results: Mapping[str, EvaluationResult], *, contaminated: Collection[str] = ()
-) -> dict[str, float]:
+class Scored(Protocol):
+    """What averages need of a task's result, or of its score in a record."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct examples, 0 to 1."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How the task was asked and scored, as of :class:`EvaluationResult`."""
+
+
+def accuracy_metrics(results: Mapping[str, Scored], *, contaminated: Collection[str] = ()) -> dict[str, float]:
     """Return the accuracy of each task and their averages, by MLflow key; empty without results.
 
     Args:
@@ -112,10 +122,15 @@ def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float
     ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
     ``evaluation/examples_per_second`` (per worker); ``evaluation/prompts_cut`` if there are any.
     """
-    if not results:
+    works = [result.workload for result in results.values()]
+    return describe_work(works, sum(len(result.examples) for result in results.values()))
+
+
+def describe_work(works: Collection[Workload], examples: int) -> dict[str, float]:
+    """As :func:`workload_metrics`, from the work that each task took and the number of examples of all tasks."""
+    if not works:
         return {}
-    total = sum((result.workload for result in results.values()), Workload())
-    examples = sum(len(result.examples) for result in results.values())
+    total = sum(works, Workload())
     cut = {"evaluation/prompts_cut": float(total.prompts_cut)} if total.prompts_cut else {}
     return cut | {
         "evaluation/tokens": float(total.tokens),
