@@ -73,8 +73,9 @@ class EvaluationConfig(ConfigPart):
     """Maximum number of examples per task. ``null`` evaluates all examples."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. ``auto`` selects what fits into memory. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood"] = "generation"
-    """Whether the model generates its answer, or the most likely of the possible answers is taken."""
+    scoring: Literal["generation", "loglikelihood", "loss"] = "generation"
+    """Whether the model generates its answer (``generation``), the most likely of the possible answers is taken
+    (``loglikelihood``), or only the loss of the right answer is measured, without an accuracy (``loss``)."""
     extraction: Literal["published", "strict"] = "published"
     """How an answer is read from generated text: as in the LLM-Adapters evaluation (``published``), or only where the
     text states its answer (``strict``)."""

@@ -17,6 +17,7 @@ import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,7 +35,10 @@ class RecordPart(BaseModel):
 
 
 class TaskScore(RecordPart):
-    """One task's result. ``correct`` has one entry per example, in the order of the test file."""
+    """One task's result. Lists have one entry per example, in the order of the test file.
+
+    With scoring ``loss`` the accuracy is NaN, and nothing is correct.
+    """
 
     accuracy: float
     num_examples: int
@@ -44,11 +48,39 @@ class TaskScore(RecordPart):
     extraction: str
     protocol: dict[str, Any] = Field(default_factory=dict)
     workload: dict[str, float] = Field(default_factory=dict, description="tokens, padding, halved batches, seconds")
+    answer_nats: list[float] | None = Field(
+        default=None, description="negative log-likelihood of each reference response, the sum over its tokens"
+    )
+    answer_tokens: list[int] | None = Field(default=None, description="tokens of each reference response")
+    option_nats: list[float] | None = Field(
+        default=None, description="negative logarithm of the right option's share of the likelihood of all options"
+    )
+
+    @property
+    def losses(self) -> list[float] | None:
+        """Loss of each right answer in nats: among the options, else per token of the reference response.
+
+        None if it was not measured.
+        """
+        if self.option_nats is not None:
+            return self.option_nats
+        if self.answer_nats is None or self.answer_tokens is None:
+            return None
+        return [nats / tokens for nats, tokens in zip(self.answer_nats, self.answer_tokens, strict=True)]
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of :attr:`losses`; None if they were not measured or there are no examples."""
+        return fmean(self.losses) if self.losses else None
 
     @model_validator(mode="after")
     def _one_entry_per_example(self) -> Self:
         if not self.num_examples == len(self.correct) == len(self.example_ids):
             raise ValueError("num_examples, correct and example_ids do not agree")
+        for name in ("answer_nats", "answer_tokens", "option_nats"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_examples:
+                raise ValueError(f"num_examples and {name} do not agree")
         return self
 
 

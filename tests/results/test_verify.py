@@ -292,7 +292,34 @@ def test_what_was_extracted_from_a_text_is_extracted_again(tmp_path: Path) -> No
     assert written() == [
         f"examples: record.json, generated {ids[1]}, answer in the text: 12 given, 7 recomputed",
         f"examples: record.json, generated {ids[1]}, right or wrong: True given, False recomputed",
-        f"examples: record.json, generated: other answers than in examples.jsonl (1 of 2; the first, {ids[1]})",
+        f"examples: record.json, generated, example as in examples.jsonl: ('{ids[1]}', False, None, None, None) given, "
+        f"('{ids[1]}', True, None, None, None) recomputed",
+    ]
+
+
+def test_losses_of_answers_are_averaged_again(tmp_path: Path) -> None:
+    record = make_record("grass", correct={"boolq": [True, False]}, suite="commonsense", overrides=["training.steps=0"])
+    score, ids = record.tasks["boolq"], ["0" * 16, "1" * 16]
+    score.example_ids, score.scoring = ids, "loglikelihood"
+    score.answer_nats, score.answer_tokens, score.option_nats = [2.0, 3.0], [4, 4], [0.5, 0.9]
+    record.metrics = {"eval/average": 0.5, "eval/boolq/accuracy": 0.5, "eval/boolq/loss": 0.7, "eval/loss": 0.7}
+
+    def found() -> list[str]:
+        record.save(tmp_path / "record.json")
+        return found_in(verify(tmp_path))
+
+    assert found() == []
+    score.option_nats[1] = 0.6
+    assert found() == [
+        f"answers: record.json, boolq, wrong although likeliest: ['{ids[1]}'] given, must be no question",
+        "averages: record.json, eval/boolq/loss: 0.7 given, 0.55 recomputed",
+        "averages: record.json, eval/loss: 0.7 given, 0.55 recomputed",
+    ]
+    score.option_nats[1], score.answer_nats[0] = 0.9, -2.0
+    del record.metrics["eval/loss"]
+    assert found() == [
+        "answers: record.json, boolq, answer_nats: -2.0 given, must be at least 0",
+        "averages: record.json, eval/loss: none given, 0.7 recomputed",
     ]
 
 

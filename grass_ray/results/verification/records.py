@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,10 +20,10 @@ from typing import Any
 import yaml
 
 from grass_ray.config import fingerprint_of, slug
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.verification.check import Check
 from grass_ray.tasks.extraction import extract_answer, is_correct
-from grass_ray.tasks.scores import Workload, accuracy_metrics, contaminated_tasks, describe_work
+from grass_ray.tasks.scores import Workload, contaminated_tasks, describe_work, score_metrics
 from grass_ray.tasks.suites import TASKS
 from grass_ray.training.report import GIB, MOST_UNITS_AS_SERIES, TOKENS, TRAIN_STEP, WARM_UP_STEPS, entropy
 
@@ -31,7 +32,10 @@ _SHA256, _COMMIT, _QUESTION = r"[0-9a-f]{64}", r"[0-9a-f]{7,64}", r"[0-9a-f]{16}
 # what a score's protocol repeats of the configuration, and where it stands there
 _REPEATED = {"limit": "evaluation", "scoring": "evaluation", "num_beams": "evaluation", "template": "data"}
 _QUESTIONS = ("test_sha256", "test_rows", "template", "limit", "limit_seed")  # decide which questions are asked
+_PER_EXAMPLE = ("id", "correct", "answer_nats", "answer_tokens", "option_nats")  # of a line of examples.jsonl
 _LOSS, _STEP_S = "train/loss", "time/step_s"
+_OPTIONAL = ("eval/average_clean", "eval/average_normalised")  # earlier versions did not record them
+_ROUNDING = 1e-4  # of log-likelihoods, in nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +77,10 @@ def _answers(check: Check, found: Found) -> None:
     if evaluated or record.tasks:
         check.same(f"{found.name}, tasks", list(record.tasks), record.config["data"]["tasks"] if evaluated else [])
     for task, score in record.tasks.items():
-        right = sum(score.correct) / len(score.correct) if score.correct else math.nan
+        judged = score.correct and score.scoring != "loss"
+        right = sum(score.correct) / len(score.correct) if judged else math.nan
         check.same(f"{found.name}, accuracy of {task}", score.accuracy, right)
+        _losses(check, f"{found.name}, {task}", score)
         protocol = score.protocol
         if "test_rows" in protocol:
             rows, limit = protocol["test_rows"], protocol.get("limit")
@@ -87,16 +93,28 @@ def _answers(check: Check, found: Found) -> None:
             check.holds(f"{found.name}, chance of {task}", guessed, "at least 0 and at most 1", 0 <= guessed <= 1)
 
 
+def _losses(check: Check, at: str, score: TaskScore) -> None:
+    """A negative log-likelihood is at least 0, and an option with more than half of the likelihood was chosen."""
+    for name, values in (("answer_nats", score.answer_nats), ("option_nats", score.option_nats)):
+        if values is not None:
+            least = min(values, default=0.0)
+            check.holds(f"{at}, {name}", least, "at least 0", least > -_ROUNDING)
+    if score.scoring == "loglikelihood" and score.option_nats is not None:
+        likely = [nats < math.log(2) - _ROUNDING for nats in score.option_nats]
+        odd = [id for id, sure, right in zip(score.example_ids, likely, score.correct, strict=True) if sure > right]
+        check.holds(f"{at}, wrong although likeliest", odd, "no question", not odd)
+
+
 def _examples(check: Check, found: Found) -> None:
     """What a run's folder keeps of every example: the text, what was extracted from it, and whether it is right."""
     path = found.path.with_name("examples.jsonl")
     if not found.path.name.startswith("record.json") or not path.is_file():
         return
     record = found.record
-    flags: dict[str, list[tuple[str, bool]]] = {}
+    flags: dict[str, list[tuple[Any, ...]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        flags.setdefault(row["task"], []).append((row["id"], row["correct"]))
+        flags.setdefault(row["task"], []).append(tuple(row.get(name) for name in _PER_EXAMPLE))
         score, task = record.tasks.get(row["task"]), TASKS.get(row["task"])
         if score is not None and task is not None:
             where = f"{found.name}, {row['task']} {row['id']}"
@@ -110,14 +128,11 @@ def _examples(check: Check, found: Found) -> None:
                 right = extracted == row["target"]
             check.same(f"{where}, right or wrong", row["correct"], right)
     for name, score in record.tasks.items():
-        pairs = list(zip(score.example_ids, score.correct, strict=True))
-        differing = [a[0] for a, b in zip(pairs, flags.get(name, []), strict=False) if a != b]
-        if differing or len(pairs) != len(flags.get(name, [])):
-            first = f"; the first, {differing[0]}" if differing else ""
-            check.disagreements.append(
-                f"{found.name}, {name}: other answers than in examples.jsonl ({len(differing)} of {len(pairs)}{first})"
-            )
-        check.numbers += len(pairs)
+        absent: list[Any] = [None] * score.num_examples
+        columns = [score.example_ids, score.correct]
+        columns += [getattr(score, column) or absent for column in _PER_EXAMPLE[2:]]
+        for given, kept in zip_longest(zip(*columns, strict=True), flags.get(name, ())):
+            check.same(f"{found.name}, {name}, example as in examples.jsonl", given, kept)
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -128,7 +143,7 @@ def _metrics(record: RunRecord) -> Iterator[tuple[str, float]]:
     train = record.data.get("train")
     steps = record.config["training"]["steps"]
     bad = contaminated_tasks(record.config["data"]["suite"], train or {}, training_steps=steps)
-    yield from accuracy_metrics(record.tasks, contaminated=bad).items()
+    yield from score_metrics(record.tasks, contaminated=bad).items()
     works = [score.workload for score in record.tasks.values()]
     if all(works):
         known: list[dict[str, Any]] = [dict(work) for work in works]
@@ -163,10 +178,9 @@ def _averages(check: Check, found: Found) -> None:
     for name, value in found.record.metrics.items():
         if name in recomputed or name.startswith("eval/"):
             check.same(f"{found.name}, {name}", value, recomputed.get(name))
-    if found.record.tasks:
-        for name in ("eval/average", *(f"eval/{task}/accuracy" for task in found.record.tasks)):
-            if name not in found.record.metrics:
-                check.same(f"{found.name}, {name}", None, recomputed[name])
+    for name, value in recomputed.items():
+        if name.startswith("eval/") and name not in found.record.metrics and name not in _OPTIONAL:
+            check.same(f"{found.name}, {name}", None, value)
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
