@@ -174,7 +174,7 @@ def search_once(options: Options, method: str) -> float:
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(search(options, method), indent=1) + "\n")
-    return float(load_rate_searches(options.output)[method].best)
+    return next(float(search.best) for search in load_rate_searches(options.output) if search.method == method)
 
 
 def write_results(options: Options) -> str:

@@ -28,7 +28,7 @@ def found_in(results: list[VerifiedResult]) -> list[str]:
 
 def test_everything_that_is_committed_agrees() -> None:
     results = verify(RESULTS)
-    assert found_in(results) == []
+    assert found_in(results) == [], "grass-ray verify benchmarks/results --rewrite makes tables anew from their records"
     assert {result.folder for result in results} == {path.parent for path in RESULTS.rglob("records")}
     assert sum(result.num_records for result in results) >= 74
     for result in results:
@@ -321,6 +321,39 @@ def test_losses_of_answers_are_averaged_again(tmp_path: Path) -> None:
         "answers: record.json, boolq, answer_nats: -2.0 given, must be at least 0",
         "averages: record.json, eval/loss: none given, 0.7 recomputed",
     ]
+
+
+def test_the_search_of_a_rate_may_be_records(tmp_path: Path) -> None:
+    losses = {0.001: 1.5, 0.003: 1.2, 0.01: 1.4}
+    for folder in ("records", "search"):
+        (tmp_path / folder).mkdir()
+
+    def searching(rate: float, loss: float) -> RunRecord:
+        overrides = [f"method.optimizer.lr={rate}", "evaluation.test=false"]
+        record = make_record("grass", correct={}, status="stopped", overrides=overrides)
+        record.run_id, record.metrics = f"grass-{rate}", {"validation/loss": loss}
+        return record
+
+    def found(**metrics: float) -> list[str]:
+        for rate, loss in losses.items():
+            record = searching(rate, loss)
+            record.metrics |= metrics
+            record.save(tmp_path / "search" / f"{record.run_id}.json.gz")
+        return found_in(verify(tmp_path))
+
+    tested = make_record("grass", overrides=["method.optimizer.lr=0.003", "training.steps=4"], status="stopped")
+    tested.run_id = "grass-s0"
+    tested.save(tmp_path / "records" / "grass-s0.json")
+    assert found() == []
+    assert found(**{"eval/average": 0.5}) == [
+        f"averages: search/grass-{rate}.json.gz, eval/average: 0.5 given, none recomputed" for rate in losses
+    ]
+    losses[0.01] = 1.1
+    assert found() == ["learning rates: grass-s0, best of its search: 0.003 given, 0.01 recomputed"]
+    (result,) = verify(tmp_path)
+    assert "the best learning rate is the smallest or largest that was tried: grass on generated" in result.remarks
+    (tmp_path / "search" / "lora.json").write_text("[1]")
+    assert "lora.json is no search of learning rates" in "\n".join(found())
 
 
 # ------------------------------------------------------------------------------------------------- tables and records

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import fingerprint_of, slug
+from grass_ray.config import fingerprint_of, read_text, slug
 from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.verification.check import Check
 from grass_ray.tasks.extraction import extract_answer, is_correct
@@ -93,6 +93,13 @@ def _answers(check: Check, found: Found) -> None:
             check.holds(f"{found.name}, chance of {task}", guessed, "at least 0 and at most 1", 0 <= guessed <= 1)
 
 
+def _examples_of(path: Path) -> Path | None:
+    """The file of a record's examples: beside a run's own record, else ``examples/NAME.jsonl`` beside the records."""
+    own = path.name.startswith("record.json")
+    place = path.with_name("examples") if own else path.parents[1] / "examples" / path.name.split(".json")[0]
+    return next((file for end in (".jsonl", ".jsonl.gz") if (file := Path(f"{place}{end}")).is_file()), None)
+
+
 def _losses(check: Check, at: str, score: TaskScore) -> None:
     """A negative log-likelihood is at least 0, and an option with more than half of the likelihood was chosen."""
     for name, values in (("answer_nats", score.answer_nats), ("option_nats", score.option_nats)):
@@ -107,12 +114,11 @@ def _losses(check: Check, at: str, score: TaskScore) -> None:
 
 def _examples(check: Check, found: Found) -> None:
     """What a run's folder keeps of every example: the text, what was extracted from it, and whether it is right."""
-    path = found.path.with_name("examples.jsonl")
-    if not found.path.name.startswith("record.json") or not path.is_file():
+    if (path := _examples_of(found.path)) is None:
         return
     record = found.record
     flags: dict[str, list[tuple[Any, ...]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         row = json.loads(line)
         flags.setdefault(row["task"], []).append(tuple(row.get(name) for name in _PER_EXAMPLE))
         score, task = record.tasks.get(row["task"]), TASKS.get(row["task"])
@@ -148,7 +154,10 @@ def _metrics(record: RunRecord) -> Iterator[tuple[str, float]]:
     if all(works):
         known: list[dict[str, Any]] = [dict(work) for work in works]
         examples = sum(score.num_examples for score in record.tasks.values())
-        yield from describe_work([Workload(**work) for work in known], examples).items()
+        timed = all("seconds" in work for work in works)
+        for name, value in describe_work([Workload(**work) for work in known], examples).items():
+            if timed or name not in ("evaluation/seconds", "evaluation/examples_per_second"):
+                yield name, value
     for name, points in record.series.items():
         if name.startswith(("train/", "memory/peak_allocated")) and points:
             yield name, points[-1][1]
@@ -243,7 +252,7 @@ def _configuration(check: Check, found: Found) -> None:
     name = f"{config['method']['name']}-{slug(config['model']['name'])}-{slug(config['data']['suite'])}"
     check.same(f"{found.name}, name", record.name, f"{name}-s{config['seed']}")
     in_own_folder = path.name.startswith("record.json")
-    file = path.parent.name if in_own_folder else path.name.removesuffix(".gz").removesuffix(".json")
+    file = path.parent.name if in_own_folder else path.name.split(".json")[0]
     own = fingerprint_of(config)
     member = record.search is not None and bool(record.search.lineage)  # has the settings of its last generation
     for text in () if member or record.run_id.startswith("reproduce-") else (record.run_id, file):

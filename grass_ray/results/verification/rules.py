@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from grass_ray.results.leaderboard import LeaderboardTable
-from grass_ray.results.rate_search import RateSearch
+from grass_ray.results.rate_search import RateSearch, search_of
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rows import settings_key, training_rows
+from grass_ray.results.settings import settings_key, training_rows
 
 LEAST_SEEDS = 3
 PLAN = "PLAN.md"
@@ -25,7 +25,7 @@ _MOST_NAMES = 8
 def entry_remarks(
     records: Sequence[RunRecord],
     tables: Sequence[LeaderboardTable],
-    searches: Mapping[str, RateSearch],
+    searches: Sequence[RateSearch],
     folder: Path,
 ) -> list[str]:
     """One sentence for each rule that the records, or the folder, are seen to break."""
@@ -88,13 +88,16 @@ def _rows(tables: Sequence[LeaderboardTable]) -> Iterable[str]:
             yield f"runs of {model} on {suite} were tested on {len(names)} different tests"
 
 
-def _rates(records: Sequence[RunRecord], searches: Mapping[str, RateSearch]) -> Iterable[str]:
-    methods = {record.config["method"]["name"] for record in records if record.config["training"]["steps"]}
-    if unsearched := sorted(methods - searches.keys()):
-        yield f"no search of the learning rate is here for {_some(unsearched)}"
-    if edges := sorted(method for method in methods & searches.keys() if searches[method].at_edge):
+def _rates(records: Sequence[RunRecord], searches: Sequence[RateSearch]) -> Iterable[str]:
+    trained = [record for record in records if record.config["training"]["steps"]]
+    chosen = {record.run_id: search_of(record, searches) for record in trained}
+    unsearched = {r.config["method"]["name"] for r in trained if chosen[r.run_id] is None}
+    if unsearched:
+        yield f"no search of the learning rate is here for {_some(sorted(unsearched))}"
+    used = {search.label: search for search in chosen.values() if search is not None}
+    if edges := sorted(label for label, search in used.items() if search.at_edge):
         yield f"the best learning rate is the smallest or largest that was tried: {_some(edges)}"
-    numbers = {len(searches[method].losses) for method in methods & searches.keys()}
+    numbers = {len(search.losses) for search in used.values()}
     if len(numbers) > 1:
         yield f"methods tried different numbers of learning rates: from {min(numbers)} to {max(numbers)}"
 

@@ -17,7 +17,7 @@ import yaml
 from grass_ray.config import from_json
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.overview import write_summary
-from grass_ray.results.rate_search import SETTINGS, RateSearch, rate_table
+from grass_ray.results.rate_search import ANSWER_LOSS, SETTINGS, RateSearch, rate_table, search_of
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.results.verification.check import Check
@@ -32,7 +32,7 @@ def check_tables(
     folder: Path,
     tables: Sequence[LeaderboardTable],
     records: Sequence[RunRecord],
-    searches: Mapping[str, RateSearch],
+    searches: Sequence[RateSearch],
 ) -> list[Check]:
     """Compare every table in a result's folder that is made of its records."""
     checks = []
@@ -53,7 +53,7 @@ def rewrite_tables(
     folder: Path,
     tables: Sequence[LeaderboardTable],
     records: Sequence[RunRecord],
-    searches: Mapping[str, RateSearch],
+    searches: Sequence[RateSearch],
 ) -> None:
     """Write the leaderboard and the pictures anew, and replace the tables in the folder's pages."""
     made = _all_tables(tables, records, searches)
@@ -64,9 +64,9 @@ def rewrite_tables(
 
 
 def _all_tables(
-    tables: Sequence[LeaderboardTable], records: Sequence[RunRecord], searches: Mapping[str, RateSearch]
+    tables: Sequence[LeaderboardTable], records: Sequence[RunRecord], searches: Sequence[RateSearch]
 ) -> str:
-    rates = "\n".join(rate_table(records, searches)) if searches else ""
+    rates = "\n".join(rate_table(records, searches)) if any(ANSWER_LOSS in r.metrics for r in records) else ""
     return f"{rates}\n\n{render(tables, 'markdown')}"
 
 
@@ -139,17 +139,17 @@ def _label(row: Row) -> str:
 # ------------------------------------------------------------------------------------------------------ learning rates
 
 
-def _check_rates(folder: Path, records: Sequence[RunRecord], searches: Mapping[str, RateSearch]) -> Check:
+def _check_rates(folder: Path, records: Sequence[RunRecord], searches: Sequence[RateSearch]) -> Check:
     """The rates that runs and ``settings.yaml`` have are the best of their searches."""
     check = Check(what="learning rates")
     for record in records:
-        method = record.config["method"]
-        if (search := searches.get(method["name"])) is not None:
-            check.same(f"{record.run_id}, best of its search", method["optimizer"]["lr"], float(search.best))
+        if (search := search_of(record, searches)) is not None:
+            rate = record.config["method"]["optimizer"]["lr"]
+            check.same(f"{record.run_id}, best of its search", rate, float(search.best))
     if (path := folder / SETTINGS).is_file():
         saved = (yaml.safe_load(path.read_text("utf-8")) or {}).get("methods", {})
-        for name, search in searches.items():
+        for search in searches:
             line = f"method.optimizer.lr={search.best}"
-            given = [text for text in saved.get(name, ()) if text.startswith("method.optimizer.lr=")]
-            check.same(f"{SETTINGS}, {name}", given, [line])
+            given = [text for text in saved.get(search.method, ()) if text.startswith("method.optimizer.lr=")]
+            check.same(f"{SETTINGS}, {search.label}", given, [line])
     return check

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grass_ray.config import ConfigError, RunConfig
-from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
-from grass_ray.results.rate_search import SETTINGS, RateSearch, load_rate_searches
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.rate_search import SETTINGS, RateSearch, is_record, load_rate_searches, search_files
 from grass_ray.results.record import RunRecord
 from grass_ray.results.recorded import RECORDS, RecordedResult, find_results
 from grass_ray.results.verification.check import Check
@@ -56,22 +56,30 @@ class VerifiedResult:
 
 @dataclass(kw_only=True)
 class _Loaded:
-    """A result's records, and what is made of them."""
+    """A result's records, those of its search, and whether all could be read."""
 
     result: RecordedResult
     found: list[Found] = field(default_factory=list)
-    unreadable: Check = field(default_factory=lambda: Check(what="files"))
+    searched: list[Found] = field(default_factory=list)
+    files: Check = field(default_factory=lambda: Check(what="files"))
 
     def __post_init__(self) -> None:
         for path in self.result.files:
-            name = self.result.name(path).removeprefix(f"{RECORDS}/")
-            self.unreadable.numbers += 1
-            try:
-                record = RunRecord.load(path)
-                RunConfig.parse(record.config)  # one of an earlier version gets the defaults of newer keys
-                self.found.append(Found(name=name, path=path, record=record))
-            except ConfigError as error:
-                self.unreadable.disagreements.append(f"{name}: {error}")
+            self._read(path, self.found)
+        for path in search_files(self.result.folder):
+            self._read(path, self.searched)
+
+    def _read(self, path: Path, into: list[Found]) -> None:
+        name = self.result.name(path).removeprefix(f"{RECORDS}/")
+        self.files.numbers += 1
+        try:
+            if into is self.searched and not is_record(path):
+                return
+            record = RunRecord.load(path)
+            RunConfig.parse(record.config)  # one of an earlier version gets the defaults of newer keys
+            into.append(Found(name=name, path=path, record=record))
+        except ConfigError as error:
+            self.files.disagreements.append(f"{name}: {error}")
 
     @property
     def records(self) -> list[RunRecord]:
@@ -98,30 +106,35 @@ def verify(folder: Path, *, rewrite: bool = False) -> list[VerifiedResult]:
 
 def _verify(loaded: _Loaded, *, rewrite: bool) -> VerifiedResult:
     folder, records = loaded.result.folder, loaded.records
-    checks = [loaded.unreadable, *check_records(loaded.found)]
+    checks = [loaded.files, *check_records([*loaded.found, *loaded.searched])]
+    number = len(loaded.result.files)
+    try:
+        searches = load_rate_searches(folder)
+    except ConfigError as error:
+        searches = []
+        loaded.files.disagreements.append(str(error))
     if not records:
-        return VerifiedResult(folder=folder, num_records=len(loaded.result.files), checks=checks)
-    tables, searches = build_leaderboard(records), load_rate_searches(folder)
+        return VerifiedResult(folder=folder, num_records=number, checks=checks)
+    tables = build_leaderboard(records)
     written = rewrite and not any(check.disagreements for check in checks)
     if written:
         rewrite_tables(folder, tables, records, searches)
     checks += check_tables(folder, tables, records, searches)
     return VerifiedResult(
         folder=folder,
-        num_records=len(loaded.result.files),
+        num_records=number,
         checks=checks,
-        remarks=[*(text for check in checks for text in check.remarks), *_rules(loaded, tables, searches)],
+        remarks=[
+            *(text for check in checks for text in check.remarks),
+            *entry_remarks(records, tables, searches, folder),
+        ],
         measured=measured(records),
         beside=_beside(loaded.result, {check.what for check in checks}, searches),
         written=written,
     )
 
 
-def _rules(loaded: _Loaded, tables: Sequence[LeaderboardTable], searches: dict[str, RateSearch]) -> list[str]:
-    return entry_remarks(loaded.records, tables, searches, loaded.result.folder)
-
-
-def _beside(result: RecordedResult, compared: set[str], searches: dict[str, RateSearch]) -> list[str]:
+def _beside(result: RecordedResult, compared: set[str], searches: Sequence[RateSearch]) -> list[str]:
     """Files of the folder that nothing was compared with: pictures, numbers behind them, pages of prose."""
     own = compared | ({SETTINGS} if searches else set())
     names = [path.name for path in sorted(result.folder.iterdir()) if path.is_file() and path not in result.files]
