@@ -216,6 +216,30 @@ _ROWS = (
         optimizer=OptimizerConfig(lr=3e-4),
         offload="resident",
     ),
+    _row(
+        "uniform",
+        summary="control: grass with equal probabilities, all else the same",
+        source="control of arXiv 2604.07808",
+        sampler=GradNormSamplerConfig(exploration=1.0),
+        optimizer=OptimizerConfig(lr=3e-4),
+        offload="resident",
+    ),
+    _row(
+        "top",
+        summary="control: grass that always trains the most important layers",
+        source="control of arXiv 2604.07808",
+        sampler=GradNormSamplerConfig(temperature=1e-3),
+        optimizer=OptimizerConfig(lr=3e-4),
+        offload="resident",
+    ),
+    _row(
+        "inverse",
+        summary="control: grass with a negative temperature, which prefers the least important layers",
+        source="control of arXiv 2604.07808",
+        sampler=GradNormSamplerConfig(temperature=-0.5),
+        optimizer=OptimizerConfig(lr=3e-4),
+        offload="resident",
+    ),
 )
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}

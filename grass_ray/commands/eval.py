@@ -32,7 +32,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     from grass_ray.export.model import load_trained_model
     from grass_ray.tasks.evaluation import evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
-    from grass_ray.tasks.scores import accuracy_metrics, workload_metrics
+    from grass_ray.tasks.scores import score_metrics, workload_metrics
     from grass_ray.training.built_in import cache_folder
     from grass_ray.training.models import load_model
     from grass_ray.training.weights import base_model_sha256
@@ -60,7 +60,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         status="finished",
         failure=None,
         outcome=RunOutcome(
-            metrics=accuracy_metrics(results) | workload_metrics(results),
+            metrics=score_metrics(results) | workload_metrics(results),
             tasks=results,
             model_revision=loaded.revision,
         ),

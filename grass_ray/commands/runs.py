@@ -153,8 +153,8 @@ class Eval:
     """Maximum number of examples per task."""
     batch_size: int | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. auto selects what fits. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood"] = "generation"
-    """Generate the answer, or take the most likely of the possible answers."""
+    scoring: Literal["generation", "loglikelihood", "loss"] = "generation"
+    """Generate the answer, take the most likely of the possible answers, or only measure the loss of the right one."""
     set: Settings = ()
     """Any other setting by its dotted key."""
     output: Path | None = None

@@ -73,8 +73,9 @@ class EvaluationConfig(ConfigPart):
     """Maximum number of examples per task. ``null`` evaluates all examples."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. ``auto`` selects what fits into memory. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood"] = "generation"
-    """Whether the model generates its answer, or the most likely of the possible answers is taken."""
+    scoring: Literal["generation", "loglikelihood", "loss"] = "generation"
+    """Whether the model generates its answer (``generation``), the most likely of the possible answers is taken
+    (``loglikelihood``), or only the loss of the right answer is measured, without an accuracy (``loss``)."""
     extraction: Literal["published", "strict"] = "published"
     """How an answer is read from generated text: as in the LLM-Adapters evaluation (``published``), or only where the
     text states its answer (``strict``)."""
@@ -155,7 +156,12 @@ class RunConfig(ConfigPart):
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that two equal configurations share."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint_of(self.to_dict())
+
+
+def fingerprint_of(values: Mapping[str, Any]) -> str:
+    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

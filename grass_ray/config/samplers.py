@@ -19,9 +19,9 @@ from grass_ray.config.base import (
 from grass_ray.config.schedules import (
     ScheduleConfig,
     ScheduledCount,
-    ScheduledFloat,
     ScheduledFraction,
     ScheduledLayers,
+    ScheduledTemperature,
 )
 
 
@@ -96,8 +96,9 @@ class GradNormSamplerConfig(SamplerConfig):
     """Number of steps before training that only measure gradient norms (T_p)."""
     refresh_period: PositiveInt | None = 100
     """Number of optimizer steps between updates of the importance (T_u). ``null`` never updates it (static GRASS)."""
-    temperature: ScheduledFloat | None = 0.5
-    """Temperature of the softmax (tau). Set it to ``null`` if ``effective_layers`` is given."""
+    temperature: ScheduledTemperature | None = 0.5
+    """Temperature of the softmax (tau). A negative one prefers layers of small importance. Set it to ``null`` if
+    ``effective_layers`` is given."""
     ema: ScheduledFraction = 0.5
     """Weight of the new measurement in the moving average of the importance (alpha)."""
     normalise: Literal["mean", "none"] = "mean"

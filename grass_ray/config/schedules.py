@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from grass_ray.config.base import BuildablePart, ConfigPart, Fraction, PositiveFloat, PositiveInt
+from grass_ray.config.base import BuildablePart, ConfigPart, Fraction, NonZeroFloat, PositiveFloat, PositiveInt
 
 
 class ScheduleConfig(BuildablePart):
@@ -82,6 +82,6 @@ def _number_or_schedule(value: object) -> str:
 _Schedule = Annotated[AnyScheduleConfig, Tag("schedule")]
 _Choose = Discriminator(_number_or_schedule)
 ScheduledCount = Annotated[Annotated[PositiveInt, Tag("number")] | _Schedule, _Choose]
-ScheduledFloat = Annotated[Annotated[PositiveFloat, Tag("number")] | _Schedule, _Choose]
+ScheduledTemperature = Annotated[Annotated[NonZeroFloat, Tag("number")] | _Schedule, _Choose]
 ScheduledFraction = Annotated[Annotated[Fraction, Tag("number")] | _Schedule, _Choose]
 ScheduledLayers = Annotated[Annotated[Annotated[float, Field(ge=1)], Tag("number")] | _Schedule, _Choose]

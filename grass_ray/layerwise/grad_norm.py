@@ -41,7 +41,8 @@ class GradNormSampler(PeriodicSampler):
         period: T_s, optimizer steps between draws.
         probing_steps: T_p, steps before training that only measure.
         refresh_period: T_u, optimizer steps between refreshes; None never refreshes (static GRASS).
-        temperature: tau of the softmax; None takes 0.5, or what ``effective_layers`` asks for.
+        temperature: tau of the softmax; None takes 0.5, or what ``effective_layers`` asks for. Near 0 the most
+            important layers are drawn almost surely; a negative one prefers layers of small importance (a control).
         ema: alpha, the weight of the new value at a refresh.
         normalise: ``"mean"`` divides the importance by its mean over layers before the softmax, so that tau means
             the same for every model; ``"none"`` is the formula as printed.
@@ -84,7 +85,8 @@ class GradNormSampler(PeriodicSampler):
         else:
             alone = effective_layers is None
             require(alone, "temperature", temperature, "left out where effective_layers is given: both say the same")
-        require(bounds_of(temperature)[0] > 0, "temperature", temperature, "above 0")
+        coldest, hottest = bounds_of(temperature)
+        require(coldest > 0 or hottest < 0, "temperature", temperature, "above 0, or below 0 throughout")
         least = 1 if effective_layers is None else bounds_of(effective_layers)[0]
         require(least >= 1, "effective_layers", effective_layers, "at least 1")
         low, high = bounds_of(ema)

@@ -15,18 +15,19 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from grass_ray.config import RunConfig, to_json, whole_file
 from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, LayerTrace, RunOutcome
 
+Value = TypeVar("Value")
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "lm_eval", "grass_ray")
 _SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
 
@@ -201,7 +202,17 @@ def _score(result: EvaluationResult) -> TaskScore:
         extraction=result.extraction,
         protocol=dict(result.protocol),
         workload=asdict(result.workload),
+        answer_nats=_of_each(example.answer_nats for example in result.examples),
+        answer_tokens=_of_each(example.answer_tokens for example in result.examples),
+        option_nats=_of_each(example.option_nats for example in result.examples),
     )
+
+
+def _of_each(values: Iterable[Value | None]) -> list[Value] | None:
+    """The values; None unless every example has one."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return known if known and len(known) == len(found) else None
 
 
 def write_layer_trace(folder: str | Path, trace: LayerTrace | None) -> None:
@@ -213,7 +224,7 @@ def write_layer_trace(folder: str | Path, trace: LayerTrace | None) -> None:
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:
-    """Write every evaluated example as one JSON line: task, id, prompt, target, output, extracted, correct."""
+    """Write every evaluated example as one JSON line, with the keys of :class:`~grass_ray.tasks.scores.Example`."""
     with whole_file(path) as file:
         for task, result in tasks.items():
             for example in result.examples:
@@ -225,5 +236,8 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "output": example.output,
                     "extracted": example.extracted,
                     "correct": example.correct,
+                    "answer_nats": example.answer_nats,
+                    "answer_tokens": example.answer_tokens,
+                    "option_nats": example.option_nats,
                 }
                 file.write(to_json(row) + "\n")

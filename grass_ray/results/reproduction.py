@@ -185,6 +185,9 @@ def _task(task: str, old: TaskScore | None, new: TaskScore | None) -> list[Check
                 f"{len(set(old.example_ids) & set(new.example_ids))} in both",
             )
         ]
+    losses = _losses(task, old, new)
+    if old.scoring == "loss":
+        return losses
     flipped = [a for a, b in zip(old.correct, new.correct, strict=True) if a != b]
     checks = [
         Check(
@@ -200,7 +203,19 @@ def _task(task: str, old: TaskScore | None, new: TaskScore | None) -> list[Check
     if not _same(share, old.accuracy):
         detail = f"{old.accuracy:.10g} is not the share of right answers, {share:.10g}"
         checks.append(Check(what=f"{task}: accuracy of the record itself", agrees=False, detail=detail))
-    return checks
+    return checks + losses
+
+
+def _losses(task: str, old: TaskScore, new: TaskScore) -> list[Check]:
+    """The loss of every right answer; no check if one of the records has none."""
+    if old.losses is None or new.losses is None:
+        return []
+    differing = [pair for pair in zip(old.losses, new.losses, strict=True) if not _same(*pair)]
+    detail = f"{old.num_examples} questions, the same"
+    if differing:
+        most = max(abs(a - b) for a, b in differing)
+        detail = f"{len(differing)} of {old.num_examples} differ, by {most:.3g} nats at most"
+    return [Check(what=f"{task}: loss of the right answer, every question", agrees=not differing, detail=detail)]
 
 
 def _answers(old: ExtractedAnswers, new: ExtractedAnswers) -> Check:

@@ -8,7 +8,9 @@ folder::
     results["gsm8k"].accuracy, results["gsm8k"].examples[0].output
 
 With ``generation`` the answer is extracted from text generated greedily or by beam search; with ``loglikelihood`` it
-is the option whose response has the highest likelihood. Importing this module loads no torch; :func:`evaluate` does.
+is the option whose response has the highest likelihood; with ``loss`` there are no answers. The loss of the right
+answers (:mod:`grass_ray.tasks.losses`) is measured in any case. Importing this module loads no torch; :func:`evaluate`
+does.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import yaml
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
+from grass_ray.tasks.losses import loss_among, measure_losses, responses
 from grass_ray.tasks.questions import (
     LIMIT_SEED,
     Question,
@@ -61,16 +64,19 @@ OnOutcome = Callable[[dict[str, Any]], None]
 def check_evaluation(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """Raise :class:`ConfigError` if the tasks cannot be scored as configured."""
     open_source(data).check_names()
-    if evaluation.scoring != "loglikelihood":
+    if evaluation.scoring == "generation":
         return
     mistakes = []
-    if numbers := [key for key in data.tasks if find_task(key, data.source).answer == "number"]:
+    numbers = [key for key in data.tasks if find_task(key, data.source).answer == "number"]
+    if numbers and evaluation.scoring == "loglikelihood":
         mistakes.append(
             f"loglikelihood scoring compares fixed options, but {', '.join(numbers)} "
-            f"{'asks' if len(numbers) == 1 else 'ask'} for numbers; use scoring: generation"
+            f"{'asks' if len(numbers) == 1 else 'ask'} for numbers; use scoring: generation, or loss"
         )
     if evaluation.num_beams > 1:
-        mistakes.append(f"num_beams: {evaluation.num_beams} has no effect on loglikelihood scoring; leave it at 1")
+        mistakes.append(
+            f"num_beams: {evaluation.num_beams} has no effect on {evaluation.scoring} scoring; leave it at 1"
+        )
     if mistakes:
         raise ConfigError("; ".join(mistakes))
 
@@ -96,8 +102,8 @@ def evaluate(
         shard: (index, count) to evaluate only one of ``count`` shards of the examples, which take about equally long;
             :func:`merge_shards` merges their results.
         cache: folder that keeps tokenized prompts for later runs; any number of runs may share it.
-        on_progress: called with (task, finished requests, all requests) after each batch. A request is an example with
-            ``generation``, and an option of an example with ``loglikelihood``.
+        on_progress: called with (task, finished requests, all requests) after each batch. A request is a text to
+            generate or a response whose log-likelihood is computed.
         on_outcome: called with the results of lm-eval for each task.
 
     Returns:
@@ -164,24 +170,33 @@ def _evaluate_task(
         positions = split_by_cost(costs, shard[1])[shard[0]]
         questions, documents = [questions[at] for at in positions], [documents[at] for at in positions]
         protocol[SHARD] = {"index": shard[0], "count": shard[1], "positions": positions}
-    progress.start(task.key, sum(len(document.get("choices", (1,))) for document in documents))
+    measured = sum(len(responses(task, question)) for question in questions)
+    progress.start(task.key, measured + (len(questions) if evaluation.scoring == "generation" else 0))
     started = time.perf_counter()
-    samples: list[dict[str, Any]] = []
-    if documents:
+    samples: list[dict[str, Any]] = [{} for _ in documents]
+    if documents and evaluation.scoring != "loss":
         outcome = _run(lm, task, documents, generation, choosing)
         # lm-eval read the rows from a temporary file
         outcome["configs"][task.key]["dataset_kwargs"] = {"data_files": {"test": protocol["test_file"]}}
         samples = sorted(outcome["samples"][task.key], key=lambda sample: sample["doc_id"])
         if on_outcome is not None:
             on_outcome(outcome)
+    if choosing:
+        likelihoods = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
+        losses = [loss_among(lm, task, *pair) for pair in zip(questions, likelihoods, strict=True)]
+    else:
+        losses = measure_losses(lm, task, questions)
     seconds = time.perf_counter() - started
     progress.finish()
-    read = _read_choice if choosing else _read_text
+    examples = [
+        dataclasses.replace(_READ[evaluation.scoring](task, question, sample, evaluation), **loss._asdict())
+        for question, sample, loss in zip(questions, samples, losses, strict=True)
+    ]
     return EvaluationResult(
         task=task.key,
         scoring=evaluation.scoring,
         extraction=evaluation.extraction,
-        examples=tuple(read(task, *pair, evaluation) for pair in zip(questions, samples, strict=True)),
+        examples=tuple(examples),
         protocol=protocol,
         workload=dataclasses.replace(lm.take_workload(), seconds=seconds),
     )
@@ -222,6 +237,8 @@ def _protocol(
             "max_new_tokens": None,
             "stop": None,
         }
+    if evaluation.scoring == "loss":
+        protocol |= {"extraction": None, "max_new_tokens": None, "stop": None, "chance": None}
     return protocol
 
 
@@ -284,3 +301,13 @@ def _read_choice(task: Task, question: Question, sample: dict[str, Any], evaluat
         extracted=chosen,
         correct=chosen == question.row.answer,
     )
+
+
+def _read_nothing(task: Task, question: Question, sample: dict[str, Any], evaluation: EvaluationConfig) -> Example:
+    """With ``loss`` there is no answer that could be right or wrong."""
+    return Example(
+        id=question.id, prompt=question.text, target=question.row.answer, output="", extracted=None, correct=False
+    )
+
+
+_READ = {"generation": _read_text, "loglikelihood": _read_choice, "loss": _read_nothing}

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from grass_ray.tasks.suites import SUITES, TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One evaluated example. ``id`` is a hash of the prompt; ``extracted`` is None if no answer was found."""
+    """One evaluated example.
+
+    Log-likelihoods differ in their last bits with the batches they were computed in, so they do not count when examples
+    are compared.
+
+    Attributes:
+        id: hash of the prompt.
+        prompt: the question as asked.
+        target: the right answer.
+        output: what the model generated, or the log-likelihood of each option.
+        extracted: the answer in it; None if none was found.
+        correct: whether that is the right one; False with scoring ``loss``.
+        answer_nats: negative log-likelihood of the reference response, in nats, the sum over its tokens.
+        answer_tokens: tokens of the reference response.
+        option_nats: negative logarithm of the right option's share of the likelihood of all options, in nats; None for
+            a question without options.
+    """
 
     id: str
     prompt: str
@@ -20,6 +37,16 @@ class Example:
     output: str
     extracted: str | None
     correct: bool
+    answer_nats: float | None = field(default=None, compare=False)
+    answer_tokens: int | None = field(default=None, compare=False)
+    option_nats: float | None = field(default=None, compare=False)
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the right answer in nats: among the options, else per token of the reference response."""
+        if self.option_nats is not None:
+            return self.option_nats
+        return None if self.answer_nats is None or not self.answer_tokens else self.answer_nats / self.answer_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +85,7 @@ class EvaluationResult:
 
     Attributes:
         task: key of the task.
-        scoring: ``generation`` or ``loglikelihood``.
+        scoring: ``generation``, ``loglikelihood`` or ``loss``.
         extraction: rule that extracted the answers.
         examples: every example, in the order of the test file.
         protocol: template, decoding, limit, test file and all else that makes results comparable, as plain JSON values.
@@ -75,14 +102,40 @@ class EvaluationResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct examples, 0 to 1."""
+        """Share of correct examples, 0 to 1; NaN with scoring ``loss``."""
+        if self.scoring == "loss":
+            return math.nan
         return sum(example.correct for example in self.examples) / len(self.examples)
 
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the right answers, in nats; None if there are no examples or it was not measured."""
+        losses = [example.loss for example in self.examples if example.loss is not None]
+        return fmean(losses) if losses and len(losses) == len(self.examples) else None
 
-def accuracy_metrics(
-    results: Mapping[str, EvaluationResult], *, contaminated: Collection[str] = ()
-) -> dict[str, float]:
-    """Return the accuracy of each task and their averages, by MLflow key; empty without results.
+
+class Scored(Protocol):
+    """What averages need of a task's result, or of its score in a record: as of :class:`EvaluationResult`."""
+
+    @property
+    def scoring(self) -> str:
+        """``generation``, ``loglikelihood`` or ``loss``."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct examples, 0 to 1."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the right answers, in nats; None if it was not measured."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What makes results comparable; its ``chance`` is the expected accuracy of guessing."""
+
+
+def score_metrics(results: Mapping[str, Scored], *, contaminated: Collection[str] = ()) -> dict[str, float]:
+    """Return the accuracy and the loss of each task and their averages, by MLflow key; empty without results.
 
     Args:
         results: by task.
@@ -91,8 +144,13 @@ def accuracy_metrics(
     Returns:
         ``eval/<task>/accuracy``, and unweighted means over tasks: ``eval/average``; ``eval/average_clean`` over tasks
         that are not contaminated, if there are any; ``eval/average_normalised`` of accuracies above chance
-        (:func:`above_chance`), if the chance of every task is known.
+        (:func:`above_chance`), if the chance of every task is known. ``eval/<task>/loss`` and ``eval/loss``, the mean
+        loss of the right answers in nats (:attr:`Example.loss`), if it was measured.
     """
+    return _accuracies({task: r for task, r in results.items() if r.scoring != "loss"}, contaminated) | _losses(results)
+
+
+def _accuracies(results: Mapping[str, Scored], contaminated: Collection[str]) -> dict[str, float]:
     metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
     if not metrics:
         return metrics
@@ -106,16 +164,26 @@ def accuracy_metrics(
     return metrics
 
 
+def _losses(results: Mapping[str, Scored]) -> dict[str, float]:
+    metrics = {f"eval/{task}/loss": loss for task, r in results.items() if (loss := r.loss) is not None}
+    return metrics | ({"eval/loss": fmean(metrics.values())} if metrics and len(metrics) == len(results) else {})
+
+
 def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float]:
     """Return the work that an evaluation took, by MLflow key; empty without results.
 
     ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
     ``evaluation/examples_per_second`` (per worker); ``evaluation/prompts_cut`` if there are any.
     """
-    if not results:
+    works = [result.workload for result in results.values()]
+    return describe_work(works, sum(len(result.examples) for result in results.values()))
+
+
+def describe_work(works: Collection[Workload], examples: int) -> dict[str, float]:
+    """As :func:`workload_metrics`, from the work that each task took and the number of examples of all tasks."""
+    if not works:
         return {}
-    total = sum((result.workload for result in results.values()), Workload())
-    examples = sum(len(result.examples) for result in results.values())
+    total = sum(works, Workload())
     cut = {"evaluation/prompts_cut": float(total.prompts_cut)} if total.prompts_cut else {}
     return cut | {
         "evaluation/tokens": float(total.tokens),

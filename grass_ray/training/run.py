@@ -23,7 +23,7 @@ from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.rows import Row, hash_rows
-from grass_ray.tasks.scores import EvaluationResult, accuracy_metrics, contaminated_tasks, workload_metrics
+from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
 from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.adapters import add_adapter
@@ -208,7 +208,7 @@ class Run:
         state = self.state
         steps = self.config.training.steps
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
-        metrics = accuracy_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
+        metrics = score_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
         layers = state.tracer.trace.model_copy(deep=True)

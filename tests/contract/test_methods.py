@@ -46,6 +46,9 @@ TRAINS = {
     "grass": LAYERS,
     "grass-static": LAYERS,
     "grass-fresh": LAYERS,
+    "uniform": LAYERS,
+    "top": LAYERS,
+    "inverse": LAYERS,
 }
 ADAPTERS = {name for name in TRAINED if METHODS[name].config.adapter is not None}
 # virtual tokens are few and start at random: they learn slowly

@@ -10,6 +10,7 @@ import torch
 
 from grass_ray import GradNormSampler
 from grass_ray.layerwise.schedules import Linear
+from grass_ray.methods import METHODS
 
 NAN = math.nan
 
@@ -97,6 +98,28 @@ def test_extreme_temperatures_still_draw_distinct_layers() -> None:
     sampler.start([1] * 4)
     observed(sampler, [1.0, 2.0, 3.0, 4.0])
     assert sampler.sample() == (1, 2, 3)
+
+
+def test_a_negative_temperature_prefers_layers_of_small_importance() -> None:
+    high, low = (GradNormSampler(1, 5, probing_steps=1, temperature=tau) for tau in (0.5, -0.5))
+    for sampler, values in ((high, [1.0, 2.0, 4.0]), (low, [-1.0, -2.0, -4.0])):
+        sampler.start([1] * 3)
+        sampler.normalise = "none"
+        observed(sampler, values)
+    assert low.probabilities() == pytest.approx(high.probabilities())
+
+
+def test_the_controls_of_grass_draw_what_they_say() -> None:
+    drawn = {}
+    for name in ("grass", "uniform", "top", "inverse"):
+        sampler = METHODS[name].config.sampler.build(seed=0, train_steps=100)
+        sampler.start([1] * 6)
+        observed(sampler, *[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 10)
+        drawn[name] = sampler.probabilities(), sampler.sample()
+    assert drawn["uniform"][0] == pytest.approx([1 / 6] * 6)
+    assert drawn["top"][1] == (4, 5)
+    assert list(drawn["grass"][0]) == sorted(drawn["grass"][0])
+    assert drawn["inverse"][0] == pytest.approx(drawn["grass"][0][::-1])
 
 
 def test_very_large_temperature_visits_layers_as_lisa_does() -> None:
@@ -201,7 +224,7 @@ def test_level_changes_nothing_where_the_measured_layers_stayed_as_they_were() -
         ({"period": 0}, "period is 0; it must be at least 1"),
         ({"probing_steps": -1}, "probing_steps is -1"),
         ({"refresh_period": 0}, "refresh_period is 0; it must be at least 1 or None"),
-        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0, or below 0 throughout"),
         ({"ema": 0.0}, "ema is 0.0; it must be above 0 and at most 1"),
         ({"normalise": "max"}, "normalise is 'max'; it must be 'mean' or 'none'"),
         ({"exploration": 1.5}, "exploration is 1.5; it must be between 0 and 1"),

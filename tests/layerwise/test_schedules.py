@@ -79,6 +79,7 @@ def test_refuses_bad_schedules(kind: Any, settings: tuple[Any, ...], message: st
         ({"num_active_layers": Linear(2, 0, 9)}, "num_active_layers is Linear.*it must be at least 1"),
         ({"period": Step([4, 0], [0.5], 9)}, "period is Step.*it must be at least 1"),
         ({"temperature": Cosine(1.0, 0.0, 9)}, "temperature is Cosine.*it must be above 0"),
+        ({"temperature": Linear(1.0, -1.0, 9)}, "temperature is Linear.*it must be above 0"),
         ({"ema": Linear(0.5, 1.5, 9)}, "ema is Linear.*above 0 and at most 1"),
     ],
 )

@@ -11,7 +11,8 @@ from result_records import make_history, make_record, make_series
 from grass_ray.methods import METHODS
 from grass_ray.results.record import RunRecord
 
-TRAINED = [name for name, row in METHODS.items() if row.trains]
+CONTROLS = ("uniform", "top", "inverse")
+TRAINED = [name for name, row in METHODS.items() if row.trains and name not in CONTROLS]
 
 
 def synthetic_records(trials: int, *, only_failures: bool = False, seed: int = 0) -> list[RunRecord]:

@@ -230,8 +230,9 @@ def test_the_protocol_says_how(model, tokenizer, choices):
 
 def test_progress_counts_up_to_the_end(model, tokenizer, choices):
     for scoring, totals in (
-        ("generation", {"boolq": 9, "arc_easy": 8}),
+        ("generation", {"boolq": 9 + 18, "arc_easy": 8 + 24}),
         ("loglikelihood", {"boolq": 18, "arc_easy": 24}),
+        ("loss", {"boolq": 18, "arc_easy": 24}),
     ):
         seen = []
         config = EvaluationConfig(scoring=scoring, batch_size=4)

@@ -3,7 +3,7 @@ from task_parts import record
 
 from grass_ray.tasks.questions import chance
 from grass_ray.tasks.rows import row_from_record
-from grass_ray.tasks.scores import EvaluationResult, Example, above_chance, accuracy_metrics, contaminated_tasks
+from grass_ray.tasks.scores import EvaluationResult, Example, above_chance, contaminated_tasks, score_metrics
 from grass_ray.tasks.suites import TASKS
 
 MIXTURE = {"files": [{"name": "ft-training_set/math_10k.json"}]}
@@ -25,16 +25,16 @@ def test_three_averages():
         "addsub": result("addsub", 4, 4, chance=0.0),
         "aqua": result("aqua", 2, 4, chance=0.2),
     }
-    metrics = accuracy_metrics(results, contaminated=("addsub", "singleeq"))
+    metrics = score_metrics(results, contaminated=("addsub", "singleeq"))
     assert metrics["eval/average"] == pytest.approx((0.25 + 1 + 0.5) / 3)
     assert metrics["eval/average_clean"] == pytest.approx((0.25 + 0.5) / 2)
     assert metrics["eval/average_normalised"] == pytest.approx((0.25 + 1 + (0.5 - 0.2) / 0.8) / 3)
-    assert accuracy_metrics(results)["eval/average_clean"] == metrics["eval/average"]
+    assert score_metrics(results)["eval/average_clean"] == metrics["eval/average"]
 
 
 def test_averages_that_are_not_defined_are_absent():
-    assert accuracy_metrics({}) == {}
-    metrics = accuracy_metrics({"addsub": result("addsub", 1, 2)}, contaminated=("addsub",))
+    assert score_metrics({}) == {}
+    metrics = score_metrics({"addsub": result("addsub", 1, 2)}, contaminated=("addsub",))
     assert metrics == {"eval/addsub/accuracy": 0.5, "eval/average": 0.5}
 
 

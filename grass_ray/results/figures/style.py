@@ -70,6 +70,9 @@ STYLES: Mapping[str, Style] = {
     "grass": Style("#d55e00", "#f07f2a", "o", SOLID),
     "grass-static": Style("#cc79a7", "#dd94bb", "3", DASH_DOT),
     "grass-fresh": Style("#a63d00", "#e8906a", "4", DASHED),
+    "uniform": Style("#4477aa", "#77aadd", ".", DASHED),
+    "top": Style("#bb5566", "#dd7788", "+", DASH_DOT),
+    "inverse": Style("#225555", "#66aaaa", "|", DASH_DOT_DOT),
 }
 _OTHER_COLOURS = (("#661100", "#cc7766"), ("#6699cc", "#7fb0e0"), ("#888800", "#bbbb44"), ("#996677", "#bf8f9f"))
 _OTHER_MARKERS = ("4", "+", "d", "H", "8")

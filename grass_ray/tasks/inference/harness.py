@@ -126,6 +126,17 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return the log-likelihood in nats of each (context, continuation), as for the options of a question."""
+        wholes = [context + continuation for context, continuation in pairs]
+        contexts = [context for context, _ in pairs]
+        self._tokenize([*contexts, *(context.rstrip() for context in contexts), *wholes])
+        return [value for value, _ in self._loglikelihood_tokens([(pair, *self._encode_pair(*pair)) for pair in pairs])]
+
+    def count_tokens(self, context: str, continuation: str) -> int:
+        """Return the number of tokens of a continuation whose log-likelihood was computed last."""
+        return len(self._encode_pair(context, continuation)[1])
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[Score]:
