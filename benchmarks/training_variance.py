@@ -5,7 +5,7 @@
 Simulated tables of two rows. A question is answered right where its ease, the method's skill, this training's shift and
 this training's own luck with the question add up above nought. ``spread`` is the standard deviation of a training's
 accuracy that its shift alone makes; the observed ± over seeds is larger, by the luck. Ease is such that accuracies are
-near one half. The p-values are the leaderboard's own (grass_ray.results.compare), and beside them those of a test over
+near one half. The p-values are the leaderboard's own (grass_ray.results.paired), and beside them those of a test over
 questions alone, which knows nothing of training.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from grass_ray.config import to_json
-from grass_ray.results.compare import Answers, TaskAnswers, compare_answers
+from grass_ray.results.paired import Answers, TaskAnswers, compare_answers
 from grass_ray.results.provenance import git_state, hardware, now
 from grass_ray.results.statistics import sign_flip
 

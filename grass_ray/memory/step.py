@@ -12,7 +12,7 @@ formulas::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
+from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference.lm_head import splits
 from grass_ray.training.batches import Batch
 from grass_ray.training.loss import summed_loss
@@ -77,6 +78,7 @@ def profile_step(
     *,
     device: DeviceKind,
     drop_gradients: bool = False,
+    recomputed: Sequence[nn.Module] = (),
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
@@ -85,9 +87,10 @@ def profile_step(
         shape: work of the step.
         device: whose kernels and allocator to assume.
         drop_gradients: whether to free each gradient as soon as it is complete, as a probing step does.
+        recomputed: decoder layers that are computed again in backward.
     """
     log = AllocationLog(device, logits=_head_shape(model))
-    handles = [
+    handles: list[Any] = [
         p.register_post_accumulate_grad_hook(_drop if drop_gradients else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
@@ -95,6 +98,9 @@ def profile_step(
     model.train()
     with _MaskAnswers(shape.masked):
         splits(model)  # asks a forward of its own, once
+    recompute = Recompute(recomputed)
+    recompute.switch(True)
+    handles.append(recompute)
     log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
     try:
         with _checkpointing(model, shape.checkpointing), kernel_stand_ins(device, log), log:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from grass_ray.results.formats import NONE, limits, points
+from grass_ray.results.formats import NONE, limits
 from grass_ray.results.rows import LeaderboardRow
 
 Cell = Callable[[LeaderboardRow], str]
 Interval = Callable[[LeaderboardRow], tuple[float, float] | None]
 
 # Where a column stands in tables for people: those of the ranking, then those of its details, tasks, and the status.
-RANKING, COMPARED, COST, DETAILS, END = 0, 20, 30, 100, 200
+RANKING, COMPARED, LOSS, SCOPE, COST, DETAILS, END = 0, 20, 24, 28, 30, 100, 200
 
 
 def _as_text(value: Any) -> str:
@@ -77,7 +77,7 @@ class Column:
     def cell_with_interval(self, row: LeaderboardRow) -> str:
         """The same with 95 % limits where the column has them."""
         found = None if self.interval is None else self.interval(row)
-        return self.cell(row) + ("" if found is None else f" ({limits(*found, sign=self.form is points)})")
+        return self.cell(row) + ("" if found is None else f" ({limits(*found, self.form)})")
 
     def overview(self, row: LeaderboardRow) -> Any:
         """The value for MLflow's table."""

@@ -12,10 +12,11 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grass_ray.results.column import COMPARED, COST, DETAILS, END, RANKING, Column
-from grass_ray.results.compare import Comparison, fact
-from grass_ray.results.formats import NONE, gib, limits, number, p_text, percent, points, scope
+from grass_ray.results.column import COST, DETAILS, END, LOSS, RANKING, Column
+from grass_ray.results.difference_columns import P_FOR, differences
+from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_more, number, percent, points
 from grass_ray.results.leaderboard import LeaderboardTable
+from grass_ray.results.paired import Metric, fact
 from grass_ray.results.rows import LeaderboardRow
 from grass_ray.tasks.suites import TASKS
 
@@ -24,47 +25,27 @@ def _accuracy(row: LeaderboardRow) -> str:
     return percent(row.accuracy) + ("" if row.accuracy_std is None else f" ±{percent(row.accuracy_std)}")
 
 
-def _scopes(row: LeaderboardRow) -> str:
-    full, best = (scope(fact(found, "covers_training")) for found in (row.to_full, row.to_best))
-    if NONE in (full, best) or full == best:
-        return best if full == NONE else full
-    return f"full: {full}, best: {best}"
+def _rank(row: LeaderboardRow) -> str:
+    return NONE if row.rank is None else NOT_TOLD if row.told_apart is False else str(row.rank)
 
 
-def _comparison(
-    name: str, suffix: str, p_name: str, whom: str, of: Callable[[LeaderboardRow], Comparison | None]
-) -> list[Column]:
-    """The columns of the comparison with one reference row."""
-    key = f"difference_to_{name}"
-    return [
-        Column(
-            key,
-            f"vs {name}",
-            lambda row: fact(of(row), "value"),
-            points,
-            f"difference to {whom} on the same questions, in percentage points",
-            interval=lambda row: fact(of(row), "limits"),
-            place=COMPARED + (name == "best"),
-            share=True,
-        ),
-        Column(f"{key}_low", get=lambda row: fact(of(row), "low")),
-        Column(f"{key}_high", get=lambda row: fact(of(row), "high")),
-        Column(f"p_value{suffix}", get=lambda row: fact(of(row), "p_value"), small_first=True),
-        Column(
-            f"p_adjusted{suffix}",
-            p_name,
-            lambda row: fact(of(row), "p_adjusted"),
-            p_text,
-            "of that difference, adjusted for the table",
-            place=COMPARED + (name == "best"),
-            small_first=True,
-        ),
-    ]
+def _loss(row: LeaderboardRow) -> str:
+    return nats(row.loss) + ("" if row.loss_std is None else f" ±{nats(row.loss_std)}")
 
 
 # -------------------------------------------------------------------------------------------------------- the columns
 
-RANK = Column("rank", "#", meaning="rank by accuracy", place=RANKING, small_first=True, always=True, mlflow="rank")
+RANK = Column(
+    "rank",
+    "#",
+    text=_rank,
+    plain=lambda row: _rank(row).strip(NONE),
+    meaning=f"place by accuracy, or by loss if there are no accuracies; {NOT_TOLD}: not told apart from the first row",
+    place=RANKING,
+    small_first=True,
+    always=True,
+    mlflow="rank",
+)
 METHOD = Column(
     "label",
     "method",
@@ -84,6 +65,15 @@ STATUS = Column(
     place=END,
     always=True,
     words=True,
+)
+LOSS_COLUMN = Column(
+    "loss",
+    "loss",
+    form=nats,
+    text=_loss,
+    meaning="of the right answer in nats, lower is better; ±: standard deviation over seeds",
+    place=LOSS - 1,
+    small_first=True,
 )
 # JSON and CSV have them in this order, which programs may rely on; tables for people are ordered by ``place``.
 COLUMNS: tuple[Column, ...] = (
@@ -192,8 +182,8 @@ COLUMNS: tuple[Column, ...] = (
         share=True,
     ),
     Column("contaminated", sortable=False),
-    *_comparison("full", "", "p", "full fine-tuning", lambda row: row.to_full),
-    *_comparison("best", "_to_best", "p best", "the first row", lambda row: row.to_best),
+    *differences("full", points, lambda row: row.to_full),
+    *differences("best", points, lambda row: row.to_best),
     Column("pareto", mlflow="Pareto"),
     Column("task_intervals", sortable=False),
     Column(
@@ -218,17 +208,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("commit", "commit", meaning="of grass_ray; +: with changes", place=DETAILS + 60, words=True),
     Column("date", "date", meaning="of the last run", place=DETAILS + 60),
     Column("run_ids", sortable=False),
-    Column(
-        "p_for",
-        "p for",
-        _scopes,
-        meaning="what the differences and p-values speak of: any seeds and questions, or questions and these "
-        "runs alone",
-        place=COMPARED + 2,
-        sortable=False,
-        data=False,
-        words=True,
-    ),
+    P_FOR,
     Column("covers_training", get=lambda row: fact(row.to_full, "covers_training")),
     Column("covers_training_to_best", get=lambda row: fact(row.to_best, "covers_training")),
     Column(
@@ -241,18 +221,32 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("train_rows_dropped", small_first=True, mlflow="rows dropped"),
     Column("test", mlflow="test"),
+    Column("told_apart", mlflow="told apart"),
+    LOSS_COLUMN,
+    Column("loss_std", small_first=True),
+    Column("task_losses", sortable=False),
+    *differences("full", nats_more, lambda row: row.loss_to_full, metric="loss"),
+    *differences("best", nats_more, lambda row: row.loss_to_best, metric="loss"),
+    Column("loss_covers_training", get=lambda row: fact(row.loss_to_full, "covers_training")),
+    Column("loss_covers_training_to_best", get=lambda row: fact(row.loss_to_best, "covers_training")),
+    Column("loss_told_apart", get=lambda row: fact(row.loss_to_best, "told_apart")),
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 
 
-def task_column(task: str) -> Column:
-    """A task's accuracy."""
+def task_column(task: str, metric: Metric = "accuracy") -> Column:
+    """A task's accuracy, or its loss."""
+    title = TASKS[task].title if task in TASKS else task
+    if metric == "loss":
+        return Column(
+            task, task, lambda row: row.task_losses.get(task), nats, f"loss on {title}, in nats", small_first=True
+        )
     return Column(
         task,
         task,
         lambda row: row.tasks.get(task),
         percent,
-        f"accuracy (%) on {TASKS[task].title if task in TASKS else task}",
+        f"accuracy (%) on {title}",
         interval=lambda row: row.task_intervals.get(task),
     )
 
@@ -262,9 +256,9 @@ def sort_keys() -> list[str]:
     return [column.key for column in COLUMNS if column.sortable]
 
 
-def column_of(key: str) -> Column:
-    """The column of a key, or of a task."""
-    return next((column for column in COLUMNS if column.key == key), task_column(key))
+def column_of(key: str, metric: Metric = "accuracy") -> Column:
+    """The column of a key, or of a task in a table that is ranked by the metric."""
+    return next((column for column in COLUMNS if column.key == key), task_column(key, metric))
 
 
 # --------------------------------------------------------------------------------------------------------- of a table
@@ -275,6 +269,12 @@ def result_columns(table: LeaderboardTable) -> list[Column]:
     return _shown(table, lambda column: not DETAILS <= column.place < END)
 
 
+def loss_columns(table: LeaderboardTable) -> list[Column]:
+    """Losses and their differences; none if there are no losses."""
+    found = _shown(table, lambda column: column is LOSS_COLUMN or LOSS <= column.place < COST)
+    return [RANK, METHOD, *found] if LOSS_COLUMN in found else []
+
+
 def detail_columns(table: LeaderboardTable) -> list[Column]:
     """What does not fit beside the ranking on a terminal."""
     return _shown(table, lambda column: DETAILS <= column.place < END)
@@ -282,7 +282,7 @@ def detail_columns(table: LeaderboardTable) -> list[Column]:
 
 def task_columns(table: LeaderboardTable) -> list[Column]:
     """A column per task; none if there is only one task."""
-    return [task_column(task) for task in table.tasks] if len(table.tasks) > 1 else []
+    return [task_column(task, table.metric) for task in table.tasks] if len(table.tasks) > 1 else []
 
 
 def all_columns(table: LeaderboardTable) -> list[Column]:
@@ -293,7 +293,12 @@ def all_columns(table: LeaderboardTable) -> list[Column]:
 def _shown(table: LeaderboardTable, chosen: Callable[[Column], bool]) -> list[Column]:
     """The chosen columns for people that have a value in some row, and those that are always there."""
     columns = [column for column in COLUMNS if column.name and chosen(column)]
-    shown = [column for column in columns if column.always or any(column.cell(row) != NONE for row in table.rows)]
+    without = "accuracy" if table.metric == "loss" else None
+    shown = [
+        column
+        for column in columns
+        if (column.always and column.key != without) or any(column.cell(row) != NONE for row in table.rows)
+    ]
     return sorted(shown, key=lambda column: column.place)
 
 
@@ -306,17 +311,19 @@ def row_values(row: LeaderboardRow) -> dict[str, Any]:
 
 
 def leaderboard_csv(tables: Sequence[LeaderboardTable]) -> str:
-    """One line per row, with three columns per task for its accuracy and limits."""
+    """One line per row, with three columns per task for its accuracy and limits, and one for its loss if there are."""
     rows = [row_values(row) for table in tables for row in table.rows]
     tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
+    with_losses = any(row["task_losses"] for row in rows)
     lines = []
     for row in rows:
-        accuracies, intervals = row.pop("tasks"), row.pop("task_intervals")
+        accuracies, intervals, losses = (row.pop(key) for key in ("tasks", "task_intervals", "task_losses"))
         line = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
         for task in tasks:
             low, high = intervals.get(task) or (None, None)
             line[f"eval/{task}/accuracy"] = accuracies.get(task)
             line |= {f"eval/{task}/accuracy_low": low, f"eval/{task}/accuracy_high": high}
+            line |= {f"eval/{task}/loss": losses.get(task)} if with_losses else {}
         lines.append(line)
     if not lines:
         return ""
@@ -331,4 +338,7 @@ def overview_rows(tables: Sequence[LeaderboardTable]) -> list[dict[str, Any]]:
     """The leaderboard as rows of one flat table for MLflow, with the same columns in every row."""
     named = [(column.name if column.mlflow is None else column.mlflow, column) for column in COLUMNS]
     named = sorted(((name, column) for name, column in named if name), key=lambda item: item[1].place)
-    return [{name: column.overview(row) for name, column in named} for table in tables for row in table.rows]
+    rows = [row for table in tables for row in table.rows]
+    if all(row.loss is None for row in rows):
+        named = [(name, column) for name, column in named if not column.key.startswith("loss")]
+    return [{name: column.overview(row) for name, column in named} for row in rows]

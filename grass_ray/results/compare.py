@@ -1,22 +1,13 @@
-"""Which runs may be compared with each other, and how two groups of runs compare question by question.
+"""Which runs may be compared with each other.
 
 ::
 
     for test, records in comparable_groups(records):      # one table each
         print(test.name, len(records))
-    comparison = compare_answers(collect_answers(runs_of_grass), collect_answers(runs_of_full))
-    comparison.value, comparison.low, comparison.high, comparison.p_value, comparison.test
 
 What a run was asked for is in its configuration; what it was asked is in its scores: the questions, the file they came
 from, and how answers were extracted and judged. A run that was not tested (failed, stopped, searched) stands with the
 runs of its configuration.
-
-If both groups have at least two seeds, or one has and the other was not trained, they are compared by a two-level
-t-test, whose p-value and interval cover both other training runs and other questions
-(:func:`grass_ray.results.statistics.two_level`). With one seed nothing is known of other training runs, and the result
-covers these runs alone (``covers_training`` is False): McNemar's exact test for one task and one seed each; the paired
-sign-flip test, its generalisation, where tasks or one side's seeds are averaged. Their interval is a paired bootstrap
-over questions.
 """
 
 from __future__ import annotations
@@ -25,22 +16,10 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from typing import Any
 
 from grass_ray.results.record import RunRecord, TaskScore
-from grass_ray.results.statistics import (
-    benjamini_hochberg,
-    holding_zero,
-    mcnemar,
-    paired_bootstrap,
-    sign_flip,
-    two_level,
-)
 
 # What decides how answers are read, from the configuration.
 EVALUATION = ("limit", "scoring", "extraction", "num_beams")
@@ -158,137 +137,3 @@ def differences(tests: Sequence[Asked]) -> list[str]:
         if len(values) > 1:
             found.append(f"{key.replace(' ids', ': other questions')} ({' / '.join(values)})")
     return found
-
-
-# ------------------------------------------------------------------------------------------------- question by question
-
-Test = Literal["exact McNemar", "paired sign-flip", "two-level t"]
-
-# (example id, how often that id came before): equal prompts share an id
-Question = tuple[str, int]
-
-
-class TaskAnswers(NamedTuple):
-    """Whether each question that every seed was asked was answered right: 0 or 1, of shape (seeds, questions)."""
-
-    questions: tuple[Question, ...]
-    correct: NDArray[np.float64]
-
-    def at(self, questions: Sequence[Question]) -> NDArray[np.float64]:
-        """The columns of these questions, of shape (seeds, questions)."""
-        if tuple(questions) == self.questions:
-            return self.correct
-        place = {question: column for column, question in enumerate(self.questions)}
-        return self.correct[:, [place[question] for question in questions]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What the finished seeds of a group answered, by task. ``trained`` is False for the untrained base model."""
-
-    tasks: Mapping[str, TaskAnswers]
-    trained: bool
-
-    def mean(self, task: str) -> dict[Question, float]:
-        """For each question of a task the share of seeds that answered it right."""
-        found = self.tasks.get(task)
-        return {} if found is None else dict(zip(found.questions, found.correct.mean(axis=0).tolist(), strict=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """First minus second: the mean over tasks of the share of questions (-1 to 1), its 95 % limits, p-value and test.
-
-    ``p_adjusted`` is the p-value adjusted (Benjamini-Hochberg) over the comparisons of a table.
-    """
-
-    value: float
-    low: float
-    high: float
-    p_value: float
-    test: Test
-    p_adjusted: float | None = None
-
-    @property
-    def covers_training(self) -> bool:
-        """Whether limits and p-value cover other training runs (seeds), too; else these runs alone."""
-        return self.test == "two-level t"
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The 95 % limits."""
-        return self.low, self.high
-
-
-def fact(comparison: Comparison | None, name: str) -> Any:
-    """An attribute of a comparison; None if there is none."""
-    return None if comparison is None else getattr(comparison, name)
-
-
-def collect_answers(group: Sequence[RunRecord]) -> Answers:
-    """The answers of the finished seeds of a group, in the first seed's order of questions."""
-    finished = [record for record in group if record.status == "finished" and record.tasks]
-    tasks = {}
-    for task in finished[0].tasks if finished else ():
-        scores = [record.tasks[task] for record in finished if task in record.tasks]
-        if len(scores) < len(finished):
-            continue
-        seeds = [_by_question(score.example_ids, score.correct) for score in scores]
-        asked = tuple(question for question in seeds[0] if all(question in seed for seed in seeds[1:]))
-        tasks[task] = TaskAnswers(asked, np.array([[seed[key] for key in asked] for seed in seeds], dtype=float))
-    return Answers(tasks=tasks, trained=any(record.config["training"]["steps"] for record in group))
-
-
-def _by_question(ids: Sequence[str], correct: Sequence[bool]) -> dict[Question, bool]:
-    seen: defaultdict[str, int] = defaultdict(int)
-    found = {}
-    for example, right in zip(ids, correct, strict=True):
-        found[example, seen[example]] = right
-        seen[example] += 1
-    return found
-
-
-def compare_answers(first: Answers, second: Answers) -> Comparison | None:
-    """Compare over the questions that both were asked; None if they share none."""
-    pairs = []
-    for task in sorted(first.tasks.keys() & second.tasks.keys()):
-        own, other = first.tasks[task], second.tasks[task]
-        common: Sequence[Question] = own.questions
-        if own.questions != other.questions:
-            theirs = set(other.questions)
-            common = [question for question in own.questions if question in theirs]
-        if common:
-            pairs.append((own.at(common), other.at(common)))
-    if not pairs:
-        return None
-    value = float(sum((_share(own) - _share(other) for own, other in pairs), Fraction()) / len(pairs))
-    seeds = [min(len(task[side]) for task in pairs) for side in (0, 1)]
-    if (
-        _several_trainings(first, seeds[0])
-        and _several_trainings(second, seeds[1])
-        and (first.trained or second.trained)
-    ):
-        low, high, p_value = two_level(pairs, vary=(first.trained, second.trained))
-        return Comparison(value=value, low=low, high=high, p_value=p_value, test="two-level t")
-    differences = [(own.mean(axis=0) - other.mean(axis=0)).tolist() for own, other in pairs]
-    test: Test = "exact McNemar" if len(pairs) == 1 and max(seeds) == 1 else "paired sign-flip"
-    if test == "exact McNemar":
-        p_value = mcnemar(*((answers[0] == 1).tolist() for answers in pairs[0]))
-    else:
-        p_value = sign_flip(differences)
-    low, high = holding_zero(paired_bootstrap(differences), p_value)
-    return Comparison(value=value, low=low, high=high, p_value=p_value, test=test)
-
-
-def _share(correct: NDArray[np.float64]) -> Fraction:
-    return Fraction(int(correct.sum()), correct.size)
-
-
-def _several_trainings(answers: Answers, seeds: int) -> bool:
-    return seeds > 1 or not answers.trained
-
-
-def adjust(found: Mapping[int, Comparison]) -> dict[int, Comparison]:
-    """The comparisons with their p-values adjusted over all of them."""
-    adjusted = benjamini_hochberg([comparison.p_value for comparison in found.values()])
-    return {key: replace(found[key], p_adjusted=value) for key, value in zip(found, adjusted, strict=True)}

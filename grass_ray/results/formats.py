@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from html import escape
 
 NONE = "-"  # what a cell without a value shows
+NOT_TOLD = "≈1"  # the rank of a row that cannot be told from the first
 
 
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
@@ -39,11 +40,21 @@ def points(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:+.1f}"
 
 
-def limits(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    """An interval of a share in percent; with ``sign`` that of a difference."""
+def nats(value: float | None) -> str:
+    """A loss."""
+    return number(value, 3)
+
+
+def nats_more(value: float | None) -> str:
+    """A difference of losses, with its sign."""
+    return NONE if value is None else f"{value:+.3f}"
+
+
+def limits(low: float | None, high: float | None, form: Callable[[float | None], str] = percent) -> str:
+    """An interval of what ``form`` writes; of a share in percent, ``58.0-65.0``."""
     if low is None or high is None:
         return NONE
-    return f"{points(low)} to {points(high)}" if sign else f"{percent(low)}-{percent(high)}"
+    return f"{form(low)}{'-' if form is percent else ' to '}{form(high)}"
 
 
 def times(value: float | None) -> str:

@@ -20,20 +20,14 @@ from datetime import datetime
 from typing import Any
 
 from grass_ray.paths import model_label
-from grass_ray.results.compare import (
-    EVALUATION,
-    Asked,
-    Comparison,
-    adjust,
-    collect_answers,
-    comparable_groups,
-    compare_answers,
-    differences,
-)
+from grass_ray.results.compare import EVALUATION, Asked, comparable_groups, differences
+from grass_ray.results.formats import NOT_TOLD
 from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
+from grass_ray.results.paired import Comparison, Metric, adjust, collect_answers, compare_answers
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
-from grass_ray.results.rows import build_rows, settings_key, training_rows
+from grass_ray.results.rows import build_rows
+from grass_ray.results.settings import settings_key, training_rows
 from grass_ray.results.statistics import mean_of_shares
 
 _MOST_DIFFERENCES = 4
@@ -66,7 +60,9 @@ class LeaderboardTable:
         """Model, suite, hardware and how it was evaluated."""
         # a CPU is named with all of its cores, which several workers may share; a GPU is one of theirs
         machine = self.hardware if self.world_size == 1 else f"{self.hardware}, {self.world_size} workers"
-        parts = [str(self.evaluation["scoring"]), f"{self.evaluation['extraction']} extraction"]
+        parts = [str(self.evaluation["scoring"])]
+        if self.metric == "accuracy":
+            parts.append(f"{self.evaluation['extraction']} extraction")
         if self.evaluation["num_beams"] not in (None, 1):
             parts.append(f"{self.evaluation['num_beams']} beams")
         if self.evaluation["limit"] is not None:
@@ -76,6 +72,17 @@ class LeaderboardTable:
         if self.apart:
             parts.append(self.apart)
         return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
+
+    @property
+    def metric(self) -> Metric:
+        """What rows are ranked by: accuracy, or loss if no accuracy is measured."""
+        return "loss" if self.evaluation["scoring"] == "loss" else "accuracy"
+
+    @property
+    def pareto_note(self) -> str:
+        """What the star beside a method says."""
+        better = "more accuracy" if self.metric == "accuracy" else "a lower loss"
+        return f"* no other row has both {better} and less peak memory"
 
     @property
     def best_of_each_method(self) -> tuple[LeaderboardRow, ...]:
@@ -90,8 +97,13 @@ class LeaderboardTable:
         """What a reader must know, one sentence each; the budget first."""
         notes = [self.budget] if self.budget else []
         notes += self.notes
+        if any(row.told_apart is False for row in self.rows):
+            notes.append(
+                f"{NOT_TOLD}: not told apart from the first row at the 5 % level, so the order among them says "
+                "nothing; other ranks are told from the first row, not from each other"
+            )
         if any(row.pareto for row in self.rows):
-            notes.append("* no other row has both more accuracy and less peak memory")
+            notes.append(self.pareto_note)
         if any(row.accuracy_std is not None for row in self.rows):
             notes.append("±: standard deviation over seeds; the 95 % interval is over the questions")
         return notes
@@ -177,9 +189,9 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     config = records[0].config
     groups = seed_groups(records)
     rows = [replace(row, test=test.name) for row in build_rows(groups)]
-    evaluated = {task for row in rows if row.status == "finished" for task in row.tasks}
+    evaluated = {task for row in rows if row.status == "finished" for task in row.scored}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
-    rows = _compare(rows, groups)
+    rows = _compare(_compare(rows, groups, "accuracy"), groups, "loss")
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
@@ -211,8 +223,8 @@ def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
 
 def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
     """Do not rank a row that was evaluated on fewer tasks than the others."""
-    missing = sorted(evaluated - row.tasks.keys())
-    if row.status != "finished" or not missing or not row.tasks:
+    missing = sorted(evaluated - row.scored)
+    if row.status != "finished" or not missing or not row.scored:
         return row
     return replace(row, status="partial", failure=f"not evaluated on {', '.join(missing)}")
 
@@ -220,29 +232,37 @@ def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
 # ------------------------------------------------------------------------------------------- comparing and ranking
 
 
-def _compare(rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
-    """Compare each ranked row with the best ``full`` row and with the best row, question by question."""
-    ranked = [index for index, row in enumerate(rows) if row.is_ranked]
+def _compare(
+    rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]], metric: Metric
+) -> list[LeaderboardRow]:
+    """Compare each ranked row with the best ``full`` row and with the best row by a metric, question by question."""
+    by_loss = metric == "loss"
+    ranked = [index for index, row in enumerate(rows) if row.is_ranked and math.isfinite(row.badness(metric))]
     if len(ranked) < 2:
         return list(rows)
 
     def place(index: int) -> tuple[float, str]:
-        return -(rows[index].accuracy or 0.0), rows[index].label
+        return rows[index].badness(metric), rows[index].label
 
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
-    to_full, to_best = _comparisons(ranked, groups, full, best)
-    return [replace(row, to_full=to_full.get(index), to_best=to_best.get(index)) for index, row in enumerate(rows)]
+    to_full, to_best = _comparisons(ranked, groups, metric, full, best)
+    return [
+        replace(row, loss_to_full=to_full.get(index), loss_to_best=to_best.get(index))
+        if by_loss
+        else replace(row, to_full=to_full.get(index), to_best=to_best.get(index))
+        for index, row in enumerate(rows)
+    ]
 
 
 def _comparisons(
-    ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], *references: int | None
+    ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], metric: Metric, *references: int | None
 ) -> list[dict[int, Comparison]]:
     """For each reference row the comparisons of all other ranked rows with it; answers of one row at a time."""
-    theirs = {index: collect_answers(groups[index]) for index in references if index is not None}
+    theirs = {index: collect_answers(groups[index], metric) for index in references if index is not None}
     found: dict[int, dict[int, Comparison]] = {reference: {} for reference in theirs}
     for index in ranked:
-        own = theirs.get(index) or collect_answers(groups[index])
+        own = theirs.get(index) or collect_answers(groups[index], metric)
         for reference in found:
             if index != reference and (comparison := compare_answers(own, theirs[reference])) is not None:
                 found[reference][index] = comparison
@@ -250,27 +270,27 @@ def _comparisons(
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Mark the ranked rows on the Pareto front: no other row has both more accuracy and less peak memory."""
+    """Mark the ranked rows on the Pareto front: no other row is both better and has less peak memory."""
     points = {
-        index: (-row.accuracy, row.peak_allocated_gib)
+        index: (row.badness(row.ranked_by), row.peak_allocated_gib)
         for index, row in enumerate(rows)
-        if row.is_ranked and row.accuracy is not None and row.peak_allocated_gib is not None
+        if row.is_ranked and row.peak_allocated_gib is not None
     }
     front: set[int] = set()
     best_before, previous = math.inf, (math.inf, math.inf)
-    # from the least memory on, the more accurate first: a point is on the front when it beats all before it
-    for index, (loss, gib) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
-        if loss < best_before or (loss, gib) == previous:
+    # from the least memory on, the better first: a point is on the front when it beats all before it
+    for index, (badness, gib) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
+        if badness < best_before or (badness, gib) == previous:
             front.add(index)
-            best_before, previous = loss, (loss, gib)
+            best_before, previous = badness, (badness, gib)
     return [replace(row, pareto=index in front) for index, row in enumerate(rows)]
 
 
 def _ranked(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
-    """Best first, equal accuracies sharing a rank; then rows that are not ranked, partly finished before failed."""
-    ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (-(row.accuracy or 0.0), row.label))
-    ranks: dict[float | None, int] = {}
+    """Best first, equals sharing a rank; then rows that are not ranked, partly finished before failed."""
+    ranked = sorted((row for row in rows if row.is_ranked), key=lambda row: (row.badness(row.ranked_by), row.label))
+    ranks: dict[float, int] = {}
     for place, row in enumerate(ranked, start=1):
-        ranks.setdefault(row.accuracy, place)
+        ranks.setdefault(row.badness(row.ranked_by), place)
     below = sorted((row for row in rows if not row.is_ranked), key=lambda row: (-len(row.seeds), row.label))
-    return [replace(row, rank=ranks[row.accuracy]) for row in ranked] + below
+    return [replace(row, rank=ranks[row.badness(row.ranked_by)]) for row in ranked] + below

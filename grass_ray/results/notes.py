@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from grass_ray.results.formats import percent
+from grass_ray.results.paired import Comparison, Test, fact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow
 from grass_ray.results.searches import searched
@@ -147,29 +148,51 @@ def scope_notes(found: Iterable[bool | None]) -> list[str]:
     return notes
 
 
+_TESTS: dict[Test, str] = {
+    "exact McNemar": "exact McNemar",
+    "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
+    "paired t": "paired t-test over questions",
+    "two-level t": "two-level t-test over seeds and questions",
+}
+
+
 def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
-    """How the differences were tested, what they cover, and which rows trained on test questions."""
-    comparisons = [found for row in rows for found in (row.to_full, row.to_best) if found is not None]
-    tests = {str(found.test) for found in comparisons}
+    """How the differences were tested, what they cover and leave open, and which rows trained on test questions."""
+    accuracies = [found for row in rows for found in (row.to_full, row.to_best) if found is not None]
+    losses = [found for row in rows for found in (row.loss_to_full, row.loss_to_best) if found is not None]
     notes = []
-    if tests:
-        named = {
-            "exact McNemar": "exact McNemar",
-            "paired sign-flip": "paired sign-flip test of the average over tasks and seeds (McNemar's, generalised)",
-            "two-level t": "two-level t-test over seeds and questions",
-        }
-        against = (
-            "against full and against the best row"
-            if any(row.to_full is not None for row in rows)
-            else ("against the best row")
-        )
-        notes.append(
-            f"p: {' or '.join(named[test] for test in sorted(tests))} {against}, on the same questions, "
-            "Benjamini-Hochberg over this table"
-        )
-        notes += scope_notes(found.covers_training for found in comparisons)
+    if accuracies:
+        full = any(row.to_full is not None for row in rows)
+        against = f"{'against full and ' if full else ''}against the best row, on the same questions"
+        notes.append(f"p: {_named(accuracies)} {against}, Benjamini-Hochberg over this table")
+    if losses:
+        notes.append(f"p loss: {_named(losses)}; its best row is that of the lowest loss")
+    notes += scope_notes(found.covers_training for found in accuracies + losses)
+    if accuracies or losses:
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
+    notes += _loss_notes(rows)
     notes += _contamination(rows)
+    return notes
+
+
+def _named(found: Sequence[Comparison]) -> str:
+    return " or ".join(_TESTS[test] for test in sorted({comparison.test for comparison in found}))
+
+
+def _loss_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """What a loss is, and whose cannot be told from the lowest."""
+    measured = [row for row in rows if row.loss is not None]
+    if not measured:
+        return []
+    notes = [
+        "loss: of the right answer in nats, -log of the right option's share where a task has options, else per token "
+        "of the reference answer; lower is better"
+    ]
+    compared = [row for row in measured if row.loss_to_best is not None]
+    alike = [row.label for row in compared if not fact(row.loss_to_best, "told_apart")]
+    lowest = [row.label for row in measured if row.is_ranked and row not in compared]
+    if alike and lowest:
+        notes.append(f"by loss, not told apart from {lowest[0]}, the lowest: {_some(alike)}")
     return notes
 
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.columns import column_of, overview_rows
+from grass_ray.results.columns import METHOD, RANK, all_columns, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.figures.style import style_of
-from grass_ray.results.formats import limits, markdown_text, percent
+from grass_ray.results.formats import NOT_TOLD, limits, markdown_text, nats, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
@@ -28,8 +28,8 @@ from grass_ray.results.tracker import Tracker
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
 _DESCRIBED = (
-    *("rank", "label", "accuracy", "interval", "difference_to_full", "peak_allocated_gib", "tokens_per_second"),
-    *("seeds", "status"),
+    *("rank", "label", "accuracy", "interval", "difference_to_full", "loss", "loss_difference_to_full"),
+    *("peak_allocated_gib", "tokens_per_second", "seeds", "status"),
 )
 _FORMS: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
 _LEAST_PAUSE_S = 5.0
@@ -76,15 +76,15 @@ class Overview:
             metrics["sweep/stopped_early"] = float(stopped)
         first = [row for table in tables for row in table.rows if row.rank == 1]
         alike = len({row.test for row in first}) == 1  # accuracies of other tests cannot be ranked
-        best = max(first, key=_accuracy) if alike else None
+        best = min(first, key=lambda row: row.badness(row.ranked_by)) if alike and first else None
         if best is not None:
-            metrics["sweep/best_accuracy"] = _accuracy(best)
+            metrics[f"sweep/best_{best.ranked_by}"] = abs(best.badness(best.ranked_by))
         self._tracker.show_sweep(
             self._run_id,
             note=describe_sweep(self._question, tables, done=len(records), num_trials=self._num_trials),
             table=overview_rows(tables),
             files=sorted(path for path in self.folder.iterdir() if path.is_file()),
-            tags={} if best is None else {"best": f"{best.label}: {percent(best.accuracy)} %"},
+            tags={} if best is None else {"best": f"{best.label}: {_score(best)}"},
         )
         self._tracker.log_steps(self._run_id, [(len(records), metrics)])
         # drawing takes at most a tenth of the driver's time, however many trials end at once
@@ -109,7 +109,7 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
 def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: int, num_trials: int) -> str:
     """The sweep in Markdown, at most ``LONGEST_NOTE`` characters; the lowest rows are left out if there is no room."""
     best = next((row for table in tables for row in table.rows if row.rank == 1), None)
-    found = "" if best is None or len(tables) > 1 else f"Best: **{markdown_text(best.label)}**, {_interval(best)} %. "
+    found = "" if best is None or len(tables) > 1 else f"{_highest(best, tables[0].rows)} "
     # MLflow folds what comes after the first lines
     head = f"{found}{done} of {num_trials} trials have ended.\n\n{markdown_text(question)}"
     longest = max((len(table.rows) for table in tables), default=0)
@@ -120,33 +120,40 @@ def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: i
     return f"{head}\n\nThe ranking is too long for this place: see leaderboard.md among the artifacts."
 
 
+def _highest(best: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
+    alike = sum(row.told_apart is False for row in rows)
+    others = f", not told apart from {alike} other row{'s' * (alike > 1)}" if alike else ""
+    what = "Lowest loss" if best.ranked_by == "loss" else "Highest accuracy"
+    return f"{what}: **{markdown_text(best.label)}**, {_score(best)}{others}."
+
+
 def _table(table: LeaderboardTable, shown: int) -> str:
-    rows, columns = table.rows[:shown], [column_of(key) for key in _DESCRIBED]
+    rows, columns = table.rows[:shown], [column for column in all_columns(table) if column.key in _DESCRIBED]
     lines = [f"**{markdown_text(table.title)}**\n", *markdown_rows(columns, rows)]
     if len(table.rows) > shown:
         lines.append(f"\n{len(table.rows) - shown} more rows in leaderboard.md")
     lines += [f"\n{markdown_text(warning)}" for warning in table.warnings]
+    if any(row.told_apart is False for row in rows):
+        lines.append(f"\n{NOT_TOLD}: not told apart from the first row at the 5 % level")
     if any(row.to_full is not None and not row.to_full.covers_training for row in rows):
         lines.append("\nvs full speaks of these runs alone where a side has one seed")
     if any(row.pareto for row in rows):
-        lines.append("\n\\* no other row has both more accuracy and less peak memory")
+        lines.append(f"\n{markdown_text(table.pareto_note)}")
     return "\n".join(lines)
 
 
-def _interval(row: LeaderboardRow) -> str:
+def _score(row: LeaderboardRow) -> str:
+    if row.ranked_by == "loss":
+        return f"{nats(row.loss)} nats"
     known = row.accuracy_low is not None and row.accuracy_high is not None
-    return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "")
-
-
-def _accuracy(row: LeaderboardRow) -> float:
-    return row.accuracy or 0.0
+    return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "") + " %"
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
 def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
-    """Draw accuracies with their intervals, one panel per table. Returns False if nothing is ranked."""
+    """Draw accuracies with their intervals, or losses, one panel per table. Returns False if nothing is ranked."""
     from matplotlib.figure import Figure
 
     panels = [(table, rows) for table in tables if (rows := [row for row in table.rows if row.rank is not None])]
@@ -165,21 +172,32 @@ def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
 
 def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow]) -> None:
     for place, row in enumerate(rows):
-        accuracy = 100 * _accuracy(row)
-        low, high = (accuracy if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
-        axes.barh(place, accuracy, color=style_of(row.method).colour, height=0.66, alpha=0.85)
-        spread = [[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]]
-        axes.errorbar(accuracy, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
+        score, low, high, text = _bar(row)
+        axes.barh(place, score, color=style_of(row.method).colour, height=0.66, alpha=0.85)
+        spread = [[max(0.0, score - low)], [max(0.0, high - score)]]
+        axes.errorbar(score, place, xerr=spread, color="#333333", linewidth=1, capsize=2.5)
         axes.annotate(
-            f"{accuracy:.1f}", (max(high, accuracy), place), xytext=(5, 0), textcoords="offset points", va="center",
-            fontsize=8.5,
-        )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{row.rank}  {row.label}{' *' if row.pareto else ''}" for row in rows])
+            text, (max(high, score), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5
+        )
+    axes.set_yticks(range(len(rows)), [f"{RANK.cell(row)}  {METHOD.cell(row)}" for row in rows])
     axes.tick_params(axis="y", labelsize=9, length=0)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.margins(x=0.08)
     head, _, tail = table.title.partition(" (")
     axes.set_title(f"{head}\n({tail}" if tail else head, fontsize=9.5, loc="left")
-    axes.set_xlabel("accuracy (%), 95 % interval over questions", fontsize=9)
+    legend = f"; {NOT_TOLD}: not told apart from the first row" if any(row.told_apart is False for row in rows) else ""
+    by_loss = "loss (nats), lower is better; ± standard deviation over seeds"
+    what = by_loss if table.metric == "loss" else "accuracy (%), 95 % interval over questions"
+    axes.set_xlabel(f"{what}{legend}", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _bar(row: LeaderboardRow) -> tuple[float, float, float, str]:
+    """A row's score, its limits and its text: accuracy in percent with its interval, or loss and the seeds' spread."""
+    if row.ranked_by == "loss":
+        loss, spread = row.loss or 0.0, row.loss_std or 0.0
+        return loss, loss - spread, loss + spread, nats(loss)
+    score = 100 * (row.accuracy or 0.0)
+    low, high = (score if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
+    return score, low, high, percent(row.accuracy)

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grass_ray.config import to_json
-from grass_ray.results.column import Column
+from grass_ray.results.column import LOSS, SCOPE, Column
 from grass_ray.results.columns import (
     METHOD,
     RANK,
@@ -26,6 +26,7 @@ from grass_ray.results.columns import (
     all_columns,
     detail_columns,
     leaderboard_csv,
+    loss_columns,
     result_columns,
     row_values,
     task_columns,
@@ -97,11 +98,17 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
 
 
 def _terminal(table: LeaderboardTable, width: int) -> str:
-    scored = [row for row in table.rows if row.tasks]
+    scored = [row for row in table.rows if row.scored]
     results, details = result_columns(table), detail_columns(table)
+    losses: list[Column] = []
+    if table.metric == "accuracy" and not _fits(results, table.rows, width):  # losses get a table of their own
+        losses = loss_columns(table)
+        results = [column for column in results if column not in losses or not LOSS <= column.place < SCOPE]
     parts: list[tuple[list[Column], Sequence[LeaderboardRow]]] = [([*results, *details], table.rows)]
     if _fits(results, table.rows, width):
         parts = [(results, table.rows), ([RANK, METHOD, *details], table.rows)]
+    if losses:
+        parts.insert(1, (losses, [row for row in table.rows if row.loss is not None]))
     if len(table.tasks) > 1 and scored:
         parts.append(([RANK, METHOD, *task_columns(table)], scored))
     grids = []
@@ -173,7 +180,7 @@ def _widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _heading(name: str) -> str:
-    broken = name.startswith(("vs ", "p ", "train ")) or name.endswith("GiB")
+    broken = name.startswith(("vs ", "p ", "train ", "loss ")) or name.endswith("GiB")
     return name.replace(" ", "\n") if broken else name
 
 

@@ -7,22 +7,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from grass_ray.results.compare import Comparison
+from grass_ray.results.paired import Comparison, Metric
 from grass_ray.results.record import RunRecord
+from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
 from grass_ray.training.report import VALIDATION
-
-# Settings that change no result: runs that differ only in them are one row.
-_NO_EFFECT = ("seed", "training.checkpoint_every_steps", "evaluation.batch_size", "evaluation.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class LeaderboardRow:
     Accuracies are shares from 0 to 1. Memory is the maximum over seeds; speed, time and tokens are means.
 
     Attributes:
-        rank: place by accuracy; None for rows that are not ranked.
+        rank: place by accuracy, or by loss where no accuracy is measured; None for rows that are not ranked.
         accuracy: unweighted mean over tasks of the means over seeds. ``accuracy_low`` and ``accuracy_high`` are its
             95 % interval over the questions, which every seed is asked again
             (:func:`grass_ray.results.statistics.average_interval`); ``accuracy_std`` is the spread over seeds.
@@ -43,9 +40,14 @@ class LeaderboardRow:
         status: the seeds' common status, or ``"partial"`` if they differ.
         variant: what tells this row from others of its method.
         contaminated: tasks whose test questions are in the data that this row trained on.
-        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.compare`); None
+        loss: loss of the right answer in nats, the mean over tasks of the means over seeds; lower is better. None where
+            a finished seed has none on a task, or one that is not finite. ``loss_std`` is the spread over seeds.
+        task_losses: loss by task.
+        to_full: comparison with the best ``full`` row, question by question (:mod:`grass_ray.results.paired`); None
             for that row itself, and if nothing can be compared.
         to_best: the same with the best row.
+        loss_to_full, loss_to_best: the same by loss, with the ``full`` row and the row of the lowest loss.
+        ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``).
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
         train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
@@ -92,6 +94,12 @@ class LeaderboardRow:
     train_rows: int | None = None
     train_rows_dropped: int | None = None
     test: str | None = None
+    loss: float | None = None
+    loss_std: float | None = None
+    task_losses: dict[str, float] = field(default_factory=dict)
+    loss_to_full: Comparison | None = None
+    loss_to_best: Comparison | None = None
+    ranked_by: Metric = "accuracy"
 
     @property
     def label(self) -> str:
@@ -100,13 +108,32 @@ class LeaderboardRow:
 
     @property
     def is_ranked(self) -> bool:
-        """Whether every seed finished with an accuracy."""
-        return self.status == "finished" and self.accuracy is not None and math.isfinite(self.accuracy)
+        """Whether every seed finished with an accuracy, or with a loss where no accuracy is measured."""
+        return self.status == "finished" and math.isfinite(self.badness(self.ranked_by))
+
+    @property
+    def scored(self) -> frozenset[str]:
+        """The tasks that it was scored on."""
+        return frozenset(self.task_losses if self.ranked_by == "loss" else self.tasks)
+
+    def badness(self, metric: Metric) -> float:
+        """The loss, or the accuracy's negative: small values are good. Infinite where it has none."""
+        value = self.loss if metric == "loss" else None if self.accuracy is None else -self.accuracy
+        return math.inf if value is None else value
 
     @property
     def trained(self) -> bool:
         """Whether anything was to be trained; False for the untrained base model."""
         return self.training_steps > 0
+
+    @property
+    def told_apart(self) -> bool | None:
+        """Whether it differs from the first row, adjusted, by what it is ranked by.
+
+        None for the first row, and where nothing is compared.
+        """
+        found = self.loss_to_best if self.ranked_by == "loss" else self.to_best
+        return None if found is None else found.told_apart
 
 
 def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
@@ -115,99 +142,10 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
     for record in (record for group in groups for record in group):
         if (rate := _learning_rate(record)) is not None:
             rates[record.config["method"]["name"]].add(rate)
-    variants = _variants(groups)
     return [
         _row(group, variant, len(rates[group[0].config["method"]["name"]]))
-        for group, variant in zip(groups, variants, strict=True)
+        for group, variant in zip(groups, variants(groups), strict=True)
     ]
-
-
-# ------------------------------------------------------------------------------------------------- what a row is
-
-
-def settings(record: RunRecord) -> dict[str, str]:
-    """The configuration by dotted key, as text, without settings that change no result. A schedule is one text."""
-    return {key: value for key, value in _flat("", record.config, _schedule_in_words) if key not in _NO_EFFECT}
-
-
-def leaf_settings(record: RunRecord) -> dict[str, str]:
-    """As :func:`settings`, with one key per number of a schedule."""
-    return {key: value for key, value in _flat("", record.config, lambda _: None) if key not in _NO_EFFECT}
-
-
-def settings_key(record: RunRecord) -> str:
-    """A text that is equal for records that are seeds of one row."""
-    config: dict[str, Any] = dict(record.config)
-    for key in _NO_EFFECT:
-        part, _, inner = key.rpartition(".")
-        if not part:
-            config.pop(inner, None)
-        elif isinstance(config.get(part), Mapping):
-            config[part] = {name: value for name, value in config[part].items() if name != inner}
-    return json.dumps(config, sort_keys=True)
-
-
-def _flat(prefix: str, value: object, in_words: Callable[[Mapping[str, Any]], str | None]) -> Iterable[tuple[str, str]]:
-    if not isinstance(value, Mapping):
-        yield prefix, json.dumps(value).strip('"')
-    elif (words := in_words(value)) is not None:
-        yield prefix, words
-    else:
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner, in_words)
-
-
-def _schedule_in_words(value: Mapping[str, Any]) -> str | None:
-    """``linear 2 to 0.5``, ``step 2, 0.5 at 0.25``, with the steps where it does not span the training; else None."""
-    span = "" if value.get("steps") is None else f" over {value['steps']} steps"
-    match value:
-        case {"kind": "linear" | "cosine" as kind, "start": start, "end": end}:
-            return f"{kind} {start:g} to {end:g}{span}"
-        case {"kind": "step", "values": values, "at_progress": shares}:
-            numbers, places = (", ".join(f"{number:g}" for number in own) for own in (values, shares))
-            return f"step {numbers} at {places}{span}"
-        case _:
-            return None
-
-
-def varied_settings(groups: Sequence[Sequence[RunRecord]]) -> dict[str, list[str]]:
-    """For each method the settings in which its groups differ, sorted."""
-    values: defaultdict[str, defaultdict[str, set[str | None]]] = defaultdict(lambda: defaultdict(set))
-    number: defaultdict[str, int] = defaultdict(int)
-    seen: defaultdict[tuple[str, str], int] = defaultdict(int)
-    for group in groups:
-        own = settings(group[0])
-        method = own["method.name"]
-        number[method] += 1
-        for key, value in own.items():
-            values[method][key].add(value)
-            seen[method, key] += 1
-    return {
-        method: sorted(key for key in keys if len(keys[key]) > 1 or seen[method, key] < number[method])
-        for method, keys in values.items()
-    }
-
-
-def _variants(groups: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """For each group what tells it from the other groups of its method, as short as is unambiguous."""
-    varied = varied_settings(groups)
-    labels = []
-    for group in groups:
-        own = settings(group[0])
-        differing = [key for key in varied[own["method.name"]] if key in own]
-        last = [key.rsplit(".", 1)[-1] for key in differing]
-        words = [name if last.count(name) == 1 else key for name, key in zip(last, differing, strict=True)]
-        labels.append(", ".join(f"{word}={own[key]}" for word, key in zip(words, differing, strict=True)))
-    named = [(group[0].config["method"]["name"], label) for group, label in zip(groups, labels, strict=True)]
-    times = Counter(named)
-    return [
-        label if times[name] == 1 else ", ".join(filter(None, [label, f"training rows {_rows_hash(group)}"]))
-        for name, label, group in zip(named, labels, groups, strict=True)
-    ]
-
-
-def _rows_hash(group: Sequence[RunRecord]) -> str:
-    return next((found[:8] for record in group if (found := training_rows(record))), "unknown")
 
 
 # ------------------------------------------------------------------------------------------------ what is in a row
@@ -239,7 +177,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         accuracy=mean_of_shares(scores.values()) if scores else None,
         accuracy_low=low,
         accuracy_high=high,
-        accuracy_std=stdev(averages) if len(averages) > 1 else None,
+        accuracy_std=stdev(averages) if scores and len(averages) > 1 else None,
         accuracy_clean=mean_of_shares(clean) if clean and len(clean) < len(scores) else None,
         accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
@@ -269,12 +207,31 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         run_ids=[record.run_id for record in group],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
+        ranked_by="loss" if config["evaluation"].get("scoring") == "loss" else "accuracy",
+        **_losses(finished),
     )
+
+
+def _losses(finished: Sequence[RunRecord]) -> dict[str, Any]:
+    """The row's losses; nothing unless every seed has finite ones on every task."""
+    found = {}
+    for task in finished[0].tasks if finished else ():
+        scores = [record.tasks[task] for record in finished if task in record.tasks]
+        seeds = [losses for score in scores if (losses := score.losses)]
+        found[task] = [fmean(losses) for losses in seeds if all(map(math.isfinite, losses))]
+    if not found or any(len(seeds) < len(finished) for seeds in found.values()):
+        return {}
+    averages = [fmean(own) for own in zip(*found.values(), strict=True)]
+    return {
+        "loss": fmean(averages),
+        "loss_std": stdev(averages) if len(averages) > 1 else None,
+        "task_losses": {task: fmean(seeds) for task, seeds in found.items()},
+    }
 
 
 def _contaminated(record: RunRecord) -> tuple[str, ...]:
     steps = record.config["training"]["steps"]
-    return contaminated_tasks(record.config["data"]["suite"], _train_data(record), training_steps=steps)
+    return contaminated_tasks(record.config["data"]["suite"], train_data(record), training_steps=steps)
 
 
 def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> float | None:
@@ -284,17 +241,6 @@ def _above_chance(scores: Mapping[str, float], records: Sequence[RunRecord]) -> 
     if known.keys() != scores.keys() or not any(known.values()):
         return None
     return average_above_chance([(value, known[task]) for task, value in scores.items()])
-
-
-def _train_data(record: RunRecord) -> Mapping[str, Any]:
-    found = record.data.get("train")
-    return found if isinstance(found, Mapping) else {}
-
-
-def training_rows(record: RunRecord) -> str | None:
-    """The hash of the rows that a run trained on; None if it is unknown or there were none."""
-    found = _train_data(record).get("rows_sha256") if record.config["training"]["steps"] else None
-    return found if isinstance(found, str) else None
 
 
 def _counts(group: Iterable[RunRecord], key: str) -> list[int]:

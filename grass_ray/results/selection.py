@@ -19,6 +19,7 @@ from datetime import datetime
 from grass_ray.config import ConfigError
 from grass_ray.methods import unknown
 from grass_ray.paths import model_label
+from grass_ray.results.column import Column
 from grass_ray.results.columns import column_of, sort_keys
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.record import RunRecord
@@ -139,13 +140,12 @@ class Selection:
                 "p-values are those of the whole table"
             )
         if self.sort is not None:
-            rows = self._sorted(rows, self.sort)
+            rows = self._sorted(rows, column_of(self.sort, table.metric))
             notes.append(f"sorted by {self.sort}{', reversed' if self.reverse else ''}")
         return replace(table, rows=tuple(rows), notes=tuple(notes))
 
-    def _sorted(self, rows: Sequence[LeaderboardRow], key: str) -> list[LeaderboardRow]:
+    def _sorted(self, rows: Sequence[LeaderboardRow], column: Column) -> list[LeaderboardRow]:
         """Sorted with what is best first, rows without the value last either way."""
-        column = column_of(key)
         values = [(column.value(row), row) for row in rows]
         known = [(value, row) for value, row in values if value is not None]
         words = any(isinstance(value, str) for value, _ in known)

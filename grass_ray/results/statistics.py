@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import isfinite, nan, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,63 +141,114 @@ def two_level(
     *,
     vary: tuple[bool, bool],
     confidence: float = 0.95,
+    shares: bool = True,
 ) -> tuple[float, float, float]:
     """Interval and two-sided p-value of a difference between two methods that were trained several times each.
 
     Both other trainings and other questions would give another difference. Its variance is the sum of the variances
     of both sides' means over their seeds (``s^2 / seeds``, s the spread of the seeds' averages) and of the variance
     over questions that is left when the seeds' own disagreement about each question, which is in the first part
-    already, is taken out. With two or three seeds that estimate is rough, and a bootstrap over so few would be far
-    too narrow: limits and p-value are those of Student's t. Its degrees of freedom are, for the seeds, half-way (as
-    harmonic mean) between Welch's, which take the spreads as they were seen and waste much where two or three seeds
-    look more or less alike by chance, and Bell and McCaffrey's for sides of one spread (2 for two against two, 4 for
-    three against three), which are too many where one side has all of it; then Satterthwaite's combination with the
-    questions, which are many. Where only few questions differ, t would be too sure: the p-value is never below that of
-    :func:`sign_flip` on the means over seeds.
+    already, is taken out. Limits and p-value are those of Student's t (:func:`total_variance`). If neither side
+    varies, the test is over questions alone: of one task the paired t-test.
+
+    Where only few questions are answered differently, t would be too sure: of right and wrong answers the p-value is
+    never below that of :func:`sign_flip` on the means over seeds.
 
     ``benchmarks/training_variance.py`` simulates level and power.
 
     Args:
-        tasks: for each task both sides' answers, seeds by questions, 0 or 1; the same questions in the same order.
-        vary: whether a side was trained; what was not trained has no spread over trainings.
+        tasks: for each task both sides' values, seeds by questions; the same questions in the same order.
+        vary: whether a side was trained several times; what was not has no spread over trainings.
         confidence: of the interval.
+        shares: whether the values are 0 or 1, for wrong and right; else any numbers, such as losses.
 
     Returns:
         Lower limit, upper limit, p-value. The interval holds 0 where the p-value is above ``1 - confidence``.
     """
     differences = [first.mean(axis=0) - second.mean(axis=0) for first, second in tasks]
     seen = float(np.mean([task.mean() for task in differences]))
-    numbers = [answers.shape[0] if varies else 0 for answers, varies in zip(tasks[0], vary, strict=True)]
-    averages = [np.mean([task[side].mean(axis=1) for task in tasks], axis=0) for side in (0, 1)]
-    sides = [(n, float(own.var(ddof=1))) for n, own in zip(numbers, averages, strict=True) if n > 1]
-    of_seeds = sum(variance / n for n, variance in sides)
-    alike = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
-    as_seen = sum((variance / n) ** 2 / (n - 1) for n, variance in sides)
-    of_questions, squares = 0.0, (as_seen + of_seeds**2 / alike) / 2
-    for (first, second), task in zip(tasks, differences, strict=True):
-        if len(task) > 1:
-            own = task.var(ddof=1) - _disagreement(first) - _disagreement(second)
-            variance = max(0.0, float(own)) / len(task) / len(tasks) ** 2
-            of_questions += variance
-            squares += variance**2 / (len(task) - 1)
-    total = of_seeds + of_questions
-    half = p_value = 0.0
+    sides = [
+        (values.shape[0], seed_variance([task[side] for task in tasks]))
+        for side, values in enumerate(tasks[0])
+        if vary[side] and values.shape[0] > 1
+    ]
+    questions = [
+        (task.shape[0], question_variance(*pair, vary=vary)) for task, pair in zip(differences, tasks, strict=True)
+    ]
+    total, degrees = (float(value) for value in total_variance(sides, questions))
+    half, p_value = 0.0, 1.0
     if total > 0:
-        spread = student(total**2 / squares)
+        spread = student(degrees)
         half = float(spread.ppf((1 + confidence) / 2)) * sqrt(total)
         p_value = float(2 * spread.sf(abs(seen) / sqrt(total)))
-    p_value = max(p_value, sign_flip([task.tolist() for task in differences]))
-    low, high = holding_zero((max(-1.0, seen - half), min(1.0, seen + half)), p_value, confidence)
-    return low, high, p_value
+    low, high = seen - half, seen + half
+    if shares:
+        p_value = max(p_value if total > 0 else 0.0, sign_flip([task.tolist() for task in differences]))
+        low, high = max(-1.0, low), min(1.0, high)
+    return *holding_zero((low, high), p_value, confidence), p_value
 
 
-def _disagreement(answers: NDArray[np.float64]) -> float:
-    """A question's variance in the mean over seeds, without the differences between the seeds' averages."""
-    seeds, questions = answers.shape
-    if seeds < 2:
+def total_variance(
+    sides: Sequence[tuple[int, Any]], questions: Sequence[tuple[int, float]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Variance of a difference of means over seeds, tasks and questions, and the degrees of freedom of its t-test.
+
+    With two or three seeds the estimate is rough, and a bootstrap over so few would be far too narrow. The degrees of
+    freedom are, for the seeds, half-way (as harmonic mean) between Welch's, which take the spreads as they were seen
+    and waste much where two or three seeds look more or less alike by chance, and Bell and McCaffrey's for sides of one
+    spread (2 for two against two, 4 for three against three), which are too many where one side has all of it; then
+    Satterthwaite's combination with the questions, which are many.
+
+    Args:
+        sides: for each side that was trained several times its seeds and the variance of its seeds' averages, a number
+            or an array of possible ones.
+        questions: for each task how many, and their variance.
+    """
+    of_seeds = sum((variance / n for n, variance in sides), np.zeros(()))
+    squares = np.zeros(())
+    if sides:
+        alike = sum(1 / n for n, _ in sides) ** 2 / sum(1 / (n * n * (n - 1)) for n, _ in sides)
+        as_seen = sum((variance / n) ** 2 / (n - 1) for n, variance in sides)
+        squares = (as_seen + of_seeds**2 / alike) / 2
+    of_questions = 0.0
+    for n, variance in questions:
+        if n > 1:
+            own = variance / n / len(questions) ** 2
+            of_questions += own
+            squares = squares + own**2 / (n - 1)
+    total = of_seeds + of_questions
+    return total, np.divide(total**2, squares, out=np.ones_like(total), where=squares > 0)
+
+
+def seed_variance(tasks: Sequence[NDArray[np.float64]]) -> float:
+    """Variance over seeds of the average over tasks; of each task the values, seeds by questions."""
+    return float(np.mean([values.mean(axis=1) for values in tasks], axis=0).var(ddof=1))
+
+
+def question_variance(
+    first: NDArray[np.float64], second: NDArray[np.float64], *, vary: tuple[bool, bool] = (True, True)
+) -> float:
+    """Variance over questions of a task's difference, without what the seeds of sides that vary disagree about."""
+    if first.shape[1] < 2:
         return 0.0
-    rest = answers - answers.mean(axis=0) - answers.mean(axis=1, keepdims=True) + answers.mean()
-    return float((rest**2).sum() / ((seeds - 1) * (questions - 1)) / seeds)
+    own = float((first.mean(axis=0) - second.mean(axis=0)).var(ddof=1))
+    for values, varies in zip((first, second), vary, strict=True):
+        if varies:
+            own -= disagreement(values) / len(values)
+    return max(0.0, own)
+
+
+def disagreement(values: NDArray[np.float64]) -> float:
+    """Variance of one seed's value for one question, without what all questions of a seed, or all seeds, share.
+
+    Args:
+        values: seeds by questions. Of one seed, or one question, nothing is known: 0.
+    """
+    seeds, questions = values.shape
+    if min(seeds, questions) < 2:
+        return 0.0
+    rest = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    return float((rest**2).sum() / ((seeds - 1) * (questions - 1)))
 
 
 def holding_zero(limits: tuple[float, float], p_value: float, confidence: float = 0.95) -> tuple[float, float]:

@@ -20,23 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from grass_ray.config import ConfigError
-from grass_ray.results.compare import (
-    Answers,
-    Asked,
-    Comparison,
-    adjust,
-    collect_answers,
-    comparable_groups,
-    compare_answers,
-    differences,
-    fact,
-    same_test_key,
-)
+from grass_ray.results.compare import Asked, comparable_groups, differences, same_test_key
 from grass_ray.results.formats import limits, p_text, percent, points, scope, times
 from grass_ray.results.leaderboard import seed_groups
 from grass_ray.results.notes import scope_notes
+from grass_ray.results.paired import Answers, Comparison, adjust, collect_answers, compare_answers, fact
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rows import LeaderboardRow, build_rows, settings
+from grass_ray.results.rows import LeaderboardRow, build_rows
+from grass_ray.results.settings import settings
 
 _SHOWN_SETTINGS = 4
 # what the JSON of a row says of its comparison, and under which name
@@ -250,7 +241,7 @@ _COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
     ("A %", lambda row: percent(row.first)),
     ("B %", lambda row: percent(row.second)),
     ("B - A", lambda row: points(fact(row.comparison, "value"))),
-    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), sign=True)),
+    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), points)),
     ("p", lambda row: p_text(fact(row.comparison, "p_adjusted"))),
     ("p for", lambda row: scope(fact(row.comparison, "covers_training"))),
     ("only A", lambda row: str(row.only_first)),

@@ -29,8 +29,12 @@ def make_record(
     sweep_id: str = "s1",
     layers: LayerTrace | None = None,
     series: Mapping[str, list[tuple[int, float]]] | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
 ) -> RunRecord:
-    """A record as a run would write it; ``correct`` lists each task's answers (failed runs have none)."""
+    """A record as a run would write it; ``correct`` lists each task's answers (failed runs have none).
+
+    ``losses`` are those of the options of each task.
+    """
     if correct is None:
         correct = {"generated": [True, False, True, False]} if status == "finished" else {}
     tasks = list(correct) or ["generated"]
@@ -46,7 +50,7 @@ def make_record(
         config=config.to_dict(),
         metrics=dict(metrics or {}),
         series=dict(series or {}),
-        tasks={task: make_score(answers) for task, answers in correct.items()},
+        tasks={task: make_score(answers, (losses or {}).get(task)) for task, answers in correct.items()},
         layers=layers,
         hardware=hardware,
         git_commit="0123456789abcdef",
@@ -56,7 +60,7 @@ def make_record(
     )
 
 
-def make_score(answers: Sequence[bool]) -> TaskScore:
+def make_score(answers: Sequence[bool], losses: Sequence[float] | None = None) -> TaskScore:
     return TaskScore(
         accuracy=sum(answers) / len(answers),
         num_examples=len(answers),
@@ -64,6 +68,7 @@ def make_score(answers: Sequence[bool]) -> TaskScore:
         example_ids=[f"question-{index}" for index in range(len(answers))],
         scoring="generation",
         extraction="published",
+        option_nats=None if losses is None else list(losses),
     )
 
 

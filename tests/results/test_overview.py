@@ -40,7 +40,8 @@ def test_the_parent_run_shows_the_ranking_and_each_update_takes_the_place_of_the
 
     run = client.get_run(sweep)
     note = run.data.tags["mlflow.note.content"]
-    assert note.startswith("Best: **grass**, 70.0 (39.7-89.2) %. 3 of 3 trials have ended.\n\nWhich is best?")
+    best = "Highest accuracy: **grass**, 70.0 (39.7-89.2) %, not told apart from 1 other row."
+    assert note.startswith(f"{best} 3 of 3 trials have ended.\n\nWhich is best?")
     assert "| 1 | grass \\* | 70.0 | 39.7-89.2 | +30.0 | 2.00 |" in note
     assert "| - | lora | - | - | - | - | - | 0 | failed |" in note
     assert client.get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == note

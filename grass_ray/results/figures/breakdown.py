@@ -33,7 +33,7 @@ from grass_ray.results.figures.style import (
 )
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
-from grass_ray.results.rows import settings
+from grass_ray.results.settings import settings
 
 _HATCHES = {"measuring": "////", "moving states": "xxx", "steps that end in a switch": "...", "other steps": ""}
 _OFFSETS = {"steps that end in a switch": -0.14, "other steps": 0.14}  # from the middle of a method's bar
@@ -189,10 +189,10 @@ _Points = dict[str, list[tuple[str, LeaderboardRow]]]
 
 
 def _varied(table: LeaderboardTable, runs: Runs) -> dict[str, _Points]:
-    """For each setting that differs within a method, (value, row) of the ranked rows by method."""
+    """For each setting that differs within a method, (value, row) of the ranked rows with an accuracy."""
     by_method: defaultdict[str, list[tuple[Mapping[str, str], LeaderboardRow]]] = defaultdict(list)
     for row in table.rows:
-        if row.rank is not None:
+        if row.rank is not None and row.accuracy is not None:
             by_method[row.method].append((settings(runs.seeds(row)[0]), row))
     found: defaultdict[str, _Points] = defaultdict(dict)
     for method, rows in by_method.items():

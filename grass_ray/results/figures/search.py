@@ -33,8 +33,8 @@ from grass_ray.results.figures.style import (
     tidy,
 )
 from grass_ray.results.record import LineageStep, RunRecord
-from grass_ray.results.rows import leaf_settings
 from grass_ray.results.searches import rung_losses, searched, trial_loss, winner
+from grass_ray.results.settings import leaf_settings
 from grass_ray.training.report import VALIDATION
 
 HPARAM = "hparam/"

@@ -66,11 +66,14 @@ def draw_accuracy_memory(runs: Runs, *, width: float = 7.5) -> Figure | None:
         description=f"Accuracy over peak allocated memory of {sum(len(_points(table)) for table in tables)} rows. "
         f"On the Pareto front: {named}.",
         drawing=drawing,
-        header=("table", "method", "variant", "rank", "peak_allocated_gib", "accuracy", "low", "high", "pareto"),
+        header=(
+            *("table", "method", "variant", "rank", "peak_allocated_gib"),
+            *("accuracy", "low", "high", "pareto", "told_apart"),
+        ),
         rows=[
             (
                 *(table.title, row.method, row.variant, row.rank, row.peak_allocated_gib),
-                *(row.accuracy, row.accuracy_low, row.accuracy_high, row.pareto),
+                *(row.accuracy, row.accuracy_low, row.accuracy_high, row.pareto, row.told_apart),
             )
             for table in tables
             for row in table.rows

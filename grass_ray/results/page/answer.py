@@ -1,8 +1,8 @@
-"""What a leaderboard table says, in a few sentences: which row is first, and which rows can be told from it.
+"""What a leaderboard table says, in a few sentences: which row is best, and which rows can be told from it.
 
 ::
 
-    print(findings(table))     # grass ranks first with 58.8 % ... It differs from lora at the 5 % level ...
+    print(findings(table))     # grass has the highest accuracy, 58.8 % ... grass is better than lora; it cannot ...
 
 Computed from the paired comparisons in the table's rows, whose p-values are adjusted for the number of comparisons.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grass_ray.results.formats import limits, percent
+from grass_ray.results.formats import limits, nats, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
+from grass_ray.results.paired import Comparison
 
-LEVEL = 0.05  # of a test: how often a difference is reported where there is none
 _FEW = 4
 
 
@@ -24,50 +24,71 @@ def findings(table: LeaderboardTable) -> str:
     if not ranked:
         return "No row is ranked."
     best = [row for row in ranked if row.rank == 1]
-    sentences = [_first(best)] if best else []
-    compared = [row for row in ranked if row.to_best is not None]
-    if compared:
-        sentences.append(_against_best(best, compared))
-    sentences += _against_full(ranked)
-    covered = {found.covers_training for row in ranked for found in (row.to_full, row.to_best) if found is not None}
+    sentences = []
+    if table.metric == "accuracy":
+        sentences += [_highest(best)] if best else []
+        sentences += _against_best(best, [(row, row.to_best) for row in ranked])
+        sentences += _against_full([(row, row.to_full) for row in ranked])
+    sentences += _by_loss([row for row in ranked if row.loss is not None])
+    compared = [found for row in ranked for found in (row.to_full, row.to_best, row.loss_to_best) if found is not None]
+    covered = {found.covers_training for found in compared}
     if False in covered:
         where = "Where a side has one seed" if True in covered else "With one seed on a side"
         sentences.append(f"{where}, this holds for these runs alone, not for other seeds.")
     return " ".join(sentences)
 
 
-def _first(best: Sequence[LeaderboardRow]) -> str:
+def _highest(best: Sequence[LeaderboardRow]) -> str:
     row = best[0]
     interval = "" if row.accuracy_low is None else f" (95 % interval {limits(row.accuracy_low, row.accuracy_high)})"
-    return f"{_names(best)} {'rank' if len(best) > 1 else 'ranks'} first with {percent(row.accuracy)} %{interval}."
+    have = "have" if len(best) > 1 else "has"
+    return f"{_names(best)} {have} the highest accuracy, {percent(row.accuracy)} %{interval}."
 
 
-def _against_best(best: Sequence[LeaderboardRow], compared: Sequence[LeaderboardRow]) -> str:
+def _by_loss(measured: Sequence[LeaderboardRow]) -> list[str]:
+    """Which row has the lowest loss, and which can be told from it; nothing if there is nothing to compare."""
+    lowest = [row for row in measured if row.loss_to_best is None]
+    pairs = [(row, row.loss_to_best) for row in measured]
+    first = [f"{_names(lowest)} has the lowest loss, {nats(lowest[0].loss)} nats."] if len(lowest) == 1 else []
+    against_full = _against_full([(row, row.loss_to_full) for row in measured], by_loss=True)
+    return first + _against_best(lowest, pairs, by_loss=True) + against_full
+
+
+_Pairs = Sequence[tuple[LeaderboardRow, Comparison | None]]
+
+
+def _against_best(best: Sequence[LeaderboardRow], pairs: _Pairs, *, by_loss: bool = False) -> list[str]:
+    """Which rows can be told from the best, which is compared with nothing; nothing if no row was compared."""
+    compared = [(row, found) for row, found in pairs if found is not None]
+    if not compared:
+        return []
+    alone = [row for row, found in pairs if found is None]
     # the row that the others were compared with; a filter may have left it out of the table
-    name = next((row.label for row in best if row not in compared), "the best row")
-    told = [row for row in compared if row.to_best is not None and (row.to_best.p_adjusted or 0.0) < LEVEL]
-    alike = [row for row in compared if row not in told]
+    name = next((row.label for row in best if row in alone), "the best row")
+    told = [row for row, found in compared if found.told_apart]
+    alike = [row for row, found in compared if not found.told_apart]
     if not told:
         words = f"{name} cannot be told from any other row"
     elif not alike:
         words = f"{name} is better than every other row"
     else:
         words = f"{name} is better than {_names(told)}; it cannot be told from {_names(alike)}"
-    return f"At the 5 % level, corrected for the number of comparisons, {words}."
+    by = "by loss, " if by_loss else ""
+    return [f"At the 5 % level, corrected for the number of comparisons, {by}{words}."]
 
 
-def _against_full(ranked: Sequence[LeaderboardRow]) -> list[str]:
-    """Who is better or worse than full fine-tuning; nothing if full is the row of the sentence before."""
-    compared = [row for row in ranked if row.to_full is not None]
-    if not compared or any(row.method == "full" and row.to_best is None for row in ranked):
+def _against_full(pairs: _Pairs, *, by_loss: bool = False) -> list[str]:
+    """Who is better or worse than full fine-tuning; nothing if full is the best row, of the sentence before."""
+    compared = [(row, found) for row, found in pairs if found is not None]
+    best = [row for row, _ in pairs if (row.loss_to_best if by_loss else row.to_best) is None]
+    if not compared or any(row.method == "full" for row in best):
         return []
-    told = [row for row in compared if row.to_full is not None and (row.to_full.p_adjusted or 0.0) < LEVEL]
-    better = [row for row in told if row.to_full is not None and row.to_full.value > 0]
-    worse = [row for row in told if row not in better]
-    alike = [row for row in compared if row not in told]
+    told = [(row, (found.value < 0) == by_loss) for row, found in compared if found.told_apart]
+    better, worse = ([row for row, is_better in told if is_better is wanted] for wanted in (True, False))
+    alike = [row for row, found in compared if not found.told_apart]
     parts = [f"{_names(rows)} {_are(rows)} {word}" for rows, word in ((better, "better"), (worse, "worse")) if rows]
     parts += [f"{_names(alike)} cannot be told from it"] if alike else []
-    return [f"Compared with full fine-tuning, {'; '.join(parts)}."]
+    return [f"Compared with full fine-tuning{' by loss' if by_loss else ''}, {'; '.join(parts)}."]
 
 
 def _are(rows: Sequence[LeaderboardRow]) -> str:

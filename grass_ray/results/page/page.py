@@ -26,8 +26,8 @@ from grass_ray.results.columns import (
     RANK,
     WORDS,
     all_columns,
+    column_of,
     leaderboard_csv,
-    result_columns,
     task_columns,
 )
 from grass_ray.results.figures.figure import Figure, Runs, page_colour, page_colours
@@ -173,14 +173,13 @@ class _Section:
 
     @property
     def by_task(self) -> list[Column]:
-        """Of the accuracies by task; none if there is only one task, or no row with an accuracy."""
+        """Of the accuracies (or losses) by task; none if there is only one task, or no row that has been scored."""
         tasks = task_columns(self.table)
-        accuracy = [column for column in result_columns(self.table) if column.name == "acc. %"]
-        return [RANK, METHOD, *accuracy, *tasks] if tasks and self.scored else []
+        return [RANK, METHOD, column_of(self.table.metric), *tasks] if tasks and self.scored else []
 
     @property
     def scored(self) -> list[LeaderboardRow]:
-        return [row for row in self.table.rows if row.tasks]
+        return [row for row in self.table.rows if row.scored]
 
     @property
     def notes(self) -> list[str]:

@@ -22,7 +22,7 @@ def run(method: str, right: int, **more: int) -> RunRecord:
 
 def test_rows_that_differ_and_rows_that_do_not() -> None:
     said = findings(table_of(run("grass", 60), run("full", 58), run("lora", 10)))
-    assert said.startswith("grass ranks first with 60.0 % (95 % interval 50.2-69.1). At the 5 % level")
+    assert said.startswith("grass has the highest accuracy, 60.0 % (95 % interval 50.2-69.1). At the 5 % level")
     assert "grass is better than lora; it cannot be told from full." in said
     assert "Compared with full fine-tuning, lora is worse; grass cannot be told from it." in said
     assert said.endswith("With one seed on a side, this holds for these runs alone, not for other seeds.")
@@ -46,7 +46,7 @@ def test_better_than_full() -> None:
 
 def test_ties_share_the_first_rank() -> None:
     said = findings(table_of(run("grass", 60), run("lisa", 60)))
-    assert said.startswith("grass and lisa rank first with 60.0 %")
+    assert said.startswith("grass and lisa have the highest accuracy, 60.0 %")
     assert "grass cannot be told from any other row" in said
 
 
@@ -58,7 +58,7 @@ def test_several_seeds_speak_of_any_seed() -> None:
 def test_a_filter_may_leave_the_best_row_out() -> None:
     table = table_of(run("grass", 60), run("lora", 10))
     said = findings(replace(table, rows=table.rows[1:]))
-    assert "first" not in said
+    assert "highest" not in said
     assert "the best row is better than every other row" in said
 
 
