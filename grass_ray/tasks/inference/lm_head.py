@@ -170,15 +170,16 @@ def _with_head(model: Any, decoder: nn.Module, use: Callable[[Tensor, Head], T],
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward
+    held = vars(module)  # a compiled module redirects its attributes to the module inside it
+    own = held.get("forward")
+    held["forward"] = forward
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            del held["forward"]
         else:
-            module.forward = own
+            held["forward"] = own
 
 
 def _logits(output: Any) -> Tensor:
@@ -218,15 +219,18 @@ def _feeds_the_head(model: Any, decoder: nn.Module) -> bool:
         with torch.no_grad():
             whole = _logits(model(**inputs))[0]
         try:
-            parts = _with_head(model, decoder, in_two_parts, inputs)
+            return _alike(_with_head(model, decoder, in_two_parts, inputs), whole)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # the decoder's result has another form, or the head needs more than it
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if parts.shape != whole.shape or parts.dtype != whole.dtype:
+
+
+def _alike(logits: Tensor, others: Tensor) -> bool:
+    if logits.shape != others.shape or logits.dtype != others.dtype:
         return False
-    if whole.is_meta:
+    if logits.is_meta:
         return True
-    difference, largest = (parts - whole).abs().max(), whole.abs().max()
-    return bool(difference <= TOLERANCES.get(base.dtype, LOW_PRECISION_TOLERANCE) * largest)
+    difference, largest = (logits - others).abs().max(), others.abs().max()
+    return bool(difference <= TOLERANCES.get(logits.dtype, LOW_PRECISION_TOLERANCE) * largest)
