@@ -27,6 +27,7 @@ from grass_ray.config import ConfigError
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import write_summary
 from grass_ray.results.record import RunRecord
+from grass_ray.results.recorded import RECORDS, read_records
 from grass_ray.results.rendering import render
 
 
@@ -39,13 +40,13 @@ class Options:
 
 
 def main(options: Options) -> None:
-    places = options.folder / "records"
+    places = options.folder / RECORDS
     if options.from_sweep is not None:
         places.mkdir(parents=True, exist_ok=True)
         for path in sorted(options.from_sweep.glob("*/record.json")):
             record = RunRecord.load(path)
             (places / f"{record.name}.json").write_text(record.model_dump_json() + "\n", encoding="utf-8")
-    records = [RunRecord.load(path) for path in sorted(places.glob("*.json"))]
+    records = read_records(options.folder)
     if not records:
         raise ConfigError(f"there are no records in {places}")
     tables = build_leaderboard(records)

@@ -25,7 +25,7 @@ from grass_ray.config.data import (
     Shape,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, to_json, whole_file
+from grass_ray.config.files import from_json, read_text, to_json, whole_file
 from grass_ray.config.method import (
     PLACEMENTS,
     AnyProjectionConfig,
@@ -36,7 +36,15 @@ from grass_ray.config.method import (
     OptimizerConfig,
     ProjectionConfig,
 )
-from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, slug
+from grass_ray.config.run import (
+    EvaluationConfig,
+    ModelConfig,
+    Parallel,
+    RunConfig,
+    TrainingConfig,
+    fingerprint_of,
+    slug,
+)
 from grass_ray.config.samplers import (
     AllLayersConfig,
     AnySamplerConfig,
@@ -102,7 +110,9 @@ __all__ = [
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
+    "fingerprint_of",
     "from_json",
+    "read_text",
     "slug",
     "to_json",
     "whole_file",

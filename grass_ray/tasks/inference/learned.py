@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 
-from grass_ray.tasks.inference.keys_values import accepts, base_model, has_virtual_tokens
+from grass_ray.tasks.inference.keys_values import base_model
+from grass_ray.tasks.inference.likelihood import call_head, read_tokens
 
 Learned = tuple[list[int], list[int]]  # token ids, and 1 for those whose loss counts
 
@@ -23,21 +23,18 @@ def summed_losses(model: Any, rows: Sequence[Learned]) -> list[float]:
     """
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    mask, counts = torch.zeros_like(ids), torch.zeros_like(ids)
-    for place, (tokens, learned) in enumerate(rows):
+    mask = torch.zeros_like(ids)
+    for place, (tokens, _) in enumerate(rows):
         ids[place, : len(tokens)] = torch.tensor(tokens)
         mask[place, : len(tokens)] = 1
-        counts[place, : len(tokens) - 1] = torch.tensor(learned[1:])
-    targets = ids.roll(-1, dims=1)
     device = base_model(model).device
-    needed = counts.any(dim=0).nonzero().squeeze(1)
-    options: dict[str, Any] = {"use_cache": False}
-    keeps = accepts(model, "logits_to_keep") and not has_virtual_tokens(model)
-    if keeps:
-        options["logits_to_keep"] = needed.to(device)
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), **options).logits
-    logits = logits if keeps else logits[:, -longest:][:, needed.to(device)]  # virtual tokens stand before the row
-    return [
-        float((functional.cross_entropy(row.float(), target.to(device), reduction="none") * count.to(device)).sum())
-        for row, target, count in zip(logits, targets[:, needed], counts[:, needed], strict=True)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    # the state at a position predicts the next token
+    wanted = [
+        (place * longest + step - 1, token)
+        for place, (tokens, learned) in enumerate(rows)
+        for step, token in enumerate(tokens)
+        if step and learned[step]
     ]
+    found = iter(call_head(model, longest, lambda *parts: read_tokens(wanted, *parts), inputs))
+    return [-sum(next(found)[0] for own in learned[1:] if own) for _, learned in rows]
