@@ -158,9 +158,9 @@ class Eval:
     """Maximum number of examples per task."""
     batch_size: int | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. auto selects what fits. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood", "loss"] | None = None
-    """Generate the answer, take the most likely of the possible answers, or only measure the loss. Defaults to that of
-    the run, else to generation; to loss for a data set of your own."""
+    scoring: Literal["auto", "generation", "loglikelihood", "loss"] = "auto"
+    """Generate the answer, take the most likely of the possible answers, or only measure the loss. auto does what
+    the run did, measures the loss on a data set of your own, and else generates."""
     set: Settings = ()
     """Any other setting by its dotted key."""
     output: Path | None = None
@@ -177,7 +177,7 @@ class Eval:
         given = {
             "evaluation.limit": self.limit,
             "evaluation.batch_size": self.batch_size,
-        } | ({} if self.scoring is None else {"evaluation.scoring": self.scoring})
+        } | ({} if self.scoring == "auto" else {"evaluation.scoring": self.scoring})
         config = build_config(
             "base" if run_folder is None else None,
             base=None if run_folder is None else run_folder / "config.yaml",
@@ -208,6 +208,8 @@ class Reproduce:
     """Where the base model is on this machine. Defaults to the recorded place."""
     data_dir: Path | None = None
     """Where the data folder is on this machine. Defaults to the recorded place."""
+    data: str | None = None
+    """Where the data set of your own is on this machine. Defaults to the recorded place."""
     output: Path | None = None
     """New or empty folder for the new run. By default nothing is written."""
     dry_run: bool = False
@@ -223,6 +225,7 @@ class Reproduce:
             find_original(self.run_or_record, tracking_store(self.tracking_uri)),
             model=self.model,
             data_dir=self.data_dir,
+            dataset=self.data,
             output=self.output,
             dry_run=self.dry_run,
             quiet=self.quiet,

@@ -18,6 +18,7 @@ from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_mo
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.paired import Metric, fact
 from grass_ray.results.rows import LeaderboardRow
+from grass_ray.results.text_columns import TEXT_COLUMNS
 from grass_ray.tasks.suites import TASKS
 
 
@@ -229,6 +230,7 @@ COLUMNS: tuple[Column, ...] = (
     *differences("best", nats_more, lambda row: row.loss_to_best, metric="loss"),
     Column("loss_covers_training", get=lambda row: fact(row.loss_to_full, "covers_training")),
     Column("loss_covers_training_to_best", get=lambda row: fact(row.loss_to_best, "covers_training")),
+    *TEXT_COLUMNS,
     Column("loss_told_apart", get=lambda row: fact(row.loss_to_best, "told_apart")),
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
