@@ -1,4 +1,4 @@
-"""Show a data set before training: rendered examples with what is learned, lengths, and rows that are lost."""
+"""Show a data set before training: rendered examples with what is learned, and lengths."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ def print_survey(survey: DataSurvey, console: Console) -> None:
         say(f"twice     {survey.duplicates} rows are equal to an earlier one; they are kept")
     if survey.numbers:
         say(f"numbers   {survey.numbers} values are numbers; they are learned as text")
-    for line in survey.lost:
-        say(line)
     for example in survey.examples:
-        say(f"example   {example.which}: {example.tokens} tokens, {example.learned} learned")
+        cut = f", cut at {survey.limit}" if example.tokens > survey.limit else ""
+        say(f"example   {example.which}: {example.tokens} tokens{cut}, {example.learned} learned")
         say(_text(example, plain=not console.is_terminal or console.no_color))
 
 

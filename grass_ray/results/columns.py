@@ -230,8 +230,8 @@ COLUMNS: tuple[Column, ...] = (
     *differences("best", nats_more, lambda row: row.loss_to_best, metric="loss"),
     Column("loss_covers_training", get=lambda row: fact(row.loss_to_full, "covers_training")),
     Column("loss_covers_training_to_best", get=lambda row: fact(row.loss_to_best, "covers_training")),
-    *TEXT_COLUMNS,
     Column("loss_told_apart", get=lambda row: fact(row.loss_to_best, "told_apart")),
+    *TEXT_COLUMNS,
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 

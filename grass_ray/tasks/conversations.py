@@ -6,8 +6,9 @@
 
 Where the template marks the assistant's text (``{% generation %}``), transformers tells its tokens. Elsewhere a turn of
 the assistant is the text between the conversation before it, rendered with the generation prompt, and the conversation
-that ends with it. Both must be beginnings of the whole conversation; a template that renders a turn differently when
-others follow (one that drops earlier reasoning, for example) is refused, since nothing then says what was learned.
+that ends with it; a greeting that opens a conversation is not learned. Both must be beginnings of the whole
+conversation: a template that renders a turn differently when others follow (one that drops earlier reasoning, for
+example) is refused, since nothing then says what was learned.
 """
 
 from __future__ import annotations
@@ -141,11 +142,14 @@ class _Chat:
 
     def by_prefixes(self, messages: list[dict[str, Any]]) -> Encoded:
         whole = self._render(messages)
-        spans = [
-            self._span(whole, messages, number)
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        # no generation prompt stands before a greeting that opens the conversation, so it is not learned
+        turns = [number for number, message in enumerate(messages) if number and message["role"] == "assistant"]
+        if not turns:
+            raise RowError(
+                "its only message of the assistant is the first one, and this chat template marks no {% generation %}, "
+                "so where that begins is not known"
+            )
+        spans = [self._span(whole, messages, number) for number in turns]
         ids, learned = self._tokenize(whole, spans)
         ends = set(self._tokenizer.added_tokens_encoder.values())
         says_its_end = any(token in ends for token, own in zip(ids, learned, strict=True) if own)
@@ -173,11 +177,6 @@ class _Chat:
 
     def _span(self, whole: str, messages: list[dict[str, Any]], number: int) -> tuple[int, int]:
         """Where the text of a turn of the assistant begins and ends, its end token included."""
-        if number == 0:
-            raise RowError(
-                "it begins with the assistant, and this chat template marks no {% generation %}, so where the "
-                "assistant's text begins is not known; begin with a message of the user"
-            )
         before = self._render(messages[:number], add_generation_prompt=True)
         until = self._render(messages[: number + 1])
         if not whole.startswith(until):  # some templates close a whole conversation with the end token

@@ -1,4 +1,4 @@
-"""Look at a data set as a model will get it: how long its rows are, what is learned, what is lost.
+"""Look at a data set as a model will get it: how long its rows are, and what is learned.
 
 ::
 
@@ -17,7 +17,7 @@ from grass_ray.config import DatasetSource, RunConfig
 from grass_ray.tasks.conversations import find_template, says_what_is_learned
 from grass_ray.tasks.encoding import EncodedRow, encode_rows, is_chat
 from grass_ray.tasks.sources import load_test_rows, load_train_rows
-from grass_ray.training.lost_rows import MOST_ROWS, find_lost_rows
+from grass_ray.training.lost_rows import MOST_ROWS
 
 BINS = 8
 
@@ -45,7 +45,6 @@ class DataSurvey:
         duplicates: rows that are equal to an earlier one.
         numbers: values that were numbers and are learned as text.
         test_rows: number of held-out rows.
-        lost: one line per way in which rows are lost.
         examples: rendered rows.
     """
 
@@ -57,7 +56,6 @@ class DataSurvey:
     duplicates: int
     numbers: int
     test_rows: int
-    lost: list[str]
     examples: list[RenderedExample]
 
     @property
@@ -96,7 +94,6 @@ def survey_data(config: RunConfig, tokenizer: Any) -> DataSurvey:
         duplicates=sum(file["duplicates"] for file in files),
         numbers=sum(file.get("numbers_as_text", 0) for file in files),
         test_rows=len(load_test_rows(data.tasks[0], data).rows),
-        lost=find_lost_rows(config, tokenizer),
         examples=[_render(which, row, tokenizer) for which, row in chosen.items()],
     )
 

@@ -84,6 +84,13 @@ def test_an_end_token_is_learned_if_the_template_has_none(tokenizer: Any) -> Non
     assert learned_texts(tokenizer, ids, learned)[0] == "4\n"
 
 
+def test_a_greeting_that_opens_a_conversation_is_learned_only_where_it_is_marked(tokenizer: Any) -> None:
+    found = {name: encode_chat(tokenizer, row(SEVERAL[2:]), name) for name in (CHATML, MARKED)}
+    assert learned_texts(tokenizer, *found[CHATML]) == ["\nI do not know, 生.\n<|im_end|>"]
+    assert learned_texts(tokenizer, *found[MARKED])[0] == "4<|im_end|>"
+    assert found[CHATML][0] == found[MARKED][0]
+
+
 def test_the_simple_template_is_for_every_tokenizer() -> None:
     tokenizer = make_tokenizer(bos_token="<start>")
     ids, learned = encode_chat(tokenizer, row(SEVERAL[:3]), SIMPLE)
@@ -97,7 +104,7 @@ def test_the_simple_template_is_for_every_tokenizer() -> None:
     ("messages", "template", "message"),
     [
         (SEVERAL, FORGETFUL, "renders message 3 differently when others follow"),
-        (SEVERAL[2:], CHATML, "it begins with the assistant, and this chat template marks no"),
+        (SEVERAL[2:4], CHATML, "its only message of the assistant is the first one, and this chat template marks no"),
         (SEVERAL, "{{ raise_exception('System role not supported') }}", "refuses it: System role not supported"),
         (SEVERAL, "{{ messages[0]['content'] + 1 }}", "the chat template refuses it: "),
         (SEVERAL, CHATML.replace("message['content']", "''"), "renders nothing of what the assistant says"),
@@ -122,9 +129,9 @@ def data(**settings: Any) -> DataConfig:
 def test_rows_that_the_template_refuses_are_named_or_counted(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(CHATML)
     own = str(tmp_path / "own.jinja")
-    rows = [row(SEVERAL), ChatRow(messages=json.dumps(SEVERAL[2:]), where="row 2 of /chats.jsonl")]
+    rows = [row(SEVERAL), ChatRow(messages=json.dumps(SEVERAL[2:4]), where="row 2 of /chats.jsonl")]
     with pytest.raises(
-        ConfigError, match=r"1 of 2 rows cannot be used: row 2 of /chats.jsonl: it begins with the assis"
+        ConfigError, match=r"1 of 2 rows cannot be used: row 2 of /chats.jsonl: its only message of the"
     ):
         encode_rows(rows, tokenizer, data(chat_template=own))
     found = encode_rows(rows, tokenizer, data(chat_template=own, broken_rows="skip"))

@@ -139,7 +139,7 @@ def test_long_empty_and_refused_rows_are_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": [turn("user", "Hi?"), turn("assistant", "Ho.")]} for _ in range(2)]
     rows += [{"messages": [turn("user", "long " * 99), turn("assistant", "Ho.")]}]
     rows += [{"messages": [turn("user", "Hi?"), turn("assistant", "ho " * 99)]}]
-    rows += [{"messages": [turn("assistant", "Ho."), turn("user", "Hi?"), turn("assistant", "Ho.")]}]
+    rows += [{"messages": [turn("assistant", "Ho."), turn("user", "Hi?")]}]
     rows += [{"messages": []}]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,7 +162,7 @@ def test_long_empty_and_refused_rows_are_counted(tmp_path: Path) -> None:
         check_run(config.override({"data.broken_rows": "refuse"}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(
-        ConfigError, match=rf"1 of 5 rows cannot be used: row 5 of {path}: it begins with the assistant"
+        ConfigError, match=rf"1 of 5 rows cannot be used: row 5 of {path}: its only message of the"
     ):
         check_run(config.override({"data.broken_rows": "refuse"}))
 
