@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from grass_ray.cli import main
-from grass_ray.config import RunConfig
+from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.record import RunRecord
+from grass_ray.tasks.conversations import SIMPLE
+from grass_ray.training.models import load_model
 
 pytestmark = pytest.mark.long
 
@@ -105,6 +108,23 @@ def test_a_run_is_evaluated_and_reproduced_and_its_command_is_complete(
     assert "data.source=" in words
 
 
+def test_an_exported_model_has_its_losses_on_its_card_and_the_template_it_was_trained_with(
+    folder: Path, grass_ray: Command
+) -> None:
+    (folder / "own.jinja").write_text(SIMPLE.replace("Assistant", "Fox").replace("### ", "## "))
+    own = ("--set", "data.source.chat_template=own.jinja", "evaluation.forgetting=generated")
+    code, _, err = grass_ray(*TRAIN, *own, "--output", "templated")
+    assert code == 0, err
+    code, _, err = grass_ray("export", "templated", "--output", "exported")
+    assert code == 0, err
+    assert AutoTokenizer.from_pretrained(folder / "exported").chat_template == (folder / "own.jinja").read_text()
+    card = (folder / "exported" / "README.md").read_text()
+    loss = RunRecord.load(folder / "templated" / "record.json").metrics["eval/chats/loss"]
+    assert f"| chats | {loss:.3f} |" in card
+    assert "nan" not in card
+    assert "rise of the loss on a text that has nothing to do with the task" in card
+
+
 def test_base_and_trained_rows_are_ranked_by_loss(folder: Path, run: Path, grass_ray: Command) -> None:
     code, _, _ = grass_ray("train", "base", "--model", "tiny", "--data", "chats.jsonl", "--output", "base")
     assert code == 0
@@ -155,9 +175,6 @@ def test_wrong_input_is_one_message_before_anything_is_loaded(
 
 
 def test_a_model_without_a_chat_template_is_said_in_one_sentence(folder: Path, grass_ray: Command) -> None:
-    from grass_ray.config import ModelConfig
-    from grass_ray.training.models import load_model
-
     loaded = load_model(ModelConfig(name="tiny"))
     loaded.tokenizer.chat_template = None
     loaded.model.save_pretrained(folder / "bare")

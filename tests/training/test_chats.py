@@ -161,9 +161,7 @@ def test_long_empty_and_refused_rows_are_counted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"row 6: 'messages' is empty"):
         check_run(config.override({"data.broken_rows": "refuse"}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(
-        ConfigError, match=rf"1 of 5 rows cannot be used: row 5 of {path}: its only message of the"
-    ):
+    with pytest.raises(ConfigError, match=rf"1 of 5 rows cannot be used: row 5 of {path}: its only message of the"):
         check_run(config.override({"data.broken_rows": "refuse"}))
 
 
