@@ -121,9 +121,8 @@ def reproduce(
 
     Args:
         original: what to run again.
-        model: where the base model is here; None takes the recorded place.
-        data_dir: where the data folder is here; None takes the recorded place.
-        dataset: where the file or folder of a data set of the user's own is here; None takes the recorded place.
+        model, data_dir, dataset: where the base model, the data folder and the user's own data set are here; None
+            takes the recorded place.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
         quiet: print only the verdict and what differs.

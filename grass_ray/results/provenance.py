@@ -239,8 +239,7 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "correct": example.correct,
                     "answer_nats": example.answer_nats,
                     "answer_tokens": example.answer_tokens,
+                    "answer_bytes": example.answer_bytes,
                     "option_nats": example.option_nats,
                 }
-                if example.answer_bytes is not None:
-                    row["answer_bytes"] = example.answer_bytes
                 file.write(to_json(row) + "\n")

@@ -143,10 +143,10 @@ def _protocol(
     """How the loss is measured: what must be equal for two losses to be compared, and what was lost."""
     file = tests.provenance["files"][0]
     chats = any(is_chat(row.row, data, lm.tokenizer) for row in encoded.rows)
-    rendering: dict[str, Any] = {"template": data.template}
+    rendering: dict[str, Any] = {"rendering": "plain", "template": data.template}
     if chats and isinstance(data.source, DatasetSource):
         template = find_template(data.source, lm.tokenizer)
-        rendering = {"template": "chat", "template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+        rendering = {"rendering": "chat", "template_sha256": hashlib.sha256(template.encode()).hexdigest()}
     return {
         **rendering,
         "scoring": "loss",
@@ -158,7 +158,7 @@ def _protocol(
         "batch_size": evaluation.batch_size,
         "test_file": file["name"],
         "test_sha256": file["sha256"],
-        "test_rows": len(tests.rows),
+        "test_rows": sum(row.targets > 0 for row in encoded.rows),
         "test_rows_skipped": tests.provenance["rows_skipped"],
         "test_rows_cut": sum(row.is_cut for row in encoded.rows),
         "test_rows_unused": len(tests.rows) - sum(row.targets > 0 for row in encoded.rows),

@@ -121,7 +121,7 @@ def test_an_exported_model_has_its_losses_on_its_card_and_the_template_it_was_tr
     card = (folder / "exported" / "README.md").read_text()
     loss = RunRecord.load(folder / "templated" / "record.json").metrics["eval/chats/loss"]
     assert f"| chats | {loss:.3f} |" in card
-    assert "nan" not in card
+    assert "| nan" not in card
     assert "rise of the loss on a text that has nothing to do with the task" in card
 
 

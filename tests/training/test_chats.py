@@ -131,7 +131,7 @@ def test_a_run_learns_from_conversations_and_records_what_they_were(path: Path) 
     (file,) = outcome.data["train"]["files"]
     assert (file["name"], file["shape"], file["rows"], file["rows_held_out"]) == (str(path), "messages", 22, 2)
     protocol = outcome.tasks["chats"].protocol
-    assert (protocol["template"], protocol["max_length_tokens"], protocol["test_rows"]) == ("chat", 256, 2)
+    assert (protocol["rendering"], protocol["max_length_tokens"], protocol["test_rows"]) == ("chat", 256, 2)
     assert protocol["test_file"] == f"{path}, 2 held out"
 
 

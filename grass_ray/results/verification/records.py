@@ -32,7 +32,14 @@ _SHA256, _COMMIT, _QUESTION = r"[0-9a-f]{64}", r"[0-9a-f]{7,64}", r"[0-9a-f]{16}
 # what a score's protocol repeats of the configuration, and where it stands there
 _REPEATED = {"limit": "evaluation", "scoring": "evaluation", "num_beams": "evaluation", "template": "data"}
 _QUESTIONS = ("test_sha256", "test_rows", "template", "limit", "limit_seed")  # decide which questions are asked
-_PER_EXAMPLE = ("id", "correct", "answer_nats", "answer_tokens", "option_nats")  # of a line of examples.jsonl
+_PER_EXAMPLE = (
+    "id",
+    "correct",
+    "answer_nats",
+    "answer_tokens",
+    "answer_bytes",
+    "option_nats",
+)  # of a line of examples.jsonl
 _LOSS, _STEP_S = "train/loss", "time/step_s"
 _OPTIONAL = ("eval/average_clean", "eval/average_normalised")  # earlier versions did not record them
 _ROUNDING = 1e-4  # of log-likelihoods, in nats
