@@ -21,6 +21,7 @@ from grass_ray.commands.ls import Ls
 from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
 from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
+from grass_ray.commands.verify import Verify
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
 from grass_ray.process import leave, prepare_output
@@ -34,6 +35,7 @@ VERBS: Mapping[str, type] = {
     "plot": Plot,
     "export": Export,
     "reproduce": Reproduce,
+    "verify": Verify,
     "plan": Plan,
     "ls": Ls,
 }
