@@ -133,7 +133,9 @@ def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("verb", ["", "train", "sweep", "eval", "leaderboard", "export", "reproduce", "plan", "ls"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "sweep", "eval", "leaderboard", "power", "export", "reproduce", "plan", "ls"]
+)
 def test_help_loads_no_torch(verb: str) -> None:
     arguments = [*([verb] if verb else []), "--help"]
     done = run_python(

@@ -88,10 +88,25 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
         from grass_ray.results.page.page import render_comparison_page
 
         return render_comparison_page(title, COMPARISON_HEADER, cells, notes)
+    return render_cells(title, [(COMPARISON_HEADER, cells)], notes, format, width=width)
+
+
+def render_cells(
+    title: str,
+    parts: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
+    notes: Sequence[str],
+    format: Literal["table", "markdown"],
+    *,
+    width: int,
+) -> str:
+    """Tables of one title, each its headings and cells, and what a reader must know of them."""
     if format == "markdown":
-        lines = [f"### {markdown_text(title)}", "", *markdown_table(COMPARISON_HEADER, cells, WORDS), ""]
+        lines = [f"### {markdown_text(title)}", ""]
+        for names, cells in parts:
+            lines += [*markdown_table(names, cells, WORDS), ""]
         return "\n".join([*lines, *(f"- {markdown_text(note)}" for note in notes)])
-    return _print(title, _grids(COMPARISON_HEADER, cells, width, repeated=1) if cells else [], notes, width)
+    grids = [grid for names, cells in parts if cells for grid in _grids(names, cells, width, repeated=1)]
+    return _print(title, grids, notes, width)
 
 
 # ----------------------------------------------------------------------------------------------------------- formats
