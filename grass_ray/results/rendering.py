@@ -35,10 +35,10 @@ from grass_ray.results.formats import markdown_table, markdown_text
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sweep_comparison import (
-    COMPARISON_HEADER,
     SweepComparison,
     comparison_cells,
     comparison_csv,
+    comparison_header,
     comparison_notes,
 )
 
@@ -87,8 +87,8 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
     if format == "html":
         from grass_ray.results.page.page import render_comparison_page
 
-        return render_comparison_page(title, COMPARISON_HEADER, cells, notes)
-    return render_cells(title, [(COMPARISON_HEADER, cells)], notes, format, width=width)
+        return render_comparison_page(title, comparison_header(comparison), cells, notes)
+    return render_cells(title, [(comparison_header(comparison), cells)], notes, format, width=width)
 
 
 def render_cells(
@@ -195,7 +195,7 @@ def _widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _heading(name: str) -> str:
-    broken = name.startswith(("vs ", "p ", "train ", "loss ")) or name.endswith("GiB")
+    broken = name.startswith(("vs ", "p ", "train ", "loss vs ")) or name.endswith("GiB")
     return name.replace(" ", "\n") if broken else name
 
 
