@@ -349,7 +349,6 @@ WRONG: tuple[tuple[str, ...], ...] = (
     ("leaderboard", "--status", "done"),
     ("leaderboard", "--reverse"),
     ("leaderboard", "--compare", "a", "b", "--sort", "rank"),
-    ("power", "--metric", "speed"),
     ("power", "--question-sd", "0", "--power", "2", "--num-seeds", "1"),
     ("power", "--question-sd", "0.2"),
     ("power", "--tracking-uri", "sqlite:///nowhere/mlflow.db"),
