@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-import yaml
 
 from grass_ray.config import FolderSource, ModelConfig, RunConfig
 from grass_ray.methods import METHODS
@@ -33,7 +31,16 @@ from grass_ray.overrides import parse
 from grass_ray.results.leaderboard import build_leaderboard
 from grass_ray.results.overview import write_summary
 from grass_ray.results.provenance import build_record, now
+from grass_ray.results.rate_search import (
+    ANSWER_LOSS,
+    SEARCH,
+    SETTINGS,
+    load_rate_searches,
+    rate_table,
+    render_settings,
+)
 from grass_ray.results.record import RunRecord
+from grass_ray.results.recorded import RECORDS, read_records
 from grass_ray.results.rendering import render
 from grass_ray.tasks.sources import load_test_rows
 from grass_ray.tasks.suites import resolve_tasks
@@ -153,7 +160,7 @@ def final(options: Options, method: str, lr: float, seed: int) -> RunRecord:
         outcome=run.outcome(),
         started_at=started_at,
     )
-    record.metrics["test/answer_loss"] = loss
+    record.metrics[ANSWER_LOSS] = loss
     if not options.speed:
         record.metrics = {
             name: value for name, value in record.metrics.items() if not name.startswith(("throughput/", "time/"))
@@ -161,48 +168,20 @@ def final(options: Options, method: str, lr: float, seed: int) -> RunRecord:
     return record
 
 
-def summarise(options: Options, found: dict[str, dict[str, float]], records: list[RunRecord]) -> str:
-    """The result in Markdown: losses and learning rates, then the leaderboard with its intervals."""
-    lines = [
-        "| method | test answer loss, mean of seeds | spread | learning rate | at the edge | held-out loss by rate |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows = []
-    for method in METHODS:
-        losses = [record.metrics["test/answer_loss"] for record in records if record.config["method"]["name"] == method]
-        if not losses:
-            continue
-        mean = statistics.fmean(losses)
-        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "-"
-        rate = edge = searched = "-"
-        if tried := found.get(method):
-            best = min(tried, key=tried.__getitem__)
-            rate, edge = best, "yes" if best in (next(iter(tried)), list(tried)[-1]) else "no"
-            searched = ", ".join(f"{lr}: {loss:.3f}" for lr, loss in tried.items())
-        rows.append((mean, f"| {method} | {mean:.4f} | {spread} | {rate} | {edge} | {searched} |"))
-    lines += [text for _, text in sorted(rows)]
-    return "\n".join(lines) + "\n\n" + render(build_leaderboard(records), "markdown")
-
-
 def search_once(options: Options, method: str) -> float:
     """The learning rate of a method: from its file, or searched now and written there."""
-    file = options.output / "search" / f"{method}.json"
+    file = options.output / SEARCH / f"{method}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(search(options, method), indent=1) + "\n")
-    found: dict[str, float] = json.loads(file.read_text())
-    return float(min(found, key=found.__getitem__)) if found else METHODS[method].config.optimizer.lr
+    return next(float(search.best) for search in load_rate_searches(options.output) if search.method == method)
 
 
 def write_results(options: Options) -> str:
     """Rates, table, page and pictures from the files of all searches and runs so far; returns the table."""
-    files = sorted((options.output / "search").glob("*.json"))
-    found = {file.stem: json.loads(file.read_text()) for file in files}
-    settings = {
-        method: [f"method.optimizer.lr={min(tried, key=tried.__getitem__)}"] for method, tried in found.items() if tried
-    }
-    (options.output / "settings.yaml").write_text(yaml.safe_dump({"methods": settings}), encoding="utf-8")
-    records = [RunRecord.load(path) for path in sorted((options.output / "records").glob("*.json"))]
+    searches = load_rate_searches(options.output)
+    (options.output / SETTINGS).write_text(render_settings(searches), encoding="utf-8")
+    records = read_records(options.output)
     first = records[0]
     precision = "float32" if options.matmul_precision == "highest" else "float32 with TF32 products"
     heading = (
@@ -216,9 +195,9 @@ def write_results(options: Options) -> str:
     done = {record.config["method"]["name"] for record in records}
     if missing := [name for name in METHODS if name not in done]:
         heading += f"Not measured yet: {', '.join(missing)}; the same command goes on with them.\n\n"
-    text = heading + summarise(options, found, records)
-    (options.output / "README.md").write_text(text + "\n", encoding="utf-8")
     tables = build_leaderboard(records)
+    text = heading + "\n".join([*rate_table(records, searches), "", render(tables, "markdown")])
+    (options.output / "README.md").write_text(text + "\n", encoding="utf-8")
     write_summary(records, tables, options.output)
     (options.output / "leaderboard.html").write_text(render(tables, "html", records=records), encoding="utf-8")
     return text
@@ -229,7 +208,7 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.matmul_precision)
-    places = options.output / "records"
+    places = options.output / RECORDS
     places.mkdir(parents=True, exist_ok=True)
     for method in options.methods:
         started = time.perf_counter()

@@ -29,9 +29,8 @@ from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
-from grass_ray.training.loop import WARM_UP_STEPS
 from grass_ray.training.loss import accumulate_gradients
-from grass_ray.training.report import GIB
+from grass_ray.training.report import GIB, WARM_UP_STEPS
 from grass_ray.training.run import Run
 
 TRAINED = tuple(name for name, row in METHODS.items() if row.trains)

@@ -17,8 +17,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
+from grass_ray.results.leaderboard import build_leaderboard
+from grass_ray.results.record import RunRecord
+from grass_ray.results.recorded import find_results
+from grass_ray.results.rendering import render
+
 ROOT = generated.ROOT
-BROUGHT = ("*.md", "examples/*", "sweeps/*.py", "benchmarks/*.*")
+BROUGHT = ("*.md", "examples/*", "sweeps/*.py", "benchmarks/*.*", "benchmarks/verdict/*.*")
 BROUGHT += ("benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "benchmarks/results/**/*.html")
 LINK = re.compile(r"(\]\()((?:\.\./)+)([^)#\s]*)")
 # of Sphinx in docstrings: :class:`~grass_ray.optim.GaLore`
@@ -30,20 +35,16 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     found = {path for pattern in BROUGHT for path in ROOT.glob(pattern) if path.is_file()}
     for path in sorted(found - {ROOT / "README.md"}):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    for folder in sorted(path.parent for path in ROOT.glob("benchmarks/results/*/records")):
-        if not (folder / "leaderboard.html").exists():
-            name = (folder / "leaderboard.html").relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, content=leaderboard_page(folder / "records")))
+    for result in find_results(ROOT / "benchmarks" / "results"):
+        page = result.folder / "leaderboard.html"
+        if not page.exists():
+            content = leaderboard_page(result.load())
+            files.append(File.generated(config, page.relative_to(ROOT).as_posix(), content=content))
 
 
-def leaderboard_page(records: Path) -> str:
+def leaderboard_page(records: list[RunRecord]) -> str:
     """The page that ``grass-ray leaderboard --format html`` writes of these records."""
-    from grass_ray.results.leaderboard import build_leaderboard
-    from grass_ray.results.record import RunRecord
-    from grass_ray.results.rendering import render
-
-    loaded = [RunRecord.load(path) for path in sorted(records.glob("*.json"))]
-    return render(build_leaderboard(loaded), "html", records=loaded)
+    return render(build_leaderboard(records), "html", records=records)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

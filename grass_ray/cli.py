@@ -22,6 +22,7 @@ from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
 from grass_ray.commands.power import Power
 from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
+from grass_ray.commands.verify import Verify
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
 from grass_ray.process import leave, prepare_output
@@ -36,6 +37,7 @@ VERBS: Mapping[str, type] = {
     "plot": Plot,
     "export": Export,
     "reproduce": Reproduce,
+    "verify": Verify,
     "plan": Plan,
     "ls": Ls,
 }

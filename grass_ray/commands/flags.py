@@ -36,6 +36,8 @@ class RunFilters:
     """Name of a sweep. Defaults to all experiments."""
     tracking_uri: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, arg(metavar="URI")] = ()
     """MLflow store; repeat the flag for several. Defaults to MLFLOW_TRACKING_URI, else mlflow.db."""
+    records: Path | None = None
+    """Folder with run records, such as benchmarks/results/comparison, in place of a tracking store."""
     method: Names = ()
     """Only show the rows of these methods. Statistics still take all methods into account."""
     model: Names = ()
@@ -69,11 +71,25 @@ class RunFilters:
         from grass_ray.results.selection import merge_records
         from grass_ray.results.store import load_records
 
+        if self.records is not None:
+            return self._of_experiment(self._in_folder(self.records), "this folder")
         if len(self.tracking_uri) < 2:
             return load_records(tracking_store("".join(self.tracking_uri)), self.experiment, series=series)
         records = merge_records(load_records(uri, series=series) for uri in self.tracking_uri)
+        return self._of_experiment(records, "these stores")
+
+    def _in_folder(self, folder: Path) -> list[RunRecord]:
+        from grass_ray.results.recorded import find_results
+
+        if self.tracking_uri:
+            raise ConfigError("--records and --tracking-uri both say where runs are; give one of them")
+        if not (results := find_results(folder)):
+            raise ConfigError(f"there are no run records in {folder}; give a folder with records/*.json or run folders")
+        return [record for result in results for record in result.load()]
+
+    def _of_experiment(self, records: list[RunRecord], where: str) -> list[RunRecord]:
         chosen = [record for record in records if self.experiment in (None, record.sweep)]
         if records and not chosen:
             known = ", ".join(sorted({record.sweep for record in records}))
-            raise ConfigError(f"unknown experiment {self.experiment!r} in these stores; available: {known}")
+            raise ConfigError(f"unknown experiment {self.experiment!r} in {where}; available: {known}")
         return chosen

@@ -22,7 +22,7 @@ from grass_ray.config.data import (
     HubSource,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, to_json, whole_file
+from grass_ray.config.files import from_json, read_text, to_json, whole_file
 from grass_ray.config.method import (
     PLACEMENTS,
     AnyProjectionConfig,
@@ -33,7 +33,15 @@ from grass_ray.config.method import (
     OptimizerConfig,
     ProjectionConfig,
 )
-from grass_ray.config.run import EvaluationConfig, ModelConfig, Parallel, RunConfig, TrainingConfig, slug
+from grass_ray.config.run import (
+    EvaluationConfig,
+    ModelConfig,
+    Parallel,
+    RunConfig,
+    TrainingConfig,
+    fingerprint_of,
+    slug,
+)
 from grass_ray.config.samplers import (
     AllLayersConfig,
     AnySamplerConfig,
@@ -96,7 +104,9 @@ __all__ = [
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
+    "fingerprint_of",
     "from_json",
+    "read_text",
     "slug",
     "to_json",
     "whole_file",

@@ -1,7 +1,12 @@
-"""Text files that are never half written, and JSON that strict readers accept."""
+"""Text files that are never half written, and JSON that strict readers accept.
+
+Files whose names end with ``.gz`` are written and read with gzip.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +24,25 @@ def whole_file(path: str | Path) -> Iterator[IO[str]]:
     """
     part = Path(f"{path}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            yield file
+        with part.open("wb") as raw:
+            # without a name and the time, so that equal texts are equal files
+            packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_compressed(path) else raw
+            with io.TextIOWrapper(packed, encoding="utf-8") as file:
+                yield file
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_text(path: str | Path) -> str:
+    """What :func:`whole_file` wrote."""
+    content = Path(path).read_bytes()
+    return (gzip.decompress(content) if is_compressed(path) else content).decode()
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether a file is written and read with gzip, which its name says."""
+    return Path(path).suffix == ".gz"
 
 
 def to_json(value: object, *, indent: int | None = None, keep: bool = False) -> str:

@@ -156,7 +156,12 @@ class RunConfig(ConfigPart):
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that two equal configurations share."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint_of(self.to_dict())
+
+
+def fingerprint_of(values: Mapping[str, Any]) -> str:
+    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

@@ -177,7 +177,13 @@ class Planner:
             for parameter in trained.model.parameters():
                 parameter.requires_grad_(parameter in parameters)
             try:
-                profile = profile_step(trained.model, shape, device=self.device, drop_gradients=drop_gradients)
+                profile = profile_step(
+                    trained.model,
+                    shape,
+                    device=self.device,
+                    drop_gradients=drop_gradients,
+                    recomputed=trained.layers if drop_gradients else (),
+                )
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(
                     f"cannot predict the memory of a step of {type(trained.model).__name__}: "

@@ -32,6 +32,7 @@ class TrainedUnits:
 
     Attributes:
         model: the model with the method's adapter.
+        layers: its decoder layers.
         units: what the sampler picks from.
         constant: what trains at every step.
         sampler: started on ``units``.
@@ -41,6 +42,7 @@ class TrainedUnits:
     """
 
     model: nn.Module
+    layers: Sequence[nn.Module]
     units: Sequence[Unit]
     constant: Sequence[Unit]
     sampler: Sampler
@@ -135,6 +137,7 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
     matrices = (p for layer in optimizer.stack.layers for p in layer if p.ndim == 2)
     return TrainedUnits(
         model=model,
+        layers=optimizer.stack.modules,
         units=optimizer.units,
         constant=optimizer.constant_units,
         sampler=sampler,

@@ -9,8 +9,9 @@ A drop-in ``torch.optim.Optimizer``; probing, sampling, freezing, switching and 
         optimizer.zero_grad()
 
 While ``optimizer.probing`` is True the gradients are measured and dropped, nothing is updated, and a learning-rate
-schedule should stand still. A model sharded by FSDP2 (``fully_shard``) trains the same way, each worker holding the
-states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
+schedule should stand still; layers are computed again in backward then (:mod:`grass_ray.optim.recompute`), so that
+these steps take no more memory than others. A model sharded by FSDP2 (``fully_shard``) trains the same way, each worker
+holding the states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class LayerwiseAdamW(OneModelOptimizer):
             # last, so that the places of all others stay: a scaler unscales what is in a group
             self.param_groups[-1]["params"].append(self._gradients.witness)
         parts.freeze_others(model)
+        self._handles.append(self._active.recompute)
         self._active.begin()
         self._recorder = StepRecorder(sampler, self.stats)
         takeover.complete(self, parts.given)

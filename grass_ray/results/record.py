@@ -2,7 +2,7 @@
 
 Leaderboards are computed from records alone; MLflow only stores them. ::
 
-    record = RunRecord.load(folder / "record.json")
+    record = RunRecord.load(folder / "record.json")        # or record.json.gz
     tokens, waited = sum(record.step_tokens().values()), sum(record.step_stalls().values())
 
 Schema 2 keeps four raw facts of each step as series of their own. Of a record of schema 1, which has none of them, the
@@ -12,14 +12,17 @@ has: speed, learning rate, and running totals.
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from grass_ray.config import ConfigError, whole_file
+from grass_ray.config import ConfigError, read_text, whole_file
 from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
@@ -64,6 +67,11 @@ class TaskScore(RecordPart):
         if self.answer_nats is None or self.answer_tokens is None:
             return None
         return [nats / tokens for nats, tokens in zip(self.answer_nats, self.answer_tokens, strict=True)]
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of :attr:`losses`; None if they were not measured or there are no examples."""
+        return fmean(self.losses) if self.losses else None
 
     @model_validator(mode="after")
     def _one_entry_per_example(self) -> Self:
@@ -127,7 +135,7 @@ class RunRecord(RecordPart):
     search: SearchPart | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON."""
+        """Write the record as JSON, compressed if the name ends with ``.gz``."""
         with whole_file(path) as file:
             file.write(self.model_dump_json(indent=1))
 
@@ -135,7 +143,9 @@ class RunRecord(RecordPart):
     def load(cls, path: str | Path) -> RunRecord:
         """Read a record. Raises :class:`ConfigError` when it cannot be read."""
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            return cls.model_validate_json(read_text(path))
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            raise ConfigError(f"{path} is not a run record: it is not compressed by gzip, or cut short") from None
         except OSError as error:
             raise ConfigError(f"cannot read the record {path}: {error.strerror}") from None
         except UnicodeDecodeError:

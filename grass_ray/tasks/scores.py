@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from grass_ray.tasks.suites import SUITES, TASKS
 
@@ -114,7 +114,27 @@ class EvaluationResult:
         return fmean(losses) if losses and len(losses) == len(self.examples) else None
 
 
-def score_metrics(results: Mapping[str, EvaluationResult], *, contaminated: Collection[str] = ()) -> dict[str, float]:
+class Scored(Protocol):
+    """What averages need of a task's result, or of its score in a record: as of :class:`EvaluationResult`."""
+
+    @property
+    def scoring(self) -> str:
+        """``generation``, ``loglikelihood`` or ``loss``."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct examples, 0 to 1."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the right answers, in nats; None if it was not measured."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What makes results comparable; its ``chance`` is the expected accuracy of guessing."""
+
+
+def score_metrics(results: Mapping[str, Scored], *, contaminated: Collection[str] = ()) -> dict[str, float]:
     """Return the accuracy and the loss of each task and their averages, by MLflow key; empty without results.
 
     Args:
@@ -130,7 +150,7 @@ def score_metrics(results: Mapping[str, EvaluationResult], *, contaminated: Coll
     return _accuracies({task: r for task, r in results.items() if r.scoring != "loss"}, contaminated) | _losses(results)
 
 
-def _accuracies(results: Mapping[str, EvaluationResult], contaminated: Collection[str]) -> dict[str, float]:
+def _accuracies(results: Mapping[str, Scored], contaminated: Collection[str]) -> dict[str, float]:
     metrics = {f"eval/{task}/accuracy": result.accuracy for task, result in results.items()}
     if not metrics:
         return metrics
@@ -144,7 +164,7 @@ def _accuracies(results: Mapping[str, EvaluationResult], contaminated: Collectio
     return metrics
 
 
-def _losses(results: Mapping[str, EvaluationResult]) -> dict[str, float]:
+def _losses(results: Mapping[str, Scored]) -> dict[str, float]:
     metrics = {f"eval/{task}/loss": loss for task, r in results.items() if (loss := r.loss) is not None}
     return metrics | ({"eval/loss": fmean(metrics.values())} if metrics and len(metrics) == len(results) else {})
 
@@ -155,10 +175,15 @@ def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float
     ``evaluation/tokens``, ``evaluation/padding_share``, ``evaluation/halvings``, ``evaluation/seconds`` and
     ``evaluation/examples_per_second`` (per worker); ``evaluation/prompts_cut`` if there are any.
     """
-    if not results:
+    works = [result.workload for result in results.values()]
+    return describe_work(works, sum(len(result.examples) for result in results.values()))
+
+
+def describe_work(works: Collection[Workload], examples: int) -> dict[str, float]:
+    """As :func:`workload_metrics`, from the work that each task took and the number of examples of all tasks."""
+    if not works:
         return {}
-    total = sum((result.workload for result in results.values()), Workload())
-    examples = sum(len(result.examples) for result in results.values())
+    total = sum(works, Workload())
     cut = {"evaluation/prompts_cut": float(total.prompts_cut)} if total.prompts_cut else {}
     return cut | {
         "evaluation/tokens": float(total.tokens),

@@ -24,11 +24,8 @@ from grass_ray.training.adapters import scaled_adapters
 from grass_ray.training.batches import Batch, Batches
 from grass_ray.training.loss import accumulate_gradients, summed_loss
 from grass_ray.training.metrics import MemoryMeter
-from grass_ray.training.report import GIB, StepReport, TrainingFailure
+from grass_ray.training.report import GIB, WARM_UP_STEPS, StepReport, TrainingFailure
 from grass_ray.training.trace import LayerTracer
-
-# the first steps of training warm up caches and are watched closely for memory; they never count as speed
-WARM_UP_STEPS = 3
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,8 @@ from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
 MOST_UNITS_AS_SERIES = 128
+# the first steps of training warm up caches and are watched closely for memory; they never count as speed
+WARM_UP_STEPS = 3
 
 # names of series
 VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows

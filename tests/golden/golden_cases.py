@@ -32,6 +32,7 @@ from grass_ray.results.page.commands import reproduce_command
 from grass_ray.results.paired import METRICS
 from grass_ray.results.power_report import Wish, render_power, reports
 from grass_ray.results.record import RunRecord
+from grass_ray.results.recorded import read_records
 from grass_ray.results.rendering import render, render_comparison
 from grass_ray.results.reproduction import compare_records
 from grass_ray.results.searches import best_settings, left_out, write_settings
@@ -46,8 +47,7 @@ Run = Callable[..., str]  # the words of a command line, or a script and its fla
 
 def real_sweep() -> list[RunRecord]:
     """What a real sweep left."""
-    folder = REPOSITORY / "benchmarks" / "results" / "example_sweep" / "records"
-    return [RunRecord.load(path) for path in sorted(folder.glob("*.json"))]
+    return read_records(REPOSITORY / "benchmarks" / "results" / "example_sweep")
 
 
 def small_sweep() -> list[RunRecord]:
@@ -269,7 +269,7 @@ def reproductions(folder: Path, run: Run) -> Files:
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-VERBS = ("train", "sweep", "eval", "leaderboard", "power", "plot", "export", "reproduce", "plan", "ls")
+VERBS = ("train", "sweep", "eval", "leaderboard", "power", "plot", "export", "reproduce", "verify", "plan", "ls")
 
 
 def help_texts(folder: Path, run: Run) -> Files:
@@ -359,6 +359,10 @@ WRONG: tuple[tuple[str, ...], ...] = (
     ("export", "nowhere", "--output", "out", "--delta", "--adapter"),
     ("export", "nowhere", "--output", "out", "--log"),
     ("reproduce", "nowhere"),
+    ("verify",),
+    ("verify", "nowhere"),
+    ("verify", "empty"),
+    ("leaderboard", "--records", "empty"),
     ("plan", "--methods", "gras", *_TINY, "--device", "cpu"),
     ("plan", "--model", "./mine", "--device", "cpu"),
     ("ls", "cats"),

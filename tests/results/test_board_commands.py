@@ -70,7 +70,7 @@ def grass_ray(stores: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) 
 
     def run(verb: str, *arguments: object, code: int = 0) -> str:
         words = [verb, *map(str, arguments)]
-        if "--tracking-uri" not in words:
+        if not {"--tracking-uri", "--records"} & set(words):
             words += ["--experiment", stores[0], "--tracking-uri", stores[1]]
         with pytest.raises(SystemExit) as left:
             main(words)
@@ -119,6 +119,22 @@ def test_two_stores_are_merged_and_what_is_in_both_counts_once(
     assert all(row["run_ids"][0].startswith("second-") for row in rows), "the later run of a configuration counts"
     unknown = ["--tracking-uri", first, "--tracking-uri", second, "--experiment", "nowhere"]
     assert "unknown experiment 'nowhere'" in grass_ray("leaderboard", *unknown, code=2)
+
+
+def test_records_of_a_folder_in_place_of_a_store(grass_ray: Callable[..., str], tmp_path: Path) -> None:
+    for record in sweep("first", "one") + sweep("second", "other"):
+        (tmp_path / record.sweep_id / record.name).mkdir(parents=True)
+        record.save(tmp_path / record.sweep_id / record.name / "record.json.gz")
+    words = ["leaderboard", "--format", "json", "--records", tmp_path]
+    rows = json.loads(grass_ray(*words, "--experiment", "one"))
+    assert [(row["method"], row["accuracy"]) for row in rows] == [
+        ("grass", 0.7), ("lora", 0.6), ("full", 0.5), ("lisa", None),
+    ]  # fmt: skip
+    assert methods_of(grass_ray(*words, "--method", "lora")) == ["lora"]
+    unknown = grass_ray(*words, "--experiment", "nowhere", code=2)
+    assert "unknown experiment 'nowhere' in this folder; available: one, other" in unknown
+    assert "give one of them" in grass_ray(*words, "--tracking-uri", "sqlite:///mlflow.db", code=2)
+    assert "there are no run records in" in grass_ray("leaderboard", "--records", tmp_path / "none", code=2)
 
 
 def test_two_sweeps_side_by_side(grass_ray: Callable[..., str], stores: tuple[str, str, str]) -> None:

@@ -1,0 +1,1 @@
+"""Recompute recorded results from their run records."""
