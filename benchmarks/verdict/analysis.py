@@ -20,6 +20,7 @@ from experiment import DATA, ROWS
 from scipy.stats import false_discovery_control, spearmanr
 
 from grass_ray.results.paired import Answers, Comparison, Metric, collect_answers, compare_answers
+from grass_ray.results.power import SeedSpread, with_detectable
 from grass_ray.results.record import RunRecord
 
 MARGIN = 0.1  # of what uniform gained: differences within it do not matter
@@ -85,10 +86,12 @@ def compare(runs: Runs, second: str, metric: Metric = "loss") -> dict[str, dict[
 def ask(runs: Runs, question: str) -> list[Finding]:
     """The comparisons of one question, p-values adjusted as planned; those whose runs are missing are left out."""
     found = []
+    spread = {data: seed_spread(runs, data) for data in runs}
     for first, second in QUESTIONS[question]:
         for data in runs:
             one = compare_answers(answers(runs, data, first), answers(runs, data, second))
             if one is not None:
+                one = with_detectable({0: one}, spread[data])[0]
                 found.append(Finding(question=question, data=data, first=first, second=second, comparison=one))
     p_values = [finding.comparison.p_value for finding in found]
     adjusted = holm(p_values) if question == "Q1" else list(false_discovery_control(p_values)) if found else []
@@ -96,6 +99,14 @@ def ask(runs: Runs, question: str) -> list[Finding]:
         replace(finding, comparison=replace(finding.comparison, p_adjusted=float(p)))
         for finding, p in zip(found, adjusted, strict=True)
     ]
+
+
+def seed_spread(runs: Runs, data: str) -> SeedSpread:
+    """The spread of losses over seeds, pooled over all rows of a data set."""
+    spread = SeedSpread()
+    for row in runs[data]:
+        spread.add(answers(runs, data, row))
+    return spread
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

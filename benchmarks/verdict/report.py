@@ -18,9 +18,8 @@ from statistics import fmean, stdev
 
 import tyro
 import yaml
-from analysis import QUESTIONS, Runs, answer, answers, ask, compare, gain, group, losses, sampling
+from analysis import QUESTIONS, Runs, answer, ask, compare, gain, group, losses, sampling
 from experiment import DATA, LADDER, ROWS
-from grass_ray.results.power import smallest_seen
 from matplotlib.figure import Figure
 
 from grass_ray.config import ConfigError, to_json, whole_file
@@ -109,8 +108,7 @@ def question_table(runs: Runs, question: str) -> list[str]:
         "|---|---|---|---:|---:|",
     ]
     for finding in ask(runs, question):
-        pair = [answers(runs, finding.data, row) for row in (finding.first, finding.second)]
-        seen = smallest_seen(*pair)
+        seen = finding.comparison.detectable
         share = finding.comparison.value / gain(runs, finding.data)
         lines.append(
             f"| {finding.first} - {finding.second} | {finding.data} | {cell(finding.comparison)} | "
@@ -212,6 +210,7 @@ def draw(runs: Runs) -> Figure:
                     panel.plot(one.value, place, color=style.colour, **look)
             panel.set_yticks(range(len(shown)), list(reversed(shown)))
             panel.set_xlabel(f"loss - {second}, nats (left is better)")
+            panel.locator_params(axis="x", nbins=5)
             panel.set_title(data)
             tidy(panel)
     figure.suptitle("Differences in loss on test questions, 95 % over seeds and questions; open marks: not told apart")
