@@ -209,8 +209,11 @@ class SeedSpread:
         questions = fmean(fmean(variance for _, variance in comparison.questions) for comparison in several)
         if not self._degrees or not several[0].seeds:
             return Spread(seeds=None, questions=questions)
-        shared = (self._averages - self._questions) / self._degrees
-        return Spread(seeds=max(0.0, shared), questions=questions, disagreement=self._disagreement / self._degrees)
+        rest = self._disagreement / self._degrees
+        if self._averages < self._questions:
+            # seeds disagree about questions in ways that cancel in an average, such as a liking for one of the options
+            return Spread(seeds=0.0, questions=questions, disagreement=rest * self._averages / self._questions)
+        return Spread(seeds=(self._averages - self._questions) / self._degrees, questions=questions, disagreement=rest)
 
 
 def with_detectable(found: Mapping[int, Comparison], seeds: SeedSpread) -> dict[int, Comparison]:

@@ -167,6 +167,24 @@ def test_a_tables_comparison_could_see_what_its_design_can() -> None:
     assert row.loss_to_full.detectable == pytest.approx(expected, rel=0.02)
 
 
+def test_disagreements_that_cancel_in_an_average_are_not_taken_for_a_spread_of_averages() -> None:
+    """One seed says yes to everything and one says no: half the questions right either way."""
+    right = [[number % 2 == seed for number in range(100)] for seed in (0, 1)]
+    records = [
+        make_record(method, seed=seed, correct={"generated": right[seed][shift:] + right[seed][:shift]})
+        for method, shift in (("full", 0), ("grass", 2))
+        for seed in (0, 1)
+    ]
+    for record in records[:1]:
+        record.tasks["generated"].correct[:2] = [True, True]
+    table = table_of(records[:2], records[2:])
+    spread = table.spreads["accuracy"]
+    assert spread.seeds == 0.0
+    assert spread.disagreement < 0.05, "of 0.5 that each answer flips by"
+    row = next(row for row in table.rows if row.to_full is not None)
+    assert row.to_full.detectable == pytest.approx(Design(seeds=2, questions=100).smallest(spread), rel=0.05)
+
+
 def test_one_seed_speaks_of_these_runs_alone() -> None:
     table = table_of(runs("full", 1), runs("grass", 1, skill=0.1))
     assert table.spreads["loss"].seeds is None

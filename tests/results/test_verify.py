@@ -476,6 +476,14 @@ def test_rules_of_entry_that_a_program_sees_are_remarks(copy: Path) -> None:
     assert "; 1 (lora)" in said
     assert "the best learning rate is the smallest or largest that was tried: badam, grass, hift, lift" in said
     assert "no plan from before the runs" in said
+    for again, test in (("a", True), ("b", False)):
+        record = RunRecord.load(copy / SWEPT)
+        record.run_id, record.config["evaluation"]["test"] = again, test
+        record.save((copy / SWEPT).with_name(f"{again}.json"))
+    (repeated,) = verify(copy / "example_sweep")
+    assert "1 of 39 runs of a configuration and seed that a later run has, too" in "\n".join(repeated.remarks)
+    for again in ("a", "b"):
+        (copy / SWEPT).with_name(f"{again}.json").unlink()
     (swept,) = verify(copy / "example_sweep")
     assert "no search of the learning rate is here for" in "\n".join(swept.remarks)
     assert not any("hash" in remark or "changes" in remark for remark in swept.remarks)

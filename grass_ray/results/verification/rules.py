@@ -52,9 +52,11 @@ def _runs(records: Sequence[RunRecord]) -> Iterable[str]:
 
 
 def _repeated(records: Sequence[RunRecord]) -> list[str]:
+    """Runs that a later one stands for; the winner of a search is run again to be tested, which is none of these."""
     last: dict[tuple[str, int, str | None], RunRecord] = {}
     earlier = []
-    for record in sorted(records, key=lambda record: record.finished_at):
+    tested = [record for record in records if record.config["evaluation"].get("test", True)]
+    for record in sorted(tested, key=lambda record: record.finished_at):
         key = (settings_key(record), record.config["seed"], training_rows(record))
         if key in last:
             earlier.append(last[key].run_id)
