@@ -8,7 +8,6 @@ A question whose runs are not all done is not answered.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from analysis import QUESTIONS, Runs, answer, ask, compare, gain, group, losses,
 from experiment import DATA, LADDER, ROWS
 from matplotlib.figure import Figure
 
-from grass_ray.config import ConfigError, to_json, whole_file
+from grass_ray.config import ConfigError, RunConfig, to_json, whole_file
 from grass_ray.process import leave
 from grass_ray.results.figures.style import DPI, EDGE, style_of, tidy
 from grass_ray.results.leaderboard import build_leaderboard
@@ -50,11 +49,15 @@ class Options:
 
 
 def load(folder: Path) -> list[RunRecord]:
-    """The records of a folder, plain or compressed."""
+    """The records of a folder, plain or compressed, each named by its configuration."""
     paths = sorted([*folder.glob("*.json"), *folder.glob("*.json.gz")])
     if not paths:
         raise ConfigError(f"no records in {folder}; benchmarks/verdict/run.py makes them")
-    return [RunRecord.load(path) for path in paths]
+    records = [RunRecord.load(path) for path in paths]
+    for record in records:
+        fingerprint = RunConfig.parse(record.config).fingerprint
+        record.run_id = f"{record.run_id.removesuffix(f'-{fingerprint}')}-{fingerprint}"
+    return records
 
 
 def complete(runs: Runs, question: str) -> bool:
@@ -233,11 +236,10 @@ def settings(searches: Sequence[RunRecord], runs: Runs) -> dict[str, dict[str, f
 
 
 def keep(records: Sequence[RunRecord], folder: Path) -> None:
-    """Write records compressed, equal bytes for equal records."""
+    """Write records compressed."""
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:
-        path = folder / f"{record.run_id}.json.gz"
-        path.write_bytes(gzip.compress(record.model_dump_json().encode(), mtime=0))
+        record.save(folder / f"{record.run_id}.json.gz")
 
 
 def report(options: Options) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,7 @@ from grass_ray.config import ConfigError
 from grass_ray.results.record import RunRecord
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "verdict"))
-analysis = pytest.importorskip("analysis")
-experiment = pytest.importorskip("experiment")
+analysis, experiment, report = (importlib.import_module(name) for name in ("analysis", "experiment", "report"))
 
 QUESTIONS, ITEM, LUCK, TRAINING = 300, 0.6, 0.15, 0.004  # how many; spreads in nats
 
@@ -97,7 +98,32 @@ def test_every_planned_run_can_be_configured() -> None:
     assert differing == {"method.name", "method.sampler.exploration"}
 
 
-def test_the_report_needs_records(tmp_path) -> None:
-    report = pytest.importorskip("report")
+def test_the_report_tells_every_question_and_can_be_made_again(tmp_path: Path) -> None:
+    for folder, records in (("records", made_up({"grass": 0.95})), ("search", made_up({}, seed=1)[:1])):
+        (tmp_path / folder).mkdir()
+        for number, record in enumerate(records):
+            record.run_id = f"{number}"
+            record.save(tmp_path / folder / f"{number}.json")
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    assert report.report(report.Options(work=tmp_path, output=kept)) == 0
+    text = (kept / "README.md").read_text(encoding="utf-8")
+    assert report.ANSWERS["yes"] in text
+    assert all(f"## {question}:" in text for question in analysis.QUESTIONS)
+    assert "Not all of its runs are done" not in text
+    assert report.report(report.Options(work=kept, output=again)) == 0
+    for name in ("README.md", "verdict.json", "learning_rates.yaml"):
+        assert (again / name).read_bytes() == (kept / name).read_bytes()
+
+
+def test_what_is_recorded_follows_from_its_records(tmp_path: Path) -> None:
+    recorded = REPOSITORY / "benchmarks" / "results" / "verdict"
+    if not recorded.is_dir():
+        pytest.skip("the verdict's runs are not recorded yet")
+    assert report.report(report.Options(work=recorded, output=tmp_path)) == 0
+    for name in ("README.md", "verdict.json", "learning_rates.yaml"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (recorded / name).read_text(encoding="utf-8")
+
+
+def test_the_report_needs_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no records"):
         report.load(tmp_path)
