@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from typing_extensions import override
@@ -121,8 +121,9 @@ def reproduce(
 
     Args:
         original: what to run again.
-        model, data_dir, dataset: where the base model, the data folder and the user's own data set are here; None
-            takes the recorded place.
+        model: where the base model is here; None takes the recorded place, as for the data.
+        data_dir: where the data folder is here.
+        dataset: where the user's own data set is here.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
         quiet: print only the verdict and what differs.
@@ -162,17 +163,22 @@ def reproduce(
     tasks = {} if result.outcome is None else result.outcome.tasks
     checks = compare_records(record, rerun, original.answers, _answers(tasks))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        rerun.save(output / RECORD)
-        write_examples(output / EXAMPLES, tasks)
-        _write_comparison(output, config, checks, warnings)
+        _write(output, config, rerun, tasks, {"warnings": warnings, "checks": checks})
     return _report(checks, say, quiet=quiet)
 
 
-def _write_comparison(output: Path, config: RunConfig, checks: list[Check], warnings: list[str]) -> None:
+def _write(
+    output: Path,
+    config: RunConfig,
+    rerun: RunRecord,
+    tasks: Mapping[str, EvaluationResult],
+    comparison: Mapping[str, Any],
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    rerun.save(output / RECORD)
+    write_examples(output / EXAMPLES, tasks)
     config.save(output / "config.yaml")
-    comparison = to_json({"warnings": warnings, "checks": checks}, indent=1)
-    (output / "reproduction.json").write_text(comparison + "\n", encoding="utf-8")
+    (output / "reproduction.json").write_text(to_json(comparison, indent=1) + "\n", encoding="utf-8")
 
 
 def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, dataset: str | None) -> RunConfig:
