@@ -120,7 +120,7 @@ def train_locally(
         check_folder(config, output, resume)
     for line in () if quiet else settings_without_effect(config):
         print(f"without effect: {line}", file=sys.stderr)
-    if not quiet:
+    if config.training.steps and not quiet:
         show_data([config], Console(stderr=dry_run))
     if dry_run:
         print(config.to_yaml(), end="")

@@ -42,7 +42,7 @@ def test_rows_are_ranked_by_loss_and_show_it_over_all_tokens_too() -> None:
     assert "bits/byte" in text
     assert f"{first.perplexity:.2f}" in text
     assert "acc. %" not in text
-    assert json.loads(render([table], "json"))[0]["rows"][0]["bits_per_byte"] == pytest.approx(first.bits_per_byte)
+    assert json.loads(render([table], "json"))[0]["bits_per_byte"] == pytest.approx(first.bits_per_byte)
     assert {"bits_per_byte", "perplexity", "forgetting"} <= set(sort_keys())
     assert column_of("perplexity").small_first
 
