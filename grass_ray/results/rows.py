@@ -50,7 +50,7 @@ class LeaderboardRow:
         bits_per_byte, perplexity: of held-out text, over all of its tokens; means over tasks and seeds, of the
             perplexity in nats.
         forgetting: rise of the loss on a text that has nothing to do with the task, in nats per token, a mean over
-            seeds; ``forgetting_std`` is its spread.
+            seeds; ``forgetting_std`` is its spread, and ``forgetting_texts`` names the text (several if seeds differ).
         ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``).
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
@@ -108,6 +108,7 @@ class LeaderboardRow:
     perplexity: float | None = None
     forgetting: float | None = None
     forgetting_std: float | None = None
+    forgetting_texts: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -245,11 +246,13 @@ def _of_texts(finished: Sequence[RunRecord]) -> dict[str, Any]:
     if forgotten and len(forgotten) == len(finished):
         found["forgetting"] = fmean(forgotten)
         found["forgetting_std"] = stdev(forgotten) if len(forgotten) > 1 else None
-    texts = [score.text_loss for record in finished for score in record.tasks.values()]
-    known = [text for text in texts if text is not None]
-    if known and len(known) == len(texts):
-        found["bits_per_byte"] = fmean(text.bits_per_byte for text in known)
-        found["perplexity"] = math.exp(min(fmean(text.nats_per_token for text in known), MOST_NATS))
+        texts = [record.data.get(FORGETTING, {}) for record in finished]
+        found["forgetting_texts"] = tuple(sorted({f"{t.get('name')} {str(t.get('sha256'))[:8]}" for t in texts}))
+    losses = [score.text_loss for record in finished for score in record.tasks.values()]
+    known = [loss for loss in losses if loss is not None]
+    if known and len(known) == len(losses):
+        found["bits_per_byte"] = fmean(loss.bits_per_byte for loss in known)
+        found["perplexity"] = math.exp(min(fmean(loss.nats_per_token for loss in known), MOST_NATS))
     return found
 
 

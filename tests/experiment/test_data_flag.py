@@ -59,10 +59,6 @@ def test_settings_of_the_source_reach_it(chats: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            {"data": "chats.jsonl", "tasks": ("boolq",)},
-            "--tasks boolq has no effect: --data chats.jsonl is a task of its",
-        ),
         ({"data": "chats.jsonl", "data_dir": Path()}, "--data-dir . has no effect on the data set chats.jsonl"),
         ({"tasks": ("chats.jsonl", "boolq")}, "the file chats.jsonl stands alone; a run takes one file of data"),
         ({"data": "gone.jsonl"}, "there is no data set gone.jsonl in "),
@@ -73,6 +69,11 @@ def test_flags_that_do_not_go_together_are_refused(chats: Path, flags: dict[str,
     with pytest.raises(ConfigError) as error:
         trials(**flags)
     assert message in str(error.value)
+
+
+def test_tasks_beside_a_data_set_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--tasks boolq has no effect: --data a is a task of its own"):
+        SweepOptions(tasks=("boolq",), data="a").check()
 
 
 def test_the_flag_is_read_and_counts_as_a_choice_of_trials(chats: Path) -> None:

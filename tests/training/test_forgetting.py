@@ -145,6 +145,11 @@ def test_the_leaderboard_has_a_column_where_it_was_measured() -> None:
     assert "forgot" in text
     assert "+0.550" in text
     assert row_values(table.rows[0])["forgetting"] is not None
+    assert "different texts" not in text
+    for record, name in zip(records, ("wiki", "wiki", "book", "book"), strict=True):
+        record.data["forgetting"] = {"name": name, "sha256": name}
+    text = " ".join(build_leaderboard(records)[0].all_notes)
+    assert "forgot: measured on different texts, which cannot be compared: book book, wiki wiki" in text
     without = build_leaderboard([make_record("full", correct={"generated": answers(5, 20)})])
     assert "forgot" not in render(without, "table")
     assert without[0].rows[0].forgetting is None
