@@ -20,7 +20,6 @@ from grass_ray.config import TrainingConfig
 from grass_ray.layerwise.outliers import outlier_scores
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
 from grass_ray.optim.sharded import local
-from grass_ray.tasks.inference.lm_head import run_body
 from grass_ray.training.adapters import scaled_adapters
 from grass_ray.training.batches import Batch, Batches
 from grass_ray.training.loss import accumulate_gradients, summed_loss
@@ -216,7 +215,7 @@ class StepMeasure:
             for batch in batches:
                 for ids in batch.documents():
                     # one document at a time: padding must not count
-                    run_body(state.model, input_ids=ids.unsqueeze(0), use_cache=False)
+                    state.model(input_ids=ids.unsqueeze(0), use_cache=False)
 
         state.model.eval()
         scores = outlier_scores(state.optimizer.stack.modules, forward, threshold)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grass_ray.tasks.inference.keys_values import base_model, new_cache
-from grass_ray.tasks.inference.lm_head import CHUNK_POSITIONS, run_body, splits, with_head
+from grass_ray.tasks.inference.lm_head import CHUNK_POSITIONS, splits, with_head
 
 MIN_SHARED = 4  # shorter common beginnings are not worth a forward pass
 
@@ -82,7 +82,8 @@ class Scorer:
         if length < MIN_SHARED or not cache:
             return
         ids = torch.tensor([rows[0].tokens[:length]], device=self._device)
-        run_body(self._model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **cache)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, **cache}
+        self._call(length, lambda states, head, chunk: None, inputs)
         self.shared, self._cache = length, cache
 
     @torch.no_grad()

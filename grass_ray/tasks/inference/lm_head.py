@@ -128,14 +128,6 @@ def with_head(model: Any, use: Callable[[Tensor, Head], T], **inputs: Any) -> T:
     return _with_head(model, decoder, use, inputs)
 
 
-def run_body(model: Any, **inputs: Any) -> None:
-    """Call the model for what hooks, or a cache among its ``inputs``, see of it: without logits if it can."""
-    if splits(model):
-        with_head(model, lambda hidden, head: None, **inputs)
-    else:
-        model(**inputs)
-
-
 def splits(model: Any) -> bool:
     """Whether the head of the model can be run on its own. The first call for a model runs it on a few tokens.
 
