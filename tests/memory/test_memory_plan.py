@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import REPOSITORY, short_run
+from small import REPOSITORY, make_llama, short_run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -207,6 +207,21 @@ def test_a_step_of_other_families_is_followed_too(benchmark: ModuleType, family:
     with meter.watch((), closely=True):
         accumulate_gradients(model, benchmark.make_batches(shape, 300, CPU), CPU)
     assert predicted == pytest.approx(meter.peak_allocated_gib * GIB, rel=0.05)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_tied_head_adds_two_gradients_in_place(benchmark: ModuleType, micro_batches: int) -> None:
+    """The head's and the embeddings', which are nearly all that this model has."""
+    shape = StepShape(rows=1, tokens=4, micro_batches=micro_batches)
+    model = make_llama(layers=1, vocabulary=4000, tied=True)
+    with torch.device("meta"):
+        predicted = profile_step(type(model)(model.config), shape, device="cpu").peak.total
+    meter = MemoryMeter(CPU)
+    for _ in range(2):  # the first looks for the head, too
+        model.zero_grad()
+        with meter.watch((), closely=True):
+            accumulate_gradients(model, benchmark.make_batches(shape, 4000, CPU), CPU)
+    assert predicted == pytest.approx(meter.peak_allocated_gib * GIB, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- order and growth
