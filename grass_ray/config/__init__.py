@@ -32,6 +32,7 @@ from grass_ray.config.method import (
     Offload,
     OptimizerConfig,
     ProjectionConfig,
+    Weights,
 )
 from grass_ray.config.run import (
     EvaluationConfig,
@@ -104,6 +105,7 @@ __all__ = [
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
+    "Weights",
     "fingerprint_of",
     "from_json",
     "read_text",
