@@ -118,6 +118,11 @@ class MethodConfig(ConfigPart):
         """Whether the method can be trained with gradient checkpointing."""
         return self.adapter is None or self.adapter.allows_checkpointing
 
+    @property
+    def can_stream_weights(self) -> bool:
+        """Whether there are decoder layers whose weights do not train at every step."""
+        return self.adapter is not None or not self.sampler.trains_all
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if mismatch := self.sampler.mismatch(self.adapter, self.granularity):
@@ -126,7 +131,7 @@ class MethodConfig(ConfigPart):
             raise ValueError(
                 f"offload {self.offload}: projected states are small and not streamed; use none or resident"
             )
-        if self.weights == "streamed" and self.sampler.trains_all and self.adapter is None:
+        if self.weights == "streamed" and not self.can_stream_weights:
             raise ValueError("weights streamed: every layer trains at every step, so none can be kept on the host")
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")

@@ -12,7 +12,7 @@ formulas::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
+from grass_ray.optim.recompute import Recompute
+from grass_ray.tasks.inference.lm_head import splits
 from grass_ray.training.batches import Batch
 from grass_ray.training.loss import summed_loss
 
@@ -76,6 +78,7 @@ def profile_step(
     *,
     device: DeviceKind,
     drop_gradients: bool = False,
+    recomputed: Sequence[nn.Module] = (),
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
@@ -84,23 +87,27 @@ def profile_step(
         shape: work of the step.
         device: whose kernels and allocator to assume.
         drop_gradients: whether to free each gradient as soon as it is complete, as a probing step does.
+        recomputed: decoder layers that are computed again in backward.
     """
-    vocabulary = _vocabulary(model)
-    positions = shape.rows * shape.label_positions
-    log = AllocationLog(device, logits=None if vocabulary is None else (positions, vocabulary))
-    handles = [
+    log = AllocationLog(device, logits=_head_shape(model))
+    handles: list[Any] = [
         p.register_post_accumulate_grad_hook(_drop if drop_gradients else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
     model.train()
+    with _MaskAnswers(shape.masked):
+        splits(model)  # asks a forward of its own, once
+    recompute = Recompute(recomputed)
+    recompute.switch(True)
+    handles.append(recompute)
     log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
     try:
         with _checkpointing(model, shape.checkpointing), kernel_stand_ins(device, log), log:
             for _ in range(shape.micro_batches):
                 batch = _PlannedBatch.of(shape)
                 with _MaskAnswers(shape.masked):
-                    loss = summed_loss(model, batch) / batch.num_labels
+                    loss = summed_loss(model, batch, divisor=batch.num_labels)
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
                 del loss, batch
@@ -149,6 +156,10 @@ class _PlannedBatch(Batch):
         """Positions with a label in any row, shape (positions,), on the meta device."""
         return torch.empty(self._positions, dtype=torch.long, device="meta")
 
+    def labelled_tokens(self) -> Tensor:
+        """Places of all labels in the flattened rows, shape (labels,), on the meta device."""
+        return torch.empty(self.num_labels, dtype=torch.long, device="meta")
+
 
 @contextmanager
 def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
@@ -175,10 +186,13 @@ class _MaskAnswers(TorchFunctionMode):
         return not self._padded if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
 
 
-def _vocabulary(model: Any) -> int | None:
+def _head_shape(model: Any) -> tuple[int, int] | None:
+    """Number of features and of tokens in the vocabulary, if the model's configuration has them."""
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
-    return getattr(get_text_config(decoder=True), "vocab_size", None) if get_text_config else None
+    text = get_text_config(decoder=True) if get_text_config else None
+    features, vocabulary = getattr(text, "hidden_size", None), getattr(text, "vocab_size", None)
+    return None if features is None or vocabulary is None else (features, vocabulary)
 
 
 def _drop(parameter: Tensor) -> None:

@@ -14,6 +14,7 @@ from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.parts import Parts
 from grass_ray.optim.placement import OnDevice
 from grass_ray.optim.proof import Proof
+from grass_ray.optim.recompute import Recompute
 from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.units import Unit
 from grass_ray.optim.watch import Watch
@@ -62,6 +63,8 @@ class ActiveSet:
         parts: the model taken apart.
         sampler: draws the active sets.
         indices: of the units that train, ascending.
+        recompute: computes the layers again in backward while the sampler is probing. Then all of them train, and what
+            they keep for backward would be more than any active set keeps.
         switches: active sets drawn after the first one.
         uninterrupted: for everything that changes weights and states together.
         proof: compares weights at switches; None unless :meth:`prove` was called.
@@ -87,6 +90,7 @@ class ActiveSet:
         self._stats = stats
         self._reset = options.inactive_states == "reset"
         self.indices: tuple[int, ...] = ()
+        self.recompute = Recompute(parts.stack.modules)
         self.switches = 0
         self.uninterrupted = Uninterrupted()
         self.proof: Proof | None = None
@@ -146,6 +150,7 @@ class ActiveSet:
                 if index not in self.indices:
                     parameter.grad = None
         self._settle_weights(self.indices)
+        self.recompute.switch(self.sampler.probing)
         if not self.sampler.probing:
             self._placement.activate([self.parts.units[index] for index in self.indices])
 

@@ -9,8 +9,9 @@ A drop-in ``torch.optim.Optimizer``; probing, sampling, freezing, switching and 
         optimizer.zero_grad()
 
 While ``optimizer.probing`` is True the gradients are measured and dropped, nothing is updated, and a learning-rate
-schedule should stand still. A model sharded by FSDP2 (``fully_shard``) trains the same way, each worker holding the
-states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
+schedule should stand still; layers are computed again in backward then (:mod:`grass_ray.optim.recompute`), so that
+these steps take no more memory than others. A model sharded by FSDP2 (``fully_shard``) trains the same way, each worker
+holding the states of its own rows. GRASS: arXiv 2604.07808; AdamW: arXiv 1711.05101.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from grass_ray.config import Offload
 from grass_ray.layerwise.sampler import Measure, Sampler, check_complete
 from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.gradients import Gradients
-from grass_ray.optim.hooks import remove
+from grass_ray.optim.hooks import handles_of, remove
 from grass_ray.optim.kernels import Precision
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.options import LayerwiseOptions, check_adamw, refuse_keywords
@@ -132,9 +133,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         self._retired = False
         self._watch = Watch(model, parts.unmanaged, None if options.weights == "resident" else parts.device)
         self._model = weakref.ref(model)
-        # hooks on the model, which must not outlive the optimizer
-        self._handles: list[Any] = []
-        weakref.finalize(self, remove, self._handles).atexit = False
+        self._handles = handles_of(self)
         self.stats = stats = OffloadStats()
         self.weights = make_weights(model, parts, options, stats, self._handles)
         states = States(self.state, precision, options.projection, parts.projected, index)
@@ -148,6 +147,7 @@ class LayerwiseAdamW(OneModelOptimizer):
             # last, so that the places of all others stay: a scaler unscales what is in a group
             self.param_groups[-1]["params"].append(self._gradients.witness)
         parts.freeze_others(model)
+        self._handles.append(self._active.recompute)
         self._active.begin()
         self._recorder = StepRecorder(sampler, self.stats)
         takeover.complete(self, parts.given)

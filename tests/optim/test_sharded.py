@@ -30,6 +30,7 @@ from grass_ray import (
     MatrixNormSampler,
     UniformSampler,
 )
+from grass_ray.optim.recompute import Recompute
 
 pytestmark = pytest.mark.long
 
@@ -185,6 +186,7 @@ def work(rank: int, folder: str) -> None:
     results["precision"] = {name: half_precision(name, mine) for name in ("weights", "rem16", "exact")}
     results["mixed"] = mixed_precision(share)
     results["checkpointed"] = checkpointed(share)
+    results["kept"] = kept(share)
     results["accumulated"] = {f"{sync}": accumulated(rank, sync=sync) for sync in (True, False)}
     results["summed"] = summed(mine)
     results["not_finite"] = not_finite(rank, share)
@@ -352,6 +354,13 @@ def checkpointed(share: Callable[[Any, int], float]) -> list[torch.Tensor]:
     model.train()
     train(model, optimizer, share, range(STEPS))
     return weights_of(model)
+
+
+def kept(share: Callable[[Any, int], float]) -> dict[str, Any]:
+    """Nothing computed again in backward, probing steps included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recompute, "switch", lambda self, on: None)
+        return follow("grass-resident", share, sharded=True)
 
 
 def accumulated(rank: int, *, sync: bool) -> dict[str, Any]:
@@ -648,6 +657,12 @@ def test_layers_frozen_at_the_first_forward_thaw_with_gradients_of_the_right_dty
 def test_activation_checkpointing_changes_nothing(workers: list[dict[str, Any]]) -> None:
     for worker in workers:
         assert all_equal(worker["checkpointed"], worker["grass-resident"]["weights"])
+
+
+def test_probing_with_layers_computed_again_measures_the_same_bits(workers: list[dict[str, Any]]) -> None:
+    for worker in workers:
+        assert repr(worker["kept"]["said"]) == repr(worker["grass-resident"]["said"])
+        assert all_equal(worker["kept"]["weights"], worker["grass-resident"]["weights"])
 
 
 @pytest.mark.parametrize("sync", ["True", "False"])
