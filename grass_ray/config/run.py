@@ -81,6 +81,9 @@ class EvaluationConfig(ConfigPart):
     text states its answer (``strict``)."""
     num_beams: PositiveInt = 1
     """Number of beams for beam search. 1 is greedy decoding."""
+    forgetting: str | None = None
+    """A text that has nothing to do with the task, whose loss is measured before and after training: ``generated``, a
+    text file, or a data set with a column ``text``. ``null`` measures none."""
 
 
 class RunConfig(ConfigPart):

@@ -20,6 +20,7 @@ MOST_UNITS_AS_SERIES = 128
 WARM_UP_STEPS = 3
 
 # names of series
+FORGETTING = "forgetting"  # rise of the loss, in nats per token, on a text that has nothing to do with the task
 VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
 TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
 PHASE = "step/phase"  # PROBE or TRAIN

@@ -23,7 +23,7 @@ from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
-from grass_ray.tasks.rows import Row, hash_rows
+from grass_ray.tasks.rows import AnyRow, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
 from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import load_train_rows
@@ -32,6 +32,7 @@ from grass_ray.training.batches import Batches
 from grass_ray.training.built_in import cache_folder
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.checks import check_run
+from grass_ray.training.forgetting import Forgetting
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
@@ -59,6 +60,7 @@ class Run:
         data: dict[str, Any],
         revision: str | None,
         held_out: Batches | None = None,
+        forgetting: Forgetting | None = None,
     ):
         self.config = config
         self.state = state
@@ -66,6 +68,8 @@ class Run:
         self._data = data
         self._revision = revision
         self._held_out = held_out
+        self._forgetting = forgetting
+        self._forgotten: dict[str, float] = {}
         self._validation_loss: float | None = None
         self._results: dict[str, EvaluationResult] = {}
 
@@ -104,6 +108,10 @@ class Run:
             check_packing(model)
         if parallel == "shard":
             shard_model(model, device)
+        forgetting = None
+        if config.evaluation.forgetting is not None and config.evaluation.test:
+            forgetting = Forgetting(config, model, loaded.tokenizer)
+            data["forgetting"] = forgetting.provenance
         sampler = config.method.sampler.build(seed=config.seed, train_steps=training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
@@ -116,7 +124,7 @@ class Run:
             tracer=LayerTracer(optimizer, model),
             memory=MemoryMeter(device),
         )
-        return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out)
+        return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
 
     def fit(self, until: int | None = None) -> Iterator[StepReport]:
         """Train to the last step, or to the training step ``until`` (see :func:`grass_ray.training.loop.fit`)."""
@@ -167,7 +175,7 @@ class Run:
         schedule._last_lr = rates
 
     def evaluate(self, on_progress: Progress | None = None) -> None:
-        """Measure the loss on held-out rows and, unless ``evaluation.test`` is false, accuracy on every task.
+        """Measure the loss on held-out rows and, unless ``evaluation.test`` is false, each task and what was forgotten.
 
         Collective: call on every rank. Workers share the questions, and each gets the whole result. If the model is
         sharded, a forward takes all workers, so each answers every question.
@@ -192,6 +200,8 @@ class Run:
             shard=(workers.rank, workers.count) if shares else None,
         )
         reshard(self.state.model)
+        if self._forgetting is not None:
+            self._forgotten = self._forgetting.metrics(self.state.model)
         self._results = merge_shards(workers.gather(results)) if shares else results
 
     def lost_rows(self) -> list[str]:
@@ -213,6 +223,7 @@ class Run:
         steps = self.config.training.steps
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
         metrics = score_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
+        metrics |= self._forgotten
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
         layers = state.tracer.trace.model_copy(deep=True)
@@ -248,7 +259,7 @@ class Run:
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """The batches to train on, the held-out rows if there are any, and what the record says of both."""
     rows = load_train_rows(config.data)
-    train_rows: Sequence[Row] = rows.rows
+    train_rows: Sequence[AnyRow] = rows.rows
     held_out: Batches | None = None
     data: dict[str, Any] = {}
     if config.data.validation_rows is not None:
