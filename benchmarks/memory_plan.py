@@ -154,9 +154,7 @@ def cpu_cases() -> Iterator[Case]:
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=shape)
     # what is on the host is not counted: as on a device, though a CPU has one memory for both
     for method, mode in (("grass", "resident"), ("grass", "lazy"), ("lisa", "none"), ("lora", "none")):
-        yield Case(
-            model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed"
-        )
+        yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed")
 
 
 def cuda_cases() -> Iterator[Case]:
