@@ -107,6 +107,8 @@ class ActiveSet:
 
     def begin(self) -> None:
         """Activate the first set: all units while the sampler is probing, else its first draw, if it can draw yet."""
+        if not self.sampler.trains_all:
+            self._placement.prepare(self.parts.units)
         if self.sampler.probing:
             self.activate(range(len(self.parts.units)))
         else:

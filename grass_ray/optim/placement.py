@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grass_ray.config import PLACEMENTS
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.hooks import WeakHook
-from grass_ray.optim.host_store import HostStore
+from grass_ray.optim.host_store import HostStore, Parts
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.sharded import local
 from grass_ray.optim.states import STEP, States, tensors_of
@@ -119,6 +119,12 @@ class OnDevice:
         """Whether a unit's states are on the host."""
         return unit.name in self._offloaded
 
+    def prepare(self, units: Iterable[Unit]) -> None:
+        """These units may train: begin to pin the host memory of their states in the background."""
+        keeps = self.streams_states or self._options.inactive_states == "keep"
+        if self.has_blocks and keeps and self._states.projection is None:
+            self.host.prepare({unit.name: self._parts(unit) for unit in units})
+
     def activate(self, units: Iterable[Unit]) -> None:
         """These units train from now on."""
 
@@ -174,7 +180,7 @@ class OnDevice:
         """Forget every state, here and on the host."""
         self._states.held.clear()
         self._offloaded.clear()
-        self.host = HostStore(self._device, self._options.chunk_bytes)
+        self.host = HostStore(self._device, self._options.chunk_bytes, self.host.ahead)
 
     def load(
         self, unit: Unit, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, active: bool, on_host: bool
@@ -216,11 +222,15 @@ class OnDevice:
                 self._stats.bytes_out += sum(t.nbytes for t in tensors.values())
 
     def _allocate(self, unit: Unit) -> None:
-        """Host blocks for the unit's states, its parameters in the order of backward and by dtype."""
+        """Host blocks for the unit's states."""
+        self.host.allocate(unit.name, self._parts(unit))
+
+    def _parts(self, unit: Unit) -> Parts:
+        """The unit's parameters in the order of backward, by dtype."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in reversed(unit.parameters):
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        self.host.allocate(unit.name, [(own, self._states.layout(own[0])) for own in by_dtype.values()])
+        return [(own, self._states.layout(own[0])) for own in by_dtype.values()]
 
 
 class Resident(OnDevice):
