@@ -123,7 +123,7 @@ class OnDevice:
         """These units may train: begin to pin the host memory of their states in the background."""
         keeps = self.streams_states or self._options.inactive_states == "keep"
         if self.has_blocks and keeps and self._states.projection is None:
-            self.host.prepare({unit.name: self._parts(unit) for unit in units})
+            self.host.prepare({unit.name: _parts(unit, self._states) for unit in units})
 
     def activate(self, units: Iterable[Unit]) -> None:
         """These units train from now on."""
@@ -223,14 +223,15 @@ class OnDevice:
 
     def _allocate(self, unit: Unit) -> None:
         """Host blocks for the unit's states."""
-        self.host.allocate(unit.name, self._parts(unit))
+        self.host.allocate(unit.name, _parts(unit, self._states))
 
-    def _parts(self, unit: Unit) -> Parts:
-        """The unit's parameters in the order of backward, by dtype."""
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in reversed(unit.parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        return [(own, self._states.layout(own[0])) for own in by_dtype.values()]
+
+def _parts(unit: Unit, states: States) -> Parts:
+    """The unit's parameters in the order of backward, by dtype."""
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in reversed(unit.parameters):
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    return [(own, states.layout(own[0])) for own in by_dtype.values()]
 
 
 class Resident(OnDevice):
