@@ -123,7 +123,7 @@ class OnDevice:
         """These units may train: begin to pin the host memory of their states in the background."""
         keeps = self.streams_states or self._options.inactive_states == "keep"
         if self.has_blocks and keeps and self._states.projection is None:
-            self.host.prepare({unit.name: _parts(unit, self._states) for unit in units})
+            self.host.prepare({unit.name: parts_of(unit, self._states) for unit in units})
 
     def activate(self, units: Iterable[Unit]) -> None:
         """These units train from now on."""
@@ -195,7 +195,7 @@ class OnDevice:
         """
         to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
         if on_host and self.has_blocks:
-            self._allocate(unit)
+            self.host.allocate(unit.name, parts_of(unit, self._states))
         self.hold(saved, counters_only=to_host)
         if to_host:
             self._write(unit, {p: tensors_of(state) for p, state in saved.items()})
@@ -215,18 +215,14 @@ class OnDevice:
         """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
         whole = self._states.projected.isdisjoint(unit.parameters)
         if whole:
-            self._allocate(unit)
+            self.host.allocate(unit.name, parts_of(unit, self._states))
         for parameter, tensors in states.items():
             if tensors:
                 (self.host.write if whole else self.host.put)(unit.name, parameter, tensors)
                 self._stats.bytes_out += sum(t.nbytes for t in tensors.values())
 
-    def _allocate(self, unit: Unit) -> None:
-        """Host blocks for the unit's states."""
-        self.host.allocate(unit.name, _parts(unit, self._states))
 
-
-def _parts(unit: Unit, states: States) -> Parts:
+def parts_of(unit: Unit, states: States) -> Parts:
     """The unit's parameters in the order of backward, by dtype."""
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in reversed(unit.parameters):
