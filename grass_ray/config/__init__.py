@@ -35,6 +35,7 @@ from grass_ray.config.method import (
     Offload,
     OptimizerConfig,
     ProjectionConfig,
+    Weights,
 )
 from grass_ray.config.run import (
     EvaluationConfig,
@@ -110,6 +111,7 @@ __all__ = [
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
+    "Weights",
     "fingerprint_of",
     "from_json",
     "read_text",

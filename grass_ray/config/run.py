@@ -163,8 +163,12 @@ class RunConfig(ConfigPart):
 
 
 def fingerprint_of(values: Mapping[str, Any]) -> str:
-    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's.
+
+    ``method.weights`` came later, and is left out at its default: runs of an earlier version are still found.
+    """
+    method = {key: value for key, value in values["method"].items() if (key, value) != ("weights", "resident")}
+    return hashlib.sha256(json.dumps({**values, "method": method}, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

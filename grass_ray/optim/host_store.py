@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
-from grass_ray.optim.host_memory import available_bytes
+from grass_ray.optim.host_memory import RESERVE_BYTES, available_bytes
 from grass_ray.optim.kernels import StateLayout
+from grass_ray.optim.pinning import BlocksAhead
 from grass_ray.optim.sharded import local
 
-# host memory that must stay free for other processes when blocks are allocated
-RESERVE_BYTES = 256 * 1024 * 1024
+# parameters whose states have the same layout, with that layout
+Parts = Sequence[tuple[Sequence[nn.Parameter], StateLayout]]
 
 
 class HostStore:
@@ -28,10 +29,12 @@ class HostStore:
     Args:
         device: where the states live while they are not here.
         chunk_bytes: size of a full chunk.
+        ahead: blocks that are pinned already.
     """
 
-    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES, ahead: BlocksAhead | None = None) -> None:
         self._chunk_bytes = chunk_bytes
+        self.ahead = ahead
         self._chunks: dict[str, list[Chunk]] = {}
         self._blocks: dict[str, Tensor] = {}
         self._whole: dict[str, dict[nn.Parameter, dict[str, Tensor]]] = {}
@@ -39,36 +42,48 @@ class HostStore:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all blocks."""
+        """Bytes of all blocks, also of those pinned ahead."""
+        ahead = 0 if self.ahead is None else self.ahead.bytes
         whole = (t for unit in self._whole.values() for states in unit.values() for t in states.values())
-        return sum(total_bytes(chunks) for chunks in self._chunks.values()) + sum(t.nbytes for t in whole)
+        return sum(total_bytes(chunks) for chunks in self._chunks.values()) + sum(t.nbytes for t in whole) + ahead
 
     @property
     def units(self) -> list[str]:
         """Names of the units that have chunks, in the order of their allocation."""
         return list(self._chunks)
 
-    def allocate(self, unit: str, parts: Sequence[tuple[Sequence[nn.Parameter], StateLayout]]) -> list[Chunk]:
+    def allocate(self, unit: str, parts: Parts) -> list[Chunk]:
         """The unit's chunks; blocks of zeros when there were none yet.
 
         Args:
             unit: its name.
-            parts: parameters whose states have the same layout, with that layout.
+            parts: its parameters.
 
         Raises:
             MemoryError: the host has less memory available than the blocks need.
         """
         if unit not in self._chunks:
-            chunks = [
-                chunk
-                for index, (parameters, layout) in enumerate(parts)
-                for chunk in cut(f"{unit}.{index}", parameters, layout, self._chunk_bytes)
-            ]
-            _check_memory(unit, total_bytes(chunks), self.bytes)
-            for chunk in chunks:
-                self._blocks[chunk.name] = self._allocate(chunk.nbytes)
+            chunks = self._cut(unit, parts)
+            blocks = [None if self.ahead is None else self.ahead.take(chunk.nbytes) for chunk in chunks]
+            missing = [chunk for chunk, block in zip(chunks, blocks, strict=True) if block is None]
+            _check_memory(unit, total_bytes(missing), self.bytes)
+            for chunk, block in zip(chunks, blocks, strict=True):
+                self._blocks[chunk.name] = self._allocate(chunk.nbytes) if block is None else block
             self._chunks[unit] = chunks
         return self._chunks[unit]
+
+    def prepare(self, units: Mapping[str, Parts]) -> None:
+        """Begin to pin the blocks of ``units`` in the background; does nothing where memory is not pinned."""
+        if self.pinned:
+            sizes = [chunk.nbytes for unit, parts in units.items() for chunk in self._cut(unit, parts)]
+            self.ahead = BlocksAhead(sizes, lambda nbytes: allocate_block(nbytes, pinned=True))
+
+    def _cut(self, unit: str, parts: Parts) -> list[Chunk]:
+        return [
+            chunk
+            for index, (parameters, layout) in enumerate(parts)
+            for chunk in cut(f"{unit}.{index}", parameters, layout, self._chunk_bytes)
+        ]
 
     def _allocate(self, nbytes: int) -> Tensor:
         if self.pinned:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from grass_ray.config import PLACEMENTS
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.hooks import WeakHook
-from grass_ray.optim.host_store import HostStore
+from grass_ray.optim.host_store import HostStore, Parts
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.sharded import local
 from grass_ray.optim.states import STEP, States, tensors_of
@@ -119,6 +119,12 @@ class OnDevice:
         """Whether a unit's states are on the host."""
         return unit.name in self._offloaded
 
+    def prepare(self, units: Iterable[Unit]) -> None:
+        """These units may train: begin to pin the host memory of their states in the background."""
+        keeps = self.streams_states or self._options.inactive_states == "keep"
+        if self.has_blocks and keeps and self._states.projection is None:
+            self.host.prepare({unit.name: parts_of(unit, self._states) for unit in units})
+
     def activate(self, units: Iterable[Unit]) -> None:
         """These units train from now on."""
 
@@ -174,7 +180,7 @@ class OnDevice:
         """Forget every state, here and on the host."""
         self._states.held.clear()
         self._offloaded.clear()
-        self.host = HostStore(self._device, self._options.chunk_bytes)
+        self.host = HostStore(self._device, self._options.chunk_bytes, self.host.ahead)
 
     def load(
         self, unit: Unit, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, active: bool, on_host: bool
@@ -189,7 +195,7 @@ class OnDevice:
         """
         to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
         if on_host and self.has_blocks:
-            self._allocate(unit)
+            self.host.allocate(unit.name, parts_of(unit, self._states))
         self.hold(saved, counters_only=to_host)
         if to_host:
             self._write(unit, {p: tensors_of(state) for p, state in saved.items()})
@@ -198,28 +204,30 @@ class OnDevice:
     def hold(self, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, counters_only: bool = False) -> None:
         """Put saved states on the device."""
         for parameter, state in saved.items():
-            place = "cpu" if parameter in self._states.projected else parameter.device
-            held = {STEP: state[STEP].to(place, copy=True)}
+            # a streamed weight is on the host while it does not train, its states are not
+            device = parameter.device if self._options.weights == "resident" else self._device
+            held = {STEP: state[STEP].to("cpu" if parameter in self._states.projected else device, copy=True)}
             if not counters_only:
-                held |= {name: t.to(parameter.device, copy=True) for name, t in tensors_of(state).items()}
+                held |= {name: t.to(device, copy=True) for name, t in tensors_of(state).items()}
             self._states.held[parameter] = held
 
     def _write(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Copy a unit's state tensors to its host blocks; valid after the store's ``synchronize``."""
         whole = self._states.projected.isdisjoint(unit.parameters)
         if whole:
-            self._allocate(unit)
+            self.host.allocate(unit.name, parts_of(unit, self._states))
         for parameter, tensors in states.items():
             if tensors:
                 (self.host.write if whole else self.host.put)(unit.name, parameter, tensors)
                 self._stats.bytes_out += sum(t.nbytes for t in tensors.values())
 
-    def _allocate(self, unit: Unit) -> None:
-        """Host blocks for the unit's states, its parameters in the order of backward and by dtype."""
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in reversed(unit.parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        self.host.allocate(unit.name, [(own, self._states.layout(own[0])) for own in by_dtype.values()])
+
+def parts_of(unit: Unit, states: States) -> Parts:
+    """The unit's parameters in the order of backward, by dtype."""
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in reversed(unit.parameters):
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    return [(own, states.layout(own[0])) for own in by_dtype.values()]
 
 
 class Resident(OnDevice):

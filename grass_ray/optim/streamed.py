@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from grass_ray.optim.hooks import WeakHook
 from grass_ray.optim.options import LayerwiseOptions
-from grass_ray.optim.placement import Footprint, OnDevice
+from grass_ray.optim.placement import Footprint, OnDevice, parts_of
 from grass_ray.optim.states import STEP, States
 from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
 from grass_ray.optim.streams import make_streams
@@ -77,7 +77,7 @@ class Streamed(OnDevice):
     def activate(self, units: Iterable[Unit]) -> None:
         """Make host blocks for units that had none."""
         for unit in units:
-            self._allocate(unit)
+            self.host.allocate(unit.name, parts_of(unit, self._states))
             self._offloaded.add(unit.name)
 
     def forget(self, unit: Unit) -> None:

@@ -31,7 +31,7 @@ from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
 from grass_ray.tasks.held_out import OnProgress, Progress, measure_held_out
-from grass_ray.tasks.losses import loss_among, measure_losses, responses
+from grass_ray.tasks.losses import AnswerLoss, loss_among, measure_losses, responses
 from grass_ray.tasks.questions import (
     LIMIT_SEED,
     Question,
@@ -43,7 +43,7 @@ from grass_ray.tasks.questions import (
     select_examples,
 )
 from grass_ray.tasks.rows import RowSet
-from grass_ray.tasks.scores import EvaluationResult, Example
+from grass_ray.tasks.scores import EvaluationResult, Example, Workload
 from grass_ray.tasks.shards import SHARD, split_by_cost
 from grass_ray.tasks.shards import merge_shards as merge_shards
 from grass_ray.tasks.sources import load_test_rows, open_source
@@ -169,11 +169,7 @@ def _evaluate_task(
         samples = sorted(outcome["samples"][task.key], key=lambda sample: sample["doc_id"])
         if on_outcome is not None:
             on_outcome(outcome)
-    if choosing:
-        likelihoods = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
-        losses = [loss_among(lm, task, *pair) for pair in zip(questions, likelihoods, strict=True)]
-    else:
-        losses = measure_losses(lm, task, questions)
+    losses, workload = _losses(lm, task, questions, samples, choosing)
     seconds = time.perf_counter() - started
     progress.finish()
     examples = [
@@ -186,8 +182,23 @@ def _evaluate_task(
         extraction=evaluation.extraction,
         examples=tuple(examples),
         protocol=protocol,
-        workload=dataclasses.replace(lm.take_workload(), seconds=seconds),
+        workload=dataclasses.replace(workload, seconds=seconds),
     )
+
+
+def _losses(
+    lm: ObservedLM, task: Task, questions: Sequence[Question], samples: Sequence[dict[str, Any]], choosing: bool
+) -> tuple[list[AnswerLoss], Workload]:
+    """The loss of the right answers, and all work since the task began."""
+    answering = lm.take_workload()
+    if choosing:
+        likelihoods = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
+        return [loss_among(lm, task, *pair) for pair in zip(questions, likelihoods, strict=True)], answering
+    losses = measure_losses(lm, task, questions)
+    measuring = lm.take_workload()
+    if answering.passes:  # the same prompts were cut when they were answered
+        measuring = dataclasses.replace(measuring, prompts_cut=0)
+    return losses, answering + measuring
 
 
 def _protocol(

@@ -110,7 +110,7 @@ def _check_model(config: RunConfig) -> None:
         )
     model = add_adapter(build_skeleton(config.model), adapter)
     # nothing is streamed here, so no host memory is taken for it
-    method = config.method.model_copy(update={"offload": "none"})
+    method = config.method.model_copy(update={"offload": "none", "weights": "resident"})
     try:
         build_optimizer(model, method.sampler.build(seed=config.seed, train_steps=config.training.steps), method)
     except ValueError as error:

@@ -52,7 +52,7 @@ class StepReport:
         measure_s: seconds of it that only measured: a probing step, or extra passes before a step.
         stall_s: seconds of it that training waited for optimizer states to move.
         peak_allocated_gib: peak memory of the run so far.
-        host_pinned_gib: host memory of offloaded states.
+        host_pinned_gib: host memory of offloaded states and streamed weights.
         offload: cost of moving states since the start (:class:`grass_ray.optim.streaming.OffloadStats`); empty if
             they never move.
         workers: number of workers.

@@ -19,6 +19,7 @@ import torch
 
 from grass_ray.config import ConfigError, Parallel, RunConfig
 from grass_ray.optim.data_parallel import Workers
+from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
@@ -95,7 +96,10 @@ class Run:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
         model = add_adapter(loaded.model, config.method.adapter)
-        model = model.to(device) if parallel == "replicate" else model
+        if parallel == "replicate" and config.method.weights == "streamed":
+            move_outside_of_layers(model, device)
+        elif parallel == "replicate":
+            model = model.to(device)
         if training.gradient_checkpointing:
             # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -226,6 +230,7 @@ class Run:
         layers.without_effect = settings_without_effect(self.config)
         if state.trained:
             resident, host = state.optimizer.state_bytes()
+            host += state.optimizer.weights.host_bytes
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
             metrics |= {
                 "memory/peak_allocated_gib": state.memory.peak_allocated_gib,
