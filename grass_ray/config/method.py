@@ -108,11 +108,6 @@ class MethodConfig(ConfigPart):
     train_norm: bool = False
     """Whether to train the final norm at every step."""
 
-    @property
-    def allows_checkpointing(self) -> bool:
-        """Whether the method can be trained with gradient checkpointing."""
-        return self.adapter is None or self.adapter.allows_checkpointing
-
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if mismatch := self.sampler.mismatch(self.adapter, self.granularity):

@@ -102,8 +102,6 @@ def plan_decided(planner: Planner, trained: TrainedUnits, shape: StepShape, mode
     """
     if shape.checkpointing != "auto":
         return planner.plan(trained, shape, mode)
-    if not trained.method.allows_checkpointing:
-        return planner.plan(trained, replace(shape, checkpointing="none"), mode)
     fewest = fewest_recomputed(planner, trained, shape, mode, memory / (1 + TOLERANCE))
     return fewest or planner.plan(trained, replace(shape, checkpointing="all"), mode)
 
@@ -126,7 +124,7 @@ def find_fit(
         changed = _changed(method, of_method)
         trained = planner.apply(changed, train_steps)
         modes = [mode for mode in _preferred_modes(changed) if planner.min_bytes(trained, mode) <= memory]
-        for smaller in _smaller_shapes(changed, shape) if modes else ():
+        for smaller in _smaller_shapes(shape) if modes else ():
             for mode in modes:
                 if smaller.checkpointing == "auto":
                     plan = fewest_recomputed(planner, trained, smaller, mode, memory)
@@ -165,11 +163,11 @@ def _changed(method: MethodConfig, changes: Changes) -> MethodConfig:
     return MethodConfig.model_validate(apply({"method": method.model_dump()}, changes)["method"])
 
 
-def _smaller_shapes(method: MethodConfig, shape: StepShape) -> Iterator[StepShape]:
+def _smaller_shapes(shape: StepShape) -> Iterator[StepShape]:
     """The shape as it is, with as few layers recomputed as fit, and in micro-batches halved down to one row."""
     if shape.checkpointing != "auto":
         yield shape
-    if shape.checkpointing != "all" and method.allows_checkpointing:
+    if shape.checkpointing != "all":
         yield replace(shape, checkpointing="auto")
         shape = replace(shape, checkpointing="all")
     while shape.rows > 1 and shape.rows % 2 == 0:
@@ -213,9 +211,7 @@ def fit_to_memory(
     """
     device = device or default_device()
     training = config.training
-    if training.gradient_checkpointing == "auto" and (
-        (device.type == "cpu" and memory is None) or not config.method.allows_checkpointing
-    ):
+    if training.gradient_checkpointing == "auto" and device.type == "cpu" and memory is None:
         training = training.model_copy(update={"gradient_checkpointing": "none"})
         config = config.model_copy(update={"training": training})
     available = total_bytes(device) if memory is None else memory

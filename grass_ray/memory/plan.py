@@ -118,7 +118,7 @@ class Planner:
         """Plan a method in each of ``modes``, by default in all that are applicable to it.
 
         Raises:
-            ConfigError: the method cannot train this model (it needs more layers, for example), or not with this shape.
+            ConfigError: the method cannot train this model (it needs more layers, for example).
         """
         trained = self.apply(method, train_steps)
         return [self.plan(trained, shape, mode) for mode in (applicable_modes(method) if modes is None else modes)]
@@ -141,14 +141,9 @@ class Planner:
         """Plan the phase and the active set with the highest peak.
 
         Raises:
-            ConfigError: the method does not work with gradient checkpointing.
             CannotPlanError: the model's step does not run on the meta device.
         """
-        adapter = trained.method.adapter
-        recomputed = recomputed_layers(shape.checkpointing, trained.num_layers)
-        if recomputed and adapter is not None and not adapter.allows_checkpointing:
-            raise ConfigError(f"{adapter.kind} tuning cannot train with gradient checkpointing; leave it off")
-        sets = trained.active_sets(recomputed)
+        sets = trained.active_sets(recomputed_layers(shape.checkpointing, trained.num_layers))
         plans = [plan for active in sets for plan in self._plan_phases(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
             profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)

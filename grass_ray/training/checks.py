@@ -99,14 +99,7 @@ def tokenizer_to_check(model: ModelConfig) -> Any:
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights, so that what cannot work with this model shows."""
     check_model(config.model)
-    adapter = config.method.adapter
-    asked = config.training.gradient_checkpointing
-    if asked not in ("none", "auto") and adapter is not None and not adapter.allows_checkpointing:
-        raise ConfigError(
-            f"{adapter.kind} tuning cannot train with gradient checkpointing: its keys and values live in the cache "
-            "that checkpointing drops; set training.gradient_checkpointing=none"
-        )
-    model = add_adapter(build_skeleton(config.model), adapter)
+    model = add_adapter(build_skeleton(config.model), config.method.adapter)
     # nothing is streamed here, so no host memory is taken for it
     method = config.method.model_copy(update={"offload": "none"})
     try:
@@ -114,7 +107,7 @@ def _check_model(config: RunConfig) -> None:
         optimizer = build_optimizer(model, sampler, method)
     except ValueError as error:
         raise ConfigError(f"{config.model.name}: {error}") from None
-    check_recomputed(asked, optimizer.stack.num_layers)
+    check_recomputed(config.training.gradient_checkpointing, optimizer.stack.num_layers)
 
 
 def check_recomputed(setting: GradientCheckpointing, num_layers: int) -> None:

@@ -117,7 +117,7 @@ class Run:
     def recomputed_layers(self) -> int:
         """Number of decoder layers, from the first, that are recomputed in backward."""
         setting = self.config.training.gradient_checkpointing
-        if setting == "auto" and (self.state.device.type == "cpu" or not self.config.method.allows_checkpointing):
+        if setting == "auto" and self.state.device.type == "cpu":
             return 0  # on a GPU all, since nobody has predicted its memory
         return recomputed_layers(setting, self.state.optimizer.stack.num_layers)
 

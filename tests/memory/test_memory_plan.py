@@ -346,7 +346,7 @@ def test_auto_recomputes_the_fewest_layers_that_fit(tiny: Planner) -> None:
         assert plan.recomputed_layers == {"none": 0, "all": 4}.get(layers, layers)
         return memory_fit.needed_bytes(plan, "cpu")
 
-    for method in ("full", "lora", "lisa", "grass"):
+    for method in ("full", "prefix", "grass"):
         config = short_run(method, "training.gradient_checkpointing=auto")
         settings: list[Any] = ["none", 1, 2, 3, "all"]
         sizes = [needed(method, setting) for setting in settings]
@@ -360,17 +360,13 @@ def test_auto_recomputes_the_fewest_layers_that_fit(tiny: Planner) -> None:
             recomputed(config, memory=memory_fit.RESERVE_BYTES + int(sizes[-1] / safe) - 1000)
 
 
-def test_auto_recomputes_nothing_on_a_cpu_without_a_limit_and_where_an_adapter_does_not_allow_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_recomputes_nothing_on_a_cpu_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with_memory(monkeypatch, 40 * MIB)
     full = short_run("full", "training.gradient_checkpointing=auto", "training.batch_size=64")
     with pytest.raises(MemoryRefusalError, match=r"--set training.gradient_checkpointing=all"):
         recomputed(full)
     assert recomputed(full, memory=memory_fit.RESERVE_BYTES + 40 * MIB) == "all"
     assert recomputed(short_run("full", "training.gradient_checkpointing=auto")) == "none"
-    prefix = short_run("prefix", "training.gradient_checkpointing=auto")
-    assert recomputed(prefix, memory=1 * GIB) == "none"
     untrained = short_run("full", "training.gradient_checkpointing=auto", "training.steps=0")
     assert recomputed(untrained) == "none"
 
@@ -391,7 +387,7 @@ def test_another_offload_mode_comes_before_recomputing(tiny: Planner, monkeypatc
     assert decided(resident) == ("resident", "none")
     assert decided(resident - 1000) == ("lazy", "none")
     assert decided(lazy) == ("lazy", "none")
-    assert decided(lazy - 1000) == ("resident", 2)
+    assert decided(lazy - 1000) == ("resident", 1)
 
 
 def test_rows_shorter_than_the_cut_off_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
