@@ -20,6 +20,7 @@ from grass_ray.commands.leaderboard import Leaderboard
 from grass_ray.commands.ls import Ls
 from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
+from grass_ray.commands.power import Power
 from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
 from grass_ray.commands.verify import Verify
 from grass_ray.config import ConfigError
@@ -32,6 +33,7 @@ VERBS: Mapping[str, type] = {
     "sweep": SweepFile,
     "eval": Eval,
     "leaderboard": Leaderboard,
+    "power": Power,
     "plot": Plot,
     "export": Export,
     "reproduce": Reproduce,

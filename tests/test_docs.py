@@ -25,8 +25,9 @@ from grass_ray.overrides import parse
 GENERATED = runpy.run_path(str(REPOSITORY / "docs" / "generated.py"))
 FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SITE = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-# their blocks have tests of their own
-OTHERS = [REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "examples").glob("*.md"))]
+# their blocks have tests of their own, or need runs
+OTHERS = [REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "benchmarks" / "RECORDS.md"]
+OTHERS += sorted((REPOSITORY / "examples").glob("*.md"))
 # programs of others, whose flags are not checked
 FOREIGN = {"accelerate", "cd", "git", "kubectl", "mlflow", "pip", "ray", "torchrun"}
 

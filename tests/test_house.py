@@ -134,7 +134,7 @@ def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "verb", ["", "train", "sweep", "eval", "leaderboard", "export", "reproduce", "verify", "plan", "ls"]
+    "verb", ["", "train", "sweep", "eval", "leaderboard", "power", "export", "reproduce", "verify", "plan", "ls"]
 )
 def test_help_loads_no_torch(verb: str) -> None:
     arguments = [*([verb] if verb else []), "--help"]

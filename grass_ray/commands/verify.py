@@ -23,12 +23,14 @@ class Verify:
 
     For example:
       grass-ray verify benchmarks/results
-      grass-ray verify grass_ray_results/quickstart/SWEEP_ID --all
       grass-ray verify benchmarks/results/comparison --rewrite
+      grass-ray verify benchmarks/results/mine --take grass_ray_results/quickstart/SWEEP_ID --rewrite
     """
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER ...")]
     """Folders with run records: records/*.json, or a record.json in each run's folder."""
+    take: Annotated[tuple[Path, ...], arg(metavar="RUNS ...")] = ()
+    """First copy the records of these folders' runs into FOLDER/records, those of a search into FOLDER/search."""
     rewrite: bool = False
     """First write tables and pictures anew from the records, unless those disagree with themselves."""
     all: bool = False
@@ -38,10 +40,16 @@ class Verify:
 
     def run(self) -> int:
         """Verify the folders and return the exit code."""
+        from grass_ray.results.recorded import take_records
         from grass_ray.results.verification.verify import verify, without_records
 
         if not self.folders:
             raise ConfigError("verify needs a folder with run records, such as benchmarks/results")
+        if self.take and len(self.folders) > 1:
+            raise ConfigError(f"--take copies records into one folder; given: {', '.join(map(str, self.folders))}")
+        for source in self.take:
+            taken = take_records(source, self.folders[0])
+            print(f"took {len(taken)} records of {source} into {self.folders[0]}")
         results = [result for folder in self.folders for result in verify(folder, rewrite=self.rewrite)]
         for result in results:
             for line in self._describe(result):
@@ -68,7 +76,7 @@ class Verify:
         for check in result.checks:
             wrong = check.disagreements
             if wrong or not self.quiet:
-                yield f"  {'DIFFERS' if wrong else 'agrees':8} {check.what:{width}}  {check.numbers} numbers"
+                yield f"  {'DIFFERS' if wrong else 'agrees':8} {check.what:{width}}  {check.numbers} compared"
             shown = wrong if self.all else wrong[:_MOST]
             yield from (f"             {text}" for text in shown)
             if len(shown) < len(wrong):

@@ -59,8 +59,8 @@ class AllocationLog(TorchDispatchMode):
 
     Args:
         device: whose allocator to assume; that of CUDA rounds sizes up.
-        logits: shape (positions, vocabulary) of the logits of a micro-batch, which tells them from other tensors. None
-            counts logits as activations.
+        logits: number of features and of tokens in the vocabulary, which tell logits from other tensors. None counts
+            logits as activations.
     """
 
     def __init__(self, device: DeviceKind, *, logits: tuple[int, int] | None = None) -> None:
@@ -142,7 +142,7 @@ class AllocationLog(TorchDispatchMode):
         if self._logits is None or tensor.ndim not in (2, 3) or tensor.shape[-1] != self._logits[1]:
             return "activations"
         # a matrix with as many columns may also be the gradient of a transposed head
-        return "logits" if tensor.ndim == 3 or tensor.shape[0] == self._logits[0] else "activations"
+        return "logits" if tensor.ndim == 3 or tensor.shape[0] != self._logits[0] else "activations"
 
 
 def storages_bytes(tensors: Iterable[Tensor]) -> int:

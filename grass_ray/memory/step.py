@@ -24,6 +24,7 @@ from grass_ray.config import GradientCheckpointing, recomputed_layers
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
 from grass_ray.optim.recompute import Recompute
+from grass_ray.tasks.inference.lm_head import splits
 from grass_ray.training.batches import Batch
 from grass_ray.training.loss import summed_loss
 
@@ -88,15 +89,15 @@ def profile_step(
         probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
             recomputed.
     """
-    vocabulary = _vocabulary(model)
-    positions = shape.rows * shape.label_positions
-    log = AllocationLog(device, logits=None if vocabulary is None else (positions, vocabulary))
+    log = AllocationLog(device, logits=_head_shape(model))
     handles: list[Any] = [
         p.register_post_accumulate_grad_hook(_drop if probing else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
     model.train()
+    with _MaskAnswers(shape.masked):
+        splits(model)  # asks a forward of its own, once
     layers = find_decoder_stack(model).modules
     recompute = Recompute(layers if probing else layers[: recomputed_layers(shape.checkpointing, len(layers))])
     recompute.switch(True)
@@ -107,7 +108,7 @@ def profile_step(
             for _ in range(shape.micro_batches):
                 batch = _PlannedBatch.of(shape)
                 with _MaskAnswers(shape.masked):
-                    loss = summed_loss(model, batch) / batch.num_labels
+                    loss = summed_loss(model, batch, divisor=batch.num_labels)
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
                 del loss, batch
@@ -156,6 +157,10 @@ class _PlannedBatch(Batch):
         """Positions with a label in any row, shape (positions,), on the meta device."""
         return torch.empty(self._positions, dtype=torch.long, device="meta")
 
+    def labelled_tokens(self) -> Tensor:
+        """Places of all labels in the flattened rows, shape (labels,), on the meta device."""
+        return torch.empty(self.num_labels, dtype=torch.long, device="meta")
+
 
 class _MaskAnswers(TorchFunctionMode):
     """Gives an answer where the model asks whether a mask has padding, since meta tensors have no values."""
@@ -168,10 +173,13 @@ class _MaskAnswers(TorchFunctionMode):
         return not self._padded if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
 
 
-def _vocabulary(model: Any) -> int | None:
+def _head_shape(model: Any) -> tuple[int, int] | None:
+    """Number of features and of tokens in the vocabulary, if the model's configuration has them."""
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
-    return getattr(get_text_config(decoder=True), "vocab_size", None) if get_text_config else None
+    text = get_text_config(decoder=True) if get_text_config else None
+    features, vocabulary = getattr(text, "hidden_size", None), getattr(text, "vocab_size", None)
+    return None if features is None or vocabulary is None else (features, vocabulary)
 
 
 def _drop(parameter: Tensor) -> None:

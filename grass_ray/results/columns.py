@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grass_ray.results.column import COST, DETAILS, END, LOSS, RANKING, Column
-from grass_ray.results.difference_columns import P_FOR, differences
+from grass_ray.results.difference_columns import P_FOR, detectable, differences
 from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_more, number, percent, points
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.paired import Metric, fact
@@ -230,6 +230,10 @@ COLUMNS: tuple[Column, ...] = (
     Column("loss_covers_training", get=lambda row: fact(row.loss_to_full, "covers_training")),
     Column("loss_covers_training_to_best", get=lambda row: fact(row.loss_to_best, "covers_training")),
     Column("loss_told_apart", get=lambda row: fact(row.loss_to_best, "told_apart")),
+    detectable("full", lambda row: row.to_full),
+    detectable("best", lambda row: row.to_best),
+    detectable("full", lambda row: row.loss_to_full, metric="loss"),
+    detectable("best", lambda row: row.loss_to_best, metric="loss"),
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 

@@ -51,6 +51,14 @@ def differences(
     ]
 
 
+def detectable(
+    name: Literal["full", "best"], of: Callable[[LeaderboardRow], Comparison | None], *, metric: Metric = "accuracy"
+) -> Column:
+    """The smallest difference that the comparison with one reference row could have seen, for programs."""
+    before = "loss_" if metric == "loss" else ""
+    return Column(f"{before}detectable_to_{name}", get=lambda row: fact(of(row), "detectable"), small_first=True)
+
+
 def _scopes(row: LeaderboardRow) -> str:
     compared = {"full": row.to_full, "best": row.to_best, "loss full": row.loss_to_full, "loss best": row.loss_to_best}
     said = {name: scope(found.covers_training) for name, found in compared.items() if found is not None}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +23,8 @@ from grass_ray.paths import model_label
 from grass_ray.results.compare import EVALUATION, Asked, comparable_groups, differences
 from grass_ray.results.formats import NOT_TOLD
 from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
-from grass_ray.results.paired import Comparison, Metric, adjust, collect_answers, compare_answers
+from grass_ray.results.paired import METRICS, Comparison, Metric, adjust, collect_answers, compare_answers
+from grass_ray.results.power import SeedSpread, Spread, with_detectable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
 from grass_ray.results.rows import build_rows
@@ -39,7 +40,8 @@ class LeaderboardTable:
 
     ``notes`` are what a reader must know, and ``warnings`` those of them that must not be missed: what cannot be
     compared, and which rows of data were lost. ``budget`` says who trained how much. ``test`` is what all rows were
-    tested on; ``apart`` tells the table from another one of the same title.
+    tested on; ``apart`` tells the table from another one of the same title. ``spreads`` are the variances that
+    differences between its trained rows are made of.
     """
 
     model: str
@@ -54,6 +56,7 @@ class LeaderboardTable:
     budget: str | None = None
     apart: str = ""
     warnings: tuple[str, ...] = ()
+    spreads: Mapping[Metric, Spread] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -191,7 +194,10 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     rows = [replace(row, test=test.name) for row in build_rows(groups)]
     evaluated = {task for row in rows if row.status == "finished" for task in row.scored}
     rows = _clean([_incomplete(row, evaluated) for row in rows])
-    rows = _compare(_compare(rows, groups, "accuracy"), groups, "loss")
+    spreads: dict[Metric, Spread] = {}
+    for metric in METRICS:
+        rows, spread = _compare(rows, groups, metric)
+        spreads |= {} if spread is None else {metric: spread}
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
@@ -206,6 +212,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
         warnings=tuple(lost),
         budget=budget_line(rows, records),
         test=test,
+        spreads=spreads,
     )
 
 
@@ -234,39 +241,47 @@ def _incomplete(row: LeaderboardRow, evaluated: set[str]) -> LeaderboardRow:
 
 def _compare(
     rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[RunRecord]], metric: Metric
-) -> list[LeaderboardRow]:
-    """Compare each ranked row with the best ``full`` row and with the best row by a metric, question by question."""
+) -> tuple[list[LeaderboardRow], Spread | None]:
+    """Compare each ranked row with the best ``full`` row and with the best row by a metric, question by question.
+
+    Also returns the spread of trained rows, as the comparisons show it.
+    """
     by_loss = metric == "loss"
     ranked = [index for index, row in enumerate(rows) if row.is_ranked and math.isfinite(row.badness(metric))]
     if len(ranked) < 2:
-        return list(rows)
+        return list(rows), None
 
     def place(index: int) -> tuple[float, str]:
         return rows[index].badness(metric), rows[index].label
 
     best = min(ranked, key=place)
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
-    to_full, to_best = _comparisons(ranked, groups, metric, full, best)
-    return [
+    (to_full, to_best), seeds = _comparisons(ranked, groups, metric, full, best)
+    trained = [found[index] for found in (to_full, to_best) for index in found if rows[index].trained]
+    compared = [
         replace(row, loss_to_full=to_full.get(index), loss_to_best=to_best.get(index))
         if by_loss
         else replace(row, to_full=to_full.get(index), to_best=to_best.get(index))
         for index, row in enumerate(rows)
     ]
+    return compared, seeds.spread(trained)
 
 
 def _comparisons(
     ranked: Sequence[int], groups: Sequence[Sequence[RunRecord]], metric: Metric, *references: int | None
-) -> list[dict[int, Comparison]]:
+) -> tuple[list[dict[int, Comparison]], SeedSpread]:
     """For each reference row the comparisons of all other ranked rows with it; answers of one row at a time."""
     theirs = {index: collect_answers(groups[index], metric) for index in references if index is not None}
     found: dict[int, dict[int, Comparison]] = {reference: {} for reference in theirs}
+    seeds = SeedSpread()
     for index in ranked:
         own = theirs.get(index) or collect_answers(groups[index], metric)
+        seeds.add(own)
         for reference in found:
             if index != reference and (comparison := compare_answers(own, theirs[reference])) is not None:
                 found[reference][index] = comparison
-    return [{} if reference is None else adjust(found[reference]) for reference in references]
+    adjusted = {reference: adjust(with_detectable(own, seeds)) for reference, own in found.items()}
+    return [{} if reference is None else adjusted[reference] for reference in references], seeds
 
 
 def _pareto(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from grass_ray.results.formats import percent
+from grass_ray.results.formats import nats, number, percent
 from grass_ray.results.paired import Comparison, Test, fact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow
@@ -167,12 +167,41 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
         notes.append(f"p: {_named(accuracies)} {against}, Benjamini-Hochberg over this table")
     if losses:
         notes.append(f"p loss: {_named(losses)}; its best row is that of the lowest loss")
+    notes += detectable_notes(rows)
     notes += scope_notes(found.covers_training for found in accuracies + losses)
     if accuracies or losses:
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
     notes += _loss_notes(rows)
     notes += _contamination(rows)
     return notes
+
+
+def detectable_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """The smallest differences that the comparisons of trained rows could have seen: one sentence, if any."""
+    compared = [row for row in rows if row.trained] or rows
+    full = any(row.to_full is not None or row.loss_to_full is not None for row in compared)
+    accuracies = [row.to_full if full else row.to_best for row in compared]
+    losses = [row.loss_to_full if full else row.loss_to_best for row in compared]
+    parts = [
+        f"{_range(values, form)} {unit}"
+        for found, form, unit in (
+            (accuracies, lambda value: number(value, 1, 100), "points of accuracy"),
+            (losses, nats, "nats of loss"),
+        )
+        if (values := [each.detectable for each in found if each is not None and each.detectable is not None])
+    ]
+    if not parts:
+        return []
+    whom = "full" if full else "the best row"
+    return [
+        f"smallest difference to {whom} that this table could have seen (80 % power at p .05, not corrected for many "
+        f"comparisons): {', '.join(parts)}"
+    ]
+
+
+def _range(values: Sequence[float], form: Callable[[float], str]) -> str:
+    least, most = form(min(values)), form(max(values))
+    return least if least == most else f"{least} to {most}"
 
 
 def _named(found: Sequence[Comparison]) -> str:

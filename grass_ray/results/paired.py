@@ -32,17 +32,20 @@ from grass_ray.results.statistics import (
     holding_zero,
     mcnemar,
     paired_bootstrap,
+    question_variance,
     sign_flip,
     two_level,
 )
 
 Metric = Literal["accuracy", "loss"]
+METRICS: tuple[Metric, ...] = ("accuracy", "loss")
 Test = Literal["exact McNemar", "paired sign-flip", "paired t", "two-level t"]
 
 LEVEL = 0.05  # of a test: how often a difference is reported where there is none
 
 # (example id, how often that id came before): equal prompts share an id
 Question = tuple[str, int]
+_Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # both sides' values of the same questions of a task
 
 
 class TaskAnswers(NamedTuple):
@@ -80,8 +83,15 @@ class Answers:
 class Comparison:
     """First minus second, the mean over tasks: a difference, its 95 % limits, p-value and test.
 
-    Of accuracies it is a share of the questions (-1 to 1), of losses nats. ``p_adjusted`` is the p-value adjusted
-    (Benjamini-Hochberg) over the comparisons of a table.
+    Of accuracies it is a share of the questions (-1 to 1), of losses nats.
+
+    Attributes:
+        p_adjusted: the p-value adjusted (Benjamini-Hochberg) over the comparisons of a table.
+        seeds: how many trainings each side has, of the sides that vary with their training; none if the comparison
+            covers these runs alone.
+        questions: for each task how many, and the variance of the difference over them.
+        detectable: the smallest true difference that it would have found with 80 % power at the unadjusted 5 % level
+            (:mod:`grass_ray.results.power`).
     """
 
     value: float
@@ -90,6 +100,9 @@ class Comparison:
     p_value: float
     test: Test
     p_adjusted: float | None = None
+    seeds: tuple[int, ...] = ()
+    questions: tuple[tuple[int, float], ...] = ()
+    detectable: float | None = None
 
     @property
     def covers_training(self) -> bool:
@@ -144,7 +157,7 @@ def _by_question(score: TaskScore, metric: Metric) -> dict[Question, float]:
 
 def compare_answers(first: Answers, second: Answers) -> Comparison | None:
     """Compare over the questions that both were asked, by the same metric; None if they share none."""
-    pairs = []
+    pairs: list[_Pair] = []
     for task in sorted(first.tasks.keys() & second.tasks.keys()):
         own, other = first.tasks[task], second.tasks[task]
         common: Sequence[Question] = own.questions
@@ -161,23 +174,37 @@ def compare_answers(first: Answers, second: Answers) -> Comparison | None:
         and _several_trainings(second, seeds[1])
         and (first.trained or second.trained)
     )
-    if first.metric == "loss":
-        value = float(np.mean([own.mean() - other.mean() for own, other in pairs]))
-    else:
-        value = float(sum((_share(own) - _share(other) for own, other in pairs), Fraction()) / len(pairs))
-    if several or first.metric == "loss":
-        vary = (first.trained, second.trained) if several else (False, False)
-        low, high, p_value = two_level(pairs, vary=vary, shares=first.metric == "accuracy")
-        test: Test = "two-level t" if several else "paired t"
-        return Comparison(value=value, low=low, high=high, p_value=p_value, test=test)
+    vary = (first.trained, second.trained) if several else (False, False)
+    low, high, p_value, test = _tested(pairs, first.metric, vary)
+    return Comparison(
+        value=_difference(pairs, first.metric),
+        low=low,
+        high=high,
+        p_value=p_value,
+        test=test,
+        seeds=tuple(n for n, varies in zip(seeds, vary, strict=True) if varies),
+        questions=tuple((own.shape[1], question_variance(own, other, vary=vary)) for own, other in pairs),
+    )
+
+
+def _tested(pairs: Sequence[_Pair], metric: Metric, vary: tuple[bool, bool]) -> tuple[float, float, float, Test]:
+    """Limits, p-value and the test that they are of."""
+    if any(vary) or metric == "loss":
+        return *two_level(pairs, vary=vary, shares=metric == "accuracy"), "two-level t" if any(vary) else "paired t"
     differences = [(own.mean(axis=0) - other.mean(axis=0)).tolist() for own, other in pairs]
-    test = "exact McNemar" if len(pairs) == 1 and max(seeds) == 1 else "paired sign-flip"
+    once = all(len(values) == 1 for values in pairs[0])
+    test: Test = "exact McNemar" if len(pairs) == 1 and once else "paired sign-flip"
     if test == "exact McNemar":
         p_value = mcnemar(*((answers[0] == 1).tolist() for answers in pairs[0]))
     else:
         p_value = sign_flip(differences)
-    low, high = holding_zero(paired_bootstrap(differences), p_value)
-    return Comparison(value=value, low=low, high=high, p_value=p_value, test=test)
+    return *holding_zero(paired_bootstrap(differences), p_value), p_value, test
+
+
+def _difference(pairs: Sequence[_Pair], metric: Metric) -> float:
+    if metric == "loss":
+        return float(np.mean([own.mean() - other.mean() for own, other in pairs]))
+    return float(sum((_share(own) - _share(other) for own, other in pairs), Fraction()) / len(pairs))
 
 
 def _share(correct: NDArray[np.float64]) -> Fraction:

@@ -35,10 +35,10 @@ from grass_ray.results.formats import markdown_table, markdown_text
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sweep_comparison import (
-    COMPARISON_HEADER,
     SweepComparison,
     comparison_cells,
     comparison_csv,
+    comparison_header,
     comparison_notes,
 )
 
@@ -87,11 +87,26 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
     if format == "html":
         from grass_ray.results.page.page import render_comparison_page
 
-        return render_comparison_page(title, COMPARISON_HEADER, cells, notes)
+        return render_comparison_page(title, comparison_header(comparison), cells, notes)
+    return render_cells(title, [(comparison_header(comparison), cells)], notes, format, width=width)
+
+
+def render_cells(
+    title: str,
+    parts: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]],
+    notes: Sequence[str],
+    format: Literal["table", "markdown"],
+    *,
+    width: int,
+) -> str:
+    """Tables of one title, each its headings and cells, and what a reader must know of them."""
     if format == "markdown":
-        lines = [f"### {markdown_text(title)}", "", *markdown_table(COMPARISON_HEADER, cells, WORDS), ""]
+        lines = [f"### {markdown_text(title)}", ""]
+        for names, cells in parts:
+            lines += [*markdown_table(names, cells, WORDS), ""]
         return "\n".join([*lines, *(f"- {markdown_text(note)}" for note in notes)])
-    return _print(title, _grids(COMPARISON_HEADER, cells, width, repeated=1) if cells else [], notes, width)
+    grids = [grid for names, cells in parts if cells for grid in _grids(names, cells, width, repeated=1)]
+    return _print(title, grids, notes, width)
 
 
 # ----------------------------------------------------------------------------------------------------------- formats
@@ -180,7 +195,7 @@ def _widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _heading(name: str) -> str:
-    broken = name.startswith(("vs ", "p ", "train ", "loss ")) or name.endswith("GiB")
+    broken = name.startswith(("vs ", "p ", "train ", "loss vs ")) or name.endswith("GiB")
     return name.replace(" ", "\n") if broken else name
 
 

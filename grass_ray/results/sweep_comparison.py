@@ -21,7 +21,7 @@ from typing import Any
 
 from grass_ray.config import ConfigError
 from grass_ray.results.compare import Asked, comparable_groups, differences, same_test_key
-from grass_ray.results.formats import limits, p_text, percent, points, scope, times
+from grass_ray.results.formats import limits, nats, nats_more, p_text, percent, points, scope, times
 from grass_ray.results.leaderboard import seed_groups
 from grass_ray.results.notes import scope_notes
 from grass_ray.results.paired import Answers, Comparison, adjust, collect_answers, compare_answers, fact
@@ -48,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
-    """One configuration in both sweeps. Differences are second minus first, accuracies shares from 0 to 1.
+    """One configuration in both sweeps. Differences are second minus first, accuracies shares from 0 to 1, losses nats.
 
     ``only_first`` and ``only_second`` count questions that one side answered right more often. ``settings`` lists what
     differs where the configurations are not equal. Memory and speed are None where the hardware differs.
@@ -69,15 +69,20 @@ class ComparisonRow:
     second_status: str
     settings: list[str]
     changes: list[Change]
+    first_loss: float | None
+    second_loss: float | None
+    by_loss: Comparison | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with those of the comparison at its place."""
-        found = {key: fact(self.comparison, name) for key, name in _FACTS.items()}
-        values = asdict(self)
-        before = list(values).index("comparison")
-        del values["comparison"]
-        items = list(values.items())
-        return dict([*items[:before], *found.items(), *items[before:]])
+        """Plain JSON values, with those of the comparisons at their places."""
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if name in ("comparison", "by_loss"):
+                before = "loss_" if name == "by_loss" else ""
+                found |= {f"{before}{key}": fact(getattr(self, name), part) for key, part in _FACTS.items()}
+            else:
+                found[name] = value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,9 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
     pairs = _match(ours, theirs)
     rows = [_compare(ours, own, theirs, other) for own, other in pairs]
     adjusted = adjust({index: row.comparison for index, row in enumerate(rows) if row.comparison is not None})
-    rows = [replace(row, comparison=adjusted.get(index)) for index, row in enumerate(rows)]
-    rows.sort(key=lambda row: (row.comparison is None, -(fact(row.comparison, "value") or 0.0), row.label))
+    by_loss = adjust({index: row.by_loss for index, row in enumerate(rows) if row.by_loss is not None})
+    rows = [replace(row, comparison=adjusted.get(index), by_loss=by_loss.get(index)) for index, row in enumerate(rows)]
+    rows.sort(key=_gain)
     return SweepComparison(
         first=first,
         second=second,
@@ -123,6 +129,14 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
         only_in_second=theirs.labels_without({other for _, other in pairs}),
         tested_otherwise=_tested_otherwise(ours, theirs, pairs),
     )
+
+
+def _gain(row: ComparisonRow) -> tuple[bool, float, str]:
+    """What gained most first, by accuracy or else by loss; what cannot be compared last."""
+    gain = row.by_loss.value if row.by_loss is not None else 0.0
+    if row.comparison is not None:
+        gain = -row.comparison.value
+    return row.comparison is None and row.by_loss is None, gain, row.label
 
 
 def _choose(records: Sequence[RunRecord], name: str) -> list[RunRecord]:
@@ -193,6 +207,7 @@ def _by_key(side: _Side, taken: set[int], whole: bool) -> dict[str, list[int]]:
 def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow:
     left, right = first.rows[own], second.rows[other]
     answers = collect_answers(first.groups[own]), collect_answers(second.groups[other])
+    losses = collect_answers(first.groups[own], "loss"), collect_answers(second.groups[other], "loss")
     changes, questions = _changes(*answers)
     same_machine = left.hardware == right.hardware
     before, after = settings(first.groups[own][0]), settings(second.groups[other][0])
@@ -204,7 +219,7 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         first=left.accuracy,
         second=right.accuracy,
         comparison=compare_answers(answers[1], answers[0]),
-        questions=questions,
+        questions=questions or _changes(*losses)[1],
         only_first=sum(change.first > change.second for change in changes),
         only_second=sum(change.first < change.second for change in changes),
         memory_ratio=_ratio(right.peak_allocated_gib, left.peak_allocated_gib) if same_machine else None,
@@ -213,6 +228,9 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         second_status=right.status,
         settings=[f"{key}: {before.get(key, '-')} -> {after.get(key, '-')}" for key in differing],
         changes=changes,
+        first_loss=left.loss,
+        second_loss=right.loss,
+        by_loss=compare_answers(losses[1], losses[0]),
     )
 
 
@@ -243,23 +261,35 @@ _COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
     ("B - A", lambda row: points(fact(row.comparison, "value"))),
     ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), points)),
     ("p", lambda row: p_text(fact(row.comparison, "p_adjusted"))),
-    ("p for", lambda row: scope(fact(row.comparison, "covers_training"))),
+    ("loss A", lambda row: nats(row.first_loss)),
+    ("loss B", lambda row: nats(row.second_loss)),
+    ("loss B - A", lambda row: nats_more(fact(row.by_loss, "value"))),
+    ("loss 95 %", lambda row: limits(fact(row.by_loss, "low"), fact(row.by_loss, "high"), nats_more)),
+    ("p loss", lambda row: p_text(fact(row.by_loss, "p_adjusted"))),
+    ("p for", lambda row: scope(fact(row.comparison or row.by_loss, "covers_training"))),
     ("only A", lambda row: str(row.only_first)),
     ("only B", lambda row: str(row.only_second)),
     ("asked", lambda row: str(row.questions)),
     ("memory", lambda row: times(row.memory_ratio)),
     ("speed", lambda row: times(row.speed_ratio)),
 )
-COMPARISON_HEADER = tuple(name for name, _ in _COLUMNS)
+
+
+def comparison_header(comparison: SweepComparison) -> list[str]:
+    """The names of the table's columns; those of losses only if both sides have some."""
+    losses = any(row.by_loss is not None for row in comparison.rows)
+    return [name for name, _ in _COLUMNS if losses or "loss" not in name]
 
 
 def comparison_cells(comparison: SweepComparison) -> list[list[str]]:
-    """The table's cells as text, one list per row, in the order of ``COMPARISON_HEADER``."""
+    """The table's cells as text, one list per row, in the order of :func:`comparison_header`."""
+    shown = comparison_header(comparison)
     several = len({(row.model, row.suite) for row in comparison.rows}) > 1
     return [
         [
             f"{cell(row)}, {row.model} on {row.suite}" if several and name == "method" else cell(row)
             for name, cell in _COLUMNS
+            if name in shown
         ]
         for row in comparison.rows
     ]
@@ -269,9 +299,11 @@ def comparison_notes(comparison: SweepComparison) -> list[str]:
     """What a reader must know, one sentence each."""
     notes = [f"A: {comparison.first}; B: {comparison.second}; only A, only B: questions that side alone got right"]
     compared = [row.comparison for row in comparison.rows if row.comparison is not None]
-    if tests := sorted({found.test for found in compared}):
-        notes.append(f"p: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
-        notes += scope_notes(found.covers_training for found in compared)
+    losses = [row.by_loss for row in comparison.rows if row.by_loss is not None]
+    for name, found in (("p", compared), ("p loss", losses)):
+        if tests := sorted({one.test for one in found}):
+            notes.append(f"{name}: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
+    notes += scope_notes(one.covers_training for one in compared + losses)
     for row in comparison.rows:
         if row.settings:
             more = len(row.settings) - _SHOWN_SETTINGS

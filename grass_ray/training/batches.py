@@ -50,6 +50,10 @@ class Batch:
         """Return the positions where at least one row has a label, ascending, shape (positions,)."""
         return (self.labels != IGNORED).any(dim=0).nonzero().squeeze(1)
 
+    def labelled_tokens(self) -> Tensor:
+        """Return the places of all labels in the flattened rows, ascending, shape (labels,)."""
+        return (self.labels != IGNORED).flatten().nonzero().squeeze(1)
+
     def documents(self) -> Iterator[Tensor]:
         """Yield the token ids of each document without padding, shape (tokens,)."""
         for row, (ids, mask) in enumerate(zip(self.input_ids, self.attention_mask, strict=True)):

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from grass_ray.layerwise.generators import keyed_generator
 from grass_ray.optim.layerwise_adamw import LayerwiseAdamW
+from grass_ray.tasks.inference.lm_head import Head, splits, with_head
 from grass_ray.training.adapters import leading_virtual_tokens
 from grass_ray.training.batches import IGNORED, Batch
+from grass_ray.training.chunked_loss import chunked_cross_entropy
 
 
 def accumulate_gradients(
@@ -43,7 +45,7 @@ def accumulate_gradients(
     for place, batch in own:
         if key is not None:
             torch.manual_seed(keyed_generator("dropout", *key, place).initial_seed())
-        loss = summed_loss(model, batch.to(device)) / num_labels
+        loss = summed_loss(model, batch.to(device), divisor=num_labels)
         if optimizer is not None:
             optimizer.last_micro_batch = place == own[-1][0]
         loss.backward()  # type: ignore[no-untyped-call]
@@ -52,32 +54,48 @@ def accumulate_gradients(
     return total if optimizer is None else optimizer.workers.sum([total])[0]
 
 
-def summed_loss(model: Any, batch: Batch) -> Tensor:
+def summed_loss(model: Any, batch: Batch, *, divisor: float = 1.0) -> Tensor:
     """Compute the cross-entropy summed over the labels of one micro-batch.
+
+    Logits are computed for the labelled tokens only, and a chunk of them at a time
+    (:mod:`grass_ray.training.chunked_loss`), unless the model's head cannot be run on its own.
 
     Args:
         model: a causal language model, possibly with adapters.
         batch: on the model's device.
+        divisor: of the sum.
 
     Returns:
         A scalar in nats, float32, with a graph unless gradients are off.
     """
+    # documents that share a row are told apart by their positions, and then no mask may say otherwise
+    if batch.position_ids is None:
+        told = {"attention_mask": batch.attention_mask}
+    else:
+        told = {"position_ids": batch.position_ids}
+    inputs = {"input_ids": batch.input_ids, "use_cache": False, **told}
+    if not splits(model):
+        return _loss_of_all_logits(model, batch, inputs) / divisor
+    labelled = batch.labelled_tokens()
+    labels = batch.labels.flatten()[labelled]
+
+    def loss(hidden: Tensor, head: Head) -> Tensor:
+        own = hidden[:, -batch.labels.shape[1] :]  # virtual tokens come before the text
+        return chunked_cross_entropy(own.flatten(0, 1)[labelled], labels, head, divisor=divisor)
+
+    return with_head(model, loss, **inputs)
+
+
+def _loss_of_all_logits(model: Any, batch: Batch, inputs: dict[str, Any]) -> Tensor:
     virtual = leading_virtual_tokens(model)
     labels = batch.labels
     # the LM head is a large part of a small model: leave out positions where no row has a label
-    options = {}
     if keeps_logits(model):
         labelled = batch.labelled_positions()
-        options = {"logits_to_keep": labelled + virtual}
+        inputs = {**inputs, "logits_to_keep": labelled + virtual}
         labels = labels[:, labelled]
         virtual = 0
-    # documents that share a row are told apart by their positions, and then no mask may say otherwise
-    if batch.position_ids is None:
-        options["attention_mask"] = batch.attention_mask
-    else:
-        options["position_ids"] = batch.position_ids
-    output = model(input_ids=batch.input_ids, use_cache=False, **options)
-    logits = output.logits[:, virtual:].float()
+    logits = model(**inputs).logits[:, virtual:].float()
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

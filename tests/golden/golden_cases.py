@@ -6,6 +6,8 @@ Each case returns file names and what belongs into them.
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,10 @@ from grass_ray.results.columns import overview_rows
 from grass_ray.results.figures.registry import FIGURES, draw_kind
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
 from grass_ray.results.overview import describe_sweep, write_summary
+from grass_ray.results.page.answer import findings
 from grass_ray.results.page.commands import reproduce_command
+from grass_ray.results.paired import METRICS
+from grass_ray.results.power_report import Wish, render_power, reports
 from grass_ray.results.record import RunRecord
 from grass_ray.results.recorded import read_records
 from grass_ray.results.rendering import render, render_comparison
@@ -79,6 +84,30 @@ def small_sweep() -> list[RunRecord]:
     return records
 
 
+def with_losses(seeds: int, *, alone: bool = False) -> list[RunRecord]:
+    """Three methods and the untrained model on two tasks of sixty questions, with losses, or with nothing else."""
+    records = []
+    for method, skill in (("full", 1.0), ("grass", 1.5), ("lora", 0.2), ("base", -1.0)):
+        for seed in range(1 if method == "base" else seeds):
+            chance = random.Random(f"{method} {seed}")
+            shift, ease = chance.gauss(skill, 0.1), random.Random(0)
+            right = {
+                task: [ease.gauss(0, 2) + chance.gauss(shift, 0.5) for _ in range(60)] for task in ("boolq", "piqa")
+            }
+            record = make_record(
+                method,
+                seed=seed,
+                suite="commonsense",
+                correct={task: [value > 0 and not alone for value in own] for task, own in right.items()},
+                losses={task: [round(math.log1p(math.exp(-value)), 6) for value in own] for task, own in right.items()},
+                overrides=[f"training.steps={0 if method == 'base' else 50}"] + ["evaluation.scoring=loss"] * alone,
+            )
+            for score in record.tasks.values() if alone else ():
+                score.scoring, score.accuracy = "loss", math.nan
+            records.append(record)
+    return records
+
+
 def every_format(name: str, records: Sequence[RunRecord], tables: Sequence[LeaderboardTable] | None = None) -> Files:
     tables = build_leaderboard(records) if tables is None else tables
     return {
@@ -105,6 +134,21 @@ def tables_of_made_up_sweeps(folder: Path, run: Run) -> Files:
         **every_format("none", []),
         "failures.txt": failures,
     }
+
+
+def tables_with_losses(folder: Path, run: Run) -> Files:
+    """Three seeds and one, by accuracy and by loss alone, and what they could have seen."""
+    wish = Wish(difference=0.02, seeds=(3, 10))
+    files: Files = {}
+    for name, records in (("losses", with_losses(3)), ("once", with_losses(1)), ("alone", with_losses(2, alone=True))):
+        tables = build_leaderboard(records)
+        found = [report for table in tables for report in reports(table, METRICS, wish)]
+        files |= every_format(name, records)
+        files |= {f"{name}.power.txt": render_power(found), f"{name}.findings.txt": findings(tables[0])}
+        files[f"{name}.mlflow.md"] = describe_sweep("Which is best?", tables, done=9, num_trials=10)
+        files[f"{name}.power.json"] = render_power(found, "json")
+    files = {name: rounded(text) if name.endswith(("csv", "json")) else text for name, text in files.items()}
+    return files | {"by_hand.txt": run("power", "--question-sd", "0.2", "--seed-sd", "0.01", "--difference", "0.02")}
 
 
 def tables_of_searches(folder: Path, run: Run) -> Files:
@@ -225,7 +269,7 @@ def reproductions(folder: Path, run: Run) -> Files:
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-VERBS = ("train", "sweep", "eval", "leaderboard", "plot", "export", "reproduce", "verify", "plan", "ls")
+VERBS = ("train", "sweep", "eval", "leaderboard", "power", "plot", "export", "reproduce", "verify", "plan", "ls")
 
 
 def help_texts(folder: Path, run: Run) -> Files:
@@ -305,6 +349,9 @@ WRONG: tuple[tuple[str, ...], ...] = (
     ("leaderboard", "--status", "done"),
     ("leaderboard", "--reverse"),
     ("leaderboard", "--compare", "a", "b", "--sort", "rank"),
+    ("power", "--question-sd", "0", "--power", "2", "--num-seeds", "1"),
+    ("power", "--question-sd", "0.2"),
+    ("power", "--tracking-uri", "sqlite:///nowhere/mlflow.db"),
     ("plot", "pie"),
     ("plot", "loss", "--output", "loss.csv"),
     ("plot", "loss", "--tracking-uri", "sqlite:///nowhere/mlflow.db"),
@@ -395,6 +442,7 @@ CASES: dict[str, Callable[[Path, Run], Files]] = {
     for case in (
         tables_of_a_real_sweep,
         tables_of_made_up_sweeps,
+        tables_with_losses,
         tables_of_searches,
         selected_rows,
         sweeps_side_by_side,

@@ -43,9 +43,9 @@ def test_the_parent_run_shows_the_ranking_and_each_update_takes_the_place_of_the
     best = "Highest accuracy: **grass**, 70.0 (39.7-89.2) %, not told apart from 1 other row."
     assert note.startswith(f"{best} 3 of 3 trials have ended.\n\nWhich is best?")
     assert "| 1 | grass \\* | 70.0 | 39.7-89.2 | +30.0 | 2.00 |" in note
-    assert "| - | lora | - | - | - | - | - | 0 | failed |" in note
+    assert "| - | lora | - | - | - | - | 0 | failed |" in note
     assert client.get_experiment(run.info.experiment_id).tags["mlflow.note.content"] == note
-    assert run.data.tags["best"] == "grass: 70.0 %"
+    assert run.data.tags["best"] == "grass: 70.0 (39.7-89.2) %"
     assert run.data.metrics["sweep/best_accuracy"] == 0.7
     assert [(m.step, m.value) for m in client.get_metric_history(sweep, "sweep/finished")] == [(1, 1.0), (3, 2.0)]
     assert {item.path for item in client.list_artifacts(sweep)} >= {
@@ -64,7 +64,7 @@ def test_what_must_not_be_missed_is_in_the_description() -> None:
     dropped.data |= {"train_rows_used": 2, "train_rows_dropped": 38}
     tables = build_leaderboard([*records()[:1], dropped, other])
     note = describe_sweep("Which is best?", tables, done=3, num_trials=3)
-    assert not note.startswith("Best"), "nothing is best over two tests"
+    assert not note.startswith("Highest"), "nothing is best over two tests"
     for words in ("not to be compared with the other table", "dropped 38 of 40 training rows", "these runs alone"):
         assert words in note
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 from result_records import answers, make_record
 
@@ -90,3 +91,24 @@ def test_every_format() -> None:
     assert {(line["first"], line["second"]) for line in lines} == {("0.0", "1.0")}
     assert len(json.loads(render_comparison(comparison, "json"))["rows"][0]["changes"]) == 10
     assert render_comparison(comparison, "html").count("<tr>") == 3
+
+
+def test_losses_are_compared_where_both_sides_have_them() -> None:
+    chance = np.random.default_rng(0)
+    losses = chance.uniform(0.5, 1.5, size=40)
+
+    def run(side: str, gain: float) -> RunRecord:
+        own = losses - gain + chance.normal(0, 0.02, size=40)
+        return make_record("grass", sweep_id=side, correct={"generated": answers(20, 40)}, losses={"generated": own})
+
+    comparison = compare_sweeps([run("old", 0.0), run("new", 0.1)], "old", "new")
+    (row,) = comparison.rows
+    assert row.comparison.value == 0.0
+    assert row.by_loss.value == pytest.approx(row.second_loss - row.first_loss)
+    assert row.by_loss.high < -0.05
+    assert row.to_dict()["loss_difference"] == row.by_loss.value
+    text = render_comparison(comparison, "markdown")
+    assert "| loss A | loss B | loss B - A |" in text
+    assert "p loss: paired t on the same questions" in text
+    without = compare_sweeps([make_record(sweep_id="old"), make_record(sweep_id="new")], "old", "new")
+    assert "loss" not in render_comparison(without, "markdown")

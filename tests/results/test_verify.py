@@ -425,6 +425,32 @@ def test_records_may_be_compressed(copy: Path) -> None:
     assert "it is not compressed by gzip, or cut short" in found_in(verify(folder))[0]
 
 
+def test_records_of_runs_are_taken_into_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, mine = tmp_path / "runs", tmp_path / "results" / "mine"
+    (runs / "search").mkdir(parents=True)
+    for rate, loss in ((0.001, 1.5), (0.003, 1.2), (0.01, 1.4)):
+        overrides = [f"method.optimizer.lr={rate}", "evaluation.test=false"]
+        searched = make_record("lora", correct={}, status="stopped", overrides=overrides)
+        searched.metrics = {"validation/loss": loss}
+        (runs / "search" / str(rate)).mkdir()
+        searched.save(runs / "search" / str(rate) / "record.json")
+    code, out, _ = run(capsys, mine, "--take", runs / "search")
+    assert (code, f"took 3 records of {runs / 'search'} into {mine}" in out) == (0, True)
+    assert (mine / "settings.yaml").read_text() == "methods:\n  lora:\n  - method.optimizer.lr=0.003\n"
+    failed = make_record("lora", status="failed", failure="loss became nan", overrides=["method.optimizer.lr=0.003"])
+    failed.save(runs / "record.json")
+    assert run(capsys, mine, "--take", runs)[0] == 0
+    assert run(capsys, mine, "--take", runs, "--rewrite")[0] == 0, "what is there already is left alone"
+    names = sorted(path.relative_to(mine).as_posix() for path in mine.rglob("*.gz"))
+    assert [name.split("-")[0] for name in names] == ["records/lora", *["search/lora"] * 3]
+    assert "loss became nan" in (mine / "leaderboard.md").read_text()
+    failed.model_copy(update={"failure": "another"}).save(runs / "record.json")
+    code, _, err = run(capsys, mine, "--take", runs)
+    assert (code, "holds another run of the same configuration and seed" in err) == (2, True)
+    assert run(capsys, mine, "--take", tmp_path / "nowhere")[0] == 2
+    assert run(capsys, mine, runs, "--take", runs)[0] == 2
+
+
 def test_a_folder_of_runs_is_one_result(tmp_path: Path) -> None:
     for seed in (0, 1):
         record = make_record("grass", seed=seed)
@@ -450,6 +476,14 @@ def test_rules_of_entry_that_a_program_sees_are_remarks(copy: Path) -> None:
     assert "; 1 (lora)" in said
     assert "the best learning rate is the smallest or largest that was tried: badam, grass, hift, lift" in said
     assert "no plan from before the runs" in said
+    for again, test in (("a", True), ("b", False)):
+        record = RunRecord.load(copy / SWEPT)
+        record.run_id, record.config["evaluation"]["test"] = again, test
+        record.save((copy / SWEPT).with_name(f"{again}.json"))
+    (repeated,) = verify(copy / "example_sweep")
+    assert "1 of 39 runs of a configuration and seed that a later run has, too" in "\n".join(repeated.remarks)
+    for again in ("a", "b"):
+        (copy / SWEPT).with_name(f"{again}.json").unlink()
     (swept,) = verify(copy / "example_sweep")
     assert "no search of the learning rate is here for" in "\n".join(swept.remarks)
     assert not any("hash" in remark or "changes" in remark for remark in swept.remarks)

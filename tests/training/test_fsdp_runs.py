@@ -20,6 +20,7 @@ from small import short_run
 from grass_ray.config import ConfigError, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.optim.sharded import whole
+from grass_ray.tasks.inference import lm_head
 from grass_ray.training.checks import check_run
 from grass_ray.training.run import Run
 from grass_ray.training.weights import parameters_sha256
@@ -82,6 +83,7 @@ def work(rank: int, folder: str, methods: list[str]) -> None:
     """Everything one worker does; its results go to a file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     results: dict[str, Any] = {}
+    lm_head.CHUNK_POSITIONS, lm_head.CHUNK_BYTES = 16, 0  # several chunks per micro-batch, where one worker takes one
     for method in methods:
         saved = Path(folder) / method
         results[method] = follow(method, saved if method in RESUMED else None, parallel="shard")

@@ -74,7 +74,7 @@ def read_tables(text: str) -> list[MarkdownTable]:
                 columns=_cells(lines[at]),
                 rows=tuple(_cells(line) for line in lines[at + 2 : end]),
                 notes=tuple(lines[first_note:after_notes]),
-                lines=(above if titled and above is not None else at, max(end, after_notes)),
+                lines=(above if titled and above is not None else at, after_notes if after_notes > first_note else end),
             )
         )
         at = end
@@ -85,7 +85,7 @@ def _after(lines: Sequence[str], start: int, mark: str) -> int:
     end = start
     while end < len(lines) and lines[end].startswith(mark):
         end += 1
-    return end if end > start else start
+    return end
 
 
 def _cells(line: str) -> tuple[str, ...]:

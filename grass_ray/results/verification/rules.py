@@ -2,7 +2,7 @@
 
 ::
 
-    for remark in entry_remarks(records, tables, searches, folder): print(remark)
+    for remark in entry_remarks(Recomputed(folder=folder, ...)): print(remark)
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.rate_search import RateSearch, search_of
 from grass_ray.results.record import RunRecord
 from grass_ray.results.settings import settings_key, training_rows
+from grass_ray.results.verification.tables import PLAN, Recomputed
 
 LEAST_SEEDS = 3
-PLAN = "PLAN.md"
 _MOST_NAMES = 8
 
 
-def entry_remarks(
-    records: Sequence[RunRecord],
-    tables: Sequence[LeaderboardTable],
-    searches: Sequence[RateSearch],
-    folder: Path,
-) -> list[str]:
+def entry_remarks(result: Recomputed) -> list[str]:
     """One sentence for each rule that the records, or the folder, are seen to break."""
-    return [*_runs(records), *_rows(tables), *_rates(records, searches), *_plan(folder)]
+    rates = _rates(result.records, result.searches)
+    return [*_runs(result.records), *_rows(result.tables), *rates, *_plan(result.folder)]
 
 
 def _runs(records: Sequence[RunRecord]) -> Iterable[str]:
@@ -56,9 +52,11 @@ def _runs(records: Sequence[RunRecord]) -> Iterable[str]:
 
 
 def _repeated(records: Sequence[RunRecord]) -> list[str]:
+    """Runs that a later one stands for; the winner of a search is run again to be tested, which is none of these."""
     last: dict[tuple[str, int, str | None], RunRecord] = {}
     earlier = []
-    for record in sorted(records, key=lambda record: record.finished_at):
+    tested = [record for record in records if record.config["evaluation"].get("test", True)]
+    for record in sorted(tested, key=lambda record: record.finished_at):
         key = (settings_key(record), record.config["seed"], training_rows(record))
         if key in last:
             earlier.append(last[key].run_id)

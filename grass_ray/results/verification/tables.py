@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +24,65 @@ from grass_ray.results.rendering import render
 from grass_ray.results.verification.check import Check
 from grass_ray.results.verification.markdown import check_markdown, replace_tables
 
-LEADERBOARD = "leaderboard"
+LEADERBOARD, PLAN = "leaderboard", "PLAN.md"
 _MISSING = "(missing)"
 Row = Mapping[str, Any]
 
 
-def check_tables(
-    folder: Path,
-    tables: Sequence[LeaderboardTable],
-    records: Sequence[RunRecord],
-    searches: Sequence[RateSearch],
-) -> list[Check]:
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """What a result's folder holds, and the leaderboard that its records make now."""
+
+    folder: Path
+    records: Sequence[RunRecord]
+    searches: Sequence[RateSearch]
+    tables: Sequence[LeaderboardTable]
+
+
+def _leaderboards(result: Recomputed) -> str:
+    return render(result.tables, "markdown")
+
+
+def _rates(result: Recomputed) -> str:
+    known = any(ANSWER_LOSS in record.metrics for record in result.records)
+    return "\n".join(rate_table(result.records, result.searches)) if known else ""
+
+
+# the tables that a page may have, as Markdown; those of another kind are one more function
+MADE_OF_RECORDS: tuple[Callable[[Recomputed], str], ...] = (_leaderboards, _rates)
+
+
+def check_tables(result: Recomputed) -> list[Check]:
     """Compare every table in a result's folder that is made of its records."""
     checks = []
-    if (path := folder / f"{LEADERBOARD}.json").is_file():
-        checks.append(_check_rows(path, _json_rows, render(tables, "json")))
-    if (path := folder / f"{LEADERBOARD}.csv").is_file():
-        checks.append(_check_rows(path, _csv_rows, render(tables, "csv")))
-    board, made = render(tables, "markdown"), _all_tables(tables, records, searches)
-    for path in sorted(folder.glob("*.md")):
-        own = path.name == f"{LEADERBOARD}.md"
-        checks.append(check_markdown(path, board if own else made, whole=own))
-    if searches:
-        checks.append(_check_rates(folder, records, searches))
+    if (path := result.folder / f"{LEADERBOARD}.json").is_file():
+        checks.append(_check_rows(path, _json_rows, render(result.tables, "json")))
+    if (path := result.folder / f"{LEADERBOARD}.csv").is_file():
+        checks.append(_check_rows(path, _csv_rows, render(result.tables, "csv")))
+    for path in _pages(result.folder):
+        whole = path.name == f"{LEADERBOARD}.md"
+        checks.append(check_markdown(path, _leaderboards(result) if whole else _all_tables(result), whole=whole))
+    if result.searches:
+        checks.append(_check_rates(result))
     return checks
 
 
-def rewrite_tables(
-    folder: Path,
-    tables: Sequence[LeaderboardTable],
-    records: Sequence[RunRecord],
-    searches: Sequence[RateSearch],
-) -> None:
+def rewrite_tables(result: Recomputed) -> None:
     """Write the leaderboard and the pictures anew, and replace the tables in the folder's pages."""
-    made = _all_tables(tables, records, searches)
-    write_summary(records, tables, folder)
-    for path in sorted(folder.glob("*.md")):
+    write_summary(result.records, result.tables, result.folder)
+    for path in _pages(result.folder):
         if path.name != f"{LEADERBOARD}.md":
-            path.write_text(replace_tables(path.read_text("utf-8"), made), encoding="utf-8")
+            text = replace_tables(path.read_text(encoding="utf-8"), _all_tables(result))
+            path.write_text(text, encoding="utf-8")
 
 
-def _all_tables(
-    tables: Sequence[LeaderboardTable], records: Sequence[RunRecord], searches: Sequence[RateSearch]
-) -> str:
-    rates = "\n".join(rate_table(records, searches)) if any(ANSWER_LOSS in r.metrics for r in records) else ""
-    return f"{rates}\n\n{render(tables, 'markdown')}"
+def _pages(folder: Path) -> list[Path]:
+    """A plan was written before there was anything to make its tables of."""
+    return [path for path in sorted(folder.glob("*.md")) if path.name != PLAN]
+
+
+def _all_tables(result: Recomputed) -> str:
+    return "\n\n".join(make(result) for make in MADE_OF_RECORDS)
 
 
 # ------------------------------------------------------------------------------------------------------- JSON and CSV
@@ -139,16 +154,16 @@ def _label(row: Row) -> str:
 # ------------------------------------------------------------------------------------------------------ learning rates
 
 
-def _check_rates(folder: Path, records: Sequence[RunRecord], searches: Sequence[RateSearch]) -> Check:
+def _check_rates(result: Recomputed) -> Check:
     """The rates that runs and ``settings.yaml`` have are the best of their searches."""
     check = Check(what="learning rates")
-    for record in records:
-        if (search := search_of(record, searches)) is not None:
+    for record in result.records:
+        if (search := search_of(record, result.searches)) is not None:
             rate = record.config["method"]["optimizer"]["lr"]
             check.same(f"{record.run_id}, best of its search", rate, float(search.best))
-    if (path := folder / SETTINGS).is_file():
+    if (path := result.folder / SETTINGS).is_file():
         saved = (yaml.safe_load(path.read_text("utf-8")) or {}).get("methods", {})
-        for search in searches:
+        for search in result.searches:
             line = f"method.optimizer.lr={search.best}"
             given = [text for text in saved.get(search.method, ()) if text.startswith("method.optimizer.lr=")]
             check.same(f"{SETTINGS}, {search.label}", given, [line])

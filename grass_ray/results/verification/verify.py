@@ -23,7 +23,7 @@ from grass_ray.results.recorded import RECORDS, RecordedResult, find_results
 from grass_ray.results.verification.check import Check
 from grass_ray.results.verification.records import Found, check_records, measured
 from grass_ray.results.verification.rules import entry_remarks
-from grass_ray.results.verification.tables import check_tables, rewrite_tables
+from grass_ray.results.verification.tables import Recomputed, check_tables, rewrite_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class VerifiedResult:
 
     Attributes:
         folder: of the result.
-        num_records: how many records it has.
+        num_records: how many records it has, those of its search included.
         checks: groups of numbers, with what disagrees.
         remarks: what a reader should know, although no number is wrong.
         measured: metrics that were only measured, so that there is nothing to compute them from.
@@ -107,7 +107,7 @@ def verify(folder: Path, *, rewrite: bool = False) -> list[VerifiedResult]:
 def _verify(loaded: _Loaded, *, rewrite: bool) -> VerifiedResult:
     folder, records = loaded.result.folder, loaded.records
     checks = [loaded.files, *check_records([*loaded.found, *loaded.searched])]
-    number = len(loaded.result.files)
+    number = len(loaded.result.files) + len(loaded.searched)
     try:
         searches = load_rate_searches(folder)
     except ConfigError as error:
@@ -115,18 +115,18 @@ def _verify(loaded: _Loaded, *, rewrite: bool) -> VerifiedResult:
         loaded.files.disagreements.append(str(error))
     if not records:
         return VerifiedResult(folder=folder, num_records=number, checks=checks)
-    tables = build_leaderboard(records)
+    result = Recomputed(folder=folder, records=records, searches=searches, tables=build_leaderboard(records))
     written = rewrite and not any(check.disagreements for check in checks)
     if written:
-        rewrite_tables(folder, tables, records, searches)
-    checks += check_tables(folder, tables, records, searches)
+        rewrite_tables(result)
+    checks += check_tables(result)
     return VerifiedResult(
         folder=folder,
         num_records=number,
         checks=checks,
         remarks=[
             *(text for check in checks for text in check.remarks),
-            *entry_remarks(records, tables, searches, folder),
+            *entry_remarks(result),
         ],
         measured=measured(records),
         beside=_beside(loaded.result, {check.what for check in checks}, searches),

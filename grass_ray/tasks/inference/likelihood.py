@@ -12,18 +12,21 @@ of a small model, only runs at the positions of options::
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from grass_ray.tasks.inference.keys_values import accepts, base_model, has_virtual_tokens, new_cache
+from grass_ray.tasks.inference.keys_values import base_model, new_cache
+from grass_ray.tasks.inference.lm_head import CHUNK_POSITIONS, splits, with_head
 
 MIN_SHARED = 4  # shorter common beginnings are not worth a forward pass
 
 Score = tuple[float, bool]
+T = TypeVar("T")
 
 
 @dataclass
@@ -67,8 +70,6 @@ class Scorer:
     def __init__(self, model: Any, rows: Sequence[TokenRow]) -> None:
         self._model = model
         self._device = base_model(model).device
-        # positions to keep do not count virtual tokens; all logits are computed then, and cut afterwards
-        self._keeps_logits = accepts(model, "logits_to_keep") and not has_virtual_tokens(model)
         self.shared = 0
         self._cache: dict[str, Any] = {}
         if len(rows) > 1:
@@ -81,8 +82,8 @@ class Scorer:
         if length < MIN_SHARED or not cache:
             return
         ids = torch.tensor([rows[0].tokens[:length]], device=self._device)
-        options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits else {}
-        self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options, **cache)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, **cache}
+        self._call(length, lambda states, head, chunk: None, inputs)
         self.shared, self._cache = length, cache
 
     @torch.no_grad()
@@ -99,15 +100,28 @@ class Scorer:
         for name, cache in copy.deepcopy(self._cache).items():
             cache.batch_repeat_interleave(len(rows))
             options = {"use_cache": True, name: cache}
-        first = min(row.start for row in rows) - self.shared
-        if self._keeps_logits:
-            options["logits_to_keep"] = torch.arange(first, longest, device=self._device)
-        logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), **options).logits
-        logits = logits[:, -(longest - first) :]
-        return [
-            _read(logits[place], len(row.tokens) - self.shared - first, row.continuations)
-            for place, row in enumerate(rows)
+        inputs = {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device), **options}
+        wanted = [
+            (place * longest + len(tokens) - len(continuation) + step, token)
+            for place, (row, tokens) in enumerate(zip(rows, own, strict=True))
+            for _, continuation in row.continuations
+            for step, token in enumerate(continuation)
         ]
+        found = iter(self._call(longest, lambda *parts: _read(wanted, *parts), inputs))
+        return [
+            [_sum(itertools.islice(found, len(continuation))) for _, continuation in row.continuations] for row in rows
+        ]
+
+    def _call(
+        self, length: int, use: Callable[[Tensor, Callable[[Tensor], Tensor], int], T], inputs: dict[str, Any]
+    ) -> T:
+        """Call ``use`` with the hidden states of the last ``length`` positions, the head, and its chunk of positions.
+
+        If the head cannot be run on its own, the logits stand in for the hidden states.
+        """
+        if splits(self._model):
+            return with_head(self._model, lambda hidden, head: use(hidden[:, -length:], head, head.chunk), **inputs)
+        return use(self._model(**inputs).logits[:, -length:], lambda logits: logits, CHUNK_POSITIONS)
 
 
 def _shared_length(rows: Sequence[list[int]]) -> int:
@@ -117,14 +131,29 @@ def _shared_length(rows: Sequence[list[int]]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(last)))
 
 
-def _read(logits: Tensor, end: int, continuations: Sequence[tuple[int, list[int]]]) -> list[Score]:
-    """Score continuations that end at position ``end`` of the logits of a row, shape (positions, vocabulary)."""
-    longest = max(len(ids) for _, ids in continuations)
-    logp = logits[end - longest : end].float().log_softmax(-1)
-    greedy = logp.argmax(-1)
-    scores = []
-    for _, ids in continuations:
-        wanted = torch.tensor(ids, device=logits.device)
-        value = logp[-len(ids) :].gather(1, wanted[:, None]).sum()
-        scores.append((float(value), bool((greedy[-len(ids) :] == wanted).all())))
-    return scores
+def _sum(tokens: Iterable[Score]) -> Score:
+    """The score of a continuation from those of its tokens."""
+    values, greedy = zip(*tokens, strict=True)
+    return sum(values), all(greedy)
+
+
+def _read(
+    wanted: Sequence[tuple[int, int]], states: Tensor, head: Callable[[Tensor], Tensor], chunk: int
+) -> list[Score]:
+    """The log-likelihood of each wanted (place in the flattened states, token), and whether it is the likeliest.
+
+    A place at which several tokens are wanted, as several options begin there, goes through the head once.
+    """
+    device = states.device
+    places, which = torch.unique(torch.tensor([place for place, _ in wanted], device=device), return_inverse=True)
+    tokens = torch.tensor([token for _, token in wanted], device=device)
+    chosen = states.flatten(0, 1)[places]
+    values = torch.empty(len(wanted), dtype=torch.float32, device=device)
+    greedy = torch.empty(len(wanted), dtype=torch.bool, device=device)
+    for start in range(0, len(places), chunk):
+        log_p = head(chosen[start : start + chunk]).float().log_softmax(-1)
+        here = ((which >= start) & (which < start + chunk)).nonzero().squeeze(1)
+        row, token = which[here] - start, tokens[here]
+        values[here] = log_p[row, token]
+        greedy[here] = log_p.argmax(-1)[row] == token
+    return list(zip(values.tolist(), greedy.tolist(), strict=True))
