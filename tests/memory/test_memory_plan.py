@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -437,6 +438,24 @@ def test_training_refuses_and_can_be_told_not_to(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stopped:
         main([*huge, "--no-memory-check"])
     assert stopped.value.code == 0
+
+
+@pytest.mark.long
+def test_training_takes_a_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_run = ["train", "full", "--model", "tiny", "--steps", "2", "--batch-size", "16", "--limit", "4", "--quiet"]
+    tiny_run += ["--set", "training.gradient_checkpointing=auto", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    for memory, layers in (("0.53", [0]), ("1", [])):
+        with pytest.raises(SystemExit) as stopped:
+            main([*tiny_run, "--output", str(tmp_path / memory), "--gpu-memory", memory])
+        assert stopped.value.code == 0
+        record = json.loads((tmp_path / memory / "record.json").read_text())
+        assert record["layers"]["recomputed"] == layers
+        assert record["config"]["training"]["gradient_checkpointing"] == "auto"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*tiny_run, "--output", str(tmp_path / "none"), "--gpu-memory", "0.3"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --gpu-memory 0.3: give more than the 0.5 GiB of a process\n"
 
 
 # ------------------------------------------------------------------------------------------------- the command line
