@@ -79,11 +79,12 @@ class RunFilters:
         return self._of_experiment(records, "these stores")
 
     def _in_folder(self, folder: Path) -> list[RunRecord]:
-        from grass_ray.results.recorded import find_results
+        from grass_ray.results.recorded import RECORDS, find_results
 
         if self.tracking_uri:
             raise ConfigError("--records and --tracking-uri both say where runs are; give one of them")
-        if not (results := find_results(folder)):
+        whole = folder.resolve()
+        if not (results := find_results(whole.parent if whole.name == RECORDS else folder)):
             raise ConfigError(f"there are no run records in {folder}; give a folder with records/*.json or run folders")
         return [record for result in results for record in result.load()]
 

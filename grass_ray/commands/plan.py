@@ -25,7 +25,8 @@ class Plan:
     """
 
     model: str = "smollm2-135m"
-    """Hub id, folder, built-in model, or a shape: tinyllama-1.1b, gemma-2b, llama2-7b."""
+    """Hub id, folder, built-in model, or a shape: tinyllama-1.1b, gemma-2b, llama2-7b,
+    llama3.1-8b, qwen2.5-7b."""
     gpu_memory: float | None = None
     """Memory of the device in GiB. Defaults to that of this machine."""
     batch_size: int = 4

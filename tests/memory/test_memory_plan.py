@@ -463,6 +463,7 @@ def test_training_takes_a_limit(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 def test_built_in_shapes_have_the_published_sizes_and_no_weights() -> None:
     sizes = {"tinyllama-1.1b": 1_100_048_384, "gemma-2b": 2_506_172_416, "llama2-7b": 6_738_415_616}
+    sizes |= {"llama3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}
     assert set(sizes) == set(SHAPES)
     for name, size in sizes.items():
         model = build_shape(ModelConfig(name=name, dtype="bfloat16"))

@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from result_records import answers, asha, make_history, make_record, make_series, members
+from small import REPOSITORY
 
 from grass_ray.cli import main
 from grass_ray.commands.plot import Plot
@@ -135,6 +136,9 @@ def test_records_of_a_folder_in_place_of_a_store(grass_ray: Callable[..., str], 
     assert "unknown experiment 'nowhere' in this folder; available: one, other" in unknown
     assert "give one of them" in grass_ray(*words, "--tracking-uri", "sqlite:///mlflow.db", code=2)
     assert "there are no run records in" in grass_ray("leaderboard", "--records", tmp_path / "none", code=2)
+    recorded = REPOSITORY / "benchmarks" / "results" / "example_sweep"
+    beside, inside = (grass_ray("leaderboard", "--records", at) for at in (recorded, recorded / "records"))
+    assert beside == inside
 
 
 def test_two_sweeps_side_by_side(grass_ray: Callable[..., str], stores: tuple[str, str, str]) -> None:
