@@ -486,8 +486,9 @@ def test_the_command_plans_seven_billion_parameters_in_little_memory() -> None:
     assert plans["grass", "none"]["fits"] == "no"
     assert values["advice"]["full"] is None
     advice = values["advice"]["grass"]
-    assert "training.gradient_checkpointing=20" in advice["settings"]
-    assert advice["plan"]["recomputed_layers"] == 20
+    layers = advice["plan"]["recomputed_layers"]
+    assert 0 < layers < advice["plan"]["num_layers"] == 32
+    assert f"training.gradient_checkpointing={layers}" in advice["settings"]
     assert advice["plan"]["peak_gib"] < 23.5
     # the largest process this one ever started held less than a quarter of the weights
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < weights / 4
