@@ -25,10 +25,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from grass_ray.config import ConfigError, ModelConfig, RunConfig, recomputed_layers
+from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights, recomputed_layers
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
+from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.recompute import Recompute
 from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
@@ -64,6 +65,12 @@ class Case:
     offload: Mode
     dtype: Dtype
     shape: StepShape
+    weights: Weights = "resident"
+
+    @property
+    def placing(self) -> str:
+        """The offload mode, and where weights live unless that is on the device."""
+        return self.offload + (", weights streamed" if self.weights == "streamed" else "")
 
     @property
     def config(self) -> RunConfig:
@@ -82,7 +89,8 @@ class Case:
         if self.model == "tiny" and row.optimizer.projection is not None:
             settings.append("method.optimizer.projection.rank=16")
         config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(parse(settings))
-        return config.model_copy(update={"method": config.method.model_copy(update={"offload": self.offload})})
+        placed = {"offload": self.offload, "weights": self.weights}
+        return config.model_copy(update={"method": config.method.model_copy(update=placed)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Row:
     plan: MemoryPlan
     peak: int
     weights: int
-    states: int
+    states: int  # with the rings
     host: int
 
     @property
@@ -148,6 +156,9 @@ def cpu_cases() -> Iterator[Case]:
     )
     for method, mode, shape in smollm2:
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=shape)
+    # what is on the host is not counted: as on a device, though a CPU has one memory for both
+    for method, mode in (("grass", "resident"), ("grass", "lazy"), ("lisa", "none"), ("lora", "none")):
+        yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed")
 
 
 def cuda_cases() -> Iterator[Case]:
@@ -166,6 +177,8 @@ def cuda_cases() -> Iterator[Case]:
         )
         for (method, mode), shape in itertools.product(modes, (long, saving)):
             yield Case(model=model, method=method, offload=mode, dtype="bfloat16", shape=shape)
+        for mode in ("resident", "lazy"):
+            yield Case(model=model, method="grass", offload=mode, dtype="bfloat16", shape=saving, weights="streamed")
 
 
 # ----------------------------------------------------------------------------------------------------- one measurement
@@ -213,9 +226,14 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
     config = case.config
     torch.manual_seed(0)
     shaped = case.model in SHAPES
-    model = build_shape(config.model, str(device)) if shaped else load_model(config.model).model.to(device)
+    streams = case.weights == "streamed"
+    model = build_shape(config.model, "cpu" if streams else str(device)) if shaped else load_model(config.model).model
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    model = add_adapter(model, config.method.adapter).to(device)
+    model = add_adapter(model, config.method.adapter)
+    if streams:
+        move_outside_of_layers(model, device)
+    else:
+        model.to(device)
     sampler = config.method.sampler.build(seed=0, train_steps=10)
     num_units = len(Planner(config.model, "cpu").apply(config.method).units)
     forced = sampler if sampler.trains_all else Forced(sampler, active, num_units)
@@ -228,7 +246,8 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
     meter = MemoryMeter(device)
 
     def alive() -> Iterator[Tensor]:
-        yield from itertools.chain(model.parameters(), model.buffers(), optimizer.resident_states())
+        weights = optimizer.weights.on_device(model.parameters())
+        yield from itertools.chain(weights, model.buffers(), optimizer.resident_states())
 
     def step(of: list[Batch], closely: bool) -> None:
         with meter.watch(alive(), closely=closely):
@@ -244,13 +263,14 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
         step(batches, True)
     optimizer.synchronize()
     states, host = optimizer.state_bytes()
+    ring = storage_bytes(optimizer.weights.on_device(()))
     return Row(
         case=case,
         plan=plan,
         peak=round(meter.peak_allocated_gib * GIB),
-        weights=storage_bytes([*model.parameters(), *model.buffers()]),
-        states=states,
-        host=host,
+        weights=storage_bytes([*optimizer.weights.on_device(model.parameters()), *model.buffers()]) - ring,
+        states=states + ring,
+        host=host + optimizer.weights.host_bytes,
     )
 
 
@@ -281,7 +301,7 @@ def table(rows: list[Row]) -> str:
         case, plan = row.case, row.plan
         parts = (plan.weights, plan.gradients, plan.states, plan.staging, plan.activations, plan.logits, plan.workspace)
         lines.append(
-            f"| {case.model} | {case.dtype} | {case.method} | {case.offload} | {describe(case.shape)} | {plan.phase} | "
+            f"| {case.model} | {case.dtype} | {case.method} | {case.placing} | {describe(case.shape)} | {plan.phase} | "
             + " | ".join(f"{part / 2**20:.1f}" for part in parts)
             + f" | {plan.peak_bytes / 2**20:.1f} | {row.peak / 2**20:.1f} | {row.ratio:.3f} "
             f"| {row.plan.host_bytes / 2**20:.1f} ({row.host / 2**20:.1f} measured) |"
@@ -310,7 +330,7 @@ def main() -> None:
     rows: list[Row] = []
     skipped: list[str] = []
     for case in cases:
-        name = f"{case.model} {case.dtype} {case.method} {case.offload} {describe(case.shape)}"
+        name = f"{case.model} {case.dtype} {case.method} {case.placing} {describe(case.shape)}"
         try:
             rows.append(run_case(case, device))
         except (ConfigError, torch.OutOfMemoryError) as error:

@@ -94,4 +94,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """
     model = config.model.model_copy(update={"name": find_model(config.model.name)})
     data = config.data.model_copy(update={"source": config.data.source.map_paths(absolute)})
-    return config.model_copy(update={"model": model, "data": data})
+    text = config.evaluation.forgetting
+    if text is not None and os.path.exists(os.path.expanduser(text)):
+        text = absolute(text)
+    evaluation = config.evaluation.model_copy(update={"forgetting": text})
+    return config.model_copy(update={"model": model, "data": data, "evaluation": evaluation})

@@ -169,7 +169,7 @@ class TrialView:
     state: State = "waiting"
     values: dict[str, Any] = field(default_factory=dict)
     accuracy: float | None = None
-    loss: float | None = None
+    loss: tuple[str, float] | None = None  # which one, where there is no accuracy
     failure: str | None = None
     started: float | None = None
     seconds: float | None = None
@@ -180,7 +180,7 @@ class TrialView:
         if self.state == "finished":
             result = "accuracy -" if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %"
             if self.accuracy is None and self.loss is not None:
-                result = f"validation loss {self.loss:.4f}"
+                result = f"{self.loss[0]} {self.loss[1]:.4f}"
             took = "" if self.seconds is None else f" in {describe_seconds(self.seconds)}"
             return f"finished{took}  {result}" + ("  (before this resume)" if self.earlier else "")
         if self.state in ENDED:
@@ -267,7 +267,7 @@ class SweepProgress:
         *,
         accuracy: float | None,
         failure: str | None,
-        loss: float | None = None,
+        loss: tuple[str, float] | None = None,
         earlier: bool = False,
     ) -> None:
         """A trial ended; ``earlier``: before this process began, so that it took no time now."""

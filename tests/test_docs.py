@@ -18,7 +18,7 @@ import pytest
 from small import REPOSITORY, make_batch, make_llama
 
 from grass_ray.cli import main
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, DataConfig, DatasetSource, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 
@@ -109,15 +109,16 @@ def check_flags(words: list[str], arguments: list[str], said: str) -> None:
     for word in arguments:
         if word.startswith("--") and word != "--":
             assert re.search(rf"{re.escape(word)}(?![\w-])", said), f"{words}: its help does not have {word}"
-    check_settings([word for word in arguments if re.match(r"[a-z_]+(\.[a-z_]+)+=|seed=", word)])
+    own = DataConfig(source=DatasetSource(name="own", path="own.jsonl")) if "--data" in arguments else DataConfig()
+    check_settings([word for word in arguments if re.match(r"[a-z_]+(\.[a-z_]+)+=|seed=", word)], own)
 
 
-def check_settings(assignments: list[str]) -> None:
+def check_settings(assignments: list[str], data: DataConfig) -> None:
     """They can be set together in at least one method."""
     refusals = []
     for row in METHODS.values():
         try:
-            RunConfig(method=row.config).override(parse(assignments))
+            RunConfig(method=row.config, data=data).override(parse(assignments))
             return
         except ConfigError as error:
             refusals.append(str(error))
@@ -134,7 +135,7 @@ def test_commands_and_settings_exist(page: Path) -> None:
         check_command(words)
     for settings in re.findall(r"`--set ([^`]+)`", prose):
         if "key=value" not in settings.lower():
-            check_settings(shlex.split(settings))
+            check_settings(shlex.split(settings), DataConfig())
 
 
 @pytest.mark.parametrize("page", SITE + OTHERS, ids=name_of)

@@ -33,6 +33,8 @@ from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
 
+_LOSSES = {"loss": "eval/loss", "validation loss": VALIDATION}
+
 
 @dataclass(kw_only=True)
 class _Trial:
@@ -170,7 +172,7 @@ class TrialStore:
             key,
             record.status,
             accuracy=record.metrics.get("eval/average"),
-            loss=record.metrics.get(VALIDATION),
+            loss=_loss(record),
             failure=record.failure,
             earlier=earlier,
         )
@@ -302,3 +304,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
 
 def _key(trial: Any) -> str:
     return str(trial.config["job"]["key"])
+
+
+def _loss(record: RunRecord) -> tuple[str, float] | None:
+    """The loss on the test, or else on held-out training rows, and its name."""
+    found = [(name, record.metrics[key]) for name, key in _LOSSES.items() if key in record.metrics]
+    return found[0] if found else None

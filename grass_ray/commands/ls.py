@@ -52,9 +52,11 @@ class Ls:
         from grass_ray.results.store import load_records
 
         for record in load_records(tracking_store(self.tracking_uri)):
-            average = record.metrics.get("eval/average")
-            accuracy = "-" if average is None else f"{100 * average:.1f} %"
-            print(f"{record.name}  {record.run_id}  {record.status}  accuracy {accuracy}  {record.started_at}")
+            average, loss = (record.metrics.get(key) for key in ("eval/average", "eval/loss"))
+            result = "accuracy -" if average is None else f"accuracy {100 * average:.1f} %"
+            if average is None and loss is not None:
+                result = f"loss {loss:.4f}"
+            print(f"{record.name}  {record.run_id}  {record.status}  {result}  {record.started_at}")
 
 
 def list_methods() -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from typing_extensions import override
@@ -21,13 +21,14 @@ from typing_extensions import override
 from grass_ray.commands.output import check_new_folder
 from grass_ray.config import ConfigError, RunConfig, to_json
 from grass_ray.execute import Action, Ending, Listener, RunContext, execute
-from grass_ray.paths import find_model
+from grass_ray.paths import absolute, find_model
 from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import git_state, hardware, versions, write_examples
 from grass_ray.results.record import RunRecord
 from grass_ray.results.reproduction import Check, Environment, ExtractedAnswers, compare_environments, compare_records
 from grass_ray.results.store import download, is_run_id
+from grass_ray.tasks.dataset_rows import find_dataset
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import VALIDATION, StepReport
 
@@ -111,6 +112,7 @@ def reproduce(
     *,
     model: str | None = None,
     data_dir: Path | None = None,
+    dataset: str | None = None,
     output: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -119,8 +121,9 @@ def reproduce(
 
     Args:
         original: what to run again.
-        model: where the base model is here; None takes the recorded place.
-        data_dir: where the data folder is here; None takes the recorded place.
+        model: where the base model is here; None takes the recorded place, as for the data.
+        data_dir: where the data folder is here.
+        dataset: where the user's own data set is here.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
         quiet: print only the verdict and what differs.
@@ -134,7 +137,7 @@ def reproduce(
     from grass_ray.training.checks import check_run
 
     record = original.record
-    config = _config_here(record, model, data_dir)
+    config = _config_here(record, model, data_dir, dataset)
     check_run(config)
     check_new_folder(output)
     console = Console()
@@ -160,20 +163,25 @@ def reproduce(
     tasks = {} if result.outcome is None else result.outcome.tasks
     checks = compare_records(record, rerun, original.answers, _answers(tasks))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        rerun.save(output / RECORD)
-        write_examples(output / EXAMPLES, tasks)
-        _write_comparison(output, config, checks, warnings)
+        _write(output, config, rerun, tasks, {"warnings": warnings, "checks": checks})
     return _report(checks, say, quiet=quiet)
 
 
-def _write_comparison(output: Path, config: RunConfig, checks: list[Check], warnings: list[str]) -> None:
+def _write(
+    output: Path,
+    config: RunConfig,
+    rerun: RunRecord,
+    tasks: Mapping[str, EvaluationResult],
+    comparison: Mapping[str, Any],
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    rerun.save(output / RECORD)
+    write_examples(output / EXAMPLES, tasks)
     config.save(output / "config.yaml")
-    comparison = to_json({"warnings": warnings, "checks": checks}, indent=1)
-    (output / "reproduction.json").write_text(comparison + "\n", encoding="utf-8")
+    (output / "reproduction.json").write_text(to_json(comparison, indent=1) + "\n", encoding="utf-8")
 
 
-def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) -> RunConfig:
+def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, dataset: str | None) -> RunConfig:
     """The recorded configuration, with model and data where they are on this machine.
 
     Raises:
@@ -194,6 +202,12 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None) ->
             f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
             "directory, or give --model"
         )
+    if dataset is not None:
+        if config.data.source.kind != "dataset":
+            raise ConfigError(
+                f"--data {dataset} has no effect: the original's data come from '{config.data.source.kind}'"
+            )
+        changes["data.source.path"] = find_dataset(dataset).map_paths(absolute).path
     if data_dir is not None:
         if config.data.source.kind != "folder":
             raise ConfigError(

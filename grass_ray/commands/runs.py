@@ -39,6 +39,8 @@ class Train:
     """Built-in model, hub id or folder. Defaults to smollm2-135m."""
     task: tuple[str, ...] | None = None
     """A suite, tasks of one suite, or the YAML file of a custom task."""
+    data: str | None = None
+    """A data set of your own: a file, a save_to_disk folder or a hub id."""
     data_dir: Path | None = None
     """Folder with dataset/<Name>/{train,test}.json. Defaults to the Hub."""
     steps: int | None = None
@@ -89,6 +91,7 @@ class Train:
             model=self.model,
             tasks=self.task,
             data_dir=self.data_dir,
+            dataset=self.data,
             assignments=[*flags, *self.method_settings.assignments(), *self.set],
         )
         return train_locally(
@@ -150,14 +153,17 @@ class Eval:
     """Built-in model, hub id, folder of a model, or folder of a run."""
     task: tuple[str, ...] | None = None
     """A suite, tasks of one suite, or the YAML file of a custom task."""
+    data: str | None = None
+    """A data set of your own: a file, a save_to_disk folder or a hub id."""
     data_dir: Path | None = None
     """Folder with dataset/<Name>/test.json. Defaults to the Hub."""
     limit: int | None = None
     """Maximum number of examples per task."""
     batch_size: int | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. auto selects what fits. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood", "loss"] = "generation"
-    """Generate the answer, take the most likely of the possible answers, or only measure the loss of the right one."""
+    scoring: Literal["auto", "generation", "loglikelihood", "loss"] = "auto"
+    """Generate the answer, take the most likely of the possible answers, or only measure the loss. auto does what
+    the run did, measures the loss on a data set of your own, and else generates."""
     set: Settings = ()
     """Any other setting by its dotted key."""
     output: Path | None = None
@@ -174,14 +180,14 @@ class Eval:
         given = {
             "evaluation.limit": self.limit,
             "evaluation.batch_size": self.batch_size,
-            "evaluation.scoring": self.scoring,
-        }
+        } | ({} if self.scoring == "auto" else {"evaluation.scoring": self.scoring})
         config = build_config(
             "base" if run_folder is None else None,
             base=None if run_folder is None else run_folder / "config.yaml",
             model=self.model if run_folder is None else None,
             tasks=self.task,
             data_dir=self.data_dir,
+            dataset=self.data,
             assignments=[*(assignment(key, value) for key, value in given.items()), *self.set],
         )
         return evaluate_locally(config, run_folder=run_folder, output=self.output, quiet=self.quiet)
@@ -205,6 +211,8 @@ class Reproduce:
     """Where the base model is on this machine. Defaults to the recorded place."""
     data_dir: Path | None = None
     """Where the data folder is on this machine. Defaults to the recorded place."""
+    data: str | None = None
+    """Where the data set of your own is on this machine. Defaults to the recorded place."""
     output: Path | None = None
     """New or empty folder for the new run. By default nothing is written."""
     dry_run: bool = False
@@ -220,6 +228,7 @@ class Reproduce:
             find_original(self.run_or_record, tracking_store(self.tracking_uri)),
             model=self.model,
             data_dir=self.data_dir,
+            dataset=self.data,
             output=self.output,
             dry_run=self.dry_run,
             quiet=self.quiet,

@@ -65,6 +65,10 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
         _print_trials(console, plan)
     elif not options.quiet:
         _print_head(console, plan, storage)
+    if options.dry_run and not options.quiet:
+        from grass_ray.commands.data_view import show_data
+
+        show_data((config for config in plan.configs if config.training.steps), console)
     for line in _find_lost_rows(plan):
         _say(console, line)
     if options.dry_run:

@@ -29,7 +29,7 @@ from grass_ray.results.provenance import hardware, redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import trial_tags
 from grass_ray.results.tracker import Tracker
-from grass_ray.tasks.readback import choose_extraction
+from grass_ray.tasks.readback import choose_evaluation
 from grass_ray.training.report import GIB, TrainingFailure, first_layers
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def build_config(
     tasks: Sequence[str] | None,
     data_dir: Path | None,
     assignments: Sequence[str],
+    dataset: str | None = None,
 ) -> RunConfig:
     """Build a run's configuration from what the command line said.
 
@@ -56,6 +57,7 @@ def build_config(
         tasks: a suite, tasks of one suite, or a task's YAML file; None keeps those of ``base``.
         data_dir: folder of the data; None reads the hub.
         assignments: further settings as ``dotted.key=value``.
+        dataset: a file, folder or hub id in place of tasks.
 
     Raises:
         ConfigError: an unknown name, or a value that breaks a rule.
@@ -69,11 +71,13 @@ def build_config(
             assignments = [*assignments, "training.steps=0"]
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
-    if tasks is not None:
-        suite, keys, source = choose_data(tasks, data_dir)
+    if dataset is not None and tasks:
+        raise ConfigError(f"--task {' '.join(tasks)} has no effect: --data {dataset} is a task of its own")
+    if tasks is not None or dataset is not None:
+        suite, keys, source = choose_data(tasks or (), data_dir, dataset)
         data = config.data.model_copy(update={"suite": suite, "tasks": keys, "source": source})
         config = config.model_copy(update={"data": data})
-        assignments = [*choose_extraction(source), *assignments]
+        assignments = [*choose_evaluation(source), *assignments]
     return with_absolute_paths(config.override(parse(assignments)))
 
 
@@ -106,6 +110,7 @@ def train_locally(
     Raises:
         ConfigError: any mistake that shows before the model is loaded.
     """
+    from grass_ray.commands.data_view import show_data
     from grass_ray.memory.fit import RESERVE_BYTES, fit_to_memory
     from grass_ray.training.checks import check_run, tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
@@ -120,6 +125,8 @@ def train_locally(
         check_folder(config, output, resume)
     for line in () if quiet else settings_without_effect(config):
         print(f"without effect: {line}", file=sys.stderr)
+    if config.training.steps and not quiet:
+        show_data([config], Console(stderr=dry_run))
     if dry_run:
         print(config.to_yaml(), end="")
         for line in find_lost_rows(config, tokenizer_to_check(config.model)):

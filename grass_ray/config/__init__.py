@@ -17,9 +17,12 @@ from grass_ray.config.data import (
     CustomFields,
     CustomSource,
     DataConfig,
+    DatasetColumns,
+    DatasetSource,
     FolderSource,
     GeneratedSource,
     HubSource,
+    Shape,
     SourceConfig,
 )
 from grass_ray.config.files import from_json, read_text, to_json, whole_file
@@ -32,6 +35,7 @@ from grass_ray.config.method import (
     Offload,
     OptimizerConfig,
     ProjectionConfig,
+    Weights,
 )
 from grass_ray.config.run import (
     EvaluationConfig,
@@ -80,6 +84,8 @@ __all__ = [
     "CustomSource",
     "CyclicSamplerConfig",
     "DataConfig",
+    "DatasetColumns",
+    "DatasetSource",
     "EvaluationConfig",
     "FolderSource",
     "GaLoreConfig",
@@ -103,10 +109,12 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "ScheduleConfig",
+    "Shape",
     "SourceConfig",
     "StepScheduleConfig",
     "TrainingConfig",
     "UniformSamplerConfig",
+    "Weights",
     "fingerprint_of",
     "from_json",
     "read_text",

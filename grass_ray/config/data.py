@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -128,7 +129,74 @@ class CustomSource(SourceConfig):
         return self
 
 
-AnySourceConfig = Annotated[GeneratedSource | FolderSource | HubSource | CustomSource, Field(discriminator="kind")]
+Shape = Literal["messages", "conversations", "prompt_completion", "alpaca", "text"]
+
+
+class DatasetColumns(ConfigPart):
+    """Columns of a data set; those of other shapes than the data set's own have no effect."""
+
+    messages: str = "messages"
+    """Shape ``messages``: a list of messages with ``role`` and ``content``."""
+    conversations: str = "conversations"
+    """Shape ``conversations``: a list of messages with ``from`` and ``value``."""
+    tools: str = "tools"
+    """Tools that the chat template is given, for both shapes above. May be absent."""
+    prompt: str = "prompt"
+    """Shape ``prompt_completion``: text before the response."""
+    completion: str = "completion"
+    """Shape ``prompt_completion``: the response to learn."""
+    instruction: str = "instruction"
+    """Shape ``alpaca``: the instruction."""
+    input: str = "input"
+    """Shape ``alpaca``: the text that the instruction is about. May be absent."""
+    output: str = "output"
+    """Shape ``alpaca``: the response to learn."""
+    text: str = "text"
+    """Shape ``text``: text of which every token is learned."""
+
+
+class DatasetSource(SourceConfig):
+    """Conversations, pairs or texts without a right answer, which are evaluated by their loss."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+    """Name of the task in tables and records."""
+    path: str
+    """A file (``.json``, ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet``; all but the last also ``.gz``), a folder
+    written by ``save_to_disk``, or an id on the Hugging Face Hub."""
+    subset: str | None = None
+    """Configuration of a data set on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set on the Hub."""
+    split: str = "train"
+    """Split to train on, if there are several."""
+    test: str | None = None
+    """Held-out rows: another file or folder, or a split of ``path``. ``null`` takes its split ``test`` or
+    ``validation``, and holds out ``test_share`` of the rows if there is none."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the different rows that is held out, with a fixed seed, if there are no rows to test on."""
+    shape: Shape | None = None
+    """Shape of the rows. ``null`` takes the first of ``messages``, ``conversations``, ``prompt_completion``,
+    ``alpaca`` and ``text`` whose columns are there."""
+    columns: DatasetColumns = DatasetColumns()
+    chat: bool | None = None
+    """Whether ``prompt_completion`` and ``alpaca`` rows are rendered as a turn of the user and one of the assistant by
+    the chat template. ``null`` does so if the tokenizer has one. Otherwise a prompt is followed by its completion as
+    they are, and an instruction is put into ``data.template``."""
+    chat_template: str | None = None
+    """A file with a Jinja template, or ``simple`` (roles as headings, turns end with the end token). ``null`` takes
+    that of the tokenizer."""
+
+    def map_paths(self, change: Callable[[str], str]) -> Self:
+        """Return a copy in which ``change`` was applied to each path that exists."""
+        given = {"path": self.path, "test": self.test, "chat_template": self.chat_template}
+        found = {key: change(path) for key, path in given.items() if path and os.path.exists(os.path.expanduser(path))}
+        return self.model_copy(update=found)
+
+
+AnySourceConfig = Annotated[
+    GeneratedSource | FolderSource | HubSource | CustomSource | DatasetSource, Field(discriminator="kind")
+]
 
 
 class DataConfig(ConfigPart):
@@ -139,7 +207,7 @@ class DataConfig(ConfigPart):
     """
 
     suite: str = "generated"
-    """Suite of tasks: ``generated``, ``commonsense``, ``arithmetic``, or the name of a custom task."""
+    """Suite of tasks: ``generated``, ``commonsense``, ``arithmetic``, or the name of a custom task or a data set."""
     tasks: tuple[str, ...] = ("generated",)
     """Tasks of the suite that are evaluated."""
     source: AnySourceConfig = GeneratedSource()

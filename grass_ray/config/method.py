@@ -11,6 +11,7 @@ from grass_ray.config.base import BuildablePart, ConfigPart, Decay, NonNegativeF
 from grass_ray.config.samplers import AllLayersConfig, AnySamplerConfig
 
 Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
+Weights = Literal["resident", "streamed"]
 # import path of each mode's class; "auto" chooses among them
 PLACEMENTS = {
     "none": "grass_ray.optim.placement.OnDevice",
@@ -99,6 +100,10 @@ class MethodConfig(ConfigPart):
     """Where optimizer states are kept: on the device (``none``); on the device for active layers and on the host for
     others (``resident``); on the host, streamed to the device at each step (``blocking``, ``overlap``, ``lazy``).
     ``auto`` selects ``resident`` if that fits into memory, else ``lazy``. All modes give identical weights."""
+    weights: Weights = "resident"
+    """Where the weights of decoder layers are kept: on the device (``resident``); or on the host for layers that do not
+    train, from where they pass through the device ahead of each forward and backward pass (``streamed``). Both give
+    identical weights."""
     inactive_states: Literal["keep", "reset"] = "keep"
     """Whether to keep or reset the optimizer states of a layer that becomes inactive."""
     train_embeddings: bool = False
@@ -108,6 +113,11 @@ class MethodConfig(ConfigPart):
     train_norm: bool = False
     """Whether to train the final norm at every step."""
 
+    @property
+    def can_stream_weights(self) -> bool:
+        """Whether there are decoder layers whose weights do not train at every step."""
+        return self.adapter is not None or not self.sampler.trains_all
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if mismatch := self.sampler.mismatch(self.adapter, self.granularity):
@@ -116,6 +126,8 @@ class MethodConfig(ConfigPart):
             raise ValueError(
                 f"offload {self.offload}: projected states are small and not streamed; use none or resident"
             )
+        if self.weights == "streamed" and not self.can_stream_weights:
+            raise ValueError("weights streamed: every layer trains at every step, so none can be kept on the host")
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
         if self.adapter is not None and self.adapter.virtual_tokens and not self.sampler.trains_all:

@@ -106,6 +106,9 @@ class EvaluationConfig(ConfigPart):
     text states its answer (``strict``)."""
     num_beams: PositiveInt = 1
     """Number of beams for beam search. 1 is greedy decoding."""
+    forgetting: str | None = None
+    """A text that has nothing to do with the task, whose loss is measured before and after training: ``generated``, a
+    text file, or a data set with a column ``text``. ``null`` measures none."""
 
 
 class RunConfig(ConfigPart):
@@ -185,8 +188,12 @@ class RunConfig(ConfigPart):
 
 
 def fingerprint_of(values: Mapping[str, Any]) -> str:
-    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """The fingerprint of a configuration's plain values, also of a version with other keys than this one's.
+
+    ``method.weights`` came later, and is left out at its default: runs of an earlier version are still found.
+    """
+    method = {key: value for key, value in values["method"].items() if (key, value) != ("weights", "resident")}
+    return hashlib.sha256(json.dumps({**values, "method": method}, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

@@ -25,6 +25,8 @@ from grass_ray.experiment.search import Scheduler
 from grass_ray.methods import METHODS
 from grass_ray.paths import at_home
 from grass_ray.tasks.custom import read_task_file
+from grass_ray.tasks.dataset_files import is_data_file
+from grass_ray.tasks.dataset_rows import find_dataset
 from grass_ray.tasks.suites import resolve_tasks
 
 _Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
@@ -71,6 +73,8 @@ class SweepOptions:
     scheduler: Annotated[Scheduler, tyro.conf.arg(help=_SCHEDULER_HELP)] = "none"
     base: bool = True
     """add the untrained model as a row"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """a data set of your own in place of tasks: a file, a save_to_disk folder or a hub id"""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """folder with dataset/<Name>/{train,test}.json"""
     storage_path: Annotated[str, tyro.conf.arg(metavar="URI")] = "grass_ray_results"
@@ -115,7 +119,7 @@ class SweepOptions:
 
     def chosen(self) -> list[str]:
         """Return the flags given that decide what the trials are."""
-        given = [flag for flag in (*_CHOOSE_TRIALS, "data_dir") if getattr(self, flag)]
+        given = [flag for flag in (*_CHOOSE_TRIALS, "data", "data_dir") if getattr(self, flag)]
         given += [] if self.scheduler == "none" else ["scheduler"]
         return [_flag(name) for name in given] + ([] if self.base else ["--no-base"])
 
@@ -142,6 +146,8 @@ class SweepOptions:
             mistakes.append(
                 "--search grid takes every point of the grid; leave --num-samples out, or use --search random"
             )
+        if self.data is not None and self.tasks:
+            mistakes.append(f"--tasks {' '.join(self.tasks)} has no effect: --data {self.data} is a task of its own")
         for name in ("models", "methods", "tasks", "seeds"):
             if getattr(self, name) == ():
                 mistakes.append(f"{_flag(name)}: give at least one value")
@@ -172,17 +178,26 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
     return at_home(options)
 
 
-def choose_data(names: Sequence[str], data_dir: Path | None) -> tuple[str, tuple[str, ...], AnySourceConfig]:
-    """Suite, tasks and source that ``--task`` and ``--data-dir`` mean. Raises :class:`ConfigError`.
+def choose_data(
+    names: Sequence[str], data_dir: Path | None, dataset: str | None = None
+) -> tuple[str, tuple[str, ...], AnySourceConfig]:
+    """Suite, tasks and source that ``--task``, ``--data-dir`` and ``--data`` mean. Raises :class:`ConfigError`.
 
-    A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`).
+    A name that ends in ``.yaml`` or ``.yml`` is a task file of the user's own (:mod:`grass_ray.tasks.custom`), and one
+    that ends like a data file is a data set, as ``dataset`` is (:mod:`grass_ray.tasks.dataset_rows`).
     """
-    files = [name for name in names if name.lower().endswith((".yaml", ".yml"))]
+    files = [name for name in names if name.lower().endswith((".yaml", ".yml")) or is_data_file(name)]
+    given = dataset or (files[0] if len(names) == 1 and files and is_data_file(files[0]) else None)
+    if given is not None:
+        if data_dir is not None:
+            raise ConfigError(f"--data-dir {data_dir} has no effect on the data set {given}; leave it out")
+        own = find_dataset(given)
+        return own.name, (own.name,), own
     if not files:
         suite, tasks = resolve_tasks(list(names))
         return suite, tasks, data_source(suite, data_dir)
     if len(names) > 1:
-        raise ConfigError(f"the task file {files[0]} stands alone; a run takes one task file, got: {' '.join(names)}")
+        raise ConfigError(f"the file {files[0]} stands alone; a run takes one file of data, got: {' '.join(names)}")
     if data_dir is not None:
         raise ConfigError(f"--data-dir {data_dir} has no effect: {files[0]} says where its rows are; leave it out")
     source = read_task_file(Path(files[0]).expanduser())

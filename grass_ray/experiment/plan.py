@@ -31,7 +31,7 @@ from grass_ray.methods import METHODS, get_method
 from grass_ray.overrides import Changes, flatten, has, merge, parse
 from grass_ray.paths import find_model, with_absolute_paths
 from grass_ray.results.searches import read_settings
-from grass_ray.tasks.readback import choose_extraction
+from grass_ray.tasks.readback import choose_evaluation
 
 BASE_METHOD = "base"
 _OWN_FLAGS = {"model.name": "--models", "seed": "--seeds"}
@@ -132,9 +132,9 @@ def _with_flags(sweep: Sweep, options: SweepOptions) -> Sweep:
 
 def _templates(sweep: Sweep, options: SweepOptions) -> dict[str, RunConfig]:
     """The configuration of each method, the untrained model first, without model, seed and hyperparameters."""
-    suite, tasks, source = choose_data(sweep.tasks, options.data_dir)
+    suite, tasks, source = choose_data(sweep.tasks, options.data_dir, options.data)
     data = DataConfig(suite=suite, tasks=tasks, source=source)
-    settings = merge(parse(choose_extraction(source)), sweep.changes)
+    settings = merge(parse(choose_evaluation(source)), sweep.changes)
     found = read_settings(options.settings) if options.settings is not None else {}
     overrides = parse(options.set)
     templates = {}

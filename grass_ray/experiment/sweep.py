@@ -40,7 +40,7 @@ class Preset:
     Args:
         models: built-in names, hub ids or folders.
         methods: names of :data:`grass_ray.methods.METHODS`; the untrained model is added.
-        tasks: a suite, some of its tasks, or the YAML file of one task.
+        tasks: a suite, some of its tasks, the YAML file of one task, or a data file.
         seeds: one trial each.
         data, training, evaluation: the fields that are given change each method's configuration.
         settings: further changes, for every method that has the key.

@@ -9,6 +9,7 @@ The YAML head is written and read by ``huggingface_hub``, the text is the templa
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -59,6 +60,7 @@ _COSTS = {
     "memory/host_pinned_gib": ("optimizer states in host memory", "GiB"),
     "throughput/tokens_per_second": ("speed of training", "tokens/s"),
     "time/train_s": ("training time", "s"),
+    "forgetting": ("rise of the loss on a text that has nothing to do with the task", "nats per token"),
 }
 
 
@@ -83,6 +85,7 @@ def render_card(
     """The card as text (see :func:`write_card`)."""
     base = hub_name(config)
     tasks = {} if record is None else {task: score for task, score in record.tasks.items() if score.num_examples}
+    answered = {task: score for task, score in tasks.items() if score.scoring != "loss"}
     train = {} if record is None else record.data.get("train", {})
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -103,8 +106,10 @@ def render_card(
         loading=_loading(kind, base or "BASE_MODEL", config.model.dtype),
         converted_from=base if config.model.name in _HUB_NAMES and kind != "model" else None,
         written=written,
-        scores=_scores(tasks),
-        ways=sorted({f"{score.scoring}, {score.extraction} extraction" for score in tasks.values()}),
+        scores=_scores(answered),
+        ways=sorted({f"{score.scoring}, {score.extraction} extraction" for score in answered.values()}),
+        losses={task: score for task, score in tasks.items() if task not in answered},
+        number=lambda value: "" if value is None else f"{value:.3f} ",
         costs=[] if record is None else _costs(record),
         settings={key: value for key, value in config.flatten().items() if key.startswith("method.")},
         train=train if isinstance(train, Mapping) else {},
@@ -163,11 +168,12 @@ def _card_data(title: str, kind: Kind, config: RunConfig, tasks: Mapping[str, Ta
             task_name=task,
             dataset_type=task,
             dataset_name=task,
-            metric_type="accuracy",
-            metric_name="accuracy (%)",
-            metric_value=round(100 * score.accuracy, 2),
+            metric_type=name.split()[0],
+            metric_name=name,
+            metric_value=value,
         )
         for task, score in tasks.items()
+        for name, value in [_result(score)]
     ]
     return ModelCardData(
         base_model=base,
@@ -189,6 +195,13 @@ def _base(config: RunConfig) -> str:
 def _loading(kind: Kind, base: str, dtype: str) -> str:
     """Python that loads what is in the folder."""
     return _LOADING[kind].format(base=base, dtype=dtype)
+
+
+def _result(score: TaskScore) -> tuple[str, float]:
+    """What the hub shows of a task."""
+    if score.scoring == "loss":
+        return "loss (nats)", round(math.nan if score.loss is None else score.loss, 4)
+    return "accuracy (%)", round(100 * score.accuracy, 2)
 
 
 class _Score(NamedTuple):

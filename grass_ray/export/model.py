@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, DatasetSource, RunConfig
 from grass_ray.paths import BUILT_IN
+from grass_ray.tasks.conversations import own_template
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.checkpoint import load_weights
 from grass_ray.training.metrics import default_device
@@ -66,6 +67,9 @@ def load_trained_model(folder: Path) -> LoadedModel:
     loaded = load_model(config.model)
     model = add_adapter(loaded.model, config.method.adapter).to(default_device())
     load_weights(model, folder / CHECKPOINT_FOLDER)
+    source = config.data.source
+    if isinstance(source, DatasetSource) and source.chat_template is not None:
+        loaded.tokenizer.chat_template = own_template(source)  # what it was trained with goes where the model goes
     return LoadedModel(model=model.eval(), tokenizer=loaded.tokenizer, revision=loaded.revision)
 
 

@@ -31,6 +31,7 @@ class GradNormMeter:
 
     Args:
         layers: parameters of each layer.
+        device: where the norms are collected; None takes that of the first parameter.
         sharded: the gradients do not pass through these parameters; :meth:`watch` names those that stand for them.
 
     Attributes:
@@ -40,13 +41,19 @@ class GradNormMeter:
             ``dropping`` it becomes NaN with any gradient that is not finite. None for sharded gradients.
     """
 
-    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], *, sharded: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Sequence[nn.Parameter]],
+        *,
+        device: torch.device | None = None,
+        sharded: bool = False,
+    ) -> None:
         self._layers = layers
         self._sizes = [sum(p.numel() for p in layer) for layer in layers]
         # for each layer and parameter the norm of each micro-batch, by the number autograd gives to a backward
         self._notes: list[list[dict[int, Tensor]]] = [[{} for _ in layer] for layer in layers]
         self._places = {p: (index, slot) for index, layer in enumerate(layers) for slot, p in enumerate(layer)}
-        self._device = layers[0][0].device
+        self._device = device or layers[0][0].device
         self._sharded = sharded
         self._empty = True
         self.dropping = False

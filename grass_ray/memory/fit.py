@@ -112,7 +112,8 @@ def find_fit(
     """Find settings with which ``method`` fits into ``memory`` bytes.
 
     Tried in this order, so that what changes and costs least comes first: another offload mode, gradient checkpointing
-    of as few layers as fit, smaller micro-batches of the same step, one active layer, frozen embeddings and head.
+    of as few layers as fit, smaller micro-batches of the same step, one active layer, frozen embeddings and head; then
+    the same with streamed weights.
 
     Returns:
         The first that fits; None if none does.
@@ -150,13 +151,15 @@ def _preferred_modes(method: MethodConfig) -> list[Mode]:
 
 
 def _method_changes(method: MethodConfig) -> Iterator[Changes]:
-    changes: Changes = {}
-    yield changes
+    """The method as it is, with less that trains, then both with streamed weights, which cost most time."""
+    found: list[Changes] = [{}]
     if getattr(method.sampler, "num_active_layers", 1) != 1 and method.granularity == "layer":
-        changes = {"method.sampler.num_active_layers": 1}
-        yield changes
+        found.append({"method.sampler.num_active_layers": 1})
     if not method.sampler.trains_all and (method.train_embeddings or method.train_head):
-        yield {**changes, "method.train_embeddings": False, "method.train_head": False}
+        found.append({**found[-1], "method.train_embeddings": False, "method.train_head": False})
+    yield from found
+    if method.weights == "resident" and method.can_stream_weights:
+        yield from ({**changes, "method.weights": "streamed"} for changes in found)
 
 
 def _changed(method: MethodConfig, changes: Changes) -> MethodConfig:

@@ -51,14 +51,15 @@ class MemoryPlan:
         offload: the mode.
         shape: work of a step.
         phase: when the peak occurs.
-        weights: parameters and buffers.
+        weights: parameters and buffers on the device.
         gradients: gradients.
         states: optimizer states on the device.
-        staging: ring through which states on the host are streamed.
+        staging: rings through which states and weights on the host are streamed.
         activations: what backward needs, and temporary tensors of forward and backward.
         logits: logits and their gradients.
         workspace: memory that kernels and the update use internally.
-        host_bytes: blocks of states in host memory once every layer was visited.
+        host_bytes: host memory: blocks of states once every layer was visited, and streamed weights.
+        host_weights: the part of it that holds weights.
         recomputed_layers: decoder layers, from the first, that are recomputed in backward.
         num_layers: decoder layers of the model.
     """
@@ -75,6 +76,7 @@ class MemoryPlan:
     logits: int
     workspace: int
     host_bytes: int
+    host_weights: int
     recomputed_layers: int
     num_layers: int
 
@@ -133,8 +135,7 @@ class Planner:
         plans = []
         for active in trained.active_sets():
             gradients = storages_bytes(p for unit in trained.trained(active) for p in unit.parameters)
-            footprint = _footprint(trained, mode, active)
-            plans.append(self._compose(trained, shape, mode, "update", footprint, Parts(gradients=gradients)))
+            plans.append(self._compose(trained, shape, mode, "update", active, Parts(gradients=gradients)))
         return max(plan.peak_bytes for plan in plans)
 
     def plan(self, trained: TrainedUnits, shape: StepShape, mode: Mode) -> MemoryPlan:
@@ -147,23 +148,22 @@ class Planner:
         plans = [plan for active in sets for plan in self._plan_phases(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
             profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)
-            before_training = replace(_footprint(trained, mode, ()), states=0)
-            plans.append(self._compose(trained, shape, mode, "probing", before_training, profile.peak))
+            plans.append(self._compose(trained, shape, mode, "probing", (), profile.peak))
         return max(plans, key=lambda plan: plan.peak_bytes)
 
     def _plan_phases(
         self, trained: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
     ) -> Iterator[MemoryPlan]:
         profile = self._profile(trained, shape, active)
-        footprint, units = _footprint(trained, mode, active), trained.trained(active)
+        units = trained.trained(active)
         update = Parts(gradients=profile.gradients, workspace=trained.update_bytes(units, self.device))
-        yield self._compose(trained, shape, mode, "backward", footprint, profile.peak)
-        yield self._compose(trained, shape, mode, "update", footprint, update)
+        yield self._compose(trained, shape, mode, "backward", active, profile.peak)
+        yield self._compose(trained, shape, mode, "update", active, update)
         if self.workers > 1:
             # the reduced gradients are copies that replace the gradients, one unit at a time
             copied = max((storages_bytes(unit.parameters) for unit in units), default=0)
             exchange = Parts(gradients=profile.gradients, workspace=copied)
-            yield self._compose(trained, shape, mode, "exchange", footprint, exchange)
+            yield self._compose(trained, shape, mode, "exchange", active, exchange)
 
     def _profile(
         self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, probing: bool = False
@@ -188,21 +188,23 @@ class Planner:
         return self._profiles[key]
 
     def _compose(
-        self, trained: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, footprint: Footprint, parts: Parts
+        self, trained: TrainedUnits, shape: StepShape, mode: Mode, phase: Phase, active: Sequence[int], parts: Parts
     ) -> MemoryPlan:
+        footprint = _footprint(trained, mode, active)
         return MemoryPlan(
             method=trained.method.name,
             offload=mode,
             shape=shape,
             phase=phase,
-            weights=storages_bytes((*trained.model.parameters(), *trained.model.buffers())),
+            weights=trained.weight_bytes(active),
             gradients=parts.gradients,
-            states=footprint.states,
-            staging=footprint.staging,
+            states=0 if phase == "probing" else footprint.states,
+            staging=footprint.staging + trained.weight_ring_bytes,
             activations=parts.activations,
             logits=parts.logits,
             workspace=parts.workspace + (CUBLAS_BYTES if self.device == "cuda" else 0),
-            host_bytes=footprint.host,
+            host_bytes=footprint.host + trained.host_weight_bytes,
+            host_weights=trained.host_weight_bytes,
             recomputed_layers=recomputed_layers(shape.checkpointing, trained.num_layers),
             num_layers=trained.num_layers,
         )

@@ -16,15 +16,7 @@ from rich.table import Table
 
 from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, RunConfig, to_json
 from grass_ray.memory.allocations import DeviceKind
-from grass_ray.memory.fit import (
-    RESERVE_BYTES,
-    TOLERANCE,
-    Fit,
-    find_fit,
-    needed_bytes,
-    plan_decided,
-    total_bytes,
-)
+from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS, get_method
@@ -293,7 +285,7 @@ def _cells(report: MemoryReport, plans: Sequence[MemoryPlan]) -> tuple[str, ...]
     sizes = (plan.weights, plan.gradients, plan.states, plan.staging, plan.activations, plan.logits, plan.workspace)
     return (
         plan.method,
-        " ".join(plan.offload for plan in plans),
+        " ".join(plan.offload for plan in plans) + (", weights streamed" if plan.host_weights else ""),
         *(_gib(size) for size in sizes),
         _gib(plan.peak_bytes),
         _gib(plan.host_bytes),
@@ -348,5 +340,5 @@ def _note(report: MemoryReport) -> str:
     return (
         f"tight: within {100 * TOLERANCE:.0f} % of the limit; {RESERVE_BYTES / GIB:g} GiB are left to what a process "
         "takes besides tensors. The worst case: the lowest layer active, every layer visited, every row full. "
-        f"host: states in {'pinned ' if report.request.device == 'cuda' else ''}host memory"
+        f"host: states and streamed weights in {'pinned ' if report.request.device == 'cuda' else ''}host memory"
     )

@@ -19,9 +19,12 @@ from grass_ray.layerwise.sampler import Sampler
 from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
+from grass_ray.optim.host_weights import streamable_weights
 from grass_ray.optim.kernels import adamw, state_layout
+from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
+from grass_ray.optim.weights import slot_bytes
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.optimizer import build_optimizer
 
@@ -38,6 +41,7 @@ class TrainedUnits:
         sampler: started on ``units``.
         projection: low-rank projection of the moments of ``projected`` matrices, if any.
         projected: those matrices.
+        streamed: the weights of each layer that are on the host while they do not train; none if weights are resident.
         method: the method.
     """
 
@@ -48,6 +52,7 @@ class TrainedUnits:
     sampler: Sampler
     projection: Projection | None
     projected: frozenset[Tensor]
+    streamed: Sequence[Sequence[nn.Parameter]]
     method: MethodConfig
 
     def active_sets(self, recomputed: int = 0) -> list[tuple[int, ...]]:
@@ -76,6 +81,23 @@ class TrainedUnits:
     def block_bytes(self) -> int:
         """Bytes of the host blocks that hold the states of all sampled units."""
         return sum(self._blocks_of(unit) for unit in self.units)
+
+    @cached_property
+    def host_weight_bytes(self) -> int:
+        """Bytes of the weights that have a place on the host, also while they train."""
+        return storages_bytes(p for layer in self.streamed for p in layer)
+
+    @cached_property
+    def weight_ring_bytes(self) -> int:
+        """Bytes of the ring on the device through which streamed weights pass."""
+        return min(LayerwiseOptions().weight_slots, len(self.streamed)) * slot_bytes(self.streamed)
+
+    def weight_bytes(self, active: Iterable[int]) -> int:
+        """Bytes of parameters and buffers on the device while the units with the indices ``active`` are active."""
+        everything = (*self.model.parameters(), *self.model.buffers())
+        trained = {p for index in active for p in self.units[index].parameters}
+        away = {p for layer in self.streamed for p in layer} - trained
+        return storages_bytes(tensor for tensor in everything if tensor not in away)
 
     def update_bytes(self, units: Iterable[Unit], device: DeviceKind) -> int:
         """Temporary memory of the update: the largest that any parameter of ``units`` needs, since they take turns."""
@@ -137,13 +159,16 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
     """
     model = add_adapter(model, method.adapter)
     try:
-        # built only for its units: no state is moved and nothing is measured
-        optimizer = build_optimizer(model, AllLayersSampler(), method.model_copy(update={"offload": "none"}))
+        # built only for its units: nothing is moved and nothing is measured
+        resident = method.model_copy(update={"offload": "none", "weights": "resident"})
+        optimizer = build_optimizer(model, AllLayersSampler(), resident)
         sampler = method.sampler.build(seed=0, train_steps=train_steps)
         sampler.start([unit.size for unit in optimizer.units], total=sum(p.numel() for p in model.parameters()))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     settings = method.optimizer.projection
+    managed = [p for unit in (*optimizer.units, *optimizer.constant_units) for p in unit.parameters]
+    streams = method.weights == "streamed"
     matrices = (p for layer in optimizer.stack.layers for p in layer if p.ndim == 2)
     return TrainedUnits(
         model=model,
@@ -153,5 +178,6 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
         sampler=sampler,
         projection=None if settings is None else settings.build(),
         projected=frozenset(() if settings is None else matrices),
+        streamed=streamable_weights(model, optimizer.stack, managed) if streams else [],
         method=method,
     )

@@ -18,6 +18,7 @@ from grass_ray.optim.recompute import Recompute
 from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.units import Unit
 from grass_ray.optim.watch import Watch
+from grass_ray.optim.weights import ResidentWeights
 
 
 class Uninterrupted:
@@ -52,6 +53,7 @@ class ActiveSet:
         parts: the model taken apart.
         sampler: draws the active sets.
         placement: where states live.
+        weights: where weights live.
         watch: is told of every new active set.
         workers: must agree about the active set.
         stats: counts the seconds that switches take.
@@ -73,6 +75,7 @@ class ActiveSet:
         parts: Parts,
         sampler: Sampler,
         placement: OnDevice,
+        weights: ResidentWeights,
         watch: Watch,
         workers: Workers,
         stats: OffloadStats,
@@ -81,6 +84,7 @@ class ActiveSet:
         self.parts = parts
         self.sampler = sampler
         self._placement = placement
+        self._weights = weights
         self._watch = watch
         self._workers = workers
         self._stats = stats
@@ -128,6 +132,7 @@ class ActiveSet:
             for index in sorted(set(self.indices) - set(chosen)):
                 leave(self.parts.units[index])
             self._placement.host.synchronize(self.parts.device)
+            self._settle_weights(chosen)
             for index in sorted(set(chosen) - set(self.indices)):
                 self._placement.enter(self.parts.units[index])
             self.activate(chosen)
@@ -144,9 +149,17 @@ class ActiveSet:
                 parameter.requires_grad_(index in self.indices)
                 if index not in self.indices:
                     parameter.grad = None
+        self._settle_weights(self.indices)
         self.recompute.switch(self.sampler.probing)
         if not self.sampler.probing:
             self._placement.activate([self.parts.units[index] for index in self.indices])
+
+    def _settle_weights(self, indices: Iterable[int]) -> None:
+        """Weights that train stay on the device. Probing trains none: every layer's only pass through."""
+        if self._weights.streams:
+            indices = () if self.sampler.probing else indices
+            self._placement.synchronize()
+            self._weights.settle(p for index in indices for p in self.parts.units[index].parameters)
 
     def check_drawn(self) -> None:
         """Raise RuntimeError if the sampler needs a measurement before its first draw, and got none."""
@@ -171,5 +184,6 @@ class ActiveSet:
     def _check_proof(self) -> None:
         if self.proof is not None and self.proof.due:
             self._placement.synchronize()
+            self._weights.rest()
             self.proof.check()
             self._watch.mistakes(self.proof.mistakes)

@@ -66,7 +66,9 @@ class Gradients:
         self._never_seen = torch.full((len(units),), torch.nan, device=active.parts.device)
         self._meter: GradNormMeter | None = None
         if sampler.grad_norms == "arriving" or sampler.probing:
-            self._meter = GradNormMeter([unit.parameters for unit in units], sharded=sync.sharded)
+            self._meter = GradNormMeter(
+                [unit.parameters for unit in units], sharded=sync.sharded, device=active.parts.device
+            )
             self._meter.dropping = sampler.probing
             handles.extend(self._meter.handles)
         handles.extend(sync.watch(managed, weakref.WeakMethod(self._watch_seen)))

@@ -31,6 +31,13 @@ class WeakHook:
         return WeakHook, ()
 
 
+def handles_of(owner: object) -> list[Any]:
+    """An empty list for the handles of hooks on a model; they are removed when ``owner`` is gone."""
+    handles: list[Any] = []
+    weakref.finalize(owner, remove, handles).atexit = False
+    return handles
+
+
 def remove(handles: list[Any]) -> None:
     """Take hooks away from a model."""
     while handles:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 PROC = Path("/proc")
 GROUPS = Path("/sys/fs/cgroup")
+# what must stay free for other processes when host memory is taken
+RESERVE_BYTES = 256 * 1024 * 1024
 
 
 class _Files(NamedTuple):

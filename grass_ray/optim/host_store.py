@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
-from grass_ray.optim.host_memory import available_bytes
+from grass_ray.optim.host_memory import RESERVE_BYTES, available_bytes
 from grass_ray.optim.kernels import StateLayout
 from grass_ray.optim.sharded import local
-
-# host memory that must stay free for other processes when blocks are allocated
-RESERVE_BYTES = 256 * 1024 * 1024
 
 
 class HostStore:

@@ -27,7 +27,7 @@ from grass_ray.config import Offload
 from grass_ray.layerwise.sampler import Measure, Sampler, check_complete
 from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.gradients import Gradients
-from grass_ray.optim.hooks import remove
+from grass_ray.optim.hooks import handles_of, remove
 from grass_ray.optim.kernels import Precision
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.options import LayerwiseOptions, check_adamw, refuse_keywords
@@ -43,6 +43,7 @@ from grass_ray.optim.step_info import StepInfo, StepRecorder
 from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.sync import make_sync
 from grass_ray.optim.watch import Watch
+from grass_ray.optim.weights import make_weights
 
 
 class LayerwiseAdamW(OneModelOptimizer):
@@ -79,7 +80,8 @@ class LayerwiseAdamW(OneModelOptimizer):
         probed: whether the last step only measured.
         last: what the last step did (:class:`~grass_ray.optim.step_info.StepInfo`); None before the first one.
         offload: the mode in force (``"auto"`` resolved).
-        stats: what moving states has cost so far.
+        stats: what moving states and weights has cost so far.
+        weights: where the layers' weights live (:mod:`grass_ray.optim.weights`).
         workers: the data-parallel workers.
         sharded: whether each worker has some rows of each parameter (FSDP2), and not all.
         last_micro_batch: set it before a step's last backward, and gradients travel to the other workers while
@@ -129,19 +131,18 @@ class LayerwiseAdamW(OneModelOptimizer):
         self.workers, self.sharded = self._sync.workers, self._sync.sharded
         index = {p: place for place, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._retired = False
-        self._watch = Watch(model, parts.unmanaged)
+        self._watch = Watch(model, parts.unmanaged, None if options.weights == "resident" else parts.device)
         self._model = weakref.ref(model)
-        # hooks on the model, which must not outlive the optimizer
-        self._handles: list[Any] = []
-        weakref.finalize(self, remove, self._handles).atexit = False
-        self.stats = OffloadStats()
+        self._handles = handles_of(self)
+        self.stats = stats = OffloadStats()
+        self.weights = make_weights(model, parts, options, stats, self._handles)
         states = States(self.state, precision, options.projection, parts.projected, index)
         self.offload = resolve_offload(offload, sampler, self.units, states, parts.device)
-        self._placement = placement_class(self.offload)(states, parts.device, self.stats, options)
-        self._handles += self._placement.hooks(model, self.stack.modules, self.units, self._sync.before_forward)
-        self._active = ActiveSet(parts, sampler, self._placement, self._watch, self.workers, self.stats, options)
-        self._gradients = Gradients(self, self._active, self._sync, self._placement, self._watch, self._handles)
-        self._saver = StateSaver(self._active, states, self._placement, self._sync, index)
+        placement = self._placement = placement_class(self.offload)(states, parts.device, stats, options)
+        self._handles += placement.hooks(model, self.stack.modules, self.units, self._sync.before_forward)
+        self._active = ActiveSet(parts, sampler, placement, self.weights, self._watch, self.workers, stats, options)
+        self._gradients = Gradients(self, self._active, self._sync, placement, self._watch, self._handles)
+        self._saver = StateSaver(self._active, states, placement, self._sync, index)
         if self._gradients.witness is not None:
             # last, so that the places of all others stay: a scaler unscales what is in a group
             self.param_groups[-1]["params"].append(self._gradients.witness)
@@ -291,12 +292,13 @@ class LayerwiseAdamW(OneModelOptimizer):
         return sum(t.numel() * t.element_size() for t in self.resident_states()), self._placement.host.bytes
 
     def synchronize(self) -> None:
-        """Let the current stream wait for updates that are still under way (``offload="lazy"``).
+        """Let the current stream wait for updates under way (``offload="lazy"``), and streamed weights be on the host.
 
-        Forward passes of the model and its ``state_dict`` do this by themselves; call it before reading weights in any
-        other way.
+        Forward passes of the model and its ``state_dict`` do this by themselves; call it before reading or changing
+        weights in any other way.
         """
         self._placement.synchronize()
+        self.weights.rest()
 
     # --------------------------------------------------------------------------------------------- the state
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from grass_ray.config import Weights
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Reduction
 from grass_ray.optim.kernels import Precision
@@ -31,6 +32,10 @@ class LayerwiseOptions:
         process_group: the data-parallel workers; None takes the default group of torch.distributed if there is one.
         gradient_reduction: the active gradients become their ``"mean"`` over the workers, or their ``"sum"`` if the
             loop has divided each loss by the number of labels of all workers.
+        weights: where the weights of decoder layers live: ``"resident"``, all on the device; ``"streamed"``, those of
+            layers that do not train in host memory, brought to the device ahead of each pass
+            (:mod:`grass_ray.optim.weights`). The weights are the same bits.
+        weight_slots: number of layers whose streamed weights are on the device at once.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: number of slots of the ring.
         streams: where streamed work runs; None takes CUDA streams, or runs one thing after another on a CPU.
@@ -48,6 +53,8 @@ class LayerwiseOptions:
     layers: str | None = None
     process_group: Any | None = None
     gradient_reduction: Reduction = "mean"
+    weights: Weights = "resident"
+    weight_slots: int = 2
     chunk_bytes: int = CHUNK_BYTES
     ring_slots: int = 4
     streams: Streams | None = None
@@ -55,6 +62,10 @@ class LayerwiseOptions:
     def __post_init__(self) -> None:
         if self.ring_slots < 1:
             raise ValueError(f"ring_slots is {self.ring_slots}; it must be at least 1")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights is {self.weights!r}; available: {', '.join(get_args(Weights))}")
+        if self.weight_slots < 1:
+            raise ValueError(f"weight_slots is {self.weight_slots}; it must be at least 1")
         if self.inactive_states not in ("keep", "reset"):
             raise ValueError(f"inactive_states is {self.inactive_states!r}; available: keep, reset")
         if self.granularity == "block" and self.always_trained:

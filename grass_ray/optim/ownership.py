@@ -17,6 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 class Owner(Protocol):
     """An optimizer that freezes parameters."""
 
+    def synchronize(self) -> None:
+        """Finish what is under way on the model."""
+
     def retire(self) -> None:
         """Remove all hooks, and refuse further steps."""
 
@@ -37,8 +40,11 @@ class Takeover:
     def __init__(self, model: nn.Module) -> None:
         self._owned = [p for p in model.parameters() if p in _OWNERS]
         self._frozen = [p for p in self._owned if not p.requires_grad]
+        self._earlier = {id(other): other for p in self._owned if (other := _OWNERS[p]()) is not None}
 
     def __enter__(self) -> Takeover:
+        for other in self._earlier.values():
+            other.synchronize()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         return self
@@ -50,8 +56,7 @@ class Takeover:
 
     def complete(self, owner: Owner, parameters: list[nn.Parameter]) -> None:
         """Make ``owner`` the one that ``parameters`` belong to, and retire those they belonged to."""
-        earlier = {id(other): other for p in self._owned if (other := _OWNERS[p]()) is not None}
-        for other in earlier.values():
+        for other in self._earlier.values():
             other.retire()
         if self._frozen:
             warnings.warn(

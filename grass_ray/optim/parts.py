@@ -22,6 +22,7 @@ class Parts:
 
     Attributes:
         stack: the decoder layers and both ends.
+        device: where everything is that trains.
         shards: how FSDP2 has sharded the model; None for a whole one.
         units: what the sampler picks from, from the first layer up.
         constant: what trains at every step.
@@ -33,6 +34,7 @@ class Parts:
     """
 
     stack: DecoderStack
+    device: torch.device
     shards: Shards | None
     units: list[Unit]
     constant: list[Unit]
@@ -41,11 +43,6 @@ class Parts:
     decayed: set[nn.Parameter]
     given: list[nn.Parameter]
     unmanaged: list[str]
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters that train."""
-        return self.managed[0].device
 
     def freeze_others(self, model: nn.Module) -> None:
         """Freeze every parameter of ``model`` that nothing here trains."""
@@ -103,6 +100,7 @@ def take_apart(model: nn.Module, sampler: Sampler, options: LayerwiseOptions) ->
         check_sharded(names, managed)
     return Parts(
         stack=stack,
+        device=managed[0].device if options.weights == "resident" else _device_outside(model, stack),
         shards=shards,
         units=units,
         constant=constant,
@@ -112,6 +110,12 @@ def take_apart(model: nn.Module, sampler: Sampler, options: LayerwiseOptions) ->
         given=[p for p in model.parameters() if p.requires_grad],
         unmanaged=[names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)],
     )
+
+
+def _device_outside(model: nn.Module, stack: DecoderStack) -> torch.device:
+    """Where the model is, apart from its decoder layers, which may still be on the host."""
+    inside = {p for layer in stack.modules for p in layer.parameters()}
+    return next((p.device for p in model.parameters() if p not in inside), next(iter(inside)).device)
 
 
 def _outside_of_the_base(model: Any) -> list[nn.Parameter]:

@@ -198,10 +198,11 @@ class OnDevice:
     def hold(self, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, counters_only: bool = False) -> None:
         """Put saved states on the device."""
         for parameter, state in saved.items():
-            place = "cpu" if parameter in self._states.projected else parameter.device
-            held = {STEP: state[STEP].to(place, copy=True)}
+            # a streamed weight is on the host while it does not train, its states are not
+            device = parameter.device if self._options.weights == "resident" else self._device
+            held = {STEP: state[STEP].to("cpu" if parameter in self._states.projected else device, copy=True)}
             if not counters_only:
-                held |= {name: t.to(parameter.device, copy=True) for name, t in tensors_of(state).items()}
+                held |= {name: t.to(device, copy=True) for name, t in tensors_of(state).items()}
             self._states.held[parameter] = held
 
     def _write(self, unit: Unit, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:

@@ -34,14 +34,17 @@ StreamMode = Literal["blocking", "overlap", "lazy"]
 class OffloadStats:
     """What moving states cost so far.
 
-    ``bytes_in`` and ``bytes_out`` went to and came from the device, by chunks or by whole units at a switch;
+    ``bytes_in`` and ``bytes_out`` are those of states that went to and came from the device, by chunks or by whole
+    units at a switch; ``weight_bytes_in`` and ``weight_bytes_out`` those of weights that live on the host;
     ``ring_waits`` counts fetches that found every slot of the ring in use; ``exposed_s`` is the time in which training
-    stood still for states (on a CUDA device only what the host waited for: what streams waited for shows in a
-    profile), ``switch_s`` the part of it at switches.
+    stood still for states (on a CUDA device only what the host waited for: what streams waited for shows in a profile),
+    ``switch_s`` the part of it at switches.
     """
 
     bytes_in: int = 0
     bytes_out: int = 0
+    weight_bytes_in: int = 0
+    weight_bytes_out: int = 0
     chunks: int = 0
     prefetched: int = 0
     ring_waits: int = 0

@@ -1,19 +1,20 @@
-"""Where streamed work runs: four streams that proceed on their own and wait for each other through events.
+"""Where streamed work runs: streams that proceed on their own and wait for each other through events.
 
 ``compute`` is the training's own stream; ``fetch`` brings states from the host, ``update`` changes weights and states,
-``write`` brings states back. On a GPU they are CUDA streams. On a CPU the same calls run one after another, so the
-protocol is the same; those of a test record every access and every wait and prove that no two accesses can collide.
+``write`` brings states back, ``weights`` brings weights from the host. On a GPU they are CUDA streams. On a CPU the
+same calls run one after another, so the protocol is the same; those of a test record every access and every wait and
+prove that no two accesses can collide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-StreamName = Literal["compute", "fetch", "update", "write"]
+StreamName = Literal["compute", "fetch", "update", "write", "weights"]
 
 
 class Streams(Protocol):
@@ -66,7 +67,7 @@ class CudaStreams:
         self._device = device
         self._by_name: dict[str, torch.cuda.Stream] = {}
         if not merged:
-            self._by_name = {name: torch.cuda.Stream(device) for name in ("fetch", "update", "write")}  # type: ignore[no-untyped-call]
+            self._by_name = {name: torch.cuda.Stream(device) for name in get_args(StreamName)[1:]}  # type: ignore[no-untyped-call]
 
     def _cuda(self, name: StreamName) -> torch.cuda.Stream:
         return self._by_name.get(name) or torch.cuda.current_stream(self._device)

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.units import Unit
@@ -26,12 +27,13 @@ class Watch:
     Args:
         model: what the optimizer was built on.
         unmanaged: parameters outside the language model that require a gradient, by name.
+        device: where all that trains will be; None leaves each parameter where it is.
     """
 
-    def __init__(self, model: nn.Module, unmanaged: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, unmanaged: Sequence[str], device: torch.device | None = None) -> None:
         self._model = weakref.ref(model)
         # each parameter's own: models may lie on several devices, or keep some parts in another dtype
-        self._built = {p: (p.device, p.dtype) for p in model.parameters()}
+        self._built = {p: (device or p.device, p.dtype) for p in model.parameters()}
         self._said: set[str] = set()
         self._settled = False
         self._first = True

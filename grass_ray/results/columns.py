@@ -18,6 +18,7 @@ from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_mo
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.paired import Metric, fact
 from grass_ray.results.rows import LeaderboardRow
+from grass_ray.results.text_columns import TEXT_COLUMNS
 from grass_ray.tasks.suites import TASKS
 
 
@@ -234,6 +235,7 @@ COLUMNS: tuple[Column, ...] = (
     detectable("best", lambda row: row.to_best),
     detectable("full", lambda row: row.loss_to_full, metric="loss"),
     detectable("best", lambda row: row.loss_to_best, metric="loss"),
+    *TEXT_COLUMNS,
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 

@@ -172,6 +172,8 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
     if accuracies or losses:
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
     notes += _loss_notes(rows)
+    if len(texts := sorted({text for row in rows for text in row.forgetting_texts})) > 1:
+        notes.append(f"forgot: measured on different texts, which cannot be compared: {', '.join(texts)}")
     notes += _contamination(rows)
     return notes
 

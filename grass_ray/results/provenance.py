@@ -204,6 +204,7 @@ def _score(result: EvaluationResult) -> TaskScore:
         workload=asdict(result.workload),
         answer_nats=_of_each(example.answer_nats for example in result.examples),
         answer_tokens=_of_each(example.answer_tokens for example in result.examples),
+        answer_bytes=_of_each(example.answer_bytes for example in result.examples),
         option_nats=_of_each(example.option_nats for example in result.examples),
     )
 
@@ -238,6 +239,7 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "correct": example.correct,
                     "answer_nats": example.answer_nats,
                     "answer_tokens": example.answer_tokens,
+                    "answer_bytes": example.answer_bytes,
                     "option_nats": example.option_nats,
                 }
                 file.write(to_json(row) + "\n")

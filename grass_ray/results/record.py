@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grass_ray.config import ConfigError, read_text, whole_file
+from grass_ray.tasks.scores import TextLoss, text_loss
 from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
@@ -52,6 +53,9 @@ class TaskScore(RecordPart):
         default=None, description="negative log-likelihood of each reference response, the sum over its tokens"
     )
     answer_tokens: list[int] | None = Field(default=None, description="tokens of each reference response")
+    answer_bytes: list[int] | None = Field(
+        default=None, description="bytes of the learned text of each row without a right answer"
+    )
     option_nats: list[float] | None = Field(
         default=None, description="negative logarithm of the right option's share of the likelihood of all options"
     )
@@ -73,11 +77,17 @@ class TaskScore(RecordPart):
         """Mean of :attr:`losses`; None if they were not measured or there are no examples."""
         return fmean(self.losses) if self.losses else None
 
+    @property
+    def text_loss(self) -> TextLoss | None:
+        """Loss of held-out text over all of its tokens; None for questions."""
+        rows = (self.answer_nats, self.answer_tokens, self.answer_bytes)
+        return None if None in rows else text_loss(list(zip(*rows, strict=True)))  # type: ignore[arg-type]
+
     @model_validator(mode="after")
     def _one_entry_per_example(self) -> Self:
         if not self.num_examples == len(self.correct) == len(self.example_ids):
             raise ValueError("num_examples, correct and example_ids do not agree")
-        for name in ("answer_nats", "answer_tokens", "option_nats"):
+        for name in ("answer_nats", "answer_tokens", "answer_bytes", "option_nats"):
             values = getattr(self, name)
             if values is not None and len(values) != self.num_examples:
                 raise ValueError(f"num_examples and {name} do not agree")

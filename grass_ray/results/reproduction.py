@@ -26,7 +26,7 @@ Point = tuple[int, float]
 ExtractedAnswers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
 
 # the rest is of the machine: time, throughput, memory, offload
-_DECIDING = ("train/", "eval/", "validation/", "layers/", TOKENS, PHASE, TRAIN_STEP)
+_DECIDING = ("train/", "eval/", "validation/", "forgetting", "layers/", TOKENS, PHASE, TRAIN_STEP)
 _SINCE_SCHEMA_2 = {TOKENS, PHASE, TRAIN_STEP, STALL_S}
 
 

@@ -18,8 +18,8 @@ from grass_ray.results.paired import Comparison, Metric
 from grass_ray.results.record import RunRecord
 from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
-from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
-from grass_ray.training.report import VALIDATION
+from grass_ray.tasks.scores import MOST_NATS, average_above_chance, contaminated_tasks
+from grass_ray.training.report import FORGETTING, VALIDATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class LeaderboardRow:
             for that row itself, and if nothing can be compared.
         to_best: the same with the best row.
         loss_to_full, loss_to_best: the same by loss, with the ``full`` row and the row of the lowest loss.
+        bits_per_byte, perplexity: of held-out text, over all of its tokens; means over tasks and seeds, of the
+            perplexity in nats.
+        forgetting: rise of the loss on a text that has nothing to do with the task, in nats per token, a mean over
+            seeds; ``forgetting_std`` is its spread, and ``forgetting_texts`` names the text (several if seeds differ).
         ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``).
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
@@ -100,6 +104,11 @@ class LeaderboardRow:
     loss_to_full: Comparison | None = None
     loss_to_best: Comparison | None = None
     ranked_by: Metric = "accuracy"
+    bits_per_byte: float | None = None
+    perplexity: float | None = None
+    forgetting: float | None = None
+    forgetting_std: float | None = None
+    forgetting_texts: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -209,6 +218,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
         ranked_by="loss" if config["evaluation"].get("scoring") == "loss" else "accuracy",
         **_losses(finished),
+        **_of_texts(finished),
     )
 
 
@@ -227,6 +237,23 @@ def _losses(finished: Sequence[RunRecord]) -> dict[str, Any]:
         "loss_std": stdev(averages) if len(averages) > 1 else None,
         "task_losses": {task: fmean(seeds) for task, seeds in found.items()},
     }
+
+
+def _of_texts(finished: Sequence[RunRecord]) -> dict[str, Any]:
+    """Loss on held-out text, and what was forgotten; nothing unless every seed has it."""
+    found: dict[str, Any] = {}
+    forgotten = _values(finished, FORGETTING)
+    if forgotten and len(forgotten) == len(finished):
+        found["forgetting"] = fmean(forgotten)
+        found["forgetting_std"] = stdev(forgotten) if len(forgotten) > 1 else None
+        texts = [record.data.get(FORGETTING, {}) for record in finished]
+        found["forgetting_texts"] = tuple(sorted({f"{t.get('name')} {str(t.get('sha256'))[:8]}" for t in texts}))
+    losses = [score.text_loss for record in finished for score in record.tasks.values()]
+    known = [loss for loss in losses if loss is not None]
+    if known and len(known) == len(losses):
+        found["bits_per_byte"] = fmean(loss.bits_per_byte for loss in known)
+        found["perplexity"] = math.exp(min(fmean(loss.nats_per_token for loss in known), MOST_NATS))
+    return found
 
 
 def _contaminated(record: RunRecord) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
-from grass_ray.config import ConfigError, CustomSource, SourceConfig
+from grass_ray.config import ConfigError, CustomSource, DatasetSource, SourceConfig
 from grass_ray.tasks.row_files import read_file
 from grass_ray.tasks.row_source import LoadedRows, RowSource
 from grass_ray.tasks.rows import Row, RowError, hash_file, row_from_record, write_answer
@@ -67,7 +67,9 @@ def check_custom(source: CustomSource) -> None:
 
 
 def find_task(key: str, source: SourceConfig) -> Task:
-    """Return the task with a key: the custom task of ``source``, or a built-in one."""
+    """Return the task with a key: the custom task or the data set of ``source``, or a built-in one."""
+    if isinstance(source, DatasetSource):
+        return Task.custom(source.name, "text", (), 1)
     if not isinstance(source, CustomSource):
         return TASKS[key]
     return Task.custom(source.name, source.answer, source.labels, source.max_new_tokens)
@@ -97,9 +99,8 @@ class CustomRows(RowSource[CustomSource]):
         """Rows of both files whose response is not the one that is made from the answer."""
         task = find_task(self.source.name, self.source)
         train = () if self.source.train is None else self.train_rows().rows
-        return [
-            row for row in (*train, *self.test_rows(task.key).rows) if row.output != render_answer(task, row.answer)
-        ]
+        rows = [row for row in (*train, *self.test_rows(task.key).rows) if isinstance(row, Row)]
+        return [row for row in rows if row.output != render_answer(task, row.answer)]
 
     def _read(self, split: Literal["train", "test"], name: str | None) -> LoadedRows:
         check_custom(self.source)

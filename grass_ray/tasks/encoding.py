@@ -6,12 +6,20 @@ answer is encoded alone. It is encoded alone only if the last characters of the 
 merge into one token, which generation could not produce::
 
     context, continuation = encode_pair(tokenizer, prompt, "the correct answer is true")
+    encoded = encode_rows(rows, tokenizer, data)          # whole rows, with what is learned of each
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from grass_ray.config import DataConfig, DatasetSource
+from grass_ray.tasks.conversations import Encoded, encode_chat, find_template, has_template
+from grass_ray.tasks.row_files import refuse_broken
+from grass_ray.tasks.rows import AnyRow, ChatRow, Row, RowError, TextRow
+from grass_ray.tasks.templates import render_prompt, render_response
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -44,3 +52,133 @@ def without_end(tokenizer: Any, ids: list[int]) -> list[int]:
     while length and ids[length - 1] in ends:
         length -= 1
     return ids[:length]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRow:
+    """A row as a model gets it.
+
+    Attributes:
+        row: the row.
+        ids: token ids, at most ``data.max_length_tokens``.
+        learned: 1 for each token over which the loss is computed, else 0.
+        length: number of tokens before truncation.
+    """
+
+    row: AnyRow
+    ids: list[int]
+    learned: list[int]
+    length: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the row was truncated."""
+        return self.length > len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that are predicted; the first token of a row never is."""
+        return sum(self.learned[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedRows:
+    """Rows in their order; ``empty`` ones have no response, and ``refused`` ones no place in the chat template."""
+
+    rows: list[EncodedRow]
+    empty: int
+    refused: list[str]
+
+
+def encode_rows(rows: Sequence[AnyRow], tokenizer: Any, data: DataConfig) -> EncodedRows:
+    """Encode rows: prompt, response and end token, a conversation by the chat template, or a text.
+
+    Args:
+        rows: of any kind.
+        tokenizer: a tokenizer of transformers with an end token.
+        data: template, masking, maximum length, and what to do with rows that the chat template refuses.
+
+    Raises:
+        ConfigError: there is no chat template for conversations, or it refuses rows and ``data.broken_rows`` says so.
+    """
+    encode = _Encoder(tokenizer, data)
+    found: list[EncodedRow] = []
+    refused: list[str] = []
+    empty = 0
+    for row in rows:
+        if not response_of(row):
+            empty += 1
+            continue
+        try:
+            ids, learned = encode(row)
+        except RowError as mistake:
+            refused.append(f"{'' if isinstance(row, Row) else row.where}: {mistake}")
+            continue
+        limit = data.max_length_tokens
+        found.append(EncodedRow(row=row, ids=ids[:limit], learned=learned[:limit], length=len(ids)))
+    refuse_broken(refused, len(found), "the chat template", data.broken_rows)
+    return EncodedRows(rows=found, empty=empty, refused=refused)
+
+
+def response_of(row: AnyRow) -> str:
+    """Return the text to learn without white space around it; of a conversation all messages."""
+    if isinstance(row, Row):
+        return render_response(row)
+    if isinstance(row, TextRow):
+        return row.text.strip()
+    return row.messages if row.plain is None else row.plain[1].strip()
+
+
+def size_of(row: AnyRow, data: DataConfig) -> int:
+    """Return the number of characters of a row before its response."""
+    if isinstance(row, Row):
+        return len(render_prompt(row, data.template))
+    return len(row.text) if isinstance(row, TextRow) else len(row.messages)
+
+
+def is_chat(row: AnyRow, data: DataConfig, tokenizer: Any) -> bool:
+    """Whether a row is rendered by the chat template."""
+    source = data.source
+    if not isinstance(row, ChatRow) or not isinstance(source, DatasetSource):
+        return False
+    if row.plain is None:
+        return True
+    return has_template(source, tokenizer) if source.chat is None else source.chat
+
+
+class _Encoder:
+    """Encodes rows of one data configuration."""
+
+    def __init__(self, tokenizer: Any, data: DataConfig) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        self._templates: dict[bool, str] = {}
+
+    def __call__(self, row: AnyRow) -> Encoded:
+        ids, learned = self._encode(row)
+        return ids, [1] * len(ids) if self._data.train_on_inputs else learned
+
+    def _encode(self, row: AnyRow) -> Encoded:
+        tokenizer = self._tokenizer
+        if isinstance(row, TextRow):
+            ids = [*encode_prompt(tokenizer, row.text), tokenizer.eos_token_id]
+            return ids, [1] * len(ids)
+        if isinstance(row, ChatRow) and is_chat(row, self._data, tokenizer):
+            return encode_chat(tokenizer, row, self._template(row.tools is not None))
+        prompt, response = (
+            (render_prompt(row, self._data.template), render_response(row))
+            if isinstance(row, Row)
+            else (row.plain or ("", ""))
+        )
+        context, answer = encode_pair(tokenizer, prompt, response)
+        ids = [*context, *answer, tokenizer.eos_token_id]
+        return ids, [0] * len(context) + [1] * (len(answer) + 1)
+
+    def _template(self, tools: bool) -> str:
+        if tools not in self._templates:
+            source = self._data.source
+            assert isinstance(source, DatasetSource)
+            self._templates[tools] = find_template(source, self._tokenizer, tools=tools)
+        return self._templates[tools]

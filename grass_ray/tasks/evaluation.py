@@ -30,6 +30,7 @@ import yaml
 from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
+from grass_ray.tasks.held_out import OnProgress, Progress, measure_held_out
 from grass_ray.tasks.losses import loss_among, measure_losses, responses
 from grass_ray.tasks.questions import (
     LIMIT_SEED,
@@ -57,16 +58,21 @@ if TYPE_CHECKING:
 
 YAML_FOLDER = Path(__file__).parent / "yaml"
 
-OnProgress = Callable[[str, int, int], None]
 OnOutcome = Callable[[dict[str, Any]], None]
 
 
 def check_evaluation(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """Raise :class:`ConfigError` if the tasks cannot be scored as configured."""
     open_source(data).check_names()
-    if evaluation.scoring == "generation":
-        return
     mistakes = []
+    texts = [key for key in data.tasks if find_task(key, data.source).answer == "text"]
+    if texts and evaluation.scoring != "loss":
+        mistakes.append(
+            f"the rows of {', '.join(texts)} have no right answer, so {evaluation.scoring} scoring has nothing to "
+            "compare; use evaluation.scoring=loss"
+        )
+    elif evaluation.scoring == "generation":
+        return
     numbers = [key for key in data.tasks if find_task(key, data.source).answer == "number"]
     if numbers and evaluation.scoring == "loglikelihood":
         mistakes.append(
@@ -114,33 +120,15 @@ def evaluate(
 
     results = {}
     with undisturbed(model, tokenizer), quiet():
-        progress = _Progress(on_progress)
+        progress = Progress(on_progress)
         lm = ObservedLM(model, tokenizer, batch_size=evaluation.batch_size, cache=cache, on_batch=progress.advance)
         for key in data.tasks:
             task = find_task(key, data.source)
-            results[key] = _evaluate_task(lm, task, data, evaluation, progress, shard, on_outcome)
+            if task.answer == "text":
+                results[key] = measure_held_out(lm, task, data, evaluation, progress, shard)
+            else:
+                results[key] = _evaluate_task(lm, task, data, evaluation, progress, shard, on_outcome)
     return results
-
-
-class _Progress:
-    """Counts the finished requests of a task and reports them."""
-
-    def __init__(self, listener: OnProgress | None) -> None:
-        self.listener = listener
-        self.task, self.finished, self.total = "", 0, 0
-
-    def start(self, task: str, total: int) -> None:
-        self.task, self.finished, self.total = task, 0, total
-
-    def advance(self, requests: int) -> None:
-        self.finished = min(self.finished + requests, self.total)
-        if self.listener:
-            self.listener(self.task, self.finished, self.total)
-
-    def finish(self) -> None:
-        """Count the requests that lm-eval answered without a forward pass (options with the same text)."""
-        if self.finished < self.total:
-            self.advance(self.total - self.finished)
 
 
 def _evaluate_task(
@@ -148,12 +136,12 @@ def _evaluate_task(
     task: Task,
     data: DataConfig,
     evaluation: EvaluationConfig,
-    progress: _Progress,
+    progress: Progress,
     shard: tuple[int, int] | None,
     on_outcome: OnOutcome | None,
 ) -> EvaluationResult:
     tests = load_test_rows(task.key, data)
-    questions = select_examples(ask(task, tests.rows, data.template), evaluation.limit)
+    questions = select_examples(ask(task, tests.questions, data.template), evaluation.limit)
     max_new_tokens = min(task.max_new_tokens, lm.max_length // 2)  # a short context must also hold the question
     generation = {
         "do_sample": False,

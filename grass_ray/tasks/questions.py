@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from grass_ray.config import EvaluationConfig
 from grass_ray.tasks.rows import Row
@@ -17,6 +17,8 @@ from grass_ray.tasks.templates import TemplateName, render_answer, render_prompt
 
 # fixed, so every run evaluates the same subset, and smaller limits are subsets of larger ones
 LIMIT_SEED = 20_240_531
+
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def ask(task: Task, rows: Sequence[Row], template: TemplateName) -> list[Questio
     return questions
 
 
-def select_examples(questions: Sequence[Question], limit: int | None) -> list[Question]:
+def select_examples(questions: Sequence[Asked], limit: int | None) -> list[Asked]:
     """Select ``limit`` random questions, in their order; all if ``limit`` is None.
 
     The seed is fixed, so every run selects the same questions, and smaller limits are subsets of larger ones.

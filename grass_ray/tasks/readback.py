@@ -5,7 +5,7 @@ states, after the tokenizer has encoded and decoded it, and the response must fi
 are compared by likelihood, none may be a prefix of another::
 
     check_answers(config.data, config.evaluation, tokenizer)       # ConfigError with the responses that are misread
-    choose_extraction(source)                                      # ["evaluation.extraction=strict"], or nothing
+    choose_evaluation(source)                                      # ["evaluation.extraction=strict"], or nothing
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, SourceConfig
+from grass_ray.config import ConfigError, CustomSource, DataConfig, DatasetSource, EvaluationConfig, SourceConfig
 from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.encoding import encode_pair
 from grass_ray.tasks.extraction import ExtractionName, extract_answer, is_correct
@@ -53,6 +53,8 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
     prompt = render_prompt(Row(instruction="?", input="", output="", answer=""), data.template)
     for key in data.tasks:
         task = find_task(key, data.source)
+        if task.answer == "text":
+            continue
         if evaluation.scoring == "loglikelihood":
             mistakes += _check_options(task, prompt, tokenizer)
             continue
@@ -64,8 +66,14 @@ def check_answers(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any
         raise ConfigError("; ".join(mistakes))
 
 
-def choose_extraction(source: SourceConfig) -> list[str]:
-    """Return the setting that a custom task needs: strict extraction if the published rule misreads its responses."""
+def choose_evaluation(source: SourceConfig) -> list[str]:
+    """Return the setting that a source needs, if any.
+
+    A custom task needs strict extraction if the published rule misreads its responses, and a data set without right
+    answers is scored by its loss.
+    """
+    if isinstance(source, DatasetSource):
+        return ["evaluation.scoring=loss"]
     if not isinstance(source, CustomSource):
         return []
     task = find_task(source.name, source)
@@ -89,7 +97,7 @@ def _rendered(task: Task, data: DataConfig, *, online: bool) -> list[_Response]:
     elif data.source.downloads and not online:
         answers = ()
     else:
-        answers = dict.fromkeys(row.answer for row in load_test_rows(task.key, data).rows)
+        answers = dict.fromkeys(row.answer for row in load_test_rows(task.key, data).questions)
     return [_Response(render_answer(task, answer), answer) for answer in answers]
 
 

@@ -11,9 +11,11 @@ error.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def read_file(
     """
     rows: list[Row] = []
     mistakes: list[str] = []
-    for number, record in _records(path):
+    for number, record in read_records(path):
         try:
             rows.append(_row(record, task, convert))
         except RowError as mistake:
@@ -75,15 +77,20 @@ def read_file(
 
 def take_rows(rows: Sequence[Row], mistakes: Sequence[str], where: str, broken_rows: BrokenRows) -> Reading:
     """Return the rows that were read, or raise :class:`ConfigError` with the first mistakes and their number."""
-    if mistakes and (broken_rows == "refuse" or not rows):
-        shown = "; ".join(mistakes[:MAX_SHOWN])
-        more = f"; and {len(mistakes) - MAX_SHOWN} more" if len(mistakes) > MAX_SHOWN else ""
-        hint = ". data.broken_rows=skip leaves them out" if rows else ""
-        total = len(rows) + len(mistakes)
-        raise ConfigError(f"{where}: {len(mistakes)} of {total} rows cannot be used: {shown}{more}{hint}")
+    refuse_broken(mistakes, len(rows), where, broken_rows)
     if not rows:
         raise ConfigError(f"{where} holds no rows; it needs at least one")
     return Reading(rows=tuple(rows), skipped=tuple(mistakes))
+
+
+def refuse_broken(mistakes: Sequence[str], usable: int, where: str, broken_rows: BrokenRows) -> None:
+    """Raise :class:`ConfigError` if rows are broken, unless they are skipped and others are usable."""
+    if mistakes and (broken_rows == "refuse" or not usable):
+        shown = "; ".join(mistakes[:MAX_SHOWN])
+        more = f"; and {len(mistakes) - MAX_SHOWN} more" if len(mistakes) > MAX_SHOWN else ""
+        hint = ". data.broken_rows=skip leaves them out" if usable else ""
+        total = usable + len(mistakes)
+        raise ConfigError(f"{where}: {len(mistakes)} of {total} rows cannot be used: {shown}{more}{hint}")
 
 
 def _row(record: Any, task: Task | None, convert: Callable[[Mapping[str, Any]], Row] | None) -> Row:
@@ -100,17 +107,38 @@ def _row(record: Any, task: Task | None, convert: Callable[[Mapping[str, Any]], 
     return row
 
 
-def _records(path: Path) -> Iterable[tuple[int, Any]]:
-    """Yield the number and the value of each row. A row that is no JSON has a :class:`RowError` as its value.
+def data_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: ``.jsonl`` of ``rows.jsonl.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
-    The content decides how a file is read: one that begins with ``[`` is a list, one object per line is JSON lines.
+
+def read_text(path: Path) -> str:
+    """Read a text file, which may be compressed (``.gz``), as UTF-8 with or without a byte order mark.
+
+    A byte that is not UTF-8 becomes a lone surrogate, which :func:`grass_ray.tasks.rows.check_text` finds in its row.
+
+    Raises:
+        ConfigError: the file cannot be read.
     """
     try:
-        # a byte that is not UTF-8 breaks only its row: check_text finds it
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigError(f"cannot read {path}: it is not a whole gzip file ({error})") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    begins, suffix = text.lstrip()[:1], path.suffix.lower()
+    return data.decode("utf-8-sig", errors="surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_records(path: Path) -> Iterable[tuple[int, Any]]:
+    """Yield the number and the value of each row of a JSON file. A row that is no JSON has a :class:`RowError`.
+
+    The content decides how a file is read: one that begins with ``[`` is a list, one object per line is JSON lines.
+
+    Raises:
+        ConfigError: the file is no list of rows.
+    """
+    text = read_text(path)
+    begins, suffix = text.lstrip()[:1], data_suffix(path)
     lines = suffix in (".jsonl", ".ndjson")
     if not begins and not lines:
         raise ConfigError(f"{path} is empty; it must hold a JSON list of rows")

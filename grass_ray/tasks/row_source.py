@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Generic, TypeVar
 
 from grass_ray.config import DataConfig, SourceConfig
-from grass_ray.tasks.rows import Row
+from grass_ray.tasks.rows import AnyRow, Row
 from grass_ray.tasks.suites import check_tasks
 
 # fixed, so that all runs use the same subset and the same order of a built mixture; not the seed of a run
@@ -31,7 +31,7 @@ class LoadedRows:
         description: where training rows come from, in a few words.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[AnyRow, ...]
     files: list[dict[str, Any]]
     description: str = ""
 

@@ -1,7 +1,8 @@
 """Rows: the examples that a model is trained and evaluated on.
 
-A row holds what the published files hold: ``instruction``, ``input``, ``output`` (the response to learn) and
-``answer``. :mod:`grass_ray.tasks.row_files` reads them from files.
+A row of a benchmark holds what the published files hold: ``instruction``, ``input``, ``output`` (the response to learn)
+and ``answer``. Data without a right answer are conversations or texts. :mod:`grass_ray.tasks.row_files` reads all of
+them from files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,44 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatRow:
+    """A conversation. Its parts are JSON texts, so that rows can be compared and hashed.
+
+    Attributes:
+        messages: a list of objects with at least ``role``, as the chat template gets them.
+        tools: what the chat template gets as tools; None for none.
+        plain: prompt and response of a row that can also be rendered without a chat template; else None.
+        where: file and number of the row, for messages; does not count when rows are compared.
+    """
+
+    messages: str
+    tools: str | None = None
+    plain: tuple[str, str] | None = None
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """A text of which every token is learned; ``where`` is its file and number, for messages."""
+
+    text: str
+    where: str = field(default="", compare=False)
+
+
+AnyRow = Row | ChatRow | TextRow
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowSet:
     """Rows, and where they come from as plain JSON values."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[AnyRow, ...]
     provenance: dict[str, Any]
+
+    @property
+    def questions(self) -> list[Row]:
+        """The rows with a right answer."""
+        return [row for row in self.rows if isinstance(row, Row)]
 
 
 class RowError(ValueError):
@@ -111,7 +145,11 @@ def row_from_record(record: Mapping[str, Any], task: Task | None) -> Row:
 
 def check_text(row: Row) -> None:
     """Raise :class:`RowError` if a row is too long or its text is not UTF-8."""
-    texts = asdict(row)
+    check_texts(asdict(row))
+
+
+def check_texts(texts: Mapping[str, str]) -> None:
+    """Raise :class:`RowError` if the texts of a row, by name, are too long or not UTF-8."""
     if (length := sum(map(len, texts.values()))) > MAX_ROW_CHARACTERS:
         raise RowError(f"it has {length:,} characters; a row may have {MAX_ROW_CHARACTERS:,}")
     for key, text in texts.items():
@@ -130,9 +168,15 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_rows(rows: Iterable[Row]) -> str:
+def hash_rows(rows: Iterable[AnyRow]) -> str:
     """Return the sha256 of rows as canonical JSON lines, for sources without files."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
+        digest.update(canonical(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def canonical(row: AnyRow) -> str:
+    """Return a row as one line of JSON, without where it came from."""
+    values = {part.name: getattr(row, part.name) for part in fields(row) if part.compare}
+    return json.dumps(values, sort_keys=True)

@@ -6,9 +6,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from grass_ray.tasks.suites import SUITES, TASKS
+
+MOST_NATS = 700  # the exponential of more is no float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Example:
         correct: whether that is the right one; False with scoring ``loss``.
         answer_nats: negative log-likelihood of the reference response, in nats, the sum over its tokens.
         answer_tokens: tokens of the reference response.
+        answer_bytes: bytes of the text of a held-out row that is learned, in UTF-8; None for a question.
         option_nats: negative logarithm of the right option's share of the likelihood of all options, in nats; None for
             a question without options.
     """
@@ -39,6 +42,7 @@ class Example:
     correct: bool
     answer_nats: float | None = field(default=None, compare=False)
     answer_tokens: int | None = field(default=None, compare=False)
+    answer_bytes: int | None = field(default=None, compare=False)
     option_nats: float | None = field(default=None, compare=False)
 
     @property
@@ -47,6 +51,31 @@ class Example:
         if self.option_nats is not None:
             return self.option_nats
         return None if self.answer_nats is None or not self.answer_tokens else self.answer_nats / self.answer_tokens
+
+
+class TextLoss(NamedTuple):
+    """Loss over all learned tokens of a text together.
+
+    Attributes:
+        nats_per_token: mean over tokens.
+        bits_per_byte: the sum in bits over the bytes of the text, which does not depend on the tokenizer.
+        perplexity: the exponential of ``nats_per_token``.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    perplexity: float
+
+
+def text_loss(rows: Sequence[tuple[float | None, int | None, int | None]]) -> TextLoss | None:
+    """Return the loss over rows of (nats, tokens, bytes); None if one of them is unknown."""
+    known = [(nats, tokens, size) for nats, tokens, size in rows if nats is not None and tokens and size is not None]
+    if not known or len(known) < len(rows):
+        return None
+    nats, tokens, size = (sum(column) for column in zip(*known, strict=True))
+    mean = nats / tokens
+    bits = nats / math.log(2) / size if size else math.nan
+    return TextLoss(mean, bits, math.exp(mean) if mean < MOST_NATS else math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +142,11 @@ class EvaluationResult:
         losses = [example.loss for example in self.examples if example.loss is not None]
         return fmean(losses) if losses and len(losses) == len(self.examples) else None
 
+    @property
+    def text_loss(self) -> TextLoss | None:
+        """Loss of held-out text over all of its tokens; None for questions."""
+        return text_loss([(e.answer_nats, e.answer_tokens, e.answer_bytes) for e in self.examples])
+
 
 class Scored(Protocol):
     """What averages need of a task's result, or of its score in a record: as of :class:`EvaluationResult`."""
@@ -130,6 +164,10 @@ class Scored(Protocol):
         """Mean loss of the right answers, in nats; None if it was not measured."""
 
     @property
+    def text_loss(self) -> TextLoss | None:
+        """Loss of held-out text over all of its tokens; None for questions."""
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """What makes results comparable; its ``chance`` is the expected accuracy of guessing."""
 
@@ -145,7 +183,8 @@ def score_metrics(results: Mapping[str, Scored], *, contaminated: Collection[str
         ``eval/<task>/accuracy``, and unweighted means over tasks: ``eval/average``; ``eval/average_clean`` over tasks
         that are not contaminated, if there are any; ``eval/average_normalised`` of accuracies above chance
         (:func:`above_chance`), if the chance of every task is known. ``eval/<task>/loss`` and ``eval/loss``, the mean
-        loss of the right answers in nats (:attr:`Example.loss`), if it was measured.
+        loss of the right answers in nats (:attr:`Example.loss`), if it was measured; of held-out text also
+        ``eval/<task>/nats_per_token``, ``bits_per_byte`` and ``perplexity`` (:class:`TextLoss`).
     """
     return _accuracies({task: r for task, r in results.items() if r.scoring != "loss"}, contaminated) | _losses(results)
 
@@ -166,7 +205,17 @@ def _accuracies(results: Mapping[str, Scored], contaminated: Collection[str]) ->
 
 def _losses(results: Mapping[str, Scored]) -> dict[str, float]:
     metrics = {f"eval/{task}/loss": loss for task, r in results.items() if (loss := r.loss) is not None}
-    return metrics | ({"eval/loss": fmean(metrics.values())} if metrics and len(metrics) == len(results) else {})
+    mean = {"eval/loss": fmean(metrics.values())} if metrics and len(metrics) == len(results) else {}
+    return metrics | mean | _of_texts(results)
+
+
+def _of_texts(results: Mapping[str, Scored]) -> dict[str, float]:
+    """What is usual for text: every token counts alike, so long rows count more than in the loss."""
+    metrics: dict[str, float] = {}
+    for task, result in results.items():
+        if (total := result.text_loss) is not None:
+            metrics |= {f"eval/{task}/{name}": value for name, value in total._asdict().items()}
+    return metrics
 
 
 def workload_metrics(results: Mapping[str, EvaluationResult]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Load the rows of a run from any source: a folder, the Hugging Face Hub, a custom task, or the generator.
+"""Load the rows of a run from any source: a folder, the Hub, a custom task, a data set, or the generator.
 
 ::
 
@@ -13,8 +13,17 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
-from grass_ray.config import CustomSource, DataConfig, FolderSource, GeneratedSource, HubSource, SourceConfig
+from grass_ray.config import (
+    CustomSource,
+    DataConfig,
+    DatasetSource,
+    FolderSource,
+    GeneratedSource,
+    HubSource,
+    SourceConfig,
+)
 from grass_ray.tasks.custom import CustomRows
+from grass_ray.tasks.dataset_rows import DatasetRows
 from grass_ray.tasks.folder import FolderRows
 from grass_ray.tasks.generated import GeneratedRows
 from grass_ray.tasks.hub import HubRows
@@ -26,6 +35,7 @@ SOURCES: Mapping[type[SourceConfig], Callable[[Any, DataConfig], RowSource[Any]]
     FolderSource: FolderRows,
     HubSource: HubRows,
     CustomSource: CustomRows,
+    DatasetSource: DatasetRows,
 }
 
 

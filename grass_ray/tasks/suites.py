@@ -31,7 +31,7 @@ class Task:
         title: name in tables.
         suite: key of its suite.
         folder: name in the published layout (``dataset/<folder>/test.json``).
-        answer: kind of answer.
+        answer: kind of answer; ``text`` if there is no right answer, so that only the loss is measured.
         max_new_tokens: maximum number of tokens to generate.
         test_rows: size of the published test set, if there is one.
         labels: possible answers; empty for numbers.
@@ -46,7 +46,7 @@ class Task:
     title: str
     suite: str
     folder: str
-    answer: Literal["number", "letter", "labels"]
+    answer: Literal["number", "letter", "labels", "text"]
     max_new_tokens: int
     test_rows: int | None
     labels: tuple[str, ...] = ()
@@ -58,7 +58,11 @@ class Task:
 
     @classmethod
     def custom(
-        cls, name: str, answer: Literal["number", "letter", "labels"], labels: Sequence[str], max_new_tokens: int
+        cls,
+        name: str,
+        answer: Literal["number", "letter", "labels", "text"],
+        labels: Sequence[str],
+        max_new_tokens: int,
     ) -> Task:
         """Make a custom task, which is its own suite."""
         return cls(

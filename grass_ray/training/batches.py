@@ -11,9 +11,8 @@ from torch import Tensor
 
 from grass_ray.config import ConfigError, DataConfig
 from grass_ray.layerwise.generators import keyed_generator
-from grass_ray.tasks.encoding import encode_pair
-from grass_ray.tasks.rows import Row
-from grass_ray.tasks.templates import render_prompt, render_response
+from grass_ray.tasks.encoding import encode_rows
+from grass_ray.tasks.rows import AnyRow
 
 IGNORED = -100
 BUCKET_STEPS = 16  # rows of so many steps are sorted together
@@ -91,12 +90,12 @@ class Batches:
         seed: seed of the shuffling.
 
     Raises:
-        ConfigError: no row has a label within the maximum length.
+        ConfigError: no row has a label within the maximum length, or the chat template refuses a conversation.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[AnyRow],
         tokenizer: Any,
         data: DataConfig,
         *,
@@ -110,13 +109,11 @@ class Batches:
         self._batching = data.batching
         self.seed = seed
         self._epoch: tuple[int, list[int]] = (-1, [])
-        teaching = [row for row in rows if render_response(row)]
-        self.empty_rows = len(rows) - len(teaching)
-        encoded = [_encode(row, tokenizer, data) for row in teaching]
-        self.truncated_rows = sum(len(ids) > data.max_length_tokens for ids, _ in encoded)
-        cut = [(ids[: data.max_length_tokens], labels[: data.max_length_tokens]) for ids, labels in encoded]
-        self._rows = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels[1:])]
-        self.dropped_rows = len(cut) - len(self._rows)
+        found = encode_rows(rows, tokenizer, data)
+        self.empty_rows, self.refused_rows = found.empty, len(found.refused)
+        self.truncated_rows = sum(row.is_cut for row in found.rows)
+        self._rows = [(row.ids, _labels(row.ids, row.learned)) for row in found.rows if row.targets]
+        self.dropped_rows = len(found.rows) - len(self._rows)
         if not self._rows:
             raise ConfigError(
                 f"none of {len(rows)} training rows has an answer within {data.max_length_tokens} tokens; "
@@ -133,12 +130,14 @@ class Batches:
         ]
 
     def summary(self) -> dict[str, int]:
-        """Return how many rows are used, truncated, dropped and empty, for the record."""
+        """Return how many rows are used, truncated, dropped, empty and refused by a chat template, for the record."""
+        refused = {"train_rows_refused": self.refused_rows} if self.refused_rows else {}
         return {
             "train_rows_used": len(self._rows),
             "train_rows_truncated": self.truncated_rows,
             "train_rows_dropped": self.dropped_rows,
             "train_rows_empty": self.empty_rows,
+            **refused,
         }
 
     def _row(self, position: int) -> Document:
@@ -216,9 +215,5 @@ def pack(documents: Sequence[Document], pad_token: int) -> Batch:
     return Batch(input_ids, mask, labels, tokens=total, position_ids=positions)
 
 
-def _encode(row: Row, tokenizer: Any, data: DataConfig) -> Document:
-    """Return the token ids and labels (not shifted) of a row: prompt, response and end token."""
-    prompt, answer = encode_pair(tokenizer, render_prompt(row, data.template), render_response(row))
-    response = [*answer, tokenizer.eos_token_id]
-    ids = prompt + response
-    return ids, list(ids) if data.train_on_inputs else [IGNORED] * len(prompt) + response
+def _labels(ids: list[int], learned: list[int]) -> list[int]:
+    return [token if own else IGNORED for token, own in zip(ids, learned, strict=True)]

@@ -145,10 +145,11 @@ def build_tiny() -> tuple[Any, Any]:
     from transformers import PreTrainedTokenizerFast
 
     from grass_ray.config import DataConfig, GeneratedSource
+    from grass_ray.tasks.conversations import SIMPLE
     from grass_ray.tasks.sources import load_train_rows
     from grass_ray.tasks.templates import render_prompt, render_response
 
-    rows = load_train_rows(DataConfig(source=GeneratedSource(train_rows=400, test_rows=1))).rows
+    rows = load_train_rows(DataConfig(source=GeneratedSource(train_rows=400, test_rows=1))).questions
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -160,6 +161,7 @@ def build_tiny() -> tuple[Any, Any]:
     )
     bpe.train_from_iterator((render_prompt(row, "clean") + render_response(row) for row in rows), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.chat_template = SIMPLE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_tiny_model(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)

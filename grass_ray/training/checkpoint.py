@@ -90,6 +90,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     if values.get("format") != FORMAT:
         raise ConfigError(f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}")
     reshard(state.model)
+    state.optimizer.synchronize()
     expected = _trained_parameters(state)
     if names != expected.keys():
         raise ConfigError(f"{folder} belongs to another model or method: {len(names)} tensors, not {len(expected)}")

@@ -16,6 +16,7 @@ from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, Pa
 from grass_ray.tasks.evaluation import check_evaluation
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.sources import check_data
+from grass_ray.tasks.unrelated import load_unrelated
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.lost_rows import check_some_row_fits
 from grass_ray.training.models import build_skeleton, check_lengths, check_model, load_tokenizer
@@ -66,6 +67,8 @@ def check_run(
         attempt(lambda: check_evaluation(config.data, config.evaluation))
         attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
         attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
+        if config.evaluation.forgetting is not None:
+            attempt(lambda: load_unrelated(str(config.evaluation.forgetting)))
     if mistakes:
         raise ConfigError("; ".join(dict.fromkeys(mistakes)))
     if checked is not None:
@@ -101,7 +104,7 @@ def _check_model(config: RunConfig) -> None:
     check_model(config.model)
     model = add_adapter(build_skeleton(config.model), config.method.adapter)
     # nothing is streamed here, so no host memory is taken for it
-    method = config.method.model_copy(update={"offload": "none"})
+    method = config.method.model_copy(update={"offload": "none", "weights": "resident"})
     try:
         sampler = method.sampler.build(seed=config.seed, train_steps=config.training.steps)
         optimizer = build_optimizer(model, sampler, method)

@@ -9,6 +9,7 @@ of them exist than those of one chunk::
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         sums = [_GradientSum(p, single=len(labels) <= head.chunk) for p in parameters]
-        with head.stand_ins() as leaves, _SummedProducts(dict(zip(leaves, sums, strict=True))):
+        with head.stand_ins() as leaves:
+            products = _SummedProducts(dict(zip(leaves, sums, strict=True))) if leaves else nullcontext()
             for start in range(0, max(len(labels), 1), head.chunk):
                 here = slice(start, start + head.chunk)
                 part = hidden[here].detach().requires_grad_(hidden.requires_grad)
-                with torch.set_grad_enabled(wanted):
+                with torch.set_grad_enabled(wanted), products:
                     logits = head(part)
                 log_p = logits.detach().float().log_softmax(-1)
                 own = labels[here].unsqueeze(1)

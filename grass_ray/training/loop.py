@@ -174,10 +174,10 @@ def _report(state: TrainState, micro_batches: list[Batch], **measured: Any) -> S
         padding_share=1 - tokens / sum(batch.input_ids.numel() for batch in micro_batches),
         stall_s=done.stall_s,
         peak_allocated_gib=state.memory.peak_allocated_gib,
-        host_pinned_gib=optimizer.state_bytes()[1] / GIB,
+        host_pinned_gib=(optimizer.state_bytes()[1] + optimizer.weights.host_bytes) / GIB,
         workers=optimizer.workers.count,
         full_bytes=state.tracer.full_bytes,
-        offload={} if optimizer.offload == "none" else optimizer.stats.to_dict(),
+        offload=optimizer.stats.to_dict() if optimizer.offload != "none" or optimizer.weights.streams else {},
         **measured,
     )
 
@@ -225,7 +225,8 @@ class StepMeasure:
 
 def _alive_tensors(state: TrainState) -> Iterator[Tensor]:
     """Everything that stays on the device between steps: weights, buffers, gradients, resident states."""
-    yield from map(local, itertools.chain(state.model.parameters(), state.model.buffers()))
+    parameters = state.optimizer.weights.on_device(state.model.parameters())
+    yield from map(local, itertools.chain(parameters, state.model.buffers()))
     yield from (local(p.grad) for p in state.model.parameters() if p.grad is not None)
     yield from state.optimizer.resident_states()
 

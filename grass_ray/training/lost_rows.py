@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, DatasetSource, RunConfig
+from grass_ray.tasks.encoding import size_of
+from grass_ray.tasks.rows import AnyRow
 from grass_ray.tasks.sources import load_train_rows
-from grass_ray.tasks.templates import render_prompt
 
 if TYPE_CHECKING:
     from grass_ray.training.batches import Batches
@@ -25,11 +26,17 @@ MOST_ROWS = 20_000  # larger data sets are sampled at regular intervals, so that
 def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
     """Raise :class:`ConfigError` unless a training row has its answer within the maximum length.
 
+    Conversations must also be accepted by the chat template.
+
     Rows on the Hub are not checked, because they would have to be downloaded.
     """
     if config.data.source.downloads:
         return
-    rows = sorted(load_train_rows(config.data).rows, key=lambda row: len(render_prompt(row, config.data.template)))
+    loaded = load_train_rows(config.data).rows
+    if isinstance(config.data.source, DatasetSource):  # every row may be one that the chat template refuses
+        _batches(config, tokenizer, _sampled(loaded))
+        return
+    rows = sorted(loaded, key=lambda row: size_of(row, config.data))
     for row in rows:
         try:
             _batches(config, tokenizer, [row])
@@ -44,8 +51,7 @@ def find_lost_rows(config: RunConfig, tokenizer: Any) -> list[str]:
     if config.data.source.downloads:
         return []
     loaded = load_train_rows(config.data)
-    rows = loaded.rows[:: len(loaded.rows) // MOST_ROWS + 1]
-    data = {"train": loaded.provenance, **_batches(config, tokenizer, rows).summary()}
+    data = {"train": loaded.provenance, **_batches(config, tokenizer, _sampled(loaded.rows)).summary()}
     return describe_lost_rows(data, config.data.max_length_tokens)
 
 
@@ -61,15 +67,22 @@ def describe_lost_rows(data: Mapping[str, Any], max_length_tokens: int) -> list[
     # truncated rows without any label left are counted as dropped
     cut = data.get("train_rows_truncated", 0) - dropped
     total = data.get("train_rows_used", 0) + dropped + empty
+    refused = data.get("train_rows_refused", 0)
+    total += refused
     lines = {
         f"skipped   {skipped} training rows: they could not be used": skipped,
         f"dropped   {dropped} of {total} training rows: no answer within {max_length_tokens} tokens; "
         "raise data.max_length_tokens": dropped,
         f"dropped   {empty} of {total} training rows: their output is empty": empty,
+        f"dropped   {refused} of {total} training rows: the chat template refuses them": refused,
         f"cut       {cut} of {total} training rows at {max_length_tokens} tokens: the end of their answers is lost; "
         "raise data.max_length_tokens": cut,
     }
     return [line for line, count in lines.items() if count > 0]
+
+
+def _sampled(rows: Sequence[AnyRow]) -> Sequence[AnyRow]:
+    return rows[:: len(rows) // MOST_ROWS + 1]
 
 
 def _batches(config: RunConfig, tokenizer: Any, rows: Any) -> Batches:

@@ -42,6 +42,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
             train_head=method.train_head,
             train_norm=method.train_norm,
             granularity=method.granularity,
+            weights=method.weights,
             # the loop divides by the labels of all workers
             gradient_reduction="sum",
         ),

@@ -20,6 +20,7 @@ MOST_UNITS_AS_SERIES = 128
 WARM_UP_STEPS = 3
 
 # names of series
+FORGETTING = "forgetting"  # rise of the loss, in nats per token, on a text that has nothing to do with the task
 VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
 TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
 PHASE = "step/phase"  # PROBE or TRAIN
@@ -51,7 +52,7 @@ class StepReport:
         measure_s: seconds of it that only measured: a probing step, or extra passes before a step.
         stall_s: seconds of it that training waited for optimizer states to move.
         peak_allocated_gib: peak memory of the run so far.
-        host_pinned_gib: host memory of offloaded states.
+        host_pinned_gib: host memory of offloaded states and streamed weights.
         offload: cost of moving states since the start (:class:`grass_ray.optim.streaming.OffloadStats`); empty if
             they never move.
         workers: number of workers.

@@ -19,11 +19,12 @@ import torch
 
 from grass_ray.config import ConfigError, Parallel, RunConfig, recomputed_layers
 from grass_ray.optim.data_parallel import Workers
+from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.recompute import Recompute
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
-from grass_ray.tasks.rows import Row, hash_rows
+from grass_ray.tasks.rows import AnyRow, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
 from grass_ray.tasks.shards import merge_shards
 from grass_ray.tasks.sources import load_train_rows
@@ -32,6 +33,7 @@ from grass_ray.training.batches import Batches
 from grass_ray.training.built_in import cache_folder
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.checks import check_run
+from grass_ray.training.forgetting import Forgetting
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
@@ -59,6 +61,7 @@ class Run:
         data: dict[str, Any],
         revision: str | None,
         held_out: Batches | None = None,
+        forgetting: Forgetting | None = None,
     ):
         self.config = config
         self.state = state
@@ -66,6 +69,8 @@ class Run:
         self._data = data
         self._revision = revision
         self._held_out = held_out
+        self._forgetting = forgetting
+        self._forgotten: dict[str, float] = {}
         self._validation_loss: float | None = None
         self._results: dict[str, EvaluationResult] = {}
 
@@ -92,11 +97,18 @@ class Run:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
         model = add_adapter(loaded.model, config.method.adapter)
-        model = model.to(device) if parallel == "replicate" else model
+        if parallel == "replicate" and config.method.weights == "streamed":
+            move_outside_of_layers(model, device)
+        elif parallel == "replicate":
+            model = model.to(device)
         if config.data.batching == "packed" and training.steps:
             check_packing(model)
         if parallel == "shard":
             shard_model(model, device)
+        forgetting = None
+        if config.evaluation.forgetting is not None and config.evaluation.test:
+            forgetting = Forgetting(config, model, loaded.tokenizer)
+            data["forgetting"] = forgetting.provenance
         sampler = config.method.sampler.build(seed=config.seed, train_steps=training.steps)
         optimizer = build_optimizer(model, sampler, config.method)
         state = TrainState(
@@ -109,7 +121,7 @@ class Run:
             tracer=LayerTracer(optimizer, model),
             memory=MemoryMeter(device),
         )
-        run = cls(config, state, loaded.tokenizer, data, loaded.revision, held_out)
+        run = cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
         Recompute(optimizer.stack.modules[: run.recomputed_layers]).switch(True)
         return run
 
@@ -170,7 +182,7 @@ class Run:
         schedule._last_lr = rates
 
     def evaluate(self, on_progress: Progress | None = None) -> None:
-        """Measure the loss on held-out rows and, unless ``evaluation.test`` is false, accuracy on every task.
+        """Measure the loss on held-out rows and, unless ``evaluation.test`` is false, each task and what was forgotten.
 
         Collective: call on every rank. Workers share the questions, and each gets the whole result. If the model is
         sharded, a forward takes all workers, so each answers every question.
@@ -195,6 +207,8 @@ class Run:
             shard=(workers.rank, workers.count) if shares else None,
         )
         reshard(self.state.model)
+        if self._forgetting is not None:
+            self._forgotten = self._forgetting.metrics(self.state.model)
         self._results = merge_shards(workers.gather(results)) if shares else results
 
     def lost_rows(self) -> list[str]:
@@ -216,6 +230,7 @@ class Run:
         steps = self.config.training.steps
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
         metrics = score_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
+        metrics |= self._forgotten
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
         layers = state.tracer.trace.model_copy(deep=True)
@@ -223,6 +238,7 @@ class Run:
         layers.recomputed = list(range(self.recomputed_layers))
         if state.trained:
             resident, host = state.optimizer.state_bytes()
+            host += state.optimizer.weights.host_bytes
             metrics |= {name: points[-1][1] for name, points in state.series.items() if name.startswith("train/")}
             metrics |= {
                 "memory/peak_allocated_gib": state.memory.peak_allocated_gib,
@@ -251,7 +267,7 @@ class Run:
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """The batches to train on, the held-out rows if there are any, and what the record says of both."""
     rows = load_train_rows(config.data)
-    train_rows: Sequence[Row] = rows.rows
+    train_rows: Sequence[AnyRow] = rows.rows
     held_out: Batches | None = None
     data: dict[str, Any] = {}
     if config.data.validation_rows is not None:

@@ -22,8 +22,8 @@ def check_shardable(config: RunConfig, workers: int) -> None:
     """Check that the model of a run can be sharded.
 
     Raises:
-        ConfigError: there is only one worker, or the method needs whole weight matrices, or it trains parameters
-            outside the base model.
+        ConfigError: there is only one worker, or the method needs whole weight matrices, streams its weights, or trains
+            parameters outside the base model.
     """
     mistakes = []
     name = config.method.name
@@ -31,6 +31,8 @@ def check_shardable(config: RunConfig, workers: int) -> None:
         mistakes.append("there is one worker, and sharding needs two or more (--workers-per-trial 2)")
     if config.method.optimizer.projection is not None:
         mistakes.append(f"{name} projects whole matrices, of which a worker has some rows")
+    if config.method.weights == "streamed":
+        mistakes.append("method.weights=streamed needs whole weights, of which a worker has some rows")
     if config.method.adapter is not None and not config.method.adapter.shardable:
         mistakes.append(f"{name} trains vectors outside of the model that is sharded")
     if mistakes:

@@ -15,12 +15,12 @@ import torch
 
 from grass_ray.config import ConfigError
 from grass_ray.layerwise.generators import keyed_generator
-from grass_ray.tasks.rows import Row
+from grass_ray.tasks.rows import AnyRow
 from grass_ray.training.batches import Batches
 from grass_ray.training.loss import summed_loss
 
 
-def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+def hold_out(rows: Sequence[AnyRow], count: int) -> tuple[list[AnyRow], list[AnyRow]]:
     """Split rows into training and held-out rows, both in the given order.
 
     Copies of a held-out row are removed from the training rows.

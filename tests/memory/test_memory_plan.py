@@ -102,6 +102,32 @@ def test_weights_and_states_are_exact_and_the_peak_is_close(
 
 
 @pytest.mark.parametrize(
+    ("method", "offload", "shape"),
+    [
+        ("grass", "resident", SHAPE),
+        ("grass", "lazy", SHAPE),
+        ("grass", "none", StepShape(rows=1, tokens=2)),
+        ("grass", "resident", StepShape(rows=2, tokens=64, micro_batches=3)),
+        ("misa", "resident", SHAPE),
+        ("lisa", "none", SHAPE),
+        ("lora", "none", SHAPE),
+    ],
+)
+def test_streamed_weights_take_what_is_planned(
+    benchmark: ModuleType, method: str, offload: str, shape: StepShape
+) -> None:
+    """Counted as on a device: what is on the host is not."""
+    row = benchmark.run_case(
+        benchmark.Case(model="tiny", method=method, offload=offload, dtype="bfloat16", shape=shape, weights="streamed"),
+        CPU,
+    )
+    assert row.plan.weights == row.weights
+    assert row.plan.states + row.plan.staging == row.states
+    assert row.plan.host_bytes == row.host
+    assert row.plan.peak_bytes == pytest.approx(row.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(
     "shape",
     [
         StepShape(rows=1, tokens=100),

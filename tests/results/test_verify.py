@@ -292,8 +292,8 @@ def test_what_was_extracted_from_a_text_is_extracted_again(tmp_path: Path) -> No
     assert written() == [
         f"examples: record.json, generated {ids[1]}, answer in the text: 12 given, 7 recomputed",
         f"examples: record.json, generated {ids[1]}, right or wrong: True given, False recomputed",
-        f"examples: record.json, generated, example as in examples.jsonl: ('{ids[1]}', False, None, None, None) given, "
-        f"('{ids[1]}', True, None, None, None) recomputed",
+        f"examples: record.json, generated, example as in examples.jsonl: ('{ids[1]}', False, None, None, None, None) "
+        f"given, ('{ids[1]}', True, None, None, None, None) recomputed",
     ]
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from grass_ray.commands.train import build_config
 from grass_ray.config import ConfigError, CustomSource, DataConfig, EvaluationConfig, FolderSource, RunConfig
 from grass_ray.methods import get_method
-from grass_ray.tasks.readback import check_answers, choose_extraction
+from grass_ray.tasks.readback import check_answers, choose_evaluation
 from grass_ray.tasks.suites import TASKS
 from grass_ray.training.checks import check_run
 
@@ -54,7 +54,7 @@ def test_what_published_misreads_is_named_and_strict_is_taken(tmp_path, tokenize
     assert f"the response taught for the answer {named}" in message
     assert "set evaluation.extraction=strict" in message
     check_answers(data, EvaluationConfig(extraction="strict"), tokenizer)
-    assert choose_extraction(data.source) == ["evaluation.extraction=strict"]
+    assert choose_evaluation(data.source) == ["evaluation.extraction=strict"]
     if settings["answer"] != "number":
         check_answers(data, EvaluationConfig(scoring="loglikelihood"), tokenizer)
 
@@ -74,7 +74,7 @@ READ_BY_PUBLISHED = {
 def test_what_published_reads_stays_with_it_and_strict_reads_it_too(tmp_path, tokenizer, kind):
     settings, answers = READ_BY_PUBLISHED[kind]
     data = custom(tmp_path, [{"answer": answer} for answer in answers], **settings)
-    assert choose_extraction(data.source) == []
+    assert choose_evaluation(data.source) == []
     for rule in ("published", "strict"):
         check_answers(data, EvaluationConfig(extraction=rule), tokenizer)
 
@@ -114,9 +114,9 @@ def test_responses_of_the_users_own_rows_are_read_too(tmp_path, tokenizer):
     assert "strict extraction reads no answer out of 'Verdict: correct'" in message
     rationales = [{"answer": n, "output": f"{n} - 2 = {n - 2}, plus 2.\nThe answer is {n}."} for n in range(30)]
     checks = [{"answer": n, "output": f"The answer is {n}, since {n} - 2 is {n - 2}."} for n in range(30)]
-    assert choose_extraction(custom(tmp_path, rationales, answer="number").source) == []
+    assert choose_evaluation(custom(tmp_path, rationales, answer="number").source) == []
     data = custom(tmp_path, checks, answer="number")
-    assert choose_extraction(data.source) == ["evaluation.extraction=strict"]
+    assert choose_evaluation(data.source) == ["evaluation.extraction=strict"]
     assert "(30 of 30 responses are like that)" in refused(data, tokenizer)
     long = custom(tmp_path, rationales, answer="number", max_new_tokens=12)
     assert "30 of 30" in refused(long, tokenizer)

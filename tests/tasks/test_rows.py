@@ -121,7 +121,7 @@ def test_what_a_file_holds_decides_how_it_is_read(tmp_path):
         ("a.jsonl", json.dumps([record(), record()]), ["holds a JSON list"]),
         ("a.csv", "text,label\na,good\n", ["begins with 'text,label", ".jsonl (one object a line)"]),
         ("a.parquet", b"PAR1\x15\x04", ["is no JSON"]),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00", ["is no JSON"]),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00\x00", ["is not a whole gzip file"]),
         ("a.json", json.dumps([record()]).encode("utf-16"), ["is no JSON in UTF-8"]),
         ("a.jsonl", json.dumps(record()).encode("utf-16-le"), ["is no JSON in UTF-8"]),
     ],

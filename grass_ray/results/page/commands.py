@@ -27,6 +27,8 @@ _FLAGS = {
     "evaluation.limit": "--limit",
 }
 
+_OWN = ("custom", "dataset")  # sources of the user's own
+
 
 def reproduce_command(config: Mapping[str, Any], *, data_dir: str = "DATA") -> str | None:
     """``grass-ray train ...`` for a configuration, None for one that this version cannot read.
@@ -49,9 +51,9 @@ def reproduce_command(config: Mapping[str, Any], *, data_dir: str = "DATA") -> s
     words += _data_flags(wanted["data"], data_dir)
     start["model"]["name"] = wanted["model"]["name"]
     kind = wanted["data"]["source"]["kind"]
-    if kind != "custom":  # a task of the user's own is said whole, by settings
+    if kind not in _OWN:  # said whole, by settings
         start["data"] |= {key: wanted["data"][key] for key in ("suite", "tasks")}
-    if kind not in ("generated", "custom"):
+    if kind not in ("generated", *_OWN):
         start["data"]["source"] = wanted["data"]["source"]
     if not row.trains:
         start["training"]["steps"] = 0

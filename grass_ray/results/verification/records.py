@@ -25,14 +25,21 @@ from grass_ray.results.verification.check import Check
 from grass_ray.tasks.extraction import extract_answer, is_correct
 from grass_ray.tasks.scores import Workload, contaminated_tasks, describe_work, score_metrics
 from grass_ray.tasks.suites import TASKS
-from grass_ray.training.report import GIB, MOST_UNITS_AS_SERIES, TOKENS, TRAIN_STEP, WARM_UP_STEPS, entropy
+from grass_ray.training.report import FORGETTING, GIB, MOST_UNITS_AS_SERIES, TOKENS, TRAIN_STEP, WARM_UP_STEPS, entropy
 
 _FINGERPRINT = re.compile(r"-([0-9a-f]{12})$")
 _SHA256, _COMMIT, _QUESTION = r"[0-9a-f]{64}", r"[0-9a-f]{7,64}", r"[0-9a-f]{16}"
 # what a score's protocol repeats of the configuration, and where it stands there
 _REPEATED = {"limit": "evaluation", "scoring": "evaluation", "num_beams": "evaluation", "template": "data"}
 _QUESTIONS = ("test_sha256", "test_rows", "template", "limit", "limit_seed")  # decide which questions are asked
-_PER_EXAMPLE = ("id", "correct", "answer_nats", "answer_tokens", "option_nats")  # of a line of examples.jsonl
+_PER_EXAMPLE = (
+    "id",
+    "correct",
+    "answer_nats",
+    "answer_tokens",
+    "answer_bytes",
+    "option_nats",
+)  # of a line of examples.jsonl
 _LOSS, _STEP_S = "train/loss", "time/step_s"
 _OPTIONAL = ("eval/average_clean", "eval/average_normalised")  # earlier versions did not record them
 _ROUNDING = 1e-4  # of log-likelihoods, in nats
@@ -158,6 +165,9 @@ def _metrics(record: RunRecord) -> Iterator[tuple[str, float]]:
         for name, value in describe_work([Workload(**work) for work in known], examples).items():
             if timed or name not in ("evaluation/seconds", "evaluation/examples_per_second"):
                 yield name, value
+    before, after = (record.metrics.get(f"{FORGETTING}/loss_{when}") for when in ("before", "after"))
+    if before is not None and after is not None:
+        yield FORGETTING, after - before
     for name, points in record.series.items():
         if name.startswith(("train/", "memory/peak_allocated")) and points:
             yield name, points[-1][1]

@@ -32,6 +32,7 @@ from grass_ray.config import ConfigError
 from grass_ray.tasks.encoding import encode_pair, encode_prompt, without_end
 from grass_ray.tasks.inference.batching import Batcher
 from grass_ray.tasks.inference.decoding import Decoder
+from grass_ray.tasks.inference.learned import Learned, summed_losses
 from grass_ray.tasks.inference.likelihood import Score, Scorer, TokenRow, share_rows
 from grass_ray.tasks.inference.token_cache import TokenCache
 from grass_ray.tasks.scores import Workload
@@ -136,6 +137,18 @@ class ObservedLM(HFLM):  # type: ignore[misc]
     def count_tokens(self, context: str, continuation: str) -> int:
         """Return the number of tokens of a continuation whose log-likelihood was computed last."""
         return len(self._encode_pair(context, continuation)[1])
+
+    def score_learned(self, rows: Sequence[Learned]) -> list[float]:
+        """Return the loss in nats summed over the learned tokens of each row."""
+
+        def answer(batch: list[Learned]) -> list[float]:
+            losses = summed_losses(self.model, batch)
+            lengths = [len(ids) for ids, _ in batch]
+            self._count(tokens=sum(lengths), padding_tokens=len(batch) * max(lengths) - sum(lengths), passes=1)
+            self.on_batch(len(batch))
+            return losses
+
+        return self.batcher.run(rows, [len(ids) for ids, _ in rows], answer)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

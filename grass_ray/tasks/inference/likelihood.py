@@ -83,7 +83,7 @@ class Scorer:
             return
         ids = torch.tensor([rows[0].tokens[:length]], device=self._device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, **cache}
-        self._call(length, lambda states, head, chunk: None, inputs)
+        call_head(self._model, length, lambda states, head, chunk: None, inputs)
         self.shared, self._cache = length, cache
 
     @torch.no_grad()
@@ -107,21 +107,22 @@ class Scorer:
             for _, continuation in row.continuations
             for step, token in enumerate(continuation)
         ]
-        found = iter(self._call(longest, lambda *parts: _read(wanted, *parts), inputs))
+        found = iter(call_head(self._model, longest, lambda *parts: read_tokens(wanted, *parts), inputs))
         return [
             [_sum(itertools.islice(found, len(continuation))) for _, continuation in row.continuations] for row in rows
         ]
 
-    def _call(
-        self, length: int, use: Callable[[Tensor, Callable[[Tensor], Tensor], int], T], inputs: dict[str, Any]
-    ) -> T:
-        """Call ``use`` with the hidden states of the last ``length`` positions, the head, and its chunk of positions.
 
-        If the head cannot be run on its own, the logits stand in for the hidden states.
-        """
-        if splits(self._model):
-            return with_head(self._model, lambda hidden, head: use(hidden[:, -length:], head, head.chunk), **inputs)
-        return use(self._model(**inputs).logits[:, -length:], lambda logits: logits, CHUNK_POSITIONS)
+def call_head(
+    model: Any, length: int, use: Callable[[Tensor, Callable[[Tensor], Tensor], int], T], inputs: dict[str, Any]
+) -> T:
+    """Call ``use`` with the hidden states of the last ``length`` positions, the head, and its chunk of positions.
+
+    If the head cannot be run on its own, the logits stand in for the hidden states.
+    """
+    if splits(model):
+        return with_head(model, lambda hidden, head: use(hidden[:, -length:], head, head.chunk), **inputs)
+    return use(model(**inputs).logits[:, -length:], lambda logits: logits, CHUNK_POSITIONS)
 
 
 def _shared_length(rows: Sequence[list[int]]) -> int:
@@ -137,7 +138,7 @@ def _sum(tokens: Iterable[Score]) -> Score:
     return sum(values), all(greedy)
 
 
-def _read(
+def read_tokens(
     wanted: Sequence[tuple[int, int]], states: Tensor, head: Callable[[Tensor], Tensor], chunk: int
 ) -> list[Score]:
     """The log-likelihood of each wanted (place in the flattened states, token), and whether it is the likeliest.
