@@ -25,11 +25,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights
+from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights, recomputed_layers
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
 from grass_ray.optim.host_weights import move_outside_of_layers
+from grass_ray.optim.recompute import Recompute
 from grass_ray.overrides import parse
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
@@ -122,7 +123,8 @@ def cpu_cases() -> Iterator[Case]:
         StepShape(rows=1, tokens=32),
         StepShape(rows=8, tokens=256),
         StepShape(rows=8, tokens=256, labelled=16),
-        StepShape(rows=8, tokens=256, checkpointing=True),
+        StepShape(rows=8, tokens=256, checkpointing="all"),
+        StepShape(rows=8, tokens=256, checkpointing=2),
         StepShape(rows=2, tokens=256, micro_batches=4),
     )
     for method, shape in itertools.product(("full", "lora", "lisa", "grass"), shapes):
@@ -138,14 +140,16 @@ def cpu_cases() -> Iterator[Case]:
     few = StepShape(rows=2, tokens=128, labelled=32)
     smollm2: tuple[tuple[str, Mode, StepShape], ...] = (
         ("full", "none", few),
-        ("full", "none", replace(few, checkpointing=True)),
+        ("full", "none", replace(few, checkpointing="all")),
         ("lisa", "none", few),
         ("lora", "none", replace(few, rows=4)),
         ("prompt", "none", few),
         ("galore", "none", few),
         ("grass", "none", few),
         ("grass", "resident", few),
-        ("grass", "resident", replace(few, rows=4, checkpointing=True)),
+        ("grass", "resident", replace(few, rows=4, checkpointing="all")),
+        ("grass", "resident", replace(few, rows=4, checkpointing=10)),
+        ("lora", "none", replace(few, rows=4, checkpointing=10)),
         ("grass", "resident", StepShape(rows=1, tokens=256)),
         ("grass", "lazy", few),
         ("hift", "resident", few),
@@ -160,7 +164,7 @@ def cpu_cases() -> Iterator[Case]:
 def cuda_cases() -> Iterator[Case]:
     """Published shapes in bfloat16, 4 rows of 1024 tokens, as the paper measured; what 80 GB hold."""
     long = StepShape(rows=4, tokens=1024)
-    saving = replace(long, checkpointing=True)
+    saving = replace(long, checkpointing="all")
     for model in SHAPES:
         modes: tuple[tuple[str, Mode], ...] = (
             ("grass", "none"),
@@ -230,13 +234,12 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
         move_outside_of_layers(model, device)
     else:
         model.to(device)
-    if case.shape.checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()
     sampler = config.method.sampler.build(seed=0, train_steps=10)
     num_units = len(Planner(config.model, "cpu").apply(config.method).units)
     forced = sampler if sampler.trains_all else Forced(sampler, active, num_units)
     optimizer = build_optimizer(model, forced, config.method)
+    recomputed = recomputed_layers(case.shape.checkpointing, optimizer.stack.num_layers)
+    Recompute(optimizer.stack.modules[:recomputed]).switch(True)
     model.train()
     batches = make_batches(case.shape, vocabulary, device)
     short = make_batches(StepShape(rows=1, tokens=8), vocabulary, device)
@@ -276,7 +279,7 @@ def run_case(case: Case, device: torch.device) -> Row:
     planner = Planner(case.config.model, "cuda" if device.type == "cuda" else "cpu")
     (plan,) = planner.plan_modes(case.config.method, case.shape, modes=[case.offload], train_steps=10)
     rows = []
-    for active in planner.apply(case.config.method, 10).active_sets():
+    for active in planner.apply(case.config.method, 10).active_sets(plan.recomputed_layers):
         rows.append(measure(case, plan, active, device))
         gc.collect()
         if device.type == "cuda":
@@ -311,7 +314,7 @@ def describe(shape: StepShape) -> str:
     words = [f"{shape.rows} x {shape.tokens}"]
     words += [f"x {shape.micro_batches} micro-batches"] if shape.micro_batches > 1 else []
     words += [f"{shape.labelled} labelled"] if shape.labelled is not None else []
-    words += ["checkpointing"] if shape.checkpointing else []
+    words += [f"checkpointing {shape.checkpointing}"] if shape.checkpointing != "none" else []
     return ", ".join(words)
 
 

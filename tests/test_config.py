@@ -29,6 +29,24 @@ def test_overrides_change_the_fingerprint_and_nothing_else() -> None:
     assert changed.override({"method.sampler.temperature": 0.5, "training.steps": 50}) == config
 
 
+def test_gradient_checkpointing_was_a_flag_and_still_reads_and_writes_as_one() -> None:
+    config = RunConfig(method=METHODS["grass"].config)
+    assert config.training.gradient_checkpointing == "none"
+    values = config.to_dict()
+    assert values["training"]["gradient_checkpointing"] is False
+    for words, meant, written in (
+        ("false none", "none", False),
+        ("true all", "all", True),
+        ("auto", "auto", "auto"),
+        ("12", 12, 12),
+    ):
+        for word in words.split():
+            changed = config.override(parse([f"training.gradient_checkpointing={word}"]))
+            assert changed.training.gradient_checkpointing == meant
+            assert changed.to_dict()["training"]["gradient_checkpointing"] is written or meant == written
+            assert RunConfig.parse(changed.to_dict()) == changed
+
+
 def test_names_follow_the_contract() -> None:
     config = RunConfig(method=METHODS["grass"].config).override(
         {"data.suite": "commonsense", "model.name": "org/My-Model.v2"}
@@ -48,6 +66,8 @@ def test_names_follow_the_contract() -> None:
         (["method.sampler.temperature=null"], r"temperature and effective_layers say the same .* both are null"),
         (["method.sampler.effective_layers=0.5"], r"effective_layers: .*greater than or equal to 1 \(given: 0.5\)"),
         (["method.sampler.staleness=shrink"], r"staleness: .*'none' or 'level' \(given: 'shrink'\)"),
+        (["training.gradient_checkpointing=0"], r"checkpointing: .*none, all, auto, or a number of layers.*given: 0\)"),
+        (["training.gradient_checkpointing=some"], r"checkpointing: .*none, all, auto, or .*given: 'some'\)"),
         (["method.sampler.num_active_layers=0"], r"num_active_layers: .*greater than or equal to 1 \(given: 0\)"),
     ],
 )

@@ -27,6 +27,7 @@ from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.placement import Resident
 from grass_ray.optim.states import States
 from grass_ray.optim.watch import Watch
+from grass_ray.training import run as run_module
 from grass_ray.training.models import load_model
 from grass_ray.training.run import Run
 
@@ -136,14 +137,18 @@ def check_backward_stops_at_the_lowest_active_layer() -> None:
     for _ in run.fit():
         assert model.training
     first_of_each_step = [needed[start : start + 4] for start in range(0, len(needed), 4)]
-    # one step a layer, front to back; a checkpointed layer runs a second time, in backward
+    # one step a layer, front to back
     assert [False, False, False, True] in first_of_each_step
 
 
 def ask_for_input_gradients(patch: pytest.MonkeyPatch) -> None:
-    from transformers import PreTrainedModel
+    build = run_module.build_optimizer
 
-    patch.setattr(PreTrainedModel, "disable_input_require_grads", PreTrainedModel.enable_input_require_grads)
+    def asking(model: Any, *arguments: Any) -> LayerwiseAdamW:
+        model.enable_input_require_grads()  # what transformers' own checkpointing does
+        return build(model, *arguments)
+
+    patch.setattr(run_module, "build_optimizer", asking)
 
 
 # -------------------------------------------------------------------- 6. frozen layers moved by momentum and left zeros

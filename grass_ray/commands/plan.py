@@ -6,9 +6,12 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import ValidationError
 from tyro.conf import arg
 
 from grass_ray.commands.flags import Settings
+from grass_ray.config import ConfigError, GradientCheckpointing, TrainingConfig
+from grass_ray.overrides import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,8 @@ class Plan:
     """Data type of the weights."""
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """Methods to plan. Defaults to all methods."""
-    gradient_checkpointing: bool = False
-    """Plan with gradient checkpointing."""
+    gradient_checkpointing: Annotated[tuple[str, ...], arg(metavar="none|all|auto|N")] = ("none",)
+    """Which decoder layers are recomputed: as few as fit (auto), or the first N. Without a value all."""
     device: Literal["cpu", "cuda"] | None = None
     """Device to plan for. Defaults to cuda if --gpu-memory is given, else to the device of this machine."""
     set: Settings = ()
@@ -60,7 +63,7 @@ class Plan:
             seq_len=self.seq_len,
             labelled=self.labelled,
             accumulation_steps=self.accumulation_steps,
-            checkpointing=self.gradient_checkpointing,
+            checkpointing=_read_checkpointing(self.gradient_checkpointing),
             methods=self.methods,
             settings=self.set,
         )
@@ -73,3 +76,14 @@ class Plan:
         show("")
         print(render_report(report, self.format))
         return 0
+
+
+def _read_checkpointing(words: tuple[str, ...]) -> GradientCheckpointing:
+    """The value of ``--gradient-checkpointing`` as ``--set training.gradient_checkpointing=`` reads it."""
+    try:
+        given = parse([f"gradient_checkpointing={' '.join(words) or 'all'}"])
+        return TrainingConfig.model_validate(given).gradient_checkpointing
+    except ValidationError:
+        raise ConfigError(
+            f"--gradient-checkpointing {' '.join(words)}: give none, all, auto, or a number of layers, at least 1"
+        ) from None

@@ -61,6 +61,8 @@ class Train:
     """New or empty folder for all files of the run."""
     tracking_uri: str | None = None
     """MLflow store. Defaults to MLFLOW_TRACKING_URI, else mlflow.db."""
+    gpu_memory: float | None = None
+    """Memory in GiB that the run may take. Defaults to that of the device."""
     memory_check: bool = True
     """Do not refuse a run that is predicted not to fit into memory."""
     resume: bool = False
@@ -100,6 +102,7 @@ class Train:
             dry_run=self.dry_run,
             quiet=self.quiet,
             memory_check=self.memory_check,
+            memory_gib=self.gpu_memory,
         )
 
 

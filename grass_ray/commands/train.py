@@ -30,7 +30,7 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.store import trial_tags
 from grass_ray.results.tracker import Tracker
 from grass_ray.tasks.readback import choose_evaluation
-from grass_ray.training.report import TrainingFailure
+from grass_ray.training.report import GIB, TrainingFailure, first_layers
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
@@ -90,6 +90,7 @@ def train_locally(
     dry_run: bool,
     quiet: bool = False,
     memory_check: bool = True,
+    memory_gib: float | None = None,
 ) -> int:
     """Train, evaluate and record one run.
 
@@ -101,6 +102,7 @@ def train_locally(
         dry_run: check everything and print the configuration; nothing is trained or written.
         quiet: print only the final row of the leaderboard, or why there is none.
         memory_check: refuse a run that is predicted not to fit into memory.
+        memory_gib: memory that the run may take, in GiB; None takes that of the device.
 
     Returns:
         The exit code: 0 done, 1 failed, 130 interrupted.
@@ -109,13 +111,16 @@ def train_locally(
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.commands.data_view import show_data
-    from grass_ray.memory.fit import fit_to_memory
+    from grass_ray.memory.fit import RESERVE_BYTES, fit_to_memory
     from grass_ray.training.checks import check_run, tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
     from grass_ray.training.without_effect import settings_without_effect
 
+    if memory_gib is not None and memory_gib * GIB <= RESERVE_BYTES:
+        raise ConfigError(f"--gpu-memory {memory_gib:g}: give more than the {RESERVE_BYTES / GIB:g} GiB of a process")
     check_run(config)
-    fitted = fit_to_memory(config) if memory_check else config
+    memory = None if memory_gib is None else int(memory_gib * GIB)
+    fitted = fit_to_memory(config, memory=memory) if memory_check else config
     if not dry_run:
         check_folder(config, output, resume)
     for line in () if quiet else settings_without_effect(config):
@@ -208,6 +213,9 @@ class _LocalRun(Listener):
         }
         if isinstance(config.data.source, CustomSource) and config.evaluation.extraction == "strict":
             rows["answers"] = "read by strict extraction (evaluation.extraction)"
+        if run.recomputed_layers:
+            layers = first_layers(run.recomputed_layers, run.state.optimizer.stack.num_layers)
+            rows["memory"] = f"{layers} recomputed in the backward pass (training.gradient_checkpointing)"
         if run.state.steps_done:
             rows["resumed"] = f"after step {run.state.steps_done}"
         for name, text in rows.items():

@@ -39,11 +39,13 @@ from grass_ray.config.method import (
 )
 from grass_ray.config.run import (
     EvaluationConfig,
+    GradientCheckpointing,
     ModelConfig,
     Parallel,
     RunConfig,
     TrainingConfig,
     fingerprint_of,
+    recomputed_layers,
     slug,
 )
 from grass_ray.config.samplers import (
@@ -89,6 +91,7 @@ __all__ = [
     "GaLoreConfig",
     "GeneratedSource",
     "GradNormSamplerConfig",
+    "GradientCheckpointing",
     "HubSource",
     "LinearScheduleConfig",
     "LoraConfig",
@@ -115,6 +118,7 @@ __all__ = [
     "fingerprint_of",
     "from_json",
     "read_text",
+    "recomputed_layers",
     "slug",
     "to_json",
     "whole_file",

@@ -19,8 +19,6 @@ class AdapterConfig(ConfigPart):
     """Whether the trained adapter can be merged into the weights of the base model."""
     shardable: ClassVar[bool] = True
     """Whether its parameters are inside the layers of the base model, where FSDP2 shards them."""
-    allows_checkpointing: ClassVar[bool] = True
-    """Whether it can be trained with gradient checkpointing."""
 
     kind: str
 
@@ -110,8 +108,6 @@ class PrefixConfig(_VirtualTokens):
     """Prefix tuning (arXiv 2101.00190): trains keys and values of virtual tokens in every layer."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    # its keys and values are passed in the cache, which checkpointing drops
-    allows_checkpointing: ClassVar[bool] = False
 
     kind: Literal["prefix"] = "prefix"
 

@@ -114,11 +114,6 @@ class MethodConfig(ConfigPart):
     """Whether to train the final norm at every step."""
 
     @property
-    def allows_checkpointing(self) -> bool:
-        """Whether the method can be trained with gradient checkpointing."""
-        return self.adapter is None or self.adapter.allows_checkpointing
-
-    @property
     def can_stream_weights(self) -> bool:
         """Whether there are decoder layers whose weights do not train at every step."""
         return self.adapter is not None or not self.sampler.trains_all

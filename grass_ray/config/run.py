@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, field_serializer, model_validator
 
 from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
 from grass_ray.config.data import DataConfig
@@ -36,6 +36,23 @@ class ModelConfig(ConfigPart):
     """Whether to run model code that comes with the weights."""
 
 
+# which decoder layers are computed again in backward; a number counts from the first layer
+GradientCheckpointing = Literal["none", "all", "auto"] | PositiveInt
+
+
+def recomputed_layers(setting: GradientCheckpointing, num_layers: int) -> int:
+    """How many of ``num_layers`` decoder layers are recomputed in backward; ``auto`` takes all until it is decided."""
+    return setting if isinstance(setting, int) else 0 if setting == "none" else num_layers
+
+
+def _of_a_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "all" if value else "none"
+    if value in ("none", "all", "auto") or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError("must be none, all, auto, or a number of layers, at least 1")
+
+
 class TrainingConfig(ConfigPart):
     """The training loop."""
 
@@ -49,10 +66,18 @@ class TrainingConfig(ConfigPart):
     """Learning rate schedule after the warmup."""
     warmup_steps: NonNegativeInt = 5
     """Number of steps over which the learning rate rises from zero."""
-    gradient_checkpointing: bool = False
-    """Whether to recompute activations in the backward pass to save memory."""
+    gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_of_a_flag)] = "none"
+    """Which decoder layers are recomputed in the backward pass to save memory: ``none``, ``all``, as few as fit into
+    the memory of the GPU (``auto``), or that many from the first one up. The weights become the same. Written as
+    ``false`` where it is ``none``, as ``true`` where it is ``all``."""
     checkpoint_every_steps: PositiveInt | None = None
     """Number of steps between checkpoints. ``null`` saves only at the end."""
+
+    @field_serializer("gradient_checkpointing")
+    def _as_a_flag(self, value: GradientCheckpointing) -> bool | str | int:
+        # it was a flag at first: fingerprints, by which runs are found, and what records say stay as they were
+        flags: dict[GradientCheckpointing, bool] = {"none": False, "all": True}
+        return flags.get(value, value)
 
     @model_validator(mode="after")
     def _batches_split_evenly(self) -> Self:

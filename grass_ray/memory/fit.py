@@ -9,16 +9,19 @@ A run is refused only if its prediction exceeds the memory by more than the tole
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from grass_ray.config import ConfigError, MethodConfig, RunConfig
+from grass_ray.config import ConfigError, GradientCheckpointing, MethodConfig, RunConfig
 from grass_ray.memory.allocations import DeviceKind
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Mode, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
+from grass_ray.memory.trained_units import TrainedUnits
 from grass_ray.optim.host_memory import available_bytes
 from grass_ray.overrides import Changes, apply, assignment
 from grass_ray.tasks.sources import load_train_rows
@@ -60,14 +63,57 @@ def needed_bytes(plan: MemoryPlan, device: DeviceKind) -> int:
     return plan.peak_bytes + (plan.host_bytes if device == "cpu" else 0)
 
 
+def fewest_recomputed(
+    planner: Planner, trained: TrainedUnits, shape: StepShape, mode: Mode, memory: float
+) -> MemoryPlan | None:
+    """The plan with as few recomputed layers as bring a step into ``memory`` bytes; None if all of them do not.
+
+    Layers are taken from the first one up: backward stops at the lowest active layer, so they are the ones that seldom
+    need to be recomputed, while they save as much as others where the lowest layer is active.
+    """
+
+    def plan(setting: GradientCheckpointing) -> tuple[MemoryPlan, int]:
+        found = planner.plan(trained, replace(shape, checkpointing=setting), mode)
+        return found, needed_bytes(found, planner.device)
+
+    (without, most), (fitting, least) = plan("none"), plan("all")
+    if most <= memory or least > memory:
+        return without if most <= memory else None
+    too_few, enough = 0, trained.num_layers
+    while enough - too_few > 1:
+        # each layer saves about as much as any other
+        guess = too_few + math.ceil((enough - too_few) * (most - memory) / (most - least))
+        layers = min(max(guess, too_few + 1), enough - 1)
+        found, needed = plan(layers)
+        if needed <= memory:
+            fitting, enough, least = found, layers, needed
+        else:
+            too_few, most = layers, needed
+    return fitting
+
+
+def plan_decided(planner: Planner, trained: TrainedUnits, shape: StepShape, mode: Mode, memory: float) -> MemoryPlan:
+    """The plan of a step; where ``auto`` shall say which layers are recomputed, with as few as fit into ``memory``.
+
+    ``auto`` leaves room for the error of predictions, and takes all layers if nothing fits.
+
+    Raises:
+        ConfigError: as :meth:`Planner.plan`.
+    """
+    if shape.checkpointing != "auto":
+        return planner.plan(trained, shape, mode)
+    fewest = fewest_recomputed(planner, trained, shape, mode, memory / (1 + TOLERANCE))
+    return fewest or planner.plan(trained, replace(shape, checkpointing="all"), mode)
+
+
 def find_fit(
     planner: Planner, method: MethodConfig, shape: StepShape, memory: int, train_steps: int = 1000
 ) -> Fit | None:
     """Find settings with which ``method`` fits into ``memory`` bytes.
 
-    Tried in this order, so that what changes and costs least comes first: another offload mode, gradient checkpointing,
-    smaller micro-batches of the same step, one active layer, frozen embeddings and head; then the same with streamed
-    weights.
+    Tried in this order, so that what changes and costs least comes first: another offload mode, gradient checkpointing
+    of as few layers as fit, smaller micro-batches of the same step, one active layer, frozen embeddings and head; then
+    the same with streamed weights.
 
     Returns:
         The first that fits; None if none does.
@@ -79,12 +125,15 @@ def find_fit(
         changed = _changed(method, of_method)
         trained = planner.apply(changed, train_steps)
         modes = [mode for mode in _preferred_modes(changed) if planner.min_bytes(trained, mode) <= memory]
-        for of_shape, smaller in _shape_changes(changed, shape) if modes else ():
+        for smaller in _smaller_shapes(shape) if modes else ():
             for mode in modes:
-                plan = planner.plan(trained, smaller, mode)
-                if needed_bytes(plan, planner.device) <= memory:
+                if smaller.checkpointing == "auto":
+                    plan = fewest_recomputed(planner, trained, smaller, mode, memory)
+                else:
+                    plan = planner.plan(trained, smaller, mode)
+                if plan is not None and needed_bytes(plan, planner.device) <= memory:
                     of_mode = {} if mode == _own_mode(method) else {"method.offload": mode}
-                    return Fit(changes={**of_method, **of_mode, **of_shape}, plan=plan)
+                    return Fit(changes={**of_method, **of_mode, **_shape_changes(shape, plan.shape)}, plan=plan)
     return None
 
 
@@ -117,66 +166,108 @@ def _changed(method: MethodConfig, changes: Changes) -> MethodConfig:
     return MethodConfig.model_validate(apply({"method": method.model_dump()}, changes)["method"])
 
 
-def _shape_changes(method: MethodConfig, shape: StepShape) -> Iterator[tuple[Changes, StepShape]]:
-    """The shape as it is, with checkpointing, and in smaller micro-batches, halved down to one row."""
-    changes: Changes = {}
-    yield changes, shape
-    if not shape.checkpointing and method.allows_checkpointing:
-        changes, shape = {"training.gradient_checkpointing": True}, replace(shape, checkpointing=True)
-        yield changes, shape
+def _smaller_shapes(shape: StepShape) -> Iterator[StepShape]:
+    """The shape as it is, with as few layers recomputed as fit, and in micro-batches halved down to one row."""
+    if shape.checkpointing != "auto":
+        yield shape
+    if shape.checkpointing != "all":
+        yield replace(shape, checkpointing="auto")
+        shape = replace(shape, checkpointing="all")
     while shape.rows > 1 and shape.rows % 2 == 0:
         shape = replace(shape, rows=shape.rows // 2, micro_batches=shape.micro_batches * 2)
-        yield {**changes, "training.accumulation_steps": shape.micro_batches}, shape
+        yield shape
+
+
+def _shape_changes(shape: StepShape, changed: StepShape) -> Changes:
+    """The settings of the training that make ``shape`` the ``changed`` one."""
+    changes: dict[str, Any] = {}
+    if changed.checkpointing != shape.checkpointing:
+        changes["training.gradient_checkpointing"] = changed.checkpointing
+    if changed.micro_batches != shape.micro_batches:
+        changes["training.accumulation_steps"] = changed.micro_batches
+    return changes
 
 
 # ------------------------------------------------------------------------------------------------ before a run starts
 
 
-def fit_to_memory(config: RunConfig, device: torch.device | None = None, workers: int = 1) -> RunConfig:
-    """Check that a run fits into memory, and replace offload ``auto`` by ``resident`` if that fits, else ``lazy``.
+def fit_to_memory(
+    config: RunConfig, device: torch.device | None = None, workers: int = 1, memory: int | None = None
+) -> RunConfig:
+    """Check that a run fits into memory, and decide what is ``auto``.
+
+    Offload becomes ``resident`` if that fits, else ``lazy``. Gradient checkpointing becomes that of as few layers as
+    fit; on a CPU it becomes ``none`` unless ``memory`` is given.
 
     Args:
         config: configuration of the run, validated.
         device: where it would run. By default the first CUDA device, else the CPU.
         workers: number of workers that share its micro-batches, each with the whole model.
+        memory: bytes that the run may take; None takes those of the device.
 
     Returns:
         The configuration without ``auto``. Unchanged, with a warning, if the memory cannot be predicted.
 
     Raises:
-        MemoryRefusalError: the prediction exceeds the memory of the device by more than the tolerance. The message says
-            what is predicted, what there is and what to change.
+        MemoryRefusalError: the prediction exceeds the memory by more than the tolerance. The message says what is
+            predicted, what there is and what to change.
     """
     device = device or default_device()
-    memory = total_bytes(device)
-    if memory is None or not config.training.steps:
+    training = config.training
+    if training.gradient_checkpointing == "auto" and device.type == "cpu" and memory is None:
+        training = training.model_copy(update={"gradient_checkpointing": "none"})
+        config = config.model_copy(update={"training": training})
+    available = total_bytes(device) if memory is None else memory
+    if available is None or not training.steps:
         return config
     try:
         planner = Planner(config.model, "cuda" if device.type == "cuda" else "cpu", workers)
-        return _fit_to(config, planner, memory - RESERVE_BYTES)
+        return _fit_to(config, planner, available - RESERVE_BYTES)
     except CannotPlanError as error:
         warnings.warn(f"{error}; the run starts unchecked", stacklevel=2)
         return config
 
 
 def _fit_to(config: RunConfig, planner: Planner, memory: int) -> RunConfig:
-    method, device = config.method, planner.device
-    trained = planner.apply(method, config.training.steps)
+    method, training, device = config.method, config.training, planner.device
+    trained = planner.apply(method, training.steps)
     own = _own_mode(method)
     automatic = method.offload == "auto" and "lazy" in applicable_modes(method)
     modes: tuple[Mode, ...] = (own, "lazy") if automatic else (own,)
-    limit = memory * (1 + TOLERANCE)
     # rows as long as the configuration allows; only if these do not fit, the rows are read to find the longest one
-    for shape_of in (longest_shape, real_shape):
-        shape = shape_of(config)
-        plans = [planner.plan(trained, shape, mode) for mode in modes]
+    plans: list[MemoryPlan] = []
+    for shape, limit in _shapes(config, memory):
+        plans = [plan_decided(planner, trained, shape, mode, memory) for mode in modes]
         for plan in plans:
             if needed_bytes(plan, device) <= limit:
                 chosen = plan.offload if automatic else method.offload
-                return config.model_copy(update={"method": method.model_copy(update={"offload": chosen})})
+                changed = {"gradient_checkpointing": plan.shape.checkpointing}
+                return config.model_copy(
+                    update={
+                        "method": method.model_copy(update={"offload": chosen}),
+                        "training": training.model_copy(update=changed),
+                    }
+                )
     smallest = min(plans, key=lambda plan: needed_bytes(plan, device))
-    fit = find_fit(planner, method, shape, memory, config.training.steps)
+    shape = replace(smallest.shape, checkpointing=training.gradient_checkpointing)
+    fit = find_fit(planner, method, shape, memory, training.steps)
     raise MemoryRefusalError(_refusal(config, smallest, device, memory, fit))
+
+
+def _shapes(config: RunConfig, memory: int) -> Iterator[tuple[StepShape, float]]:
+    """Steps of a run, and what they may take: the longest that its configuration allows, then that of its own rows."""
+    automatic = config.training.gradient_checkpointing == "auto"
+    longest = longest_shape(config)
+    if automatic:
+        # nothing is recomputed for rows that may not exist
+        yield replace(longest, checkpointing="none"), memory / (1 + TOLERANCE)
+    else:
+        yield longest, memory * (1 + TOLERANCE)
+    real = real_shape(config)
+    if automatic:
+        # another offload mode costs less than recomputing
+        yield replace(real, checkpointing="none"), memory / (1 + TOLERANCE)
+    yield real, memory * (1 + TOLERANCE)
 
 
 def longest_shape(config: RunConfig) -> StepShape:

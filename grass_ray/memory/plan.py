@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig
+from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig, recomputed_layers
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, apply_method
@@ -60,6 +60,8 @@ class MemoryPlan:
         workspace: memory that kernels and the update use internally.
         host_bytes: host memory: blocks of states once every layer was visited, and streamed weights.
         host_weights: the part of it that holds weights.
+        recomputed_layers: decoder layers, from the first, that are recomputed in backward.
+        num_layers: decoder layers of the model.
     """
 
     method: str
@@ -75,6 +77,8 @@ class MemoryPlan:
     workspace: int
     host_bytes: int
     host_weights: int
+    recomputed_layers: int
+    num_layers: int
 
     @property
     def peak_bytes(self) -> int:
@@ -116,7 +120,7 @@ class Planner:
         """Plan a method in each of ``modes``, by default in all that are applicable to it.
 
         Raises:
-            ConfigError: the method cannot train this model (it needs more layers, for example), or not with this shape.
+            ConfigError: the method cannot train this model (it needs more layers, for example).
         """
         trained = self.apply(method, train_steps)
         return [self.plan(trained, shape, mode) for mode in (applicable_modes(method) if modes is None else modes)]
@@ -138,15 +142,12 @@ class Planner:
         """Plan the phase and the active set with the highest peak.
 
         Raises:
-            ConfigError: the method does not work with gradient checkpointing.
             CannotPlanError: the model's step does not run on the meta device.
         """
-        adapter = trained.method.adapter
-        if shape.checkpointing and adapter is not None and not adapter.allows_checkpointing:
-            raise ConfigError(f"{adapter.kind} tuning cannot train with gradient checkpointing; leave it off")
-        plans = [plan for active in trained.active_sets() for plan in self._plan_phases(trained, shape, mode, active)]
+        sets = trained.active_sets(recomputed_layers(shape.checkpointing, trained.num_layers))
+        plans = [plan for active in sets for plan in self._plan_phases(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
-            profile = self._profile(trained, shape, tuple(range(len(trained.units))), drop_gradients=True)
+            profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)
             plans.append(self._compose(trained, shape, mode, "probing", (), profile.peak))
         return max(plans, key=lambda plan: plan.peak_bytes)
 
@@ -165,25 +166,19 @@ class Planner:
             yield self._compose(trained, shape, mode, "exchange", active, exchange)
 
     def _profile(
-        self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, drop_gradients: bool = False
+        self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, probing: bool = False
     ) -> StepProfile:
         parameters = {p for unit in trained.trained(active) for p in unit.parameters}
         names = tuple(name for name, p in trained.model.named_parameters() if p in parameters)
         # of each worker's micro-batches, the second and all later ones are added to gradients that exist already
         shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), 2))
         adapter = trained.method.adapter
-        key = ("" if adapter is None else adapter.model_dump_json(), shape, names, drop_gradients)
+        key = ("" if adapter is None else adapter.model_dump_json(), shape, names, probing)
         if key not in self._profiles:
             for parameter in trained.model.parameters():
                 parameter.requires_grad_(parameter in parameters)
             try:
-                profile = profile_step(
-                    trained.model,
-                    shape,
-                    device=self.device,
-                    drop_gradients=drop_gradients,
-                    recomputed=trained.layers if drop_gradients else (),
-                )
+                profile = profile_step(trained.model, shape, device=self.device, probing=probing)
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(
                     f"cannot predict the memory of a step of {type(trained.model).__name__}: "
@@ -210,6 +205,8 @@ class Planner:
             workspace=parts.workspace + (CUBLAS_BYTES if self.device == "cuda" else 0),
             host_bytes=footprint.host + trained.host_weight_bytes,
             host_weights=trained.host_weight_bytes,
+            recomputed_layers=recomputed_layers(shape.checkpointing, trained.num_layers),
+            num_layers=trained.num_layers,
         )
 
 

@@ -14,19 +14,20 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from grass_ray.config import ConfigError, ModelConfig, RunConfig, to_json
+from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, RunConfig, to_json
 from grass_ray.memory.allocations import DeviceKind
-from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, total_bytes
+from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS, get_method
 from grass_ray.overrides import parse
 from grass_ray.paths import find_model
+from grass_ray.training.checks import check_recomputed
 from grass_ray.training.metrics import default_device
-from grass_ray.training.report import GIB
+from grass_ray.training.report import GIB, first_layers
 
 Verdict = Literal["yes", "tight", "no"]
-HEADER = (
+HEADER: tuple[str, ...] = (
     *("method", "offload", "weights", "gradients", "states", "staging", "activations", "logits", "other"),
     *("peak", "host", "peak in", "fits"),
 )
@@ -94,7 +95,7 @@ def make_request(
     seq_len: int,
     labelled: int | None,
     accumulation_steps: int,
-    checkpointing: bool,
+    checkpointing: GradientCheckpointing,
     methods: tuple[str, ...] | None,
     settings: tuple[str, ...],
 ) -> PlanRequest:
@@ -109,7 +110,7 @@ def make_request(
         seq_len: tokens per row.
         labelled: labelled tokens per row; None for all.
         accumulation_steps: micro-batches per optimizer step.
-        checkpointing: whether activations are checkpointed.
+        checkpointing: which layers are recomputed; ``auto`` takes none on a CPU unless ``memory_gib`` is given.
         methods: names of methods; None for all.
         settings: ``dotted.key=value``.
 
@@ -130,6 +131,8 @@ def make_request(
     if mistakes:
         raise ConfigError("; ".join(mistakes))
     kind, memory = _device_memory(memory_gib, device)
+    if checkpointing == "auto" and kind == "cpu" and memory_gib is None:
+        checkpointing = "none"
     return PlanRequest(
         model=ModelConfig(name=find_model(model), dtype=dtype),
         device=kind,
@@ -186,9 +189,11 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
         try:
             trained = planner.apply(config.method)
             modes = applicable_modes(config.method)
-            own = [planner.plan(trained, request.shape, mode) for mode in modes]
+            check_recomputed(request.shape.checkpointing, trained.num_layers)
+            usable = request.memory_bytes - RESERVE_BYTES
+            own = [plan_decided(planner, trained, request.shape, mode, usable) for mode in modes]
             smallest[name] = min(planner.min_bytes(trained, mode) for mode in modes)
-            fits[name] = find_fit(planner, config.method, request.shape, request.memory_bytes - RESERVE_BYTES)
+            fits[name] = find_fit(planner, config.method, request.shape, usable)
         except CannotPlanError:
             raise
         except ConfigError as error:
@@ -228,14 +233,17 @@ def render_report(report: MemoryReport, format: Literal["table", "json", "markdo
     """Render the report as a table, as Markdown, or as JSON with all sizes in bytes."""
     if format == "json":
         return to_json(_values(report), indent=1)
-    rows = [_cells(report, plans) for plans in _grouped(report.plans)]
+    header, rows = HEADER, [_cells(report, plans) for plans in _grouped(report.plans)]
+    if report.request.shape.checkpointing not in ("none", "all"):
+        header += ("recomputed",)
+        rows = [(*row, _recomputed(plans[0])) for row, plans in zip(rows, _grouped(report.plans), strict=True)]
     if format == "markdown":
-        lines = [f"**{_heading(report)}**", "", f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+        lines = [f"**{_heading(report)}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([*lines, "", *(f"- {line}" for line in _advice(report)), "", _note(report)])
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in HEADER:
-        words = column in ("method", "offload", "peak in", "fits")
+    for column in header:
+        words = column in ("method", "offload", "peak in", "fits", "recomputed")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
@@ -297,8 +305,8 @@ def _heading(report: MemoryReport) -> str:
         words.append(f"{shape.label_positions} of them labelled")
     if shape.micro_batches > 1:
         words.append(f"{shape.micro_batches} micro-batches")
-    if shape.checkpointing:
-        words.append("gradient checkpointing")
+    if shape.checkpointing != "none":
+        words.append(f"gradient checkpointing: {shape.checkpointing}")
     words[0] += " tokens"
     return ", ".join(words) + f"; {request.memory_bytes / GIB:.4g} GiB (all sizes in GiB)"
 
@@ -313,9 +321,19 @@ def _advice(report: MemoryReport) -> list[str]:
         else:
             size = f"{needed_bytes(fit.plan, report.request.device) / GIB:.2f} GiB"
             said = f"{size}  " + (f"--set {' '.join(fit.settings)}" if fit.settings else "as it is")
+            if "training.gradient_checkpointing" in fit.changes:
+                said += f" ({_recomputed(fit.plan)})"
         lines.append(f"  {name:{width}}  {said}")
     lines += [f"  {name:{width}}  not possible: {reason}" for name, reason in report.refused.items()]
     return lines
+
+
+def _recomputed(plan: MemoryPlan) -> str:
+    """Which layers are recomputed, and how much of the layers' forward that is where the lowest layer is active."""
+    if not plan.recomputed_layers:
+        return "none"
+    share = f"{plan.recomputed_layers / plan.num_layers:.0%}"
+    return f"{first_layers(plan.recomputed_layers, plan.num_layers)}: at most {share} of forward again"
 
 
 def _note(report: MemoryReport) -> str:

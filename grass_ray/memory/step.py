@@ -12,8 +12,7 @@ formulas::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from grass_ray.config import GradientCheckpointing, recomputed_layers
+from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
 from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference.lm_head import splits
@@ -38,7 +39,7 @@ class StepShape:
         labelled: positions with a label; None for all.
         padded: whether rows differ in length, so that attention needs a mask; None if there is more than one row.
         micro_batches: micro-batches per step.
-        checkpointing: whether activations are checkpointed.
+        checkpointing: which decoder layers are recomputed in backward.
     """
 
     rows: int
@@ -46,7 +47,7 @@ class StepShape:
     labelled: int | None = None
     padded: bool | None = None
     micro_batches: int = 1
-    checkpointing: bool = False
+    checkpointing: GradientCheckpointing = "none"
 
     @property
     def label_positions(self) -> int:
@@ -77,8 +78,7 @@ def profile_step(
     shape: StepShape,
     *,
     device: DeviceKind,
-    drop_gradients: bool = False,
-    recomputed: Sequence[nn.Module] = (),
+    probing: bool = False,
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
@@ -86,24 +86,25 @@ def profile_step(
         model: on the meta device; parameters with ``requires_grad`` train.
         shape: work of the step.
         device: whose kernels and allocator to assume.
-        drop_gradients: whether to free each gradient as soon as it is complete, as a probing step does.
-        recomputed: decoder layers that are computed again in backward.
+        probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
+            recomputed.
     """
     log = AllocationLog(device, logits=_head_shape(model))
     handles: list[Any] = [
-        p.register_post_accumulate_grad_hook(_drop if drop_gradients else log.mark_gradient)  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(_drop if probing else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
     model.train()
     with _MaskAnswers(shape.masked):
         splits(model)  # asks a forward of its own, once
-    recompute = Recompute(recomputed)
+    layers = find_decoder_stack(model).modules
+    recompute = Recompute(layers if probing else layers[: recomputed_layers(shape.checkpointing, len(layers))])
     recompute.switch(True)
     handles.append(recompute)
     log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
     try:
-        with _checkpointing(model, shape.checkpointing), kernel_stand_ins(device, log), log:
+        with kernel_stand_ins(device, log), log:
             for _ in range(shape.micro_batches):
                 batch = _PlannedBatch.of(shape)
                 with _MaskAnswers(shape.masked):
@@ -159,20 +160,6 @@ class _PlannedBatch(Batch):
     def labelled_tokens(self) -> Tensor:
         """Places of all labels in the flattened rows, shape (labels,), on the meta device."""
         return torch.empty(self.num_labels, dtype=torch.long, device="meta")
-
-
-@contextmanager
-def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """Enable gradient checkpointing in the block, as a run does."""
-    if not wanted:
-        yield
-        return
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
 
 
 class _MaskAnswers(TorchFunctionMode):

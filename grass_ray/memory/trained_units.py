@@ -35,7 +35,7 @@ class TrainedUnits:
 
     Attributes:
         model: the model with the method's adapter.
-        layers: its decoder layers.
+        num_layers: its decoder layers.
         units: what the sampler picks from.
         constant: what trains at every step.
         sampler: started on ``units``.
@@ -46,7 +46,7 @@ class TrainedUnits:
     """
 
     model: nn.Module
-    layers: Sequence[nn.Module]
+    num_layers: int
     units: Sequence[Unit]
     constant: Sequence[Unit]
     sampler: Sampler
@@ -55,9 +55,19 @@ class TrainedUnits:
     streamed: Sequence[Sequence[nn.Parameter]]
     method: MethodConfig
 
-    def active_sets(self) -> list[tuple[int, ...]]:
-        """The active sets one of which has the highest peak."""
-        return self.sampler.largest_active_sets([self.state_bytes([unit]) for unit in self.units])
+    def active_sets(self, recomputed: int = 0) -> list[tuple[int, ...]]:
+        """The active sets one of which has the highest peak, if the first ``recomputed`` layers are recomputed."""
+        weights = [self.state_bytes([unit]) for unit in self.units]
+        sets = self.sampler.largest_active_sets(weights)
+        if 0 < recomputed < self.num_layers:
+            # an active layer keeps more than a frozen one unless it is recomputed; and where the first of those that
+            # are not recomputed is active, all of them keep something
+            layers = [0 if unit.layer is None else unit.layer for unit in self.units]
+            kept = [size * (layer >= recomputed) for size, layer in zip(weights, layers, strict=True)]
+            heavy = 1 + sum(weights)
+            first = [size + heavy * (layer == recomputed) for size, layer in zip(kept, layers, strict=True)]
+            sets += self.sampler.largest_active_sets(first)
+        return list(dict.fromkeys(sets))
 
     def trained(self, active: Iterable[int]) -> list[Unit]:
         """The units that train while the units with the indices ``active`` are active."""
@@ -162,7 +172,7 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
     matrices = (p for layer in optimizer.stack.layers for p in layer if p.ndim == 2)
     return TrainedUnits(
         model=model,
-        layers=optimizer.stack.modules,
+        num_layers=optimizer.stack.num_layers,
         units=optimizer.units,
         constant=optimizer.constant_units,
         sampler=sampler,

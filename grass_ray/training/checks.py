@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from grass_ray.config import ConfigError, ModelConfig, Parallel, RunConfig
+from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, Parallel, RunConfig
 from grass_ray.tasks.evaluation import check_evaluation
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.sources import check_data
@@ -102,16 +102,21 @@ def tokenizer_to_check(model: ModelConfig) -> Any:
 def _check_model(config: RunConfig) -> None:
     """Build everything but the weights, so that what cannot work with this model shows."""
     check_model(config.model)
-    adapter = config.method.adapter
-    if config.training.gradient_checkpointing and adapter is not None and not adapter.allows_checkpointing:
-        raise ConfigError(
-            f"{adapter.kind} tuning cannot train with gradient checkpointing: its keys and values live in the cache "
-            "that checkpointing drops; set training.gradient_checkpointing=false"
-        )
-    model = add_adapter(build_skeleton(config.model), adapter)
+    model = add_adapter(build_skeleton(config.model), config.method.adapter)
     # nothing is streamed here, so no host memory is taken for it
     method = config.method.model_copy(update={"offload": "none", "weights": "resident"})
     try:
-        build_optimizer(model, method.sampler.build(seed=config.seed, train_steps=config.training.steps), method)
+        sampler = method.sampler.build(seed=config.seed, train_steps=config.training.steps)
+        optimizer = build_optimizer(model, sampler, method)
     except ValueError as error:
         raise ConfigError(f"{config.model.name}: {error}") from None
+    check_recomputed(config.training.gradient_checkpointing, optimizer.stack.num_layers)
+
+
+def check_recomputed(setting: GradientCheckpointing, num_layers: int) -> None:
+    """Raise :class:`ConfigError` if more layers should be recomputed than the model has."""
+    if isinstance(setting, int) and setting > num_layers:
+        raise ConfigError(
+            f"training.gradient_checkpointing is {setting}, but the model has {num_layers} decoder layers; give none, "
+            f"all, auto, or 1 to {num_layers}"
+        )

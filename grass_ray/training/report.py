@@ -129,6 +129,13 @@ def entropy(probabilities: tuple[float, ...]) -> float:
     return -sum(p * log(p) for p in probabilities if p > 0)
 
 
+def first_layers(count: int, num_layers: int) -> str:
+    """``count`` decoder layers, from the first, in words: ``layers 0-11 of 32``."""
+    if count == num_layers:
+        return f"all {num_layers} layers"
+    return f"layers 0-{count - 1} of {num_layers}" if count > 1 else f"layer 0 of {num_layers}"
+
+
 class LayerTrace(BaseModel):
     """Which layers trained when, what the sampler measured, and the check that no other weights changed.
 
@@ -156,6 +163,10 @@ class LayerTrace(BaseModel):
         default_factory=list, description="(step, steps since each unit's importance was last measured) at refreshes"
     )
     visits: list[int] = Field(default_factory=list, description="draws of each unit")
+    recomputed: list[int] = Field(
+        default_factory=list,
+        description="decoder layers that were recomputed in backward (training.gradient_checkpointing)",
+    )
     without_effect: list[str] = Field(default_factory=list, description="settings that could change nothing")
     only_active_layers_changed: bool = Field(
         default=True, description="false as soon as another set of weights changed than was active"
@@ -178,6 +189,8 @@ class LayerTrace(BaseModel):
             f"{self.host_state_bytes / GIB:.3f} GiB on the host",
             "exactly the active units changed: " + ("yes" if self.only_active_layers_changed else "NO"),
         ]
+        if self.recomputed:
+            lines.append(f"recomputed in backward: {first_layers(len(self.recomputed), self.num_layers)}")
         if self.workers > 1:
             sent = f"{self.sent_bytes_per_step / 1024**2:.3f} MiB"
             lines.append(

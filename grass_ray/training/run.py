@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from grass_ray.config import ConfigError, Parallel, RunConfig
+from grass_ray.config import ConfigError, Parallel, RunConfig, recomputed_layers
 from grass_ray.optim.data_parallel import Workers
 from grass_ray.optim.host_weights import move_outside_of_layers
+from grass_ray.optim.recompute import Recompute
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.readback import check_answers
@@ -100,10 +101,6 @@ class Run:
             move_outside_of_layers(model, device)
         elif parallel == "replicate":
             model = model.to(device)
-        if training.gradient_checkpointing:
-            # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            model.disable_input_require_grads()
         if config.data.batching == "packed" and training.steps:
             check_packing(model)
         if parallel == "shard":
@@ -124,7 +121,17 @@ class Run:
             tracer=LayerTracer(optimizer, model),
             memory=MemoryMeter(device),
         )
-        return cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
+        run = cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
+        Recompute(optimizer.stack.modules[: run.recomputed_layers]).switch(True)
+        return run
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Number of decoder layers, from the first, that are recomputed in backward."""
+        setting = self.config.training.gradient_checkpointing
+        if setting == "auto" and self.state.device.type == "cpu":
+            return 0  # on a GPU all, since nobody has predicted its memory
+        return recomputed_layers(setting, self.state.optimizer.stack.num_layers)
 
     def fit(self, until: int | None = None) -> Iterator[StepReport]:
         """Train to the last step, or to the training step ``until`` (see :func:`grass_ray.training.loop.fit`)."""
@@ -228,6 +235,7 @@ class Run:
             metrics[VALIDATION] = self._validation_loss
         layers = state.tracer.trace.model_copy(deep=True)
         layers.without_effect = settings_without_effect(self.config)
+        layers.recomputed = list(range(self.recomputed_layers))
         if state.trained:
             resident, host = state.optimizer.state_bytes()
             host += state.optimizer.weights.host_bytes

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +22,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grass_ray.cli import main
-from grass_ray.config import ConfigError, ModelConfig
+from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.memory import fit as memory_fit
 from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shape, real_shape
 from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
 from grass_ray.memory.step import StepShape, profile_step
 from grass_ray.methods import METHODS
+from grass_ray.optim.recompute import Recompute
 from grass_ray.overrides import parse
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import MemoryMeter
@@ -129,7 +133,8 @@ def test_streamed_weights_take_what_is_planned(
         StepShape(rows=1, tokens=100),
         StepShape(rows=4, tokens=100, padded=False),
         StepShape(rows=4, tokens=100, labelled=5),
-        StepShape(rows=4, tokens=100, checkpointing=True),
+        StepShape(rows=4, tokens=100, checkpointing="all"),
+        StepShape(rows=4, tokens=100, checkpointing=2),
         StepShape(rows=2, tokens=64, micro_batches=3),
         StepShape(rows=1, tokens=2),  # the update is the peak
     ],
@@ -149,7 +154,7 @@ def test_peaks_are_close_in_every_shape(benchmark: ModuleType, method: str, shap
     [
         StepShape(rows=4, tokens=100),
         StepShape(rows=4, tokens=100, labelled=5),
-        StepShape(rows=4, tokens=100, checkpointing=True),
+        StepShape(rows=4, tokens=100, checkpointing="all"),
         StepShape(rows=2, tokens=64, micro_batches=3),
         StepShape(rows=1, tokens=2),
     ],
@@ -161,8 +166,8 @@ def test_probing_takes_less_than_training(benchmark: ModuleType, tiny: Planner, 
     assert {plan.phase for plan in tiny.plan_modes(method, shape)} <= {"backward", "update"}
     config = benchmark.Case(model="tiny", method="grass", offload="resident", dtype="float32", shape=shape).config
     model = load_model(config.model).model
-    if shape.checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if shape.checkpointing == "all":
+        Recompute(model.model.layers).switch(True)
     (active,) = tiny.apply(method).active_sets()
     sampler = benchmark.Forced(config.method.sampler.build(seed=0, train_steps=10), active, 4)
     optimizer = build_optimizer(model.train(), sampler, config.method)
@@ -292,7 +297,7 @@ def test_activations_are_kept_down_to_the_lowest_active_layer() -> None:
 
 def test_no_other_active_set_takes_more_than_the_planned_one(tiny: Planner) -> None:
     (planned,) = tiny.apply(METHODS["grass"].config).active_sets()
-    for shape in (SHAPE, StepShape(rows=1, tokens=2), StepShape(rows=4, tokens=48, checkpointing=True)):
+    for shape in (SHAPE, StepShape(rows=1, tokens=2), StepShape(rows=4, tokens=48, checkpointing="all")):
         peaks = {
             layers: profile_step(trained_only(layers), shape, device="cpu").peak.total
             for layers in itertools.combinations(range(4), 2)
@@ -300,10 +305,24 @@ def test_no_other_active_set_takes_more_than_the_planned_one(tiny: Planner) -> N
         assert peaks[planned] == max(peaks.values())
 
 
+@pytest.mark.parametrize("recomputed", [0, 1, 2, 3, 4])
+def test_no_other_active_set_takes_more_where_layers_are_recomputed(tiny: Planner, recomputed: int) -> None:
+    """An active layer that is recomputed keeps less than one that is not, so other sets are the worst."""
+    checkpointing: Any = recomputed or "none"
+    for shape in (SHAPE, StepShape(rows=4, tokens=48, labelled=4), StepShape(rows=1, tokens=2)):
+        shape = replace(shape, checkpointing=checkpointing)
+        peaks = {
+            layers: profile_step(trained_only(layers), shape, device="cpu").peak.total
+            for layers in itertools.combinations(range(4), 2)
+        }
+        planned = tiny.apply(METHODS["grass"].config).active_sets(recomputed)
+        assert max(peaks[layers] for layers in planned) >= 0.97 * max(peaks.values())
+
+
 def test_a_dropped_gradient_is_not_held() -> None:
     shape = StepShape(rows=1, tokens=2)
     held = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu")
-    dropped = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu", drop_gradients=True)
+    dropped = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu", probing=True)
     assert dropped.gradients == 0
     assert dropped.peak.total < held.gradients / 4
 
@@ -316,7 +335,7 @@ def test_no_matrix_of_scores_is_kept_and_logits_grow_with_labels_alone() -> None
 
     for device in ("cpu", "cuda"):
         assert parts(device, 2000).activations == pytest.approx(2 * parts(device, 1000).activations, rel=0.01)
-    assert parts("cpu", 500, labelled=20, checkpointing=False).logits < parts("cpu", 500).logits / 10
+    assert parts("cpu", 500, labelled=20).logits < parts("cpu", 500).logits / 10
 
 
 def test_checkpointing_saves_and_rows_cost(tiny: Planner) -> None:
@@ -324,7 +343,7 @@ def test_checkpointing_saves_and_rows_cost(tiny: Planner) -> None:
         (plan,) = tiny.plan_modes(METHODS["full"].config, StepShape(tokens=128, **settings), modes=["none"])
         return plan.peak_bytes
 
-    assert peak(rows=8, checkpointing=True) < peak(rows=8) / 1.5
+    assert peak(rows=8, checkpointing="all") < peak(rows=8) / 1.5
     # a step in two micro-batches holds half the activations, and the first one's gradients
     assert peak(rows=4) < peak(rows=4, micro_batches=2) < peak(rows=8)
 
@@ -354,8 +373,63 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_fit(monkeypatch: pytes
     assert "leaves it 0.04 GiB" in message
     assert "--no-memory-check" in message
     settings = message.partition("--set ")[2].partition(" (")[0].split()
-    assert "training.gradient_checkpointing=true" in settings
-    assert fit_to_memory(config.override(parse(settings)), CPU).training.gradient_checkpointing
+    assert "training.gradient_checkpointing=all" in settings
+    assert fit_to_memory(config.override(parse(settings)), CPU).training.gradient_checkpointing == "all"
+
+
+def recomputed(config: RunConfig, **limits: Any) -> object:
+    return fit_to_memory(config, CPU, **limits).training.gradient_checkpointing
+
+
+def test_auto_recomputes_the_fewest_layers_that_fit(tiny: Planner) -> None:
+    def needed(method: str, layers: Any) -> int:
+        shape = replace(real_shape(short_run(method)), checkpointing=layers)
+        (plan,) = tiny.plan_modes(short_run(method).method, shape, modes=[METHODS[method].config.offload])
+        assert plan.recomputed_layers == {"none": 0, "all": 4}.get(layers, layers)
+        return memory_fit.needed_bytes(plan, "cpu")
+
+    for method in ("full", "prefix", "grass"):
+        config = short_run(method, "training.gradient_checkpointing=auto")
+        settings: list[Any] = ["none", 1, 2, 3, "all"]
+        sizes = [needed(method, setting) for setting in settings]
+        assert sizes == sorted(sizes, reverse=True)
+        safe = 1 + memory_fit.TOLERANCE
+        for memory in [math.ceil(size * safe) + more for size in sizes for more in (0, -1000)]:
+            fitting = [s for s, size in zip(settings, sizes, strict=True) if size * safe <= memory]
+            expected = fitting[0] if fitting else "all"
+            assert recomputed(config, memory=memory_fit.RESERVE_BYTES + memory) == expected
+        with pytest.raises(MemoryRefusalError, match="cannot fit"):
+            recomputed(config, memory=memory_fit.RESERVE_BYTES + int(sizes[-1] / safe) - 1000)
+
+
+def test_auto_recomputes_nothing_on_a_cpu_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_memory(monkeypatch, 40 * MIB)
+    full = short_run("full", "training.gradient_checkpointing=auto", "training.batch_size=64")
+    with pytest.raises(MemoryRefusalError, match=r"--set training.gradient_checkpointing=all"):
+        recomputed(full)
+    assert recomputed(full, memory=memory_fit.RESERVE_BYTES + 40 * MIB) == "all"
+    assert recomputed(short_run("full", "training.gradient_checkpointing=auto")) == "none"
+    untrained = short_run("full", "training.gradient_checkpointing=auto", "training.steps=0")
+    assert recomputed(untrained) == "none"
+
+
+def test_another_offload_mode_comes_before_recomputing(tiny: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grass_ray.memory.plan.RING_BYTES", MIB // 16)
+    monkeypatch.setattr(memory_fit, "needed_bytes", lambda plan, device: plan.peak_bytes)
+    config = short_run("grass", "method.offload=auto", "training.gradient_checkpointing=auto")
+    shape = replace(real_shape(config), checkpointing="none")
+    plans = tiny.plan_modes(config.method, shape, modes=["resident", "lazy"])
+    resident, lazy = (plan.peak_bytes * (1 + memory_fit.TOLERANCE) + memory_fit.RESERVE_BYTES for plan in plans)
+
+    def decided(memory: float) -> tuple[str, object]:
+        fitted = fit_to_memory(config, CPU, memory=math.ceil(memory))
+        return fitted.method.offload, fitted.training.gradient_checkpointing
+
+    assert lazy < resident
+    assert decided(resident) == ("resident", "none")
+    assert decided(resident - 1000) == ("lazy", "none")
+    assert decided(lazy) == ("lazy", "none")
+    assert decided(lazy - 1000) == ("resident", 1)
 
 
 def test_rows_shorter_than_the_cut_off_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +481,24 @@ def test_training_refuses_and_can_be_told_not_to(capsys: pytest.CaptureFixture[s
     assert stopped.value.code == 0
 
 
+@pytest.mark.long
+def test_training_takes_a_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_run = ["train", "full", "--model", "tiny", "--steps", "2", "--batch-size", "16", "--limit", "4", "--quiet"]
+    tiny_run += ["--set", "training.gradient_checkpointing=auto", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    for memory, layers in (("0.53", [0]), ("1", [])):
+        with pytest.raises(SystemExit) as stopped:
+            main([*tiny_run, "--output", str(tmp_path / memory), "--gpu-memory", memory])
+        assert stopped.value.code == 0
+        record = json.loads((tmp_path / memory / "record.json").read_text())
+        assert record["layers"]["recomputed"] == layers
+        assert record["config"]["training"]["gradient_checkpointing"] == "auto"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*tiny_run, "--output", str(tmp_path / "none"), "--gpu-memory", "0.3"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --gpu-memory 0.3: give more than the 0.5 GiB of a process\n"
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -435,7 +527,9 @@ def test_the_command_plans_seven_billion_parameters_in_little_memory() -> None:
     assert plans["grass", "none"]["fits"] == "no"
     assert values["advice"]["full"] is None
     advice = values["advice"]["grass"]
-    assert "training.gradient_checkpointing=true" in advice["settings"]
+    layers = advice["plan"]["recomputed_layers"]
+    assert 0 < layers < advice["plan"]["num_layers"] == 32
+    assert f"training.gradient_checkpointing={layers}" in advice["settings"]
     assert advice["plan"]["peak_gib"] < 23.5
     # the largest process this one ever started held less than a quarter of the weights
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < weights / 4
@@ -459,6 +553,26 @@ def test_table_and_markdown_say_what_fits(capsys: pytest.CaptureFixture[str]) ->
     code, markdown, _ = run_verb(capsys, *flags, "--format", "markdown")
     assert code == 0
     assert "| method | offload | weights |" in markdown
+
+
+def test_the_plan_says_which_layers_are_recomputed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "tiny", "--gpu-memory", "0.565", "--batch-size", "16", "--seq-len", "128", "--methods", "full")
+
+    def planned(*given: str) -> list[dict[str, Any]]:
+        _, out, _ = run_verb(capsys, *flags, "--format", "json", *given)
+        return [plan for plan in json.loads(out)["plans"] if plan["offload"] == "none"]
+
+    ((none,), (all_of_them,), (some,)) = (planned("--gradient-checkpointing", s) for s in ("none", "all", "2"))
+    assert none["recomputed_layers"] == 0
+    assert planned() == planned("--gradient-checkpointing", "false") == [none]
+    assert planned("--gradient-checkpointing") == planned("--gradient-checkpointing", "true") == [all_of_them]
+    assert none["peak_bytes"] > some["peak_bytes"] > all_of_them["peak_bytes"]
+    (auto,) = planned("--gradient-checkpointing", "auto")
+    assert auto["fits"] == "yes"
+    assert 0 < auto["recomputed_layers"] < 4
+    _, table, _ = run_verb(capsys, *flags, "--gradient-checkpointing", "auto")
+    count = auto["recomputed_layers"]
+    assert f"layers 0-{count - 1} of 4: at most {25 * count}% of forward again" in table
 
 
 def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,6 +599,12 @@ def test_settings_reach_the_methods_that_have_them(capsys: pytest.CaptureFixture
         (("--model", "tiny", "--gpu-memory", "8", "--batch-size", "0", "--seq-len", "0"), "; --seq-len 0"),
         (("--model", "tiny", "--gpu-memory", "8", "--accumulation-steps", "3"), "a divisor of the 4 rows"),
         (("--model", "tiny", "--gpu-memory", "8", "--labelled", "2000"), "give 1 to 1024"),
+        (
+            ("--model", "tiny", "--gpu-memory", "8", "--gradient-checkpointing", "some"),
+            "give none, all, auto",
+        ),
+        (("--model", "tiny", "--gpu-memory", "8", "--gradient-checkpointing", "0"), "give none, all, auto"),
+        (("--model", "tiny", "--gpu-memory", "8", "--gradient-checkpointing", "5"), "the model has 4 decoder layers"),
         (("--model", "tiny", "--gpu-memory", "8", "--set", "method.sampler.tau=1"), "method.sampler.tau=1"),
     ],
 )

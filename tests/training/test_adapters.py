@@ -9,7 +9,7 @@ import torch
 from small import make_batch, make_llama
 
 from grass_ray import AllLayersSampler, LayerwiseAdamW
-from grass_ray.config import AdapterConfig, ConfigError, LoraConfig, MethodConfig, PrefixConfig, PromptConfig
+from grass_ray.config import AdapterConfig, ConfigError, LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.training.adapters import add_adapter
 
 
@@ -44,20 +44,15 @@ def test_one_more_adapter_of_peft_is_one_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "mergeable", "shardable", "virtual_tokens", "allows_checkpointing"),
+    ("adapter", "mergeable", "shardable", "virtual_tokens"),
     [
-        (None, None, None, None, True),
-        (LoraConfig(), True, True, 0, True),
-        (PrefixConfig(num_virtual_tokens=3), False, False, 3, False),
-        (PromptConfig(num_virtual_tokens=4), False, False, 4, True),
+        (LoraConfig(), True, True, 0),
+        (PrefixConfig(num_virtual_tokens=3), False, False, 3),
+        (PromptConfig(num_virtual_tokens=4), False, False, 4),
     ],
 )
-def test_an_adapter_answers_what_it_can_be_combined_with(
-    adapter, mergeable, shardable, virtual_tokens, allows_checkpointing
-) -> None:
-    assert MethodConfig(name="mine", adapter=adapter).allows_checkpointing == allows_checkpointing
-    if adapter is not None:
-        assert (adapter.mergeable, adapter.shardable, adapter.virtual_tokens) == (mergeable, shardable, virtual_tokens)
+def test_an_adapter_answers_what_it_can_be_combined_with(adapter, mergeable, shardable, virtual_tokens) -> None:
+    assert (adapter.mergeable, adapter.shardable, adapter.virtual_tokens) == (mergeable, shardable, virtual_tokens)
 
 
 def test_a_refusal_of_peft_names_the_adapter_and_the_model() -> None:

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from grass_ray import GradNormSampler
 from grass_ray.config import LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.layerwise.importance import GradNormMeter
+from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory.step import StepShape, profile_step
+from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference import lm_head
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
@@ -170,9 +172,7 @@ def test_adapters_on_the_head_and_virtual_tokens(adapter: str, tied: bool) -> No
 def test_the_head_stays_the_same_under_checkpointing(adapter: Any) -> None:
     model = add_adapter(make_llama(), adapter).train()
     _, expected = loss_and_gradients(model, chunked_loss)
-    if adapter is None or adapter.allows_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()
+    Recompute(find_decoder_stack(model).modules).switch(True)
     _, found = loss_and_gradients(model, chunked_loss)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

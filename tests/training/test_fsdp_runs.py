@@ -39,8 +39,9 @@ LOSS_TOLERANCE = 2e-5
 WEIGHT_TOLERANCE = 2e-3  # of how far the weight has travelled
 
 
-def make_config(method: str) -> RunConfig:
-    return short_run(method, f"training.steps={STEPS}", "training.batch_size=4", "training.accumulation_steps=4")
+def make_config(method: str, *overrides: str) -> RunConfig:
+    defaults = [f"training.steps={STEPS}", "training.batch_size=4", "training.accumulation_steps=4"]
+    return short_run(method, *defaults, *overrides)
 
 
 def follow(method: str, folder: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -93,6 +94,9 @@ def work(rank: int, folder: str, methods: list[str]) -> None:
                 run.restore(saved)
                 list(run.fit())
                 results[method][f"resumed-{parallel}"] = weights_of(run.state.model)
+            run = Run.prepare(make_config(method, "training.gradient_checkpointing=2"), parallel="shard")
+            list(run.fit())
+            results[method]["recomputed"] = weights_of(run.state.model)
     torch.save(results, f"{folder}/worker-{rank}.pt")
     dist.destroy_process_group()
 
@@ -200,6 +204,13 @@ def test_a_checkpoint_goes_on_sharded_replicated_and_alone(
     list(run.fit())
     assert run.outcome().layers.only_active_layers_changed
     assert_close(weights_of(run.state.model), alone[method])
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_recomputed_layers_change_no_bit(method: str, workers: list[dict[str, Any]]) -> None:
+    for worker in workers:
+        for name, weight in worker[method]["weights"].items():
+            assert torch.equal(worker[method]["recomputed"][name], weight), name
 
 
 @pytest.mark.parametrize("method", ["full", "grass", "lisa"])

@@ -60,6 +60,44 @@ def assert_ages(run: Run, layers: LayerTrace) -> None:
     assert "importance / probability / age in steps" in layers.describe()
 
 
+@pytest.mark.parametrize("batching", ["plain", "packed"])
+@pytest.mark.parametrize("method", ["grass", "lora", "full", "ist", "prompt", "prefix"])
+def test_recomputed_layers_change_no_bit(method: str, batching: str) -> None:
+    if method in ("prompt", "prefix") and batching == "packed":
+        pytest.skip("its virtual tokens cannot be packed")
+
+    def follow(setting: str) -> tuple[str, list[float], list[int], list[int]]:
+        run = make_run(method, f"training.gradient_checkpointing={setting}", f"data.batching={batching}")
+        begun = [0] * 4
+        for index, layer in enumerate(run.state.optimizer.stack.modules):
+            first = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+            first.register_forward_pre_hook(lambda *_, index=index: begun.__setitem__(index, begun[index] + 1))
+        losses = [report.loss for report in run.fit() if report.phase == "train"]
+        layers = run.outcome().layers
+        assert layers is not None
+        assert layers.only_active_layers_changed
+        return run.weights_sha256(), losses, begun, layers.recomputed
+
+    sha256, losses, plain, none = follow("none")
+    assert none == []
+    assert follow("auto") == (sha256, losses, plain, [])  # on a CPU
+    for setting, count in (("2", 2), ("all", 4)):
+        other, same, begun, recomputed = follow(setting)
+        assert (other, same) == (sha256, losses)
+        assert recomputed == list(range(count))
+        assert begun[count:] == plain[count:]
+        # once more in each of six steps, but those whose lowest active layer is above
+        more = [new - old for new, old in zip(begun, plain, strict=True)][:count]
+        assert 0 < sum(more) <= 6 * count
+        if method not in ("grass", "ist"):
+            assert more == [6] * count
+
+
+def test_layers_to_recompute_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training.gradient_checkpointing is 5, but the model has 4 decoder layers"):
+        check_run(make_config("full", "training.gradient_checkpointing=5"))
+
+
 def test_the_engagement_proof_holds_and_would_notice() -> None:
     run = make_run()
     for _ in run.fit():
