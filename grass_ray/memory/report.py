@@ -127,12 +127,10 @@ def make_request(
             f"--accumulation-steps {accumulation_steps}: give a divisor of the {batch_size} rows",
         ),
     ]
-    mistakes = [message for holds, message in rules if not holds]
-    if mistakes:
+    if mistakes := [message for holds, message in rules if not holds]:
         raise ConfigError("; ".join(mistakes))
     kind, memory = _device_memory(memory_gib, device)
-    if checkpointing == "auto" and kind == "cpu" and memory_gib is None:
-        checkpointing = "none"
+    unlimited = kind == "cpu" and memory_gib is None
     return PlanRequest(
         model=ModelConfig(name=find_model(model), dtype=dtype),
         device=kind,
@@ -142,7 +140,7 @@ def make_request(
             tokens=seq_len,
             labelled=labelled,
             micro_batches=accumulation_steps,
-            checkpointing=checkpointing,
+            checkpointing="none" if unlimited and checkpointing == "auto" else checkpointing,
         ),
         methods=tuple(METHODS) if methods is None else methods,
         settings=settings,
