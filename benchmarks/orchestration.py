@@ -161,7 +161,7 @@ def write(options: Options, values: dict[str, float]) -> None:
         "start-up of a trial in the sweep": f"{values['start_up_s_a_trial']:.1f} s",
         "a training step": f"{1000 * values['step_s']:.1f} ms",
         "a checkpoint, written": f"{1000 * values['checkpoint_s']:.1f} ms",
-        "a checkpoint, reported to Ray Train": f"{values['checkpoint_in_a_sweep_s']:.2f} s of its trial",
+        "a checkpoint, reported to the driver": f"{values['checkpoint_in_a_sweep_s']:.2f} s of its trial",
         "tracking a step, one call a step": f"{1000 * values['tracking_s_a_step_by_1']:.1f} ms in the driver",
         "tracking a step, ten steps a call": f"{1000 * values['tracking_s_a_step_by_10']:.1f} ms in the driver",
     }

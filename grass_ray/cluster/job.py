@@ -47,6 +47,11 @@ class SweepContext(BaseModel):
     memory_check: bool = True
     max_failures: int = 2
 
+    @property
+    def single_worker(self) -> bool:
+        """Whether a trial is one process from its beginning to its end, and so needs no Ray Train."""
+        return self.resources.workers == 1 and self.parallel == "replicate"
+
 
 class Job(BaseModel):
     """One trial, or one generation of a population's member.
@@ -125,3 +130,11 @@ class Job(BaseModel):
             world_size=self.context.resources.workers,
             search=self.search,
         )
+
+
+def describe_death(error: str, times: int) -> str:
+    """What a record says of a trial whose worker died ``times`` times, the last time with the message ``error``."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    # the last line tells, but Ray's message on memory ends in advice
+    telling = next((line for line in lines if "low on memory" in line), lines[-1] if lines else "no reason known")
+    return f"the worker failed {times} time(s): {telling}"

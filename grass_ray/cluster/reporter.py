@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE
+from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
 from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
@@ -297,9 +297,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's own actor died."""
-        error = trial.get_pickled_error()
-        reason = str(error).strip().splitlines() if error is not None else []
-        self.trial_store.end(_key(trial), f"the trial's driver died: {reason[-1] if reason else 'no reason known'}")
+        self.trial_store.end(_key(trial), describe_death(str(trial.get_pickled_error() or ""), trial.num_failures))
 
 
 def _key(trial: Any) -> str:

@@ -127,9 +127,10 @@ class SweepRunner:
             return
         with ray_cluster(self.options.machines) as cluster:
             cluster.check_storage(self.storage)
-            if plan is not None and plan.scheduler != "none":
-                cluster.check_dashboard()
             context = self._context(cluster)
+            by_train = plan is not None and (plan.scheduler == "pbt" or not context.single_worker)
+            if plan is not None and plan.scheduler != "none" and by_train:
+                cluster.check_dashboard()
             with self.progress:
                 for search in searches:
                     if search.is_left():
