@@ -17,6 +17,7 @@ from grass_ray.results.provenance import hardware
 from grass_ray.results.record import SearchPart
 
 TIME = "step"  # training steps, in the reports that Tune's schedulers look at
+HELD = "held"  # in a report: its process waits at a rung until it is let pass
 RECORD_FILE = "record.json"
 TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
 FAILURE_FILE = "failure.json"  # why one worker of several ended its trial

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from grass_ray.cluster.job import FAILURE_FILE, TIME, Job
+from grass_ray.cluster.job import FAILURE_FILE, HELD, TIME, Job
 from grass_ray.cluster.ray_worker import RayWorker
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError
@@ -122,7 +122,9 @@ class RayReporter(Listener):
 
         A population's scheduler hears of it from the member's driver, together with the checkpoint; not from here.
         """
-        return {VALIDATION: loss} if self._job.until is not None else {TIME: train_step, VALIDATION: loss}
+        if self._job.until is not None:
+            return {VALIDATION: loss}
+        return {TIME: train_step, VALIDATION: loss, HELD: not self._worker.waits}
 
 
 class Validation(Listener):

@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
+from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
 from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
@@ -283,7 +283,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self._crashes[_key(trial)] = result["failure"]
         self.trial_store.result(_key(trial), result)
         # the scheduler has decided before this is called
-        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._stopped:
+        if result.get(HELD) and _key(trial) not in self._stopped:
             self.trial_store.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
