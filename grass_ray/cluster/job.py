@@ -136,6 +136,7 @@ class Job(BaseModel):
 def describe_death(error: str, times: int) -> str:
     """What a record says of a trial whose worker died ``times`` times, the last time with the message ``error``."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    # the last line tells, but Ray's message on memory ends in advice
-    telling = next((line for line in lines if "low on memory" in line), lines[-1] if lines else "no reason known")
+    # the last line tells, but Ray's messages on memory and on killed processes end in something else
+    found = (line for words in ("low on memory", "is dead because") for line in lines if words in line)
+    telling = next(found, lines[-1] if lines else "no reason known")
     return f"the worker failed {times} time(s): {telling}"
