@@ -81,6 +81,9 @@ class TuneWorker:
 
     Args:
         storage: of the trial's checkpoints. They outlive the Tuner: a sweep that is resumed has another.
+
+    Attributes:
+        last_report: what the driver was told last.
     """
 
     rank = 0
@@ -89,22 +92,32 @@ class TuneWorker:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self.last_report: dict[str, Any] = {}
         self._node = ray.get_runtime_context().get_node_id()
 
     def report(self, message: dict[str, Any], checkpoint: Path | None = None) -> None:
         """See :meth:`RayWorker.report`; ends this thread if the scheduler stops the trial."""
         if checkpoint is not None:
             self._keep(checkpoint)
+        self.last_report = message
         ray.tune.report(message)
+
+    @property
+    def latest(self) -> str | None:
+        """The last checkpoint's URI; None if there is none."""
+        if not self._storage.exists(_LATEST_FILE):
+            return None
+        return self._storage.join(self._storage.read_text(_LATEST_FILE)).uri
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         """See :meth:`RayWorker.checkpoint`."""
-        if not self._storage.exists(_LATEST_FILE):
+        latest = self.latest
+        if latest is None:
             yield None
             return
         with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
-            self._storage.download(Path(folder), self._storage.read_text(_LATEST_FILE))
+            Storage(latest).download(Path(folder))
             yield Path(folder)
 
     def loses_its_machine(self) -> bool:

@@ -125,12 +125,13 @@ class SweepRunner:
         if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
             return
-        with ray_cluster(self.options.machines) as cluster:
+        options = self.options
+        uses_train = options.workers_per_trial > 1 or options.parallel == "shard"
+        with ray_cluster(options.machines, dashboard=uses_train) as cluster:
             cluster.check_storage(self.storage)
-            context = self._context(cluster)
-            by_train = plan is not None and (plan.scheduler == "pbt" or not context.single_worker)
-            if plan is not None and plan.scheduler != "none" and by_train:
+            if uses_train and plan is not None and plan.scheduler != "none":
                 cluster.check_dashboard()
+            context = self._context(cluster)
             with self.progress:
                 for search in searches:
                     if search.is_left():

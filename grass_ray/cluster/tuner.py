@@ -16,7 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from grass_ray.cluster.job import Job, SweepContext
-from grass_ray.cluster.pbt import drive_member
+from grass_ray.cluster.pbt import drive_member, single_member
 from grass_ray.cluster.reporter import SweepCallback, TrialStore
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import drive_trial
@@ -34,7 +34,7 @@ class TuneRun:
         num_samples: how many the searcher chooses.
         scheduler: stops trials early, or changes their settings; None lets all come to their end.
         population: whether the trials are members of one, which sleep between generations.
-        driver_memory: bytes that the driver of a trial with Train workers claims.
+        driver_memory: bytes that a trial's process claims.
     """
 
     name: str
@@ -55,18 +55,19 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
         trial_store: where their results go.
     """
     resources, population = context.resources, tune_run.population
-    alone = context.single_worker and not population
-    trainable = single_worker if alone else drive_member if population else drive_trial
+    alone = context.single_worker
+    trial, member = (single_worker, single_member) if alone else (drive_trial, drive_member)
     # A driver claims memory alone, and mostly one byte: it must hold no CPU that its own workers wait for.
-    claims = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {"memory": tune_run.driver_memory}
+    own = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {}
+    claims = {**own, "memory": tune_run.driver_memory}
     tuner = tune.Tuner(
-        tune.with_resources(trainable, claims),
+        tune.with_resources(member if population else trial, claims),
         param_space={"job": tune.grid_search([job.to_dict() for job in tune_run.jobs])} if tune_run.jobs else None,
         tune_config=tune.TuneConfig(
             search_alg=tune_run.searcher,
             num_samples=tune_run.num_samples,
             scheduler=tune_run.scheduler,
-            # a population's sleeping members count, too: the memory of the drivers limits it instead
+            # a population's sleeping members count, too: the memory that they claim limits it instead
             max_concurrent_trials=None if population else resources.slots,
             reuse_actors=alone,  # with everything that is imported
             trial_name_creator=_trial_name,
