@@ -13,6 +13,7 @@ from tyro.conf import arg
 from grass_ray.commands.flags import Settings
 from grass_ray.config import ConfigError, GradientCheckpointing, TrainingConfig
 from grass_ray.method_files import methods_with
+from grass_ray.methods import get_method
 from grass_ray.overrides import parse
 
 
@@ -58,6 +59,7 @@ class Plan:
         """Print the plan and return the exit code."""
         from grass_ray.memory.report import make_report, make_request, render_report
 
+        known = methods_with(self.method_file)
         request = make_request(
             model=self.model,
             dtype=self.dtype,
@@ -68,8 +70,7 @@ class Plan:
             labelled=self.labelled,
             accumulation_steps=self.accumulation_steps,
             checkpointing=_read_checkpointing(self.gradient_checkpointing),
-            names=self.methods,
-            methods=methods_with(self.method_file),
+            methods=known if self.methods is None else {name: get_method(name, known) for name in self.methods},
             settings=self.set,
         )
 

@@ -19,7 +19,7 @@ from grass_ray.memory.allocations import DeviceKind
 from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
-from grass_ray.methods import METHODS, Method, get_method
+from grass_ray.methods import METHODS, Method
 from grass_ray.overrides import parse
 from grass_ray.paths import find_model
 from grass_ray.training.checks import check_recomputed
@@ -96,9 +96,8 @@ def make_request(
     labelled: int | None,
     accumulation_steps: int,
     checkpointing: GradientCheckpointing,
-    names: tuple[str, ...] | None,
+    methods: Mapping[str, Method],
     settings: tuple[str, ...],
-    methods: Mapping[str, Method] = METHODS,
 ) -> PlanRequest:
     """Build a request from the flags of the command line.
 
@@ -112,9 +111,8 @@ def make_request(
         labelled: labelled tokens per row; None for all.
         accumulation_steps: micro-batches per optimizer step.
         checkpointing: which layers are recomputed; ``auto`` takes none on a CPU unless ``memory_gib`` is given.
-        names: of the methods to plan; None for all.
+        methods: the methods to plan, by name.
         settings: ``dotted.key=value``.
-        methods: the methods that there are.
 
     Raises:
         ConfigError: numbers are out of range; the message lists all of them.
@@ -144,7 +142,7 @@ def make_request(
             micro_batches=accumulation_steps,
             checkpointing="none" if unlimited and checkpointing == "auto" else checkpointing,
         ),
-        methods=methods if names is None else {name: get_method(name, methods) for name in names},
+        methods=methods,
         settings=settings,
     )
 
