@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,7 @@ MISTAKES: dict[str, tuple[list[object], str, str]] = {
         TOP_HEAVY,
         r"sampler.args.*greater than 0",
     ),
+    "a date": ([with_sampler(args={"period": date(2026, 1, 1)})], TOP_HEAVY, r"sampler.args: .*give numbers, texts"),
     "not Python": ([ROW], "class Top:\nHeavy", r"top_heavy.py is not Python: "),
     "cannot be imported": ([ROW], "import not_installed_anywhere\n", r"cannot import top_heavy: ModuleNotFoundError"),
     "raises": ([ROW], "1 / 0\n", r"cannot import top_heavy: ZeroDivisionError"),

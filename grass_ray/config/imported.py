@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, JsonValue, TypeAdapter, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 
-from grass_ray.config.base import ConfigPart
+from grass_ray.config.base import ConfigPart, plain
 from grass_ray.config.code import check_installed, load
 from grass_ray.config.schedules import AnyScheduleConfig
 from grass_ray.errors import ConfigError
@@ -28,18 +28,18 @@ class ImportedPart(ConfigPart):
 
     target: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
     """Import path of the class, as ``package.module:Name``; found beside the method file or on PYTHONPATH."""
-    args: dict[str, JsonValue] = Field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of its constructor. A schedule such as ``{kind: linear, start: 4, end: 1}`` is built."""
     sha256: str | None = None
     """Hash of its code, which ``--method-file`` fills in."""
 
     @field_validator("args")
     @classmethod
-    def _schedules_are_right(cls, args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _schedules_are_right(cls, args: dict[str, Any]) -> dict[str, Any]:
         for value in args.values():
             if _is_schedule(value):
                 _SCHEDULE.validate_python(value)
-        return args
+        return plain(args)
 
     def check_code(self) -> None:
         """Raise :class:`ConfigError` if this process may not run the class, or has another version of its code."""
