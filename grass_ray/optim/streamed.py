@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.hooks import WeakHook
+from grass_ray.optim.hooks import BeforeBackward, WeakHook, in_backward
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.placement import Footprint, OnDevice, parts_of
 from grass_ray.optim.states import STEP, States
 from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
 from grass_ray.optim.streams import make_streams
-from grass_ray.optim.units import Unit
+from grass_ray.optim.units import Unit, in_order_of_forward
 
 
 class Streamed(OnDevice):
@@ -93,11 +93,6 @@ class Streamed(OnDevice):
         trained = [p for unit in streamed for p in unit.parameters if p.grad is not None]
         self.streamer.update(streamed, {p: self._states.held[p][STEP] for p in trained}, groups, skip)
 
-    def prefetch(self, unit: Unit) -> None:
-        """Fetch as many of the unit's chunks as there is room for."""
-        if self.offloaded(unit):
-            self.streamer.prefetch(unit)
-
     def wait_for(self, names: Sequence[str]) -> None:
         """Let the current stream wait for updates of these units that are under way."""
         for name in names:
@@ -139,4 +134,41 @@ class Lazy(Streamed):
     """Chunks are fetched during backward, and updates go on under the next forward (``offload="lazy"``)."""
 
     mode: ClassVar[StreamMode] = "lazy"
-    prefetches: ClassVar[bool] = True
+
+    def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
+        super().__init__(states, device, stats, options)
+        self._coming: list[Unit] = []
+        self._layers = 0
+
+    def hooks(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        units: Sequence[Unit],
+        before_forward: Callable[[WeakHook], list[Any]],
+    ) -> list[Any]:
+        """Also fetch ahead as backward goes down the layers, and give borrowed memory back as forward goes up."""
+        self._layers = len(layers)
+        handles = super().hooks(model, layers, units, before_forward)
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(WeakHook(self._forward_begins, index)))
+            handles.append(layer.register_forward_hook(BeforeBackward(self._backward_begins, index)))
+        return handles
+
+    def activate(self, units: Iterable[Unit]) -> None:
+        """Make host blocks for units that had none, and fetch those of these units from now on."""
+        units = list(units)
+        super().activate(units)
+        self._coming = in_order_of_forward(units)
+
+    def _backward_begins(self, layer: int) -> None:
+        self.streamer.prefetch(self._coming, layer)
+
+    def _forward_begins(self, layer: int) -> None:
+        if not in_backward():
+            self.streamer.give_back(layer)
+
+    def clear(self) -> None:
+        """Forget every state, and begin with an empty ring."""
+        self.streamer.give_back(self._layers)
+        super().clear()

@@ -7,13 +7,17 @@ own memory. Three modes share the protocol and give bitwise the same weights:
 - ``overlap``: while a chunk is updated the next is fetched and the last written back; all is done when ``step`` ends;
 - ``lazy``: chunks are fetched ahead during backward, and updates may go on under the next forward, which waits in front
   of each layer for that layer's own update only. No step ever uses stale weights.
+
+What forward needs first is fetched first. Low layers are needed before a small ring could have brought all of their
+states, so ``lazy`` also borrows memory: as backward frees activations, further slots take their place, and each is
+given back before the next forward reaches the layer at whose backward it was borrowed. So the peak stays where it was.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,11 +68,16 @@ class OffloadStats:
 
 @dataclass(eq=False)
 class Slot:
-    """A place in the ring; ``written`` is the event of its last write-back."""
+    """A place for a chunk, in the ring or borrowed.
+
+    ``written`` is the event of its last write-back; ``borrowed_at`` the layer that backward had reached when its memory
+    was borrowed, None in the ring.
+    """
 
     index: int
     memory: Tensor
     written: Any = None
+    borrowed_at: int | None = None
 
 
 @dataclass
@@ -104,6 +113,8 @@ class Streamer:
         stats: OffloadStats,
     ) -> None:
         self.ring = torch.empty(slots * chunk_bytes, dtype=torch.uint8, device=device)
+        self.borrowed: list[Slot] = []
+        self._chunk_bytes = chunk_bytes
         self.mode = mode
         self.stats = stats
         self._store = store
@@ -111,20 +122,55 @@ class Streamer:
         self._free = deque(
             Slot(index, self.ring[index * chunk_bytes : (index + 1) * chunk_bytes]) for index in range(slots)
         )
+        self._last_in_ring = self._free[-1]
         self._fetched: dict[str, tuple[Slot, Any]] = {}
         self._gates: dict[str, Gate] = {}
 
     # ------------------------------------------------------------------------------------------------- before the step
 
-    def prefetch(self, unit: Unit) -> None:
-        """Backward reached the unit: fetch as many of its chunks as there is room for."""
-        for chunk in self._store.chunks(unit.name):
-            if chunk.name in self._fetched:
-                continue
+    def prefetch(self, units: Iterable[Unit], layer: int) -> None:
+        """Backward has reached a layer: fetch as many chunks as there is room for.
+
+        Args:
+            units: those that will be updated, in the order in which the next forward needs them.
+            layer: index of the layer.
+        """
+        missing = (c for unit in units for c in self._store.chunks(unit.name) if c.name not in self._fetched)
+        room: int | None = None
+        for chunk in missing:
             if not self._free:
-                return
+                room = self.room() if room is None else room
+                if room <= 0:
+                    return
+                room -= 1
+                self._borrow(layer)
             self._fetch(chunk)
             self.stats.prefetched += 1
+
+    def room(self) -> int:
+        """How many slots can be borrowed without raising the peak of the device's memory; 0 on a CPU."""
+        if self.ring.device.type != "cuda":
+            return 0
+        allocated = torch.cuda.memory_stats_as_nested_dict(self.ring.device)["allocated_bytes"]["all"]
+        return int(allocated["peak"] - allocated["current"]) // self._chunk_bytes
+
+    def _borrow(self, layer: int) -> None:
+        # from the training's own memory: what it did there before must be done when the slot is filled
+        memory = torch.empty(self._chunk_bytes, dtype=torch.uint8, device=self.ring.device)
+        index = 1 + max(slot.index for slot in (*self.borrowed, self._last_in_ring))
+        slot = Slot(index, memory, self._streams.record("compute"), layer)
+        self.borrowed.append(slot)
+        self._free.append(slot)
+
+    def give_back(self, layer: int) -> None:
+        """Forward is about to reach a layer: return what was borrowed when backward had reached it, or one below."""
+        for slot in [slot for slot in self.borrowed if slot.borrowed_at is not None and slot.borrowed_at <= layer]:
+            for name in [name for name, (other, _) in self._fetched.items() if other is slot]:
+                _, slot.written = self._fetched.pop(name)  # no update came in between; its block is as it was
+                self._free.append(slot)
+            self._free.remove(slot)
+            self.borrowed.remove(slot)
+            self._streams.wait("compute", slot.written, "borrowed memory is given back after it was written back")
 
     def _fetch(self, chunk: Chunk) -> None:
         slot = self._free.popleft()
@@ -152,7 +198,7 @@ class Streamer:
         """Update every unit from its parameters' gradients, which are taken away from them.
 
         Args:
-            units: the active ones, in the order in which backward reached them.
+            units: the active ones, in the order in which the next forward needs them.
             steps: for every parameter with a gradient how many updates it has had, this one included.
             groups: the optimizer's parameter groups.
             skip: see :func:`grass_ray.optim.kernels.adamw`.
