@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from grass_ray.optim.hooks import BeforeBackward, WeakHook, in_backward
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.placement import Footprint, OnDevice, parts_of
+from grass_ray.optim.room import Room
 from grass_ray.optim.states import STEP, States
 from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
 from grass_ray.optim.streams import make_streams
@@ -114,6 +115,7 @@ class Streamed(OnDevice):
 
     def clear(self) -> None:
         """Forget every state, and begin with an empty ring."""
+        self.streamer.end()
         super().clear()
         self.streamer = self._make_streamer()
 
@@ -137,8 +139,9 @@ class Lazy(Streamed):
 
     def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
         super().__init__(states, device, stats, options)
+        self.room = Room(device)
         self._coming: list[Unit] = []
-        self._layers = 0
+        self._constant: list[Unit] = []
 
     def hooks(
         self,
@@ -148,7 +151,6 @@ class Lazy(Streamed):
         before_forward: Callable[[WeakHook], list[Any]],
     ) -> list[Any]:
         """Also fetch ahead as backward goes down the layers, and give borrowed memory back as forward goes up."""
-        self._layers = len(layers)
         handles = super().hooks(model, layers, units, before_forward)
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(WeakHook(self._forward_begins, index)))
@@ -159,16 +161,32 @@ class Lazy(Streamed):
         """Make host blocks for units that had none, and fetch those of these units from now on."""
         units = list(units)
         super().activate(units)
+        self.streamer.drop_prefetched()
+        self.room.forget()
         self._coming = in_order_of_forward(units)
 
-    def _backward_begins(self, layer: int) -> None:
-        self.streamer.prefetch(self._coming, layer)
+    def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
+        """AdamW on all units; see :meth:`Streamed.update`."""
+        self._constant = [unit for unit in units if not self.offloaded(unit)]
+        super().update(units, groups, skip)
+        self.room.end_step()
 
     def _forward_begins(self, layer: int) -> None:
-        if not in_backward():
+        if in_backward():
+            self._backward_begins(layer, again=True)
+        else:
+            self.room.forward()
             self.streamer.give_back(layer)
 
-    def clear(self) -> None:
-        """Forget every state, and begin with an empty ring."""
-        self.streamer.give_back(self._layers)
-        super().clear()
+    def _backward_begins(self, layer: int, *, again: bool = False) -> None:
+        self.room.backward(layer, again=again, lent=self._lent)
+        self.streamer.prefetch(self._coming, layer, self._slots_to_borrow)
+
+    @property
+    def _lent(self) -> int:
+        return sum(slot.memory.nbytes for slot in self.streamer.borrowed)
+
+    def _slots_to_borrow(self) -> int:
+        parameters = (p for unit in (*self._coming, *self._constant) for p in unit.parameters)
+        to_come = sum(p.nbytes for p in parameters if p.grad is None)
+        return self.room.bytes(to_come=to_come) // self._options.chunk_bytes
