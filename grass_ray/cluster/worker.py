@@ -40,6 +40,8 @@ def work(job: Job, worker: RayWorker) -> None:
         job: the trial.
         worker: this process among those of the trial.
     """
+    for code in job.context.code:
+        code.install()
     config, storage = job.config, Storage(job.context.storage)
     is_main, workers = worker.rank == 0, worker.workers
     if is_main:
