@@ -31,7 +31,7 @@ def test_a_sweep_with_a_sampler_of_ones_own_is_killed_and_resumed(tmp_path: Path
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=tmp_path
         )
         deadline = time.monotonic() + 600
-        while not list(storage.glob("mini/*/ray/train-*/checkpoint_2*")) and time.monotonic() < deadline:
+        while not list(storage.glob("mini/*/ray/train-*/latest")) and time.monotonic() < deadline:
             assert driver.poll() is None, (tmp_path / "killed.log").read_text()
             time.sleep(0.1)
         os.killpg(driver.pid, signal.SIGKILL)
