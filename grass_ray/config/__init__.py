@@ -40,6 +40,7 @@ from grass_ray.config.method import (
 from grass_ray.config.run import (
     EvaluationConfig,
     GradientCheckpointing,
+    LmEvalConfig,
     ModelConfig,
     Parallel,
     RunConfig,
@@ -94,6 +95,7 @@ __all__ = [
     "GradientCheckpointing",
     "HubSource",
     "LinearScheduleConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "MatrixNormSamplerConfig",
     "MethodConfig",
