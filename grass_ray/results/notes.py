@@ -170,7 +170,7 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
     benchmarks = [row.lm_eval_to_base for row in rows if row.lm_eval_to_base is not None]
     if benchmarks:
         notes.append(
-            f"lm-eval vs base: {_named(benchmarks)} against the untrained model, example by example; p-values of single "
+            f"lm-eval vs base: {_named(benchmarks)} against the untrained model, by example; p-values of single "
             "tasks are adjusted over rows and tasks, and ± beside them is lm-eval's standard error over the examples"
         )
     notes += detectable_notes(rows)
