@@ -11,12 +11,12 @@ from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import build_record, now, write_examples, write_lm_eval_examples
 from grass_ray.results.record import RunRecord
 from grass_ray.tasks.lm_eval_scores import lm_eval_metrics
-from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import FORGETTING, RunOutcome
 
 if TYPE_CHECKING:
     from grass_ray.tasks.lm_eval_results import HarnessResults
     from grass_ray.training.forgetting import Forgetting
+    from grass_ray.training.models import LoadedModel
 
 
 def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path | None, quiet: bool = False) -> int:
@@ -32,11 +32,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.export.model import load_trained_model
-    from grass_ray.tasks.evaluation import evaluate
     from grass_ray.tasks.lm_eval_results import HarnessResults
-    from grass_ray.tasks.lm_eval_run import evaluate_lm_eval
-    from grass_ray.tasks.scores import score_metrics, workload_metrics
-    from grass_ray.training.built_in import cache_folder
     from grass_ray.training.metrics import default_device
     from grass_ray.training.models import load_model
     from grass_ray.training.weights import base_model_sha256
@@ -49,23 +45,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     loaded = load_model(config.model) if run_folder is None else load_trained_model(run_folder)
     loaded.model.to(default_device())
     with RunProgress(f"eval {config.name}", quiet=quiet) as progress:
-        results = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            config.data,
-            config.evaluation,
-            cache=cache_folder() / "tokens",
-            on_progress=progress.on_evaluation,
-            on_outcome=collected.add,
-        )
-        benchmarks = evaluate_lm_eval(
-            loaded.model,
-            loaded.tokenizer,
-            config.evaluation,
-            on_progress=progress.on_evaluation,
-            on_outcome=collected.add,
-        )
-    forgotten = {} if forgetting is None else forgetting.metrics(loaded.model)
+        outcome = _measure(config, loaded, progress, collected, forgetting)
     record = build_record(
         run_id=f"eval-{config.fingerprint}",
         sweep="eval",
@@ -73,13 +53,7 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
         config=config,
         status="finished",
         failure=None,
-        outcome=RunOutcome(
-            metrics=score_metrics(results) | workload_metrics(results) | lm_eval_metrics(benchmarks or {}) | forgotten,
-            tasks=results,
-            lm_eval=benchmarks or {},
-            data={} if forgetting is None else {FORGETTING: forgetting.provenance},
-            model_revision=loaded.revision,
-        ),
+        outcome=outcome,
         started_at=started_at,
         model_sha256=base_model_sha256(config.model),
     )
@@ -87,19 +61,51 @@ def evaluate_locally(config: RunConfig, *, run_folder: Path | None, output: Path
     for line in describe_lost_test_rows(record):
         print(line)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_lm_eval_examples(output / "lm_eval_examples.jsonl", benchmarks or {})
-        _write(output, record, results, collected, config.model.name if run_folder is None else str(run_folder))
+        _write(output, record, outcome, collected, config.model.name if run_folder is None else str(run_folder))
         if not quiet:
             print(f"wrote {output}/record.json, examples.jsonl and lm_eval/")
     return 0
 
 
-def _write(
-    output: Path, record: RunRecord, results: dict[str, EvaluationResult], collected: HarnessResults, model: str
-) -> None:
+def _measure(
+    config: RunConfig,
+    loaded: LoadedModel,
+    progress: RunProgress,
+    collected: HarnessResults,
+    forgetting: Forgetting | None,
+) -> RunOutcome:
+    """The tasks of the data, those of lm-eval, and what was forgotten."""
+    from grass_ray.tasks.evaluation import evaluate
+    from grass_ray.tasks.lm_eval_run import evaluate_lm_eval
+    from grass_ray.tasks.scores import score_metrics, workload_metrics
+    from grass_ray.training.built_in import cache_folder
+
+    model, tokenizer, told = loaded.model, loaded.tokenizer, progress.on_evaluation
+    results = evaluate(
+        model,
+        tokenizer,
+        config.data,
+        config.evaluation,
+        cache=cache_folder() / "tokens",
+        on_progress=told,
+        on_outcome=collected.add,
+    )
+    found = evaluate_lm_eval(model, tokenizer, config.evaluation, on_progress=told, on_outcome=collected.add) or {}
+    metrics = score_metrics(results) | workload_metrics(results) | lm_eval_metrics(found)
+    return RunOutcome(
+        metrics=metrics if forgetting is None else metrics | forgetting.metrics(model),
+        tasks=results,
+        lm_eval=found,
+        data={} if forgetting is None else {FORGETTING: forgetting.provenance},
+        model_revision=loaded.revision,
+    )
+
+
+def _write(output: Path, record: RunRecord, outcome: RunOutcome, collected: HarnessResults, model: str) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     record.save(output / "record.json")
-    write_examples(output / "examples.jsonl", results)
+    write_examples(output / "examples.jsonl", outcome.tasks)
+    write_lm_eval_examples(output / "lm_eval_examples.jsonl", outcome.lm_eval)
     collected.write(output / "lm_eval", model=model, evaluation=RunConfig.parse(record.config).evaluation)
 
 

@@ -150,7 +150,6 @@ class Eval:
     """Measure the accuracy of a model without training it.
 
     For example:
-      grass-ray eval --limit 100
       grass-ray eval --model grass_ray_results/train/RUN --task gsm8k --data-dir DATA
       grass-ray eval --model EXPORTED --task boolq arc_easy --data-dir DATA --scoring loglikelihood
       grass-ray eval --model EXPORTED --eval-tasks mmlu,ifeval --num-fewshot 5

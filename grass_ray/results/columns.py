@@ -238,6 +238,33 @@ COLUMNS: tuple[Column, ...] = (
     detectable("best", lambda row: row.loss_to_best, metric="loss"),
     *TEXT_COLUMNS,
     *LM_EVAL_COLUMNS,
+    Column(
+        "mean_reserved_gib",
+        "mean GiB",
+        form=gib,
+        meaning="memory reserved after a step, the mean over steps and seeds",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
+    Column(
+        "p99_reserved_gib",
+        "p99 GiB",
+        form=gib,
+        meaning="memory reserved after a step, its 99th percentile over steps, the most of all seeds",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
+    Column(
+        "checkpoint_mib",
+        "ckpt. MiB",
+        form=lambda size: number(size, 1),
+        meaning="size of what an export holds: the adapter, or all weights",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 

@@ -88,6 +88,18 @@ def of_lm_eval(finished: Sequence[RunRecord]) -> dict[str, Any]:
     return {"lm_eval_tasks": found, "lm_eval": fmean(averages), "lm_eval_std": std}
 
 
+def memory_and_size(group: Sequence[RunRecord], finished: Sequence[RunRecord]) -> dict[str, Any]:
+    """The most of all seeds, or a mean, of what was measured."""
+    found: dict[str, Any] = {
+        name: max(values(group, f"memory/{name}"), default=None)
+        for name in ("peak_allocated_gib", "peak_reserved_gib", "host_pinned_gib", "p99_reserved_gib")
+    }
+    means = values(finished, "memory/mean_reserved_gib")
+    found["mean_reserved_gib"] = fmean(means) if means else None
+    found["checkpoint_mib"] = max(values(group, "checkpoint/mib"), default=None)
+    return found
+
+
 def values(group: Iterable[RunRecord], metric: str) -> list[float]:
     """The finite values of a metric, of the records that have it."""
     return [value for record in group if math.isfinite(value := record.metrics.get(metric, math.nan))]

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 
 from grass_ray.results.paired import Comparison, Metric
 from grass_ray.results.record import RunRecord
-from grass_ray.results.row_facts import Benchmark, losses, of_lm_eval, of_texts, values
+from grass_ray.results.row_facts import Benchmark, losses, memory_and_size, of_lm_eval, of_texts, values
 from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
 from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
@@ -55,6 +55,8 @@ class LeaderboardRow:
             over seeds; ``lm_eval_std`` is the spread over seeds, and ``lm_eval_tasks`` says them one by one.
         lm_eval_to_full, lm_eval_to_best, lm_eval_to_base: comparisons by these tasks, with the row of the highest
             average, and with the untrained model: what training changed.
+        mean_reserved_gib, p99_reserved_gib: of the memory reserved after each step, the mean and the 99th percentile.
+        checkpoint_mib: size of what an export holds: the adapter, or all weights.
         ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``), ``"lm_eval"`` if lm-eval's tasks alone
             were.
         pareto: whether no other row has both more accuracy and less peak memory.
@@ -72,9 +74,12 @@ class LeaderboardRow:
     accuracy_low: float | None
     accuracy_high: float | None
     tasks: dict[str, float]
-    peak_allocated_gib: float | None
-    peak_reserved_gib: float | None
-    host_pinned_gib: float | None
+    peak_allocated_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    host_pinned_gib: float | None = None
+    mean_reserved_gib: float | None = None
+    p99_reserved_gib: float | None = None
+    checkpoint_mib: float | None = None
     tokens_per_second: float | None
     train_s: float | None
     trainable_share: float | None
@@ -213,9 +218,6 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
         tasks=scores,
-        peak_allocated_gib=max(values(group, "memory/peak_allocated_gib"), default=None),
-        peak_reserved_gib=max(values(group, "memory/peak_reserved_gib"), default=None),
-        host_pinned_gib=max(values(group, "memory/host_pinned_gib"), default=None),
         tokens_per_second=_mean(values(finished, "throughput/tokens_per_second")),
         train_s=_mean(values(finished, "time/train_s")),
         trainable_share=max(shares, default=None),
@@ -240,6 +242,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
         ranked_by=ranked_by(config["evaluation"].get("scoring")),
         **losses(finished),
+        **memory_and_size(group, finished),
         **of_texts(finished),
         **of_lm_eval(finished),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from grass_ray.results import columns as all_of
 from grass_ray.results.benchmarks import benchmark_columns
 from grass_ray.results.column import COST, DETAILS, END, LM_EVAL, LOSS, Column
-from grass_ray.results.columns import COLUMNS, LOSS_COLUMN, METHOD, RANK, STATUS, task_column
+from grass_ray.results.columns import LOSS_COLUMN, METHOD, RANK, STATUS, task_column
 from grass_ray.results.formats import NONE
 from grass_ray.results.leaderboard import LeaderboardTable
 
@@ -58,7 +59,7 @@ def all_columns(table: LeaderboardTable) -> list[Column]:
 
 def _shown(table: LeaderboardTable, chosen: Callable[[Column], bool]) -> list[Column]:
     """The chosen columns for people that have a value in some row, and those that are always there."""
-    columns = [column for column in COLUMNS if column.name and chosen(column)]
+    columns = [column for column in all_of.COLUMNS if column.name and chosen(column)]
     without = None if table.metric == "accuracy" else "accuracy"
     shown = [
         column

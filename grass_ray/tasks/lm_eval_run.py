@@ -84,11 +84,8 @@ def evaluate_lm_eval(
         return None
     if on_outcome is not None:
         on_outcome(outcome)
-    protocol = {
-        "lm_eval": version("lm_eval"),
-        "limit": evaluation.limit,
-        "apply_chat_template": config.apply_chat_template,
-    }
+    chats = config.apply_chat_template
+    protocol = {"lm_eval": version("lm_eval"), "limit": evaluation.limit, "apply_chat_template": chats}
     return read_results(outcome, loaded.parts, protocol)
 
 

@@ -47,7 +47,7 @@ from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutco
 from grass_ray.training.sharding import shard_model
 from grass_ray.training.trace import LayerTracer
 from grass_ray.training.validation import answer_loss, hold_out
-from grass_ray.training.weights import parameters_sha256
+from grass_ray.training.weights import checkpoint_bytes, parameters_sha256
 from grass_ray.training.without_effect import settings_without_effect
 
 Progress = Callable[[str, int, int], None]
@@ -77,6 +77,7 @@ class Run:
         self._validation_loss: float | None = None
         self._results: dict[str, EvaluationResult] = {}
         self._lm_eval: dict[str, LmEvalResult] = {}
+        self._checkpoint_mib = 0.0
 
     @classmethod
     def prepare(cls, config: RunConfig, device: torch.device | None = None, *, parallel: Parallel = "replicate") -> Run:
@@ -103,6 +104,7 @@ class Run:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
         model = add_adapter(loaded.model, config.method.adapter)
+        size = checkpoint_bytes(model)
         if parallel == "replicate" and config.method.weights == "streamed":
             move_outside_of_layers(model, device)
         elif parallel == "replicate":
@@ -128,6 +130,7 @@ class Run:
             memory=MemoryMeter(device),
         )
         run = cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
+        run._checkpoint_mib = size / 1024**2
         Recompute(optimizer.stack.modules[: run.recomputed_layers]).switch(True)
         return run
 
@@ -259,6 +262,7 @@ class Run:
                 "time/train_s": state.train_s,
                 "time/measure_s": state.measure_s,
             }
+            metrics |= {"checkpoint/mib": self._checkpoint_mib, **state.memory.reserved_metrics()}
             if shares := state.series.get("data/padding_share"):
                 metrics["data/padding_share"] = fmean(share for _, share in shares)
             visits = state.tracer.trace.visits
