@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from grass_ray.config import ConfigError, to_json
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
 from grass_ray.results.outbox import Outbox
+from grass_ray.results.pages import page_of
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import PARENT_TAG
@@ -111,6 +112,10 @@ class Tracker:
     def waiting(self) -> int:
         """Calls that the store has not taken yet."""
         return len(self._outbox)
+
+    def page(self, run_id: str) -> str:
+        """The part of an address of MLflow's page that shows a run, or the experiment while the run is unknown."""
+        return page_of(self._experiment_id, self._known(run_id))
 
     def close(self, wait_s: float = 10.0) -> int:
         """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
