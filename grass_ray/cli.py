@@ -16,6 +16,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from grass_ray.commands.chat import Chat
+from grass_ray.commands.check_method import CheckMethod
 from grass_ray.commands.doctor import Doctor
 from grass_ray.commands.export import Export
 from grass_ray.commands.leaderboard import Leaderboard
@@ -44,6 +45,7 @@ VERBS: Mapping[str, type] = {
     "reproduce": Reproduce,
     "verify": Verify,
     "plan": Plan,
+    "check-method": CheckMethod,
     "ls": Ls,
     "doctor": Doctor,
 }
@@ -85,7 +87,8 @@ def _run(verb: Any, rest: Sequence[str]) -> int:
     if isinstance(verb, SweepFile):
         code: int = verb.run(rest)
     elif rest:
-        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help")
+        name = next(name for name, kind in VERBS.items() if isinstance(verb, kind))
+        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {name} --help")
     else:
         code = verb.run()
     return code

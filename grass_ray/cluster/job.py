@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
-from grass_ray.config import Parallel, RunConfig
+from grass_ray.config import Code, Parallel, RunConfig
 from grass_ray.execute import RunContext
 from grass_ray.experiment.search import rungs
 from grass_ray.experiment.space import Params, Space
@@ -34,6 +34,7 @@ class SweepContext(BaseModel):
         keep_checkpoints: keep what each trial trained.
         memory_check: refuse trials that cannot fit into memory.
         max_failures: how often a process may die before its trial counts as failed.
+        code: of methods of the user's own, which the workers run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +47,7 @@ class SweepContext(BaseModel):
     keep_checkpoints: bool = False
     memory_check: bool = True
     max_failures: int = 2
+    code: tuple[Code, ...] = ()
 
 
 class Job(BaseModel):
