@@ -34,7 +34,7 @@ from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
-from grass_ray.results.tracker import Tracker
+from grass_ray.results.tracker import Tracker, run_page
 from grass_ray.training.report import VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes
@@ -127,9 +127,11 @@ class SweepRunner:
         if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
             return
-        with ray_cluster(self.options.machines) as cluster:
+        options = self.options
+        uses_train = options.workers_per_trial > 1 or options.parallel == "shard"
+        with ray_cluster(options.machines, dashboard=uses_train) as cluster:
             cluster.check_storage(self.storage)
-            if plan is not None and plan.scheduler != "none":
+            if uses_train and plan is not None and plan.scheduler != "none":
                 cluster.check_dashboard()
             context = self._context(cluster)
             with self.progress:
@@ -208,7 +210,7 @@ class SweepRunner:
             self._say(f"settings: {self.storage.uri}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
         for line in left_out(records):
             self._say(f"settings: {line}")
-        uri, page = self.plan.tracking_uri, self.tracker.page(sweep_run)
+        uri, page = self.plan.tracking_uri, run_page(self.tracker, sweep_run)
         if is_server(uri):
             self._say(f"browse:   {redact(uri).rstrip('/')}/{page}")
         else:

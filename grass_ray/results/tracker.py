@@ -113,10 +113,6 @@ class Tracker:
         """Calls that the store has not taken yet."""
         return len(self._outbox)
 
-    def page(self, run_id: str) -> str:
-        """The part of an address of MLflow's page that shows a run, or the experiment while the run is unknown."""
-        return page_of(self._experiment_id, self._known(run_id))
-
     def close(self, wait_s: float = 10.0) -> int:
         """Send what still waits, trying for ``wait_s`` seconds. Returns how many calls could not be sent."""
         return self._outbox.flush(wait_s)
@@ -331,6 +327,11 @@ def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) ->
     rows = [Param(key, value) for key, value in new.items() if key not in present]
     for start in range(0, len(rows), _OTHERS_A_BATCH):
         client.log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
+
+
+def run_page(tracker: Tracker, run_id: str) -> str:
+    """The part of an address of MLflow's page that shows a run, or its experiment if the store refused the run."""
+    return page_of(tracker._experiment_id, tracker._known(run_id))
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

@@ -7,11 +7,13 @@ by torch's profiler, and ``peak_reserved`` is the peak resident set size of the 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ class MemoryMeter:
         self.peak_allocated_gib = 0.0
         self.peak_reserved_gib = 0.0
         self._reserved_gib: list[float] = []  # after each step
+        gc.collect()  # what an earlier run of this process left is not this one's
         if self._cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs every start to stderr
@@ -128,8 +132,13 @@ def _highest_allocation(profiler: torch.profiler.profile) -> int:
 
 
 def _reset_peak_resident_set() -> None:
-    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process."""
+    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process.
+
+    Memory that is free is given back to the system first.
+    """
     if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:  # not permitted in some containers; the peak then includes loading the model

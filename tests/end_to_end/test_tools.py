@@ -23,7 +23,7 @@ from grass_ray.export.hub import check_upload, upload_folder
 from grass_ray.methods import get_method
 from grass_ray.results.connection import default_tracking_uri
 from grass_ray.results.pages import find_page
-from grass_ray.results.tracker import Tracker
+from grass_ray.results.tracker import Tracker, run_page
 from grass_ray.training.models import load_model
 
 Said = tuple[int, str, str]
@@ -65,8 +65,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Tracker, str]:
 
 def test_the_page_is_that_of_the_newest_sweep(store: tuple[str, Tracker, str]) -> None:
     uri, tracker, run = store
-    assert find_page(uri, None) == find_page(uri, "second") == tracker.page(run)
-    assert run in tracker.page(run)
+    assert find_page(uri, None) == find_page(uri, "second") == run_page(tracker, run)
+    assert run in run_page(tracker, run)
     assert find_page(uri, "first") != find_page(uri, "second")
     with pytest.raises(ConfigError, match="unknown experiment 'third'; available: "):
         find_page(uri, "third")
@@ -90,7 +90,7 @@ def test_ui_serves_the_page_until_it_is_interrupted(store: tuple[str, Tracker, s
     process = subprocess.Popen([*start, *words], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().strip() == f"http://127.0.0.1:{port}/{tracker.page(run)}"
+        assert process.stdout.readline().strip() == f"http://127.0.0.1:{port}/{run_page(tracker, run)}"
     finally:
         process.send_signal(2)
     assert process.wait(60) == 0
