@@ -29,12 +29,12 @@ from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
-from grass_ray.results.pages import is_server
+from grass_ray.results.pages import is_server, run_page
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
-from grass_ray.results.tracker import Tracker, run_page
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes

@@ -126,7 +126,8 @@ def reproduce(
     Args:
         original: what to run again.
         model: where the base model is here; None takes the recorded place, as for the data.
-        data_dir, dataset: where the data folder, and the user's own data set, are here.
+        data_dir: where the data folder is here.
+        dataset: where the user's own data set is here.
         eval_tasks: the tasks of lm-eval, with folders and files where they are here.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
@@ -142,7 +143,6 @@ def reproduce(
 
     record = original.record
     config = _config_here(record, model, data_dir, dataset, eval_tasks)
-    _check_code(record, config)
     check_run(config)
     check_new_folder(output)
     console = Console()
@@ -270,8 +270,10 @@ def _config_here(
         if not config.evaluation.lm_eval.tasks:
             raise ConfigError(f"--eval-tasks {' '.join(eval_tasks)} has no effect: the original evaluated none")
         few = config.evaluation.lm_eval.num_fewshot
-        return with_absolute_paths(config.override(changes | lm_eval_settings(eval_tasks, few)))
-    return config.override(changes)
+        config = with_absolute_paths(config.override(lm_eval_settings(eval_tasks, few)))
+    config = config.override(changes)
+    _check_code(record, config)
+    return config
 
 
 def _steps(record: RunRecord, config: RunConfig) -> str:

@@ -21,6 +21,7 @@ from urllib.request import urlopen
 from grass_ray.config import ConfigError
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, quoted, sqlite_path, store_errors
 from grass_ray.results.provenance import redact
+from grass_ray.results.tracker import SWEEP_KEY, Tracker
 
 START_WITHIN_S = 180.0  # mlflow is slow to import on a busy machine
 
@@ -34,6 +35,11 @@ def page_of(experiment_id: str, run_id: str | None) -> str:
     """The part of an address that shows a run, or an experiment's runs."""
     place = f"#/experiments/{experiment_id}"
     return place if run_id is None else f"{place}/runs/{run_id}"
+
+
+def run_page(tracker: Tracker, run_id: str) -> str:
+    """The part of an address of MLflow's page that shows a run, or its experiment if the store refused the run."""
+    return page_of(tracker._experiment_id, tracker._known(run_id))
 
 
 def find_page(uri: str, experiment: str | None) -> str:
@@ -59,7 +65,7 @@ def find_page(uri: str, experiment: str | None) -> str:
         else:
             experiments = [str(own.experiment_id) for own in client.search_experiments()]
         order = ["attributes.start_time DESC"]
-        for wanted in (f"tags.trial_key = {quoted('(sweep)')}", ""):
+        for wanted in (f"tags.trial_key = {quoted(SWEEP_KEY)}", ""):
             runs = client.search_runs(experiments, wanted, order_by=order, max_results=1) if experiments else []
             if runs:
                 return page_of(str(runs[0].info.experiment_id), str(runs[0].info.run_id))

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 from grass_ray.config import ConfigError, to_json
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
 from grass_ray.results.outbox import Outbox
-from grass_ray.results.pages import page_of
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import PARENT_TAG
@@ -327,11 +326,6 @@ def _add_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) ->
     rows = [Param(key, value) for key, value in new.items() if key not in present]
     for start in range(0, len(rows), _OTHERS_A_BATCH):
         client.log_batch(run_id, params=rows[start : start + _OTHERS_A_BATCH])
-
-
-def run_page(tracker: Tracker, run_id: str) -> str:
-    """The part of an address of MLflow's page that shows a run, or its experiment if the store refused the run."""
-    return page_of(tracker._experiment_id, tracker._known(run_id))
 
 
 def _set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

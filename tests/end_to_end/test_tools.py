@@ -22,8 +22,8 @@ from grass_ray.config import ConfigError, DatasetSource, ModelConfig, RunConfig
 from grass_ray.export.hub import check_upload, upload_folder
 from grass_ray.methods import get_method
 from grass_ray.results.connection import default_tracking_uri
-from grass_ray.results.pages import find_page
-from grass_ray.results.tracker import Tracker, run_page
+from grass_ray.results.pages import find_page, run_page
+from grass_ray.results.tracker import Tracker
 from grass_ray.training.models import load_model
 
 Said = tuple[int, str, str]
