@@ -33,7 +33,8 @@ from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
 
-_LOSSES = {"loss": "eval/loss", "validation loss": VALIDATION}
+# what is shown of a trial without an accuracy
+_LOSSES = {"loss": "eval/loss", "lm-eval": "lm_eval/average", "validation loss": VALIDATION}
 
 
 @dataclass(kw_only=True)

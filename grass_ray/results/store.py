@@ -249,6 +249,8 @@ def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunR
     """Share each question's id among all records, and drop the series unless they are wanted."""
     for score in record.tasks.values():
         score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
+    for own in record.lm_eval.values():
+        own.example_ids = [questions.setdefault(example, example) for example in own.example_ids]
     if not series:
         tokens = record.step_tokens()
         record.series = {TOKENS: [(max(tokens), sum(tokens.values()))]} if tokens else {}

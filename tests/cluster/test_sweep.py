@@ -117,7 +117,7 @@ def test_the_resumed_sweep_ends_with_every_trial_and_says_that_one_failed(story:
     statuses = {method: record.status for method, record in story.records().items()}
     assert statuses == {"base": "finished", "full": "finished", "grass": "finished", "lora": "failed"}
     assert re.search(r"became (nan|inf) at step", story.records()["lora"].failure or "")
-    assert "mlflow ui --backend-store-uri sqlite:///" in story.resumed.stdout
+    assert "grass-ray ui --tracking-uri sqlite:///" in story.resumed.stdout
 
 
 def test_what_had_finished_is_not_redone_and_what_had_not_goes_on_from_its_checkpoint(story: Story) -> None:
