@@ -7,8 +7,8 @@
         machines.tell("kill")
 
 Each has one CPU, the head perhaps none. Run as a program it prints the cluster's address, and answers each line of its
-input with the number of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one,
-``add`` adds one.
+input with the number of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one
+(``lose NODE_ID`` that one), ``add`` adds one.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ def main(number: int, head_cpus: int) -> None:
     try:
         for line in sys.stdin:
             word = line.strip()
-            if word in ("kill", "lose"):
-                node = chosen.choice(sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id)))
+            if word.startswith(("kill", "lose")):
+                nodes = sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id))
+                named = [node for node in nodes if node.node_id == word.partition(" ")[2]]
+                node = chosen.choice(named or nodes)
                 for process in node.all_processes["raylet"]:
                     os.kill(process.process.pid, signal.SIGKILL)
                 cluster.remove_node(node, allow_graceful=False)

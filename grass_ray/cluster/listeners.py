@@ -158,7 +158,7 @@ class Validation(Listener):
 
 
 class PreemptionGuard(Listener):
-    """Saves at once when a machine of the trial is about to be taken away."""
+    """Saves at once when a machine of the trial is to be taken away, and again and again on a worker that stays."""
 
     def __init__(self, worker: RayWorker) -> None:
         self._worker = worker
@@ -171,7 +171,7 @@ class PreemptionGuard(Listener):
         (asks,) = run.state.optimizer.workers.maximum([due])
         if asks:
             self._last_question = time.monotonic()
-            if not self._warned and self._worker.loses_its_machine():
+            if (not self._warned or self._worker.stays) and self._worker.loses_its_machine():
                 self._warned = True
                 return Action.SAVE
         return Action.GO

@@ -30,11 +30,13 @@ class RayWorker(Protocol):
         rank: among the trial's workers.
         workers: how many there are.
         waits: whether :meth:`report` returns after the scheduler has decided about what was reported.
+        stays: whether it works on a machine that is to be taken away to the end; Train moves its workers before.
     """
 
     rank: int
     workers: int
     waits: bool
+    stays: bool
 
     def report(self, message: dict[str, Any], checkpoint: Path | None = None) -> None:
         """Tell the driver; with several workers a barrier. A ``checkpoint`` is in the storage when this returns."""
@@ -50,6 +52,7 @@ class TrainWorker:
     """A worker of Ray Train, which keeps the checkpoints and starts all workers again if one dies."""
 
     waits = False
+    stays = False
 
     def __init__(self) -> None:
         context = ray.train.get_context()
@@ -89,6 +92,7 @@ class TuneWorker:
     rank = 0
     workers = 1
     waits = True
+    stays = True
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage

@@ -18,8 +18,9 @@ from grass_ray.results.record import RunRecord
 from grass_ray.training.run import Run
 
 SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
-SETTINGS = ("training.steps=500", "training.batch_size=64", "training.checkpoint_every_steps=null")
+SETTINGS = ("training.steps=1000", "training.batch_size=64", "training.checkpoint_every_steps=null")
 PATIENCE_S = 300
+DEADLINE_S = 15
 # where the worker is, through Ray's own state API, in a process that joins the cluster
 FIND = """
 import ray
@@ -37,7 +38,7 @@ def node_of_the_worker(machines: Machines) -> str:
 
 
 def announce_preemption(machines: Machines, node: str) -> None:
-    """As an autoscaler does when a cloud takes a machine back; it is up to it to end the machine afterwards."""
+    """As an autoscaler does when a cloud takes a machine back, and ends it afterwards."""
     command = [
         str(Path(sys.executable).with_name("ray")),
         "drain-node",
@@ -45,7 +46,7 @@ def announce_preemption(machines: Machines, node: str) -> None:
         machines.environment["RAY_ADDRESS"],
     ]
     command += ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
-    subprocess.run([*command, "--deadline-remaining-seconds", "25"], env=machines.environment, check=True)
+    subprocess.run([*command, "--deadline-remaining-seconds", str(DEADLINE_S)], env=machines.environment, check=True)
 
 
 @pytest.mark.slow
@@ -64,7 +65,10 @@ def test_a_trial_whose_machine_is_taken_back_goes_on_from_a_checkpoint_made_just
                     assert process.poll() is None
                     assert time.monotonic() < deadline, "no trial trains"
                     time.sleep(0.5)
-                announce_preemption(machines, node_of_the_worker(machines))
+                node = node_of_the_worker(machines)
+                announce_preemption(machines, node)
+                time.sleep(DEADLINE_S + 5)
+                assert machines.tell(f"lose {node}") == 2
                 code = process.wait(timeout=900)
             finally:
                 process.kill()
@@ -74,8 +78,8 @@ def test_a_trial_whose_machine_is_taken_back_goes_on_from_a_checkpoint_made_just
         (file,) = storage.glob("mini/*/grass-*/record.json")
         record = RunRecord.load(file)
     restored = [int(step) for step in re.findall(r"goes on from its checkpoint after step (\d+)", output)]
-    assert len(restored) == 1
-    assert restored[0] > 0, "the only checkpoint is the one made when the machine was to be taken away"
+    assert len(restored) == 1, output
+    assert restored[0] > 0, "the only checkpoints are those made when the machine was to be taken away"
     torch.set_num_threads(1)
     run = Run.prepare(RunConfig.parse(record.config))
     losses = [(report.step, report.loss) for report in run.fit()]
