@@ -164,14 +164,18 @@ class Planner:
         Raises:
             CannotPlanError: the model's step does not run on the meta device.
         """
+        return max(self.plan_phases(trained, shape, mode), key=lambda plan: plan.peak_bytes)
+
+    def plan_phases(self, trained: TrainedUnits, shape: StepShape, mode: Mode) -> list[MemoryPlan]:
+        """Plan every phase with every active set that may have the highest peak. Raises as :meth:`plan`."""
         sets = trained.active_sets(recomputed_layers(shape.checkpointing, trained.num_layers))
-        plans = [plan for active in sets for plan in self._plan_phases(trained, shape, mode, active)]
+        plans = [plan for active in sets for plan in self._plan_active(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
             profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)
             plans.append(self._compose(trained, shape, mode, "probing", (), profile.peak))
-        return max(plans, key=lambda plan: plan.peak_bytes)
+        return plans
 
-    def _plan_phases(
+    def _plan_active(
         self, trained: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
     ) -> Iterator[MemoryPlan]:
         profile = self._profile(trained, shape, active)
