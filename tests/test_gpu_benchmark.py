@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, tried on a CPU: every part, where ray, mlflow and lm-eval are not installed, cut and gone on with."""
+"""benchmarks/gpu.py tried on a CPU: every part, without ray, mlflow and lm-eval, cut and gone on with."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_report_has_what_was_measured_and_names_the_rest(gpu: ModuleType, tm
     results = {
         "tests": {"status": "done", "said": "12 passed in 3.21s"},
         "peaks": {"status": "done", "predicted": 3 * gpu.GIB, "measured": 4 * gpu.GIB, "host": gpu.GIB},
-        "steps": {"status": "done", "step_s": dict.fromkeys(gpu.PLACES, [0.1, 0.2, 0.4]), "tokens": 2048},
+        "steps": {"status": "done", "step_s": {place: [0.1, 0.2, 0.4] for place in gpu.PLACES}, "tokens": 2048},
         "throughput": {"status": "done", "step_s": {"middle": [0.5, 0.5]}, "tokens": 2048},
     }
     full = {"status": "out of memory", "reason": "CUDA out of memory."}
