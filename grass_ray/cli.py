@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from grass_ray.commands.check_method import CheckMethod
 from grass_ray.commands.export import Export
 from grass_ray.commands.leaderboard import Leaderboard
 from grass_ray.commands.ls import Ls
@@ -39,6 +40,7 @@ VERBS: Mapping[str, type] = {
     "reproduce": Reproduce,
     "verify": Verify,
     "plan": Plan,
+    "check-method": CheckMethod,
     "ls": Ls,
 }
 
@@ -79,7 +81,8 @@ def _run(verb: Any, rest: Sequence[str]) -> int:
     if isinstance(verb, SweepFile):
         code: int = verb.run(rest)
     elif rest:
-        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help")
+        name = next(name for name, kind in VERBS.items() if isinstance(verb, kind))
+        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {name} --help")
     else:
         code = verb.run()
     return code

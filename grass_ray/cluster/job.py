@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
-from grass_ray.config import Parallel, RunConfig
+from grass_ray.config import Code, Parallel, RunConfig
 from grass_ray.execute import RunContext
 from grass_ray.experiment.search import rungs
 from grass_ray.experiment.space import Params, Space
@@ -35,6 +35,7 @@ class SweepContext(BaseModel):
         memory_check: refuse trials that cannot fit into memory.
         memory_bytes: what each worker may take; None is that of its device.
         max_failures: how often a process may die before its trial counts as failed.
+        code: of methods of the user's own, which the workers run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,6 +49,7 @@ class SweepContext(BaseModel):
     memory_check: bool = True
     memory_bytes: int | None = None
     max_failures: int = 2
+    code: tuple[Code, ...] = ()
 
 
 class Job(BaseModel):

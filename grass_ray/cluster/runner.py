@@ -23,6 +23,7 @@ from grass_ray.cluster.search import Final, MethodSearch
 from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
+from grass_ray.config import installed_code
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
@@ -167,6 +168,7 @@ class SweepRunner:
             memory_check=options.memory_check,
             memory_bytes=None if options.gpu_memory is None else int(options.gpu_memory * GIB),
             max_failures=options.max_failures,
+            code=installed_code(),
         )
 
     def _is_left(self, trial_store: TrialStore, searches: list[MethodSearch]) -> bool:

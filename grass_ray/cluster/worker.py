@@ -28,6 +28,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         settings: ``{"job": Job}``.
     """
     job: Job = settings["job"]
+    for code in job.context.code:
+        code.install()
     config, storage = job.config, Storage(job.context.storage)
     world = ray.train.get_context()
     is_main, workers = world.get_world_rank() == 0, world.get_world_size()

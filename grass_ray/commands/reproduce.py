@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 from typing_extensions import override
 
 from grass_ray.commands.output import check_new_folder
-from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.config import ConfigError, RunConfig, installed_code, to_json
 from grass_ray.execute import Action, Ending, Listener, RunContext, execute
 from grass_ray.paths import absolute, find_model
 from grass_ray.process import INTERRUPTED
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 EXAMPLES = "examples.jsonl"
+METHOD_FILE = "methods.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ def reproduce(
 
     record = original.record
     config = _config_here(record, model, data_dir, dataset)
+    _check_code(record, config)
     check_run(config)
     check_new_folder(output)
     console = Console()
@@ -165,6 +168,47 @@ def reproduce(
     if output is not None:
         _write(output, config, rerun, tasks, {"warnings": warnings, "checks": checks})
     return _report(checks, say, quiet=quiet)
+
+
+def write_code(record: RunRecord, folder: Path) -> int:
+    """Write the code that a record keeps, and a method file that names it, to a new or empty folder.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: the record keeps no code, or the folder is not empty or cannot be written to.
+    """
+    if not record.code:
+        raise ConfigError(f"{record.name} ran with a built-in method; its record keeps no code")
+    check_new_folder(folder)
+    for path, text in record.code.items():
+        file = folder / path
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"the record names the file {path}, which is not inside of {folder}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    row = {"name": record.config["method"]["name"], "summary": f"method of {record.name}"} | record.config["method"]
+    (folder / METHOD_FILE).write_text(yaml.safe_dump([row], sort_keys=False), encoding="utf-8")
+    print(f"wrote {folder / METHOD_FILE} and {', '.join(record.code)}; read them before you run them:")
+    print(f"  --method-file {folder / METHOD_FILE}")
+    return 0
+
+
+def _check_code(record: RunRecord, config: RunConfig) -> None:
+    """Raise :class:`ConfigError` if the run was made with code that this process may not run, or has otherwise."""
+    if {part.sha256 for part in config.method.imported_parts} <= {code.sha256 for code in installed_code()}:
+        return
+    here = {path: text for code in installed_code() for path, text in code.files.items()}
+    changed = [path for path, text in record.code.items() if here.get(path, text) != text]
+    missing = [path for path in record.code if path not in here]
+    found = [f"{', '.join(changed)} differs from the record's"] if changed else []
+    found += [f"{', '.join(missing)} is not here"] if missing else []
+    raise ConfigError(
+        f"{record.name} ran with code of a user's own: {'; '.join(found) or 'the record does not keep it'}. Give the "
+        "method file with that code with --method-file; --write-code FOLDER writes what the record keeps, to be read "
+        "first"
+    )
 
 
 def _write(

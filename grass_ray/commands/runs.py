@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,8 @@ from tyro.conf import Positional, arg
 from grass_ray.commands.flags import RESULTS, Settings, tracking_store
 from grass_ray.commands.method_flags import MethodFlags, method_flags
 from grass_ray.config import ConfigError
-from grass_ray.methods import METHODS
+from grass_ray.method_files import methods_with, read_rows
+from grass_ray.methods import METHODS, Method
 from grass_ray.overrides import assignment
 
 
@@ -57,6 +59,8 @@ class Train:
     """Any other setting by its dotted key."""
     config: Path | None = None
     """Start from this config.yaml. Other flags take precedence."""
+    method_file: Path | None = None
+    """YAML file with methods of your own; its code is run."""
     output: Path | None = None
     """New or empty folder for all files of the run."""
     tracking_uri: str | None = None
@@ -93,6 +97,7 @@ class Train:
             data_dir=self.data_dir,
             dataset=self.data,
             assignments=[*flags, *self.method_settings.assignments(), *self.set],
+            methods=methods_with(self.method_file),
         )
         return train_locally(
             config,
@@ -108,12 +113,26 @@ class Train:
 
 def train_with_flags(words: Sequence[str]) -> type[Train]:
     """Return :class:`Train` with the settings of the method among ``words`` as flags of their own."""
-    method = next((METHODS[word] for word in words if word in METHODS), None)
+    methods = {**METHODS, **{row.name: row for row in _rows_of(words)}}
+    method = next((methods[word] for word in words if word in methods), None)
     if method is None:
         return Train
     flags = method_flags(method.config)
     settings = ("method_settings", flags, field(default_factory=flags))
     return make_dataclass("Train", [settings], bases=(Train,), frozen=True, kw_only=True)
+
+
+def _rows_of(words: Sequence[str]) -> list[Method]:
+    """The rows of the method file among ``words``; none if it has mistakes, which are told when the verb runs."""
+    given = [word.partition("=")[2] or following for word, following in pairwise([*words, ""]) if _is_method_file(word)]
+    try:
+        return [row for path in given if path for row in read_rows(Path(path).expanduser())]
+    except ConfigError:
+        return []
+
+
+def _is_method_file(word: str) -> bool:
+    return word.partition("=")[0] == "--method-file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +232,10 @@ class Reproduce:
     """Where the data folder is on this machine. Defaults to the recorded place."""
     data: str | None = None
     """Where the data set of your own is on this machine. Defaults to the recorded place."""
+    method_file: Path | None = None
+    """Method file with the code that the run was made with; the code is run."""
+    write_code: Path | None = None
+    """Write the code that the record keeps, with a method file, to this new folder, and stop."""
     output: Path | None = None
     """New or empty folder for the new run. By default nothing is written."""
     dry_run: bool = False
@@ -222,10 +245,14 @@ class Reproduce:
 
     def run(self) -> int:
         """Run the record again and return the exit code."""
-        from grass_ray.commands.reproduce import find_original, reproduce
+        from grass_ray.commands.reproduce import find_original, reproduce, write_code
 
+        original = find_original(self.run_or_record, tracking_store(self.tracking_uri))
+        if self.write_code is not None:
+            return write_code(original.record, self.write_code)
+        methods_with(self.method_file)
         return reproduce(
-            find_original(self.run_or_record, tracking_store(self.tracking_uri)),
+            original,
             model=self.model,
             data_dir=self.data_dir,
             dataset=self.data,

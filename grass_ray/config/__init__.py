@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from grass_ray.config.adapters import AdapterConfig, AnyAdapterConfig, LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.config.base import ConfigPart
+from grass_ray.config.code import Code, find_code, installed_code, text_of
 from grass_ray.config.data import (
     CustomFields,
     CustomSource,
@@ -26,11 +27,13 @@ from grass_ray.config.data import (
     SourceConfig,
 )
 from grass_ray.config.files import from_json, read_text, to_json, whole_file
+from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
     AnyProjectionConfig,
     ApolloConfig,
     GaLoreConfig,
+    ImportedProjectionConfig,
     MethodConfig,
     Offload,
     OptimizerConfig,
@@ -53,6 +56,7 @@ from grass_ray.config.samplers import (
     AnySamplerConfig,
     CyclicSamplerConfig,
     GradNormSamplerConfig,
+    ImportedSamplerConfig,
     MatrixNormSamplerConfig,
     OutlierSamplerConfig,
     RewardSamplerConfig,
@@ -77,6 +81,7 @@ __all__ = [
     "AnySamplerConfig",
     "AnyScheduleConfig",
     "ApolloConfig",
+    "Code",
     "ConfigError",
     "ConfigPart",
     "CosineScheduleConfig",
@@ -93,6 +98,9 @@ __all__ = [
     "GradNormSamplerConfig",
     "GradientCheckpointing",
     "HubSource",
+    "ImportedPart",
+    "ImportedProjectionConfig",
+    "ImportedSamplerConfig",
     "LinearScheduleConfig",
     "LoraConfig",
     "MatrixNormSamplerConfig",
@@ -115,11 +123,14 @@ __all__ = [
     "TrainingConfig",
     "UniformSamplerConfig",
     "Weights",
+    "find_code",
     "fingerprint_of",
     "from_json",
+    "installed_code",
     "read_text",
     "recomputed_layers",
     "slug",
+    "text_of",
     "to_json",
     "whole_file",
 ]

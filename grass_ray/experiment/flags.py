@@ -58,6 +58,8 @@ class SweepOptions:
     models: _Names = None
     """built-in names, hub ids or folders"""
     methods: Annotated[_Names, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")] = None
+    method_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with methods of your own; its code is run, here and by the workers"""
     tasks: _Names = None
     """a suite, some of its tasks, or the YAML file of a task of your own"""
     seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None

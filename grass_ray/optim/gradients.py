@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.loss_scaling import LossScale
-from grass_ray.optim.placement import OnDevice
 from grass_ray.optim.sync import GradientSync
 from grass_ray.optim.units import Unit
 from grass_ray.optim.watch import Watch, has_gradient
@@ -35,7 +34,6 @@ class Gradients:
         owner: the optimizer.
         active: which units train.
         sync: how gradients become those of all workers.
-        placement: may want to know when backward reaches a unit.
         watch: is told of units that got no gradient.
         handles: takes up the handles of all hooks.
     """
@@ -45,7 +43,6 @@ class Gradients:
         owner: Owner,
         active: ActiveSet,
         sync: GradientSync,
-        placement: OnDevice,
         watch: Watch,
         handles: list[Any],
     ) -> None:
@@ -57,7 +54,6 @@ class Gradients:
         self._sampler = sampler = active.sampler
         self._active = active
         self._sync = sync
-        self._placement = placement
         self._watch = watch
         self._handles = handles
         # whether backward brought a gradient that probing did not keep
@@ -75,10 +71,6 @@ class Gradients:
         if sync.workers.count > 1:
             for parameter in managed:
                 self._after(parameter, Gradients._reduce)
-        if placement.prefetches:
-            for unit in units:
-                for parameter in unit.parameters:
-                    self._after(parameter, Gradients._prefetch)
 
     @property
     def witness(self) -> nn.Parameter | None:
@@ -116,10 +108,6 @@ class Gradients:
         owner = self._owner()
         last = owner is not None and owner.last_micro_batch and not self._sampler.probing
         self._sync.arrived(parameter, self._unit_of[parameter], self._active.units, last=last)
-
-    def _prefetch(self, parameter: Tensor) -> None:
-        if not self._sampler.probing:
-            self._placement.prefetch(self._unit_of[parameter])
 
     # ------------------------------------------------------------------------------------------------- during a step
 

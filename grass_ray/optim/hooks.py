@@ -6,6 +6,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 
 class WeakHook:
     """Calls a method as long as its object lives; whatever a hook is called with is left out.
@@ -29,6 +33,23 @@ class WeakHook:
 
     def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
         return WeakHook, ()
+
+
+class BeforeBackward(WeakHook):
+    """A forward hook: calls a method whenever backward is about to enter the module."""
+
+    def __call__(self, *given: Any) -> None:
+        """Follow the module's output: its gradient is complete before the module's own backward begins."""
+        method = None if self._method is None else self._method()
+        if method is not None and not in_backward():
+            for tensor in tree_leaves(given[-1]):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(WeakHook(method, *self._given))  # type: ignore[no-untyped-call]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread; a forward then is a layer that is recomputed."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def handles_of(owner: object) -> list[Any]:

@@ -42,6 +42,7 @@ from grass_ray.optim.states import States
 from grass_ray.optim.step_info import StepInfo, StepRecorder
 from grass_ray.optim.streaming import OffloadStats
 from grass_ray.optim.sync import make_sync
+from grass_ray.optim.units import in_order_of_forward
 from grass_ray.optim.watch import Watch
 from grass_ray.optim.weights import make_weights
 
@@ -141,7 +142,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         placement = self._placement = placement_class(self.offload)(states, parts.device, stats, options)
         self._handles += placement.hooks(model, self.stack.modules, self.units, self._sync.before_forward)
         self._active = ActiveSet(parts, sampler, placement, self.weights, self._watch, self.workers, stats, options)
-        self._gradients = Gradients(self, self._active, self._sync, placement, self._watch, self._handles)
+        self._gradients = Gradients(self, self._active, self._sync, self._watch, self._handles)
         self._saver = StateSaver(self._active, states, placement, self._sync, index)
         if self._gradients.witness is not None:
             # last, so that the places of all others stay: a scaler unscales what is in a group
@@ -243,10 +244,8 @@ class LayerwiseAdamW(OneModelOptimizer):
         skip = ~torch.isfinite(norm)
         if scale is not None:
             skip = skip | (scale.found_inf > 0)
-        # units further up first: backward reached them first, and their states may be on their way
-        units = sorted(self._active.units, key=lambda unit: -1 if unit.layer is None else unit.layer, reverse=True)
         with self._active.uninterrupted:
-            self._placement.update(units, self.param_groups, skip.to(torch.float32))
+            self._placement.update(in_order_of_forward(self._active.units), self.param_groups, skip.to(torch.float32))
         moves = any(float(group["lr"]) > 0 for group in self.param_groups)
         self._active.note_step(self.active_units if moves else (), skip)
         return norms.masked_fill(skip, torch.nan)

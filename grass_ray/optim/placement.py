@@ -56,13 +56,11 @@ class OnDevice:
     Attributes:
         has_blocks: states of units live in host blocks, at times or always.
         streams_states: the states of active units are on the host, too.
-        prefetches: :meth:`prefetch` wants to know when backward reaches a unit.
         host: the host blocks.
     """
 
     has_blocks: ClassVar[bool] = False
     streams_states: ClassVar[bool] = False
-    prefetches: ClassVar[bool] = False
 
     def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
         self._states = states
@@ -143,7 +141,7 @@ class OnDevice:
         """AdamW on ``units``.
 
         Args:
-            units: in the order in which backward reached them.
+            units: in the order in which the next forward needs them.
             groups: the optimizer's parameter groups.
             skip: float32 scalar on the device; 1 leaves everything as it is.
         """
@@ -151,9 +149,6 @@ class OnDevice:
         for unit in units:
             if not self.offloaded(unit):
                 self._states.update(unit, groups, skip)
-
-    def prefetch(self, unit: Unit) -> None:
-        """Backward has reached a unit."""
 
     def synchronize(self) -> None:
         """Let the current stream wait for every update under way."""

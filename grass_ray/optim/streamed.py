@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.hooks import WeakHook
+from grass_ray.optim.hooks import BeforeBackward, WeakHook, in_backward
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.placement import Footprint, OnDevice, parts_of
+from grass_ray.optim.room import Room
 from grass_ray.optim.states import STEP, States
 from grass_ray.optim.streaming import OffloadStats, Streamer, StreamMode
 from grass_ray.optim.streams import make_streams
-from grass_ray.optim.units import Unit
+from grass_ray.optim.units import Unit, in_order_of_forward
 
 
 class Streamed(OnDevice):
@@ -93,11 +94,6 @@ class Streamed(OnDevice):
         trained = [p for unit in streamed for p in unit.parameters if p.grad is not None]
         self.streamer.update(streamed, {p: self._states.held[p][STEP] for p in trained}, groups, skip)
 
-    def prefetch(self, unit: Unit) -> None:
-        """Fetch as many of the unit's chunks as there is room for."""
-        if self.offloaded(unit):
-            self.streamer.prefetch(unit)
-
     def wait_for(self, names: Sequence[str]) -> None:
         """Let the current stream wait for updates of these units that are under way."""
         for name in names:
@@ -119,6 +115,7 @@ class Streamed(OnDevice):
 
     def clear(self) -> None:
         """Forget every state, and begin with an empty ring."""
+        self.streamer.end()
         super().clear()
         self.streamer = self._make_streamer()
 
@@ -139,4 +136,57 @@ class Lazy(Streamed):
     """Chunks are fetched during backward, and updates go on under the next forward (``offload="lazy"``)."""
 
     mode: ClassVar[StreamMode] = "lazy"
-    prefetches: ClassVar[bool] = True
+
+    def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
+        super().__init__(states, device, stats, options)
+        self.room = Room(device)
+        self._coming: list[Unit] = []
+        self._constant: list[Unit] = []
+
+    def hooks(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        units: Sequence[Unit],
+        before_forward: Callable[[WeakHook], list[Any]],
+    ) -> list[Any]:
+        """Also fetch ahead as backward goes down the layers, and give borrowed memory back as forward goes up."""
+        handles = super().hooks(model, layers, units, before_forward)
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(WeakHook(self._forward_begins, index)))
+            handles.append(layer.register_forward_hook(BeforeBackward(self._backward_begins, index)))
+        return handles
+
+    def activate(self, units: Iterable[Unit]) -> None:
+        """Make host blocks for units that had none, and fetch those of these units from now on."""
+        units = list(units)
+        super().activate(units)
+        self.streamer.drop_prefetched()
+        self.room.forget()
+        self._coming = in_order_of_forward(units)
+
+    def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
+        """AdamW on all units; see :meth:`Streamed.update`."""
+        self._constant = [unit for unit in units if not self.offloaded(unit)]
+        super().update(units, groups, skip)
+        self.room.end_step()
+
+    def _forward_begins(self, layer: int) -> None:
+        if in_backward():
+            self._backward_begins(layer, again=True)
+        else:
+            self.room.forward()
+            self.streamer.give_back(layer)
+
+    def _backward_begins(self, layer: int, *, again: bool = False) -> None:
+        self.room.backward(layer, again=again, lent=self._lent)
+        self.streamer.prefetch(self._coming, layer, self._slots_to_borrow)
+
+    @property
+    def _lent(self) -> int:
+        return sum(slot.memory.nbytes for slot in self.streamer.borrowed)
+
+    def _slots_to_borrow(self) -> int:
+        parameters = (p for unit in (*self._coming, *self._constant) for p in unit.parameters)
+        to_come = sum(p.nbytes for p in parameters if p.grad is None)
+        return self.room.bytes(to_come=to_come) // self._options.chunk_bytes

@@ -7,13 +7,18 @@ own memory. Three modes share the protocol and give bitwise the same weights:
 - ``overlap``: while a chunk is updated the next is fetched and the last written back; all is done when ``step`` ends;
 - ``lazy``: chunks are fetched ahead during backward, and updates may go on under the next forward, which waits in front
   of each layer for that layer's own update only. No step ever uses stale weights.
+
+What forward needs first is fetched first. Low layers are needed before a small ring could have brought all of their
+states, so ``lazy`` also borrows memory: as backward frees activations, further slots take their place
+(:mod:`grass_ray.optim.room`), and each is given back before the next forward reaches the layer at whose backward it was
+borrowed. So the peak stays where it was. A borrowed slot serves once: filled again, it would come back late.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,7 +29,7 @@ from grass_ray.optim.chunks import CHUNK_BYTES, Chunk
 from grass_ray.optim.host_store import HostStore
 from grass_ray.optim.kernels import adamw
 from grass_ray.optim.sharded import first_element, local
-from grass_ray.optim.streams import Streams
+from grass_ray.optim.streams import StreamName, Streams
 from grass_ray.optim.units import Unit
 
 StreamMode = Literal["blocking", "overlap", "lazy"]
@@ -64,11 +69,16 @@ class OffloadStats:
 
 @dataclass(eq=False)
 class Slot:
-    """A place in the ring; ``written`` is the event of its last write-back."""
+    """A place for a chunk, in the ring or borrowed.
+
+    ``written`` is the event after which it may be filled again; ``borrowed_at`` the layer that backward had reached
+    when its memory was borrowed, None in the ring.
+    """
 
     index: int
     memory: Tensor
     written: Any = None
+    borrowed_at: int | None = None
 
 
 @dataclass
@@ -104,6 +114,8 @@ class Streamer:
         stats: OffloadStats,
     ) -> None:
         self.ring = torch.empty(slots * chunk_bytes, dtype=torch.uint8, device=device)
+        self.borrowed: list[Slot] = []
+        self._chunk_bytes = chunk_bytes
         self.mode = mode
         self.stats = stats
         self._store = store
@@ -111,20 +123,67 @@ class Streamer:
         self._free = deque(
             Slot(index, self.ring[index * chunk_bytes : (index + 1) * chunk_bytes]) for index in range(slots)
         )
+        self._last_in_ring = self._free[-1]
         self._fetched: dict[str, tuple[Slot, Any]] = {}
         self._gates: dict[str, Gate] = {}
 
     # ------------------------------------------------------------------------------------------------- before the step
 
-    def prefetch(self, unit: Unit) -> None:
-        """Backward reached the unit: fetch as many of its chunks as there is room for."""
-        for chunk in self._store.chunks(unit.name):
-            if chunk.name in self._fetched:
-                continue
+    def prefetch(self, units: Iterable[Unit], layer: int, room: Callable[[], int]) -> None:
+        """Backward has reached a layer: fetch as many chunks as there is room for.
+
+        Args:
+            units: those that will be updated, in the order in which the next forward needs them.
+            layer: index of the layer.
+            room: how many slots can be borrowed now; asked if the ring is full.
+        """
+        left: int | None = None
+        for chunk in (c for unit in units for c in self._store.chunks(unit.name) if c.name not in self._fetched):
             if not self._free:
-                return
+                left = room() if left is None else left
+                if left <= 0 or not self._borrow(layer):
+                    return
+                left -= 1
             self._fetch(chunk)
             self.stats.prefetched += 1
+
+    def _borrow(self, layer: int) -> bool:
+        try:
+            memory = torch.empty(self._chunk_bytes, dtype=torch.uint8, device=self.ring.device)
+        except torch.OutOfMemoryError:
+            return False  # there is enough, but in pieces
+        index = 1 + max(slot.index for slot in (*self.borrowed, self._last_in_ring))
+        # what training itself did in this memory must be done when the slot is filled
+        slot = Slot(index, memory, self._streams.record("compute"), layer)
+        self.borrowed.append(slot)
+        self._free.append(slot)
+        return True
+
+    def give_back(self, layer: int) -> None:
+        """Forward is about to reach a layer: return what was borrowed when backward had reached it, or one below."""
+        for slot in [slot for slot in self.borrowed if slot.borrowed_at is not None and slot.borrowed_at <= layer]:
+            self._drop(name for name, (other, _) in self._fetched.items() if other is slot)
+            if slot in self._free:
+                self._free.remove(slot)
+            self.borrowed.remove(slot)
+            self._streams.wait("compute", slot.written, "borrowed memory is given back after it was written back")
+
+    def drop_prefetched(self) -> None:
+        """Other units will be updated than those whose chunks are on their way."""
+        self._drop(self._fetched)
+
+    def _drop(self, names: Iterable[str]) -> None:
+        """Chunks that no update has changed: their blocks are as they were."""
+        for name in list(names):
+            slot, fetched = self._fetched.pop(name)
+            slot.written = fetched
+            self._free.append(slot)
+
+    def end(self) -> None:
+        """The ring is not used any more: its memory is training's own when all work under way is done."""
+        name: StreamName
+        for name in ("fetch", "update", "write"):
+            self._streams.wait("compute", self._streams.record(name), "memory is given back after its last use")
 
     def _fetch(self, chunk: Chunk) -> None:
         slot = self._free.popleft()
@@ -152,7 +211,7 @@ class Streamer:
         """Update every unit from its parameters' gradients, which are taken away from them.
 
         Args:
-            units: the active ones, in the order in which backward reached them.
+            units: the active ones, in the order in which the next forward needs them.
             steps: for every parameter with a gradient how many updates it has had, this one included.
             groups: the optimizer's parameter groups.
             skip: see :func:`grass_ray.optim.kernels.adamw`.
@@ -186,6 +245,9 @@ class Streamer:
                 self._forget_a_prefetch()
             self._fetch(chunk)
         slot, fetched = self._fetched.pop(chunk.name)
+        slot.written = fetched
+        if slot.borrowed_at is None:
+            self._free.append(slot)  # now, in case that what follows raises; filled again by none before it is written
         self._streams.wait("update", fetched, "states are on the device before an update reads them")
         pieces = [
             (segment, state)
@@ -212,14 +274,11 @@ class Streamer:
             self._store.block(chunk).copy_(slot.memory[: chunk.nbytes], non_blocking=True)
         self.stats.exposed_s += time.perf_counter() - started
         slot.written = chunk.written = self._streams.record("write")
-        self._free.append(slot)
         self.stats.bytes_out += chunk.nbytes
 
     def _forget_a_prefetch(self) -> None:
         """Every slot holds a chunk that is not needed yet: give up the last one fetched; its block is as it was."""
-        _, (slot, fetched) = self._fetched.popitem()
-        slot.written = fetched
-        self._free.append(slot)
+        self._drop([next(reversed(self._fetched))])
         self.stats.ring_waits += 1
 
     # ----------------------------------------------------------------------------------------------- after the step

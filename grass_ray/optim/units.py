@@ -32,6 +32,11 @@ class Unit:
         return sum(p.numel() for p in self.parameters)
 
 
+def in_order_of_forward(units: Iterable[Unit]) -> list[Unit]:
+    """Units in the order in which a forward needs them; it waits for those outside the layers before it begins."""
+    return sorted(units, key=lambda unit: -1 if unit.layer is None else unit.layer)
+
+
 def sampled_units(stack: DecoderStack, granularity: Granularity, decayed: set[nn.Parameter]) -> list[Unit]:
     """The units a sampler picks from, made of the parameters that require a gradient now.
 

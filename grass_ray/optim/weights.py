@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from grass_ray.layerwise.stack import DecoderStack
-from grass_ray.optim.hooks import WeakHook
+from grass_ray.optim.hooks import WeakHook, in_backward
 from grass_ray.optim.host_weights import HostWeights, check_streamable, streamable_weights
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.parts import Parts
@@ -208,14 +208,14 @@ class StreamedWeights(ResidentWeights):
 
     def _forward_begins(self, layer: int) -> None:
         self._enter(layer)
-        if not _in_backward():
+        if not in_backward():
             if layer <= self._last:
                 self._lowest = None  # another forward
             self._last = layer
             self._fill_slots(self._after_forward(layer))
 
     def _forward_ends(self, layer: int, output: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return  # the layer is computed again, and its backward comes next
         reached = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         for tensor in reached:
@@ -294,11 +294,6 @@ class _AfterForward(WeakHook):
         method = None if self._method is None else self._method()
         if method is not None:
             method(*self._given, given[-1])
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread."""
-    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _places(layers: Sequence[Sequence[nn.Parameter]]) -> tuple[dict[nn.Parameter, int], int]:

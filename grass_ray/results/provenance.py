@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from grass_ray.config import RunConfig, to_json, whole_file
+from grass_ray.method_files import code_of
 from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, LayerTrace, RunOutcome
@@ -177,6 +178,7 @@ def build_record(
         threads=threads,
         weights_sha256=weights_sha256,
         search=search,
+        code=code_of(config.method),
         **({} if outcome is None else _measured(outcome)),
     )
 

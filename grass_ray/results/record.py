@@ -143,6 +143,9 @@ class RunRecord(RecordPart):
     threads: int | None = Field(default=None, description="CPU threads that torch used")
     weights_sha256: str | None = Field(default=None, description="of the trained parameters at the end")
     search: SearchPart | None = None
+    code: dict[str, str] = Field(
+        default_factory=dict, description="text of the modules, by path, of a method of the user's own"
+    )
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, compressed if the name ends with ``.gz``."""
