@@ -11,7 +11,8 @@
 5. ``verdict``: runs of benchmarks/verdict/run.py.
 
 Every measurement is a process of its own and a file of its own in ``--out``, written at once, so that an end of any
-kind loses no more than the one in progress; what has a file is not measured again. Running out of memory is a result.
+kind loses no more than the one in progress; what has a file is not measured again, unless it failed. Running out of
+memory is a result.
 ``gpu.json`` and ``gpu.md`` there are written anew after each. Needs neither ray nor mlflow nor lm-eval.
 """
 
@@ -30,7 +31,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
-from memory_plan import Case, Forced, describe, make_batches, run_case
+from memory_plan import Case, describe, make_batches, run_case
 
 from grass_ray.config import OptimizerConfig
 from grass_ray.config.files import whole_file
@@ -201,6 +202,27 @@ def measure(item: Item, device: torch.device) -> dict[str, Any]:
     return {"step_s": step_times(case, item.values["places"], device), "tokens": case.shape.rows * case.shape.tokens}
 
 
+class Chosen:
+    """A sampler that switches to the set it is told, and only then."""
+
+    def __init__(self, inner: Any, active: tuple[int, ...]) -> None:
+        self._inner = inner
+        self._active = active
+        self.due = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def stay(self, active: tuple[int, ...]) -> None:
+        """Switch to this set at the end of the next step."""
+        self._active, self.due = active, True
+
+    def sample(self) -> tuple[int, ...]:
+        """The set."""
+        self.due = False
+        return self._active
+
+
 def step_times(case: Case, places: tuple[str, ...], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step, by which layers are active."""
     config = case.config.override({"method.sampler.probing_steps": 0} if case.method == "grass" else {})
@@ -212,10 +234,7 @@ def step_times(case: Case, places: tuple[str, ...], device: torch.device) -> dic
     else:
         model.to(device)
     sampler = config.method.sampler.build(seed=0, train_steps=1000)
-    forced = None if sampler.trains_all else Forced(sampler, (), 0)
-    if forced is not None:
-        forced.visits.clear()
-        forced.stay(layers_at(places[0], model))
+    forced = None if sampler.trains_all else Chosen(sampler, layers_at(places[0], model))
     optimizer = build_optimizer(model.train(), sampler if forced is None else forced, config.method)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     batches = make_batches(case.shape, vocabulary, device)
@@ -294,14 +313,14 @@ def measure_all(options: Options) -> None:
     wanted = list(items(options))
     for item in wanted:
         path, left = item.path(options.out), deadline - time.monotonic()
-        if path.is_file():
+        if path.is_file() and json.loads(path.read_text())["result"]["status"] != "failed":
             continue
         if left < LEAST_S:
             break
         path.parent.mkdir(parents=True, exist_ok=True)
         result = carry_out(item, options, left if item.part == "verdict" else min(left, MOST_S))
         if result is None and left > MOST_S:
-            result = {"status": "failed", "reason": f"took more than {MOST_S} s"}
+            result = {"status": "cut", "reason": f"took more than {MOST_S} s"}
         if result is not None:
             write_whole(path, json.dumps(asdict(item) | facts | {"result": result}, indent=1))
         report(options.out, wanted)

@@ -227,10 +227,6 @@ class Forced:
         """The next units that were not visited, then the planned set."""
         return self.visits.pop(0) if self.visits else self._active
 
-    def stay(self, active: tuple[int, ...]) -> None:
-        """From the next draw on take this set."""
-        self._active = active
-
     def probe(self, measure: Any) -> None:
         """No extra passes: they take less than a step."""
 
