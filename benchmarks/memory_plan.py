@@ -17,7 +17,7 @@ import gc
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,8 @@ from grass_ray.training.shapes import SHAPES, build_shape
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2
+# asked at the start: by the end of the measurements the repository may be further
+COMMIT = git_state()[0] or "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Row:
     weights: int
     states: int  # with the rings
     host: int
-    commit: str = field(default_factory=lambda: git_state()[0] or "-")  # of the measurement
+    commit: str = COMMIT  # of the code that measured it
 
     @property
     def ratio(self) -> float:
