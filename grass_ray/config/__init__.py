@@ -43,6 +43,7 @@ from grass_ray.config.method import (
 from grass_ray.config.run import (
     EvaluationConfig,
     GradientCheckpointing,
+    LmEvalConfig,
     ModelConfig,
     Parallel,
     RunConfig,
@@ -102,6 +103,7 @@ __all__ = [
     "ImportedProjectionConfig",
     "ImportedSamplerConfig",
     "LinearScheduleConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "MatrixNormSamplerConfig",
     "MethodConfig",
