@@ -53,14 +53,13 @@ class Ls:
         return 0
 
     def _print_runs(self) -> None:
-        from grass_ray.results.store import load_records
+        from grass_ray.results.store import tracked_runs
 
-        for record in load_records(tracking_store(self.tracking_uri)):
-            average, loss = (record.metrics.get(key) for key in ("eval/average", "eval/loss"))
-            result = "accuracy -" if average is None else f"accuracy {100 * average:.1f} %"
-            if average is None and loss is not None:
-                result = f"loss {loss:.4f}"
-            print(f"{record.name}  {record.run_id}  {record.status}  {result}  {record.started_at}")
+        for run in tracked_runs(tracking_store(self.tracking_uri)):
+            result = "accuracy -" if run.accuracy is None else f"accuracy {100 * run.accuracy:.1f} %"
+            if run.accuracy is None and run.loss is not None:
+                result = f"loss {run.loss:.4f}"
+            print(f"{run.name}  {run.run_id}  {run.status}  {result}  {run.started.isoformat(timespec='seconds')}")
 
 
 def list_methods(methods: Mapping[str, Method] = METHODS) -> str:

@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing_extensions import override
 from grass_ray.commands.output import check_new_folder
 from grass_ray.config import ConfigError, RunConfig, installed_code, to_json
 from grass_ray.execute import Action, Ending, Listener, RunContext, execute
-from grass_ray.paths import absolute, find_model
+from grass_ray.experiment.flags import lm_eval_settings
+from grass_ray.paths import absolute, find_model, with_absolute_paths
 from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import git_state, hardware, versions, write_examples
@@ -115,6 +116,7 @@ def reproduce(
     model: str | None = None,
     data_dir: Path | None = None,
     dataset: str | None = None,
+    eval_tasks: Sequence[str] | None = None,
     output: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -126,6 +128,7 @@ def reproduce(
         model: where the base model is here; None takes the recorded place, as for the data.
         data_dir: where the data folder is here.
         dataset: where the user's own data set is here.
+        eval_tasks: the tasks of lm-eval, with folders and files where they are here.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
         quiet: print only the verdict and what differs.
@@ -139,8 +142,7 @@ def reproduce(
     from grass_ray.training.checks import check_run
 
     record = original.record
-    config = _config_here(record, model, data_dir, dataset)
-    _check_code(record, config)
+    config = _config_here(record, model, data_dir, dataset, eval_tasks)
     check_run(config)
     check_new_folder(output)
     console = Console()
@@ -225,7 +227,13 @@ def _write(
     (output / "reproduction.json").write_text(to_json(comparison, indent=1) + "\n", encoding="utf-8")
 
 
-def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, dataset: str | None) -> RunConfig:
+def _config_here(
+    record: RunRecord,
+    model: str | None,
+    data_dir: Path | None,
+    dataset: str | None,
+    eval_tasks: Sequence[str] | None = None,
+) -> RunConfig:
     """The recorded configuration, with model and data where they are on this machine.
 
     Raises:
@@ -240,7 +248,7 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, da
         )
     config = RunConfig.parse(record.config)
     name = config.model.name
-    changes = {} if model is None else {"model.name": find_model(model)}
+    changes: dict[str, Any] = {} if model is None else {"model.name": find_model(model)}
     if model is None and record.model_revision is not None and find_model(name) != name:
         raise ConfigError(
             f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
@@ -258,7 +266,14 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, da
                 f"--data-dir {data_dir} has no effect: the original's data come from '{config.data.source.kind}'"
             )
         changes["data.source.path"] = str(data_dir.resolve())
-    return config.override(changes)
+    if eval_tasks is not None:
+        if not config.evaluation.lm_eval.tasks:
+            raise ConfigError(f"--eval-tasks {' '.join(eval_tasks)} has no effect: the original evaluated none")
+        few = config.evaluation.lm_eval.num_fewshot
+        config = with_absolute_paths(config.override(lm_eval_settings(eval_tasks, few)))
+    config = config.override(changes)
+    _check_code(record, config)
+    return config
 
 
 def _steps(record: RunRecord, config: RunConfig) -> str:

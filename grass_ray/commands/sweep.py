@@ -1,4 +1,4 @@
-"""Run a sweep: every trial a Ray Train run under Ray Tune.
+"""Run a sweep: trials under Ray Tune, those with several workers as Ray Train runs.
 
 Imports ray and torch only when trials are about to run, so that ``--help`` and wrong flags answer at once.
 """

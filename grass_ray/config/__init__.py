@@ -50,6 +50,7 @@ from grass_ray.config.method import (
 from grass_ray.config.run import (
     EvaluationConfig,
     GradientCheckpointing,
+    LmEvalConfig,
     ModelConfig,
     Parallel,
     RunConfig,
@@ -109,6 +110,7 @@ __all__ = [
     "ImportedProjectionConfig",
     "ImportedSamplerConfig",
     "LinearScheduleConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "MatrixNormSamplerConfig",
     "MethodConfig",

@@ -120,7 +120,6 @@ def plan_trials(sweep: Sweep, options: SweepOptions) -> tuple[tuple[RunConfig, .
 def _with_flags(sweep: Sweep, options: SweepOptions) -> Sweep:
     """The sweep with what the flags say in place of its own."""
     chosen = sweep.small() if options.smoke else sweep
-    steps: Changes = {} if options.steps is None else {"training.steps": options.steps}
     models = options.models or chosen.models
     return replace(
         chosen,
@@ -129,7 +128,7 @@ def _with_flags(sweep: Sweep, options: SweepOptions) -> Sweep:
         methods=tuple(dict.fromkeys(options.methods or chosen.methods)),
         tasks=options.tasks or chosen.tasks,
         seeds=tuple(dict.fromkeys(options.seeds or chosen.seeds)),
-        settings=merge(chosen.settings, steps),
+        settings=merge(chosen.settings, options.changes),
     )
 
 
