@@ -29,6 +29,7 @@ from grass_ray.config import (
     RewardSamplerConfig,
     UniformSamplerConfig,
 )
+from grass_ray.peft_methods import PEFT_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,12 @@ _ROWS = (
         source="arXiv 2104.08691",
         adapter=PromptConfig(),
         optimizer=OptimizerConfig(lr=3e-2),
+    ),
+    *(
+        _row(
+            own.name, summary=own.summary, source=own.source, adapter=own.adapter, optimizer=OptimizerConfig(lr=own.lr)
+        )
+        for own in PEFT_METHODS
     ),
     _row(
         "lisa",

@@ -14,7 +14,19 @@ from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
-    *("errors", "overrides", "config", "paths", "process", "methods", "method_files", "tasks", "layerwise", "optim"),
+    *(
+        "errors",
+        "overrides",
+        "config",
+        "paths",
+        "process",
+        "peft_methods",
+        "methods",
+        "method_files",
+        "tasks",
+        "layerwise",
+        "optim",
+    ),
     *("training", "memory", "results", "export", "experiment", "execute", "progress", "cluster", "contract"),
     *("commands", "cli"),
 ]

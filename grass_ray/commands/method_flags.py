@@ -18,7 +18,7 @@ from grass_ray.config import ConfigPart, MethodConfig
 from grass_ray.overrides import as_yaml
 
 # chosen by the method, or a flag of every method
-_WITHOUT_FLAG = ("name", "kind", "lr", "target", "sha256")
+_WITHOUT_FLAG = ("name", "kind", "lr", "target", "sha256", "peft_type")
 _TYPES = {Any: "VALUE", int: "INT", float: "FLOAT", bool: "true|false", str: "STR", NoneType: "null", tuple: "LIST"}
 
 
@@ -60,6 +60,8 @@ def _settings(part: ConfigPart, prefix: str = "") -> Iterator[tuple[str, Any, Fi
                 yield f"{prefix}{name}.{key}", inner, FieldInfo(annotation=Any)
         elif name not in _WITHOUT_FLAG and not (value is None and name in ("adapter", "projection")):
             yield prefix + name, value, info
+    for key, value in (part.model_extra or {}).items():
+        yield prefix + key, value, FieldInfo(annotation=Any)
 
 
 def _types(annotation: Any) -> Iterator[str]:

@@ -11,7 +11,14 @@ Importing this package loads no torch, so that command lines start at once.
 
 from __future__ import annotations
 
-from grass_ray.config.adapters import AdapterConfig, AnyAdapterConfig, LoraConfig, PrefixConfig, PromptConfig
+from grass_ray.config.adapters import (
+    AdapterConfig,
+    AnyAdapterConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixConfig,
+    PromptConfig,
+)
 from grass_ray.config.base import ConfigPart
 from grass_ray.config.code import Code, find_code, installed_code, text_of
 from grass_ray.config.data import (
@@ -112,6 +119,7 @@ __all__ = [
     "OptimizerConfig",
     "OutlierSamplerConfig",
     "Parallel",
+    "PeftConfig",
     "PrefixConfig",
     "ProjectionConfig",
     "PromptConfig",

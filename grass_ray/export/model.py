@@ -85,7 +85,7 @@ def check_output(folder: Path) -> None:
 
 def is_mergeable(config: RunConfig) -> bool:
     """Whether the trained model has the architecture of its base model: no adapter, or one that can be merged."""
-    return config.method.adapter is None or config.method.adapter.mergeable
+    return config.method.adapter is None or config.method.adapter.can("merge")
 
 
 @contextmanager

@@ -236,7 +236,9 @@ class _MaskAnswers(TorchFunctionMode):
         self._padded = padded
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return not self._padded if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
+        if func is Tensor.__bool__ and args[0].is_meta:  # others, such as a drawn number, have a value
+            return not self._padded
+        return func(*args, **(kwargs or {}))
 
 
 def _head_shape(model: Any) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ ADVICE = "use data.batching=bucketed, or plain"
 
 def check_packed_adapter(adapter: AdapterConfig | None) -> None:
     """Raise :class:`ConfigError` if the adapter adds virtual tokens in front of each row."""
-    if adapter is not None and adapter.virtual_tokens:
+    if adapter is not None and not adapter.can("pack"):
         raise ConfigError(
             f"data.batching=packed puts several documents into a row, but {adapter.kind} tuning has virtual tokens "
             f"before a row, not before each document; {ADVICE}"

@@ -33,7 +33,7 @@ def check_shardable(config: RunConfig, workers: int) -> None:
         mistakes.append(f"{name} projects whole matrices, of which a worker has some rows")
     if config.method.weights == "streamed":
         mistakes.append("method.weights=streamed needs whole weights, of which a worker has some rows")
-    if config.method.adapter is not None and not config.method.adapter.shardable:
+    if config.method.adapter is not None and not config.method.adapter.can("shard"):
         mistakes.append(f"{name} trains vectors outside of the model that is sharded")
     if mistakes:
         raise ConfigError(f"the model cannot be sharded (FSDP2): {'; '.join(mistakes)}; or leave --parallel shard out")

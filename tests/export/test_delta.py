@@ -30,6 +30,8 @@ def make_config(method: str, model: ModelConfig, *overrides: str) -> RunConfig:
     settings.append("method.optimizer.lr=0.01")
     if method in ("lisa", "grass"):
         settings += ["method.sampler.period=3", "method.sampler.num_active_layers=1"]
+    small = {"c3a": "method.adapter.block_size=16", "fourierft": "method.adapter.n_frequency=100"}
+    settings += [small[method]] if method in small else []
     if method == "grass":
         settings += ["method.sampler.probing_steps=2"]
     return config.override(parse([*settings, *overrides]))

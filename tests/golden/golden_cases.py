@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from plain import keys, page_text, rounded, shortened, unframed, without_measurements
 from result_records import answers, asha, make_history, make_record, make_series, members
 from small import REPOSITORY
 from synthetic import synthetic_records
 
-from grass_ray.config import RunConfig, to_json
+from grass_ray.config import PeftConfig, RunConfig, to_json
 from grass_ray.export.card import render_card, write_card, write_delta_card
 from grass_ray.methods import METHODS
 from grass_ray.results.columns import overview_rows
@@ -311,7 +312,14 @@ def memory_plans(folder: Path, run: Run) -> Files:
 
 
 def defaults(folder: Path, run: Run) -> Files:
-    return {f"{name}.yaml": RunConfig(method=row.config).to_yaml() for name, row in METHODS.items()}
+    """The method of each row, and once what is beside it, which all rows share."""
+    alike = {name: row.config for name, row in METHODS.items() if isinstance(row.config.adapter, PeftConfig)}
+    adapters = {name: {"adapter": own.adapter.model_dump(), "lr": own.optimizer.lr} for name, own in alike.items()}
+    whole = {name: RunConfig(method=row.config).to_dict() for name, row in METHODS.items() if name not in alike}
+    files = {name: values["method"] for name, values in whole.items()} | {"peft": adapters}
+    files["run"] = {key: value for key, value in whole["grass"].items() if key != "method"}
+    assert all(values == {"method": values["method"], **files["run"]} for values in whole.values())
+    return {f"{name}.yaml": yaml.safe_dump(values, sort_keys=False) for name, values in files.items()}
 
 
 _ROW = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}

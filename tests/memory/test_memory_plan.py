@@ -319,6 +319,13 @@ def test_no_other_active_set_takes_more_where_layers_are_recomputed(tiny: Planne
         assert max(peaks[layers] for layers in planned) >= 0.97 * max(peaks.values())
 
 
+def test_an_adapter_that_draws_a_number_in_forward_is_planned_as_it_runs() -> None:
+    """LoHa and LoKr draw whether they are dropped out."""
+    planner = Planner(ModelConfig(name="tiny"), "cpu")
+    plans = {name: planner.plan_modes(METHODS[name].config, SHAPE)[0] for name in ("ia3", "loha", "lokr")}
+    assert min(plan.activations for plan in plans.values()) > max(plan.activations for plan in plans.values()) / 3
+
+
 def test_a_dropped_gradient_is_not_held() -> None:
     shape = StepShape(rows=1, tokens=2)
     held = profile_step(trained_only((0, 1, 2, 3)), shape, device="cpu")

@@ -8,11 +8,17 @@ from collections.abc import Mapping
 import numpy as np
 from result_records import make_history, make_record, make_series
 
+from grass_ray.config import PeftConfig
 from grass_ray.methods import METHODS
 from grass_ray.results.record import RunRecord
 
 CONTROLS = ("uniform", "top", "inverse")
-TRAINED = [name for name, row in METHODS.items() if row.trains and name not in CONTROLS]
+# an adapter of each kind is enough
+TRAINED = [
+    name
+    for name, row in METHODS.items()
+    if row.trains and name not in CONTROLS and not isinstance(row.config.adapter, PeftConfig)
+]
 
 
 def synthetic_records(trials: int, *, only_failures: bool = False, seed: int = 0) -> list[RunRecord]:

@@ -28,7 +28,11 @@ from grass_ray.training.weights import parameters_sha256
 pytestmark = pytest.mark.long
 
 QUICK = ("full", "lisa", "grass", "misa", "lora")
-REFUSED = ("galore", "ows-galore", "apollo", "prompt", "prefix")
+WHOLE = ("galore", "ows-galore", "apollo")
+REFUSED = [
+    *WHOLE,
+    *(name for name, row in METHODS.items() if row.config.adapter is not None and not row.config.adapter.can("shard")),
+]
 SLOW = [name for name, row in METHODS.items() if row.trains and name not in (*QUICK, *REFUSED)]
 TRAINED = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 RESUMED = ("grass", "lora")

@@ -5,7 +5,7 @@
     style = style_of("grass")
     axes.plot(steps, losses, **style.line())
 
-Twenty colours cannot all be told apart, least of all without red or green: methods of similar colours differ in marker
+Forty colours cannot all be told apart, least of all without red or green: methods of similar colours differ in marker
 and dash. ``tests/results/figures/test_colours.py`` compares them as colour-blind readers see them.
 """
 
@@ -57,6 +57,18 @@ STYLES: Mapping[str, Style] = {
     "ist": Style("#8a6d00", "#b89a2e", "<", DASH_DOT),
     "prefix": Style("#b8a600", "#cfc03a", "h", DOTTED),
     "prompt": Style("#999933", "#b5b55a", "8", DASH_DOT_DOT),
+    "rslora": Style("#355522", "#aad094", "_", DOTTED),
+    "pissa": Style("#ab0eec", "#be50ec", "s", LONG),
+    "vera": Style("#052bba", "#5d7cf2", "^", DASH_DOT_DOT),
+    "randlora": Style("#4a97c8", "#9bc2dc", "v", DOTTED),
+    "loha": Style("#0fbd8b", "#71ecc9", "<", LONG),
+    "lokr": Style("#168b38", "#a0ebb6", "D", DASHED),
+    "miss": Style("#6d0609", "#f17d81", ">", DASH_DOT_DOT),
+    "oft": Style("#4f396b", "#957bb4", "d", SOLID),
+    "c3a": Style("#482e8e", "#8e76cc", "p", DOTTED),
+    "fourierft": Style("#db26a5", "#d84aad", "H", DASHED),
+    "ia3": Style("#8ab90b", "#c3ec56", "*", DASH_DOT),
+    "ln-tuning": Style("#6312a8", "#ab64e7", "h", SOLID),
     "lisa": Style("#0072b2", "#4aa3dd", "D", SOLID),
     "lisa-keep": Style("#56b4e9", "#7cc6ef", "d", LONG),
     "ows": Style("#009e73", "#2bbd92", "P", SOLID),
