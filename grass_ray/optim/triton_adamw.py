@@ -1,6 +1,7 @@
-"""The CUDA kernel of an AdamW step with a 16-bit remainder: one pass over memory, float32 arithmetic in registers.
+"""The CUDA kernel of an AdamW step with a 16-bit remainder, 8-bit moments or both: one pass over memory.
 
-Its plain reference is ``_with_remainder`` in :mod:`grass_ray.optim.kernels`. Imported only for CUDA devices.
+The arithmetic is float32 in registers. Its plain reference is ``_through_float32`` in :mod:`grass_ray.optim.kernels`.
+Imported only for CUDA devices.
 """
 
 from __future__ import annotations
@@ -13,12 +14,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grass_ray.optim import rounding
+from grass_ray.optim import quantized, rounding
 
-BLOCK = 1024
+SIZE = 1024
 # a kernel sees globals only as constants
 PLACE, STEP = tl.constexpr(rounding.PLACE), tl.constexpr(rounding.STEP)
 MIX_1, MIX_2 = tl.constexpr(rounding.MIX_1), tl.constexpr(rounding.MIX_2)
+BLOCK, DROPPED, HIGHEST = (tl.constexpr(getattr(quantized, name)) for name in ("BLOCK", "DROPPED", "HIGHEST"))
+# half of what is rounded away, and all bits of it
+HALF, ALL = tl.constexpr(1 << (quantized.DROPPED - 1)), tl.constexpr((1 << quantized.DROPPED) - 1)
+
+
+@triton.jit
+def _random(places, first, t):
+    """The bits of :func:`rounding.hash_bits`."""
+    h = (places + first).to(tl.uint32) * PLACE + t.to(tl.uint32) * STEP
+    h = (h ^ (h >> 16)) * MIX_1
+    h = (h ^ (h >> 15)) * MIX_2
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _of_elements(of_blocks, size: tl.constexpr):
+    """A block's number for each of its elements."""
+    return tl.reshape(tl.broadcast_to(of_blocks[:, None], (size // BLOCK, BLOCK)), (size,))
+
+
+@triton.jit
+def _unpack(codes, exponents, span: tl.constexpr, size: tl.constexpr):
+    """:func:`quantized.unpack`."""
+    upper = (codes & span) + _of_elements(exponents, size) * 8 + (HIGHEST - span)
+    values = (tl.maximum(upper, 0) << DROPPED).to(tl.float32, bitcast=True)
+    if span == 127:
+        values = tl.where((codes & span) == 0, 0.0, tl.where(codes > span, -values, values))
+    return values
+
+
+@triton.jit
+def _pack(values, random, span: tl.constexpr, size: tl.constexpr):
+    """:func:`quantized.pack`: codes and exponents."""
+    short = ((values.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + random) >> DROPPED
+    exponents = tl.max(tl.reshape(short, (size // BLOCK, BLOCK)), axis=1) >> 3
+    codes = short - (_of_elements(exponents, size) * 8 + (HIGHEST - span))
+    codes = tl.minimum(tl.maximum(codes, 0), span)
+    if span == 127:
+        codes += ((values < 0) & (codes > 0)).to(tl.int32) << 7
+    return codes, exponents
 
 
 @triton.jit
@@ -28,6 +69,8 @@ def _adamw_kernel(
     exp_avg,
     exp_avg_sq,
     remainder,
+    exponents,
+    exponents_sq,
     step,
     skip,
     lr,
@@ -38,21 +81,37 @@ def _adamw_kernel(
     count,
     first,
     size: tl.constexpr,
+    master_in_two: tl.constexpr,
     stochastic: tl.constexpr,
+    packed: tl.constexpr,
 ):
-    """AdamW on ``count`` bfloat16 weights; ``weight`` and ``remainder`` are seen as int16 bit patterns.
+    """AdamW on ``count`` weights.
 
-    With ``stochastic``, ``exp_avg_sq`` is as well, and is rounded as in :func:`rounding.round_stochastically`.
+    With ``master_in_two``, ``weight`` and ``remainder`` are seen as int16 bit patterns, else ``weight`` is float32.
+    With ``stochastic``, ``exp_avg_sq`` is seen as int16, too, and rounded as in
+    :func:`rounding.round_stochastically`. With ``packed``, both moments are codes.
     """
     places = tl.program_id(0) * size + tl.arange(0, size)
     inside = places < count
-    upper = tl.load(weight + places, mask=inside, other=0).to(tl.int32)
-    low = tl.load(remainder + places, mask=inside, other=0).to(tl.int32)
+    blocks = tl.program_id(0) * (size // BLOCK) + tl.arange(0, size // BLOCK)
+    in_blocks = blocks * BLOCK < count
     g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(exp_avg + places, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(exp_avg + places, mask=inside, other=0)
     v = tl.load(exp_avg_sq + places, mask=inside, other=0)
-    v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True) if stochastic else v.to(tl.float32)
-    master = ((upper << 16) + low).to(tl.float32, bitcast=True)
+    if packed:
+        e = tl.load(exponents + blocks, mask=in_blocks, other=0).to(tl.int32)
+        e_sq = tl.load(exponents_sq + blocks, mask=in_blocks, other=0).to(tl.int32)
+        m = _unpack(m.to(tl.int32), e, 127, size)
+        v = _unpack(v.to(tl.int32), e_sq, 255, size)
+    else:
+        m = m.to(tl.float32)
+        v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True) if stochastic else v.to(tl.float32)
+    if master_in_two:
+        upper = tl.load(weight + places, mask=inside, other=0).to(tl.int32)
+        low = tl.load(remainder + places, mask=inside, other=0).to(tl.int32)
+        master = ((upper << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        master = tl.load(weight + places, mask=inside, other=0.0)
     t = tl.load(step)
     correction1 = 1.0 - tl.exp2(t * tl.log2(beta1))
     correction2 = 1.0 - tl.exp2(t * tl.log2(beta2))
@@ -61,25 +120,35 @@ def _adamw_kernel(
     v = beta2 * v + (1.0 - beta2) * g * g
     denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
     master = master - (lr / correction1) * (m / denominator)
-    bits = master.to(tl.int32, bitcast=True)
-    upper = (bits + 0x8000) >> 16
     # gradients that are not finite change nothing: no place is stored to
-    store = places < tl.where(tl.load(skip) == 0.0, count, 0)
-    tl.store(weight + places, upper.to(tl.int16), mask=store)
-    tl.store(remainder + places, (bits - (upper << 16)).to(tl.int16), mask=store)
-    tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
-    if stochastic:
-        h = (places + first).to(tl.uint32) * PLACE + t.to(tl.uint32) * STEP
-        h = (h ^ (h >> 16)) * MIX_1
-        h = (h ^ (h >> 15)) * MIX_2
-        h = h ^ (h >> 16)
-        rounded = (v.to(tl.uint32, bitcast=True) + (h & 0xFFFF)) >> 16
+    limit = tl.where(tl.load(skip) == 0.0, count, 0)
+    store = places < limit
+    if master_in_two:
+        bits = master.to(tl.int32, bitcast=True)
+        upper = (bits + 0x8000) >> 16
+        tl.store(weight + places, upper.to(tl.int16), mask=store)
+        tl.store(remainder + places, (bits - (upper << 16)).to(tl.int16), mask=store)
+    else:
+        tl.store(weight + places, master, mask=store)
+    if packed:
+        # what lies outside must not raise a block's exponent
+        codes, e = _pack(tl.where(inside, m, 0.0), HALF, 127, size)
+        random = (_random(places, first, t) & ALL).to(tl.int32)
+        codes_sq, e_sq = _pack(tl.where(inside, v, 0.0), tl.where(inside, random, 0), 255, size)
+        tl.store(exp_avg + places, codes.to(tl.uint8), mask=store)
+        tl.store(exp_avg_sq + places, codes_sq.to(tl.uint8), mask=store)
+        tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < limit)
+        tl.store(exponents_sq + blocks, e_sq.to(tl.uint8), mask=blocks * BLOCK < limit)
+    elif stochastic:
+        rounded = (v.to(tl.uint32, bitcast=True) + (_random(places, first, t) & 0xFFFF)) >> 16
+        tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
         tl.store(exp_avg_sq + places, rounded.to(tl.int16), mask=store)
     else:
+        tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
         tl.store(exp_avg_sq + places, v, mask=store)
 
 
-def adamw_with_remainder(
+def adamw_in_one_pass(
     weight: Tensor,
     gradient: Tensor,
     state: Mapping[str, Tensor],
@@ -88,16 +157,21 @@ def adamw_with_remainder(
     skip: Tensor | None,
     first: int,
 ) -> None:
-    """One step on a contiguous piece of a bfloat16 weight, in place (see :func:`grass_ray.optim.kernels.adamw`)."""
+    """One step on a contiguous piece of a weight, in place (see :func:`grass_ray.optim.kernels.adamw`)."""
     count = weight.numel()
     beta1, beta2 = group["betas"]
+    packed = quantized.is_packed(state)
+    remainder = state.get("remainder")
     stochastic = state["exp_avg_sq"].dtype == torch.bfloat16
-    _adamw_kernel[(triton.cdiv(count, BLOCK),)](
-        weight.view(torch.int16),
+    # what a kernel does not use may be any tensor
+    exponents = [state[f"{name}{quantized.EXPONENT}"] if packed else step for name in quantized.SPANS]
+    _adamw_kernel[(triton.cdiv(count, SIZE),)](
+        weight if remainder is None else weight.view(torch.int16),
         gradient,
         state["exp_avg"],
         state["exp_avg_sq"].view(torch.int16) if stochastic else state["exp_avg_sq"],
-        state["remainder"],
+        weight if remainder is None else remainder,
+        *exponents,
         step,
         torch.zeros_like(step) if skip is None else skip,
         group["lr"],
@@ -107,6 +181,8 @@ def adamw_with_remainder(
         group["weight_decay"],
         count,
         first,
-        size=BLOCK,
+        size=SIZE,
+        master_in_two=remainder is not None,
         stochastic=stochastic,
+        packed=packed,
     )
