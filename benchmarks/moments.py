@@ -173,14 +173,14 @@ def main(
         f"`python benchmarks/moments.py --steps {steps}`, commit {str(commit)[:10]}{' (modified)' if dirty else ''}, "
         "bfloat16 weights, CPU.",
         "",
-        f"The tiny model on generated problems, all layers, {steps} steps. Distance: of the master weights from those of "
-        "`exact`, as a share of the way that these went. Loss: mean of the last tenth of the steps.",
+        f"The tiny model on generated problems, all layers, {steps} steps. Distance: of the master weights from those "
+        "of `exact`, as a share of the way that these went. Loss: mean of the last tenth of the steps.",
         "",
         "| training | distance | loss |",
         "|---|---|---|",
         *(f"| {row['training']} | {row['apart']:.3f} | {row['loss']:.4f} |" for row in trainings),
         "",
-        f"Sum of {steps} updates from random gradients, distance from that of float32 moments as a share of its length.",
+        f"Sum of {steps} updates from random gradients: distance from that of float32 moments, relative to its length.",
         "",
         "| gradients | " + " | ".join(simulated["stays"]) + " |",
         "|---" * (1 + len(simulated["stays"])) + "|",

@@ -345,4 +345,5 @@ class LayerwiseAdamW(OneModelOptimizer):
         """
         refuse_checkpoint_api()
         self._saver.load(state_dict, self.param_groups)
+        self._gradients.next_step()
         self._recorder.begin(switches=self.switches)

@@ -6,7 +6,7 @@ import copy
 import io
 import itertools
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_second_moments_follow_float32_ones(case: str) -> None:
     assert means["int8"] == pytest.approx(means["exact"], rel=0.03)
 
 
-# --------------------------------------------------------------------------------------------------- wherever they live
+# -------------------------------------------------------------------------------------------------- wherever they live
 
 
 def build(model: nn.Module, mode: Any, **settings: Any) -> LayerwiseAdamW:
@@ -267,9 +267,9 @@ def test_resident_states_are_as_large_as_the_layout_says() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_plan_knows(dtype: Any) -> None:
-    """States on the device, host blocks, and the update's own memory, of which a CPU needs some."""
+    """States on the device, and host blocks."""
     plans = {}
-    for precision in get_args(Precision):
+    for precision in ("int8", "exact"):
         method = MethodConfig(
             name="own",
             sampler=UniformSamplerConfig(num_active_layers=1),
@@ -280,8 +280,7 @@ def test_the_plan_knows(dtype: Any) -> None:
     int8, exact = plans["int8"], plans["exact"]
     for mode in ("none", "resident"):
         assert int8[mode].states < 0.5 * exact[mode].states
-        assert int8[mode].update > 0
-        assert (exact[mode].update > 0) == (dtype == "bfloat16")
+    assert int8["resident"].host_bytes < 0.7 * exact["resident"].host_bytes  # small blocks have a least size
 
 
 def test_options_name_it() -> None:
