@@ -7,6 +7,7 @@ The loop prepares, trains and evaluates each trial in this process, with the thr
 writes nothing. The sweep does all that a sweep does. A trial's start-up is what the sweep's places held beyond the time
 that its workers worked: ``(wall time x trials at once - sum of workers' times) / trials``; Ray's own start is in it.
 What a checkpoint costs a trial is the difference between two trials in a sweep, one with checkpoints and one without.
+Where the processor's seconds go is sampled from the process tree of the sweep, and drawn beside those of the loop.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 from grass_ray.commands import sweep as sweep_command
 from grass_ray.experiment import EvaluationConfig, Sweep, TrainingConfig
@@ -34,6 +40,13 @@ from grass_ray.results.tracker import Tracker
 from grass_ray.training.run import Run
 
 PROBING_STEPS = 4
+SAMPLE_EVERY_S = 0.1
+KINDS = {
+    "driver": "the sweep's own process",
+    "trials": "processes of trials",
+    "train": "Ray Train's other processes",
+    "daemons": "Ray's daemons",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +89,60 @@ def loop(sweep: Sweep) -> dict[str, float]:
     """The trials one after another; the first one's imports and downloads are warmed up before."""
     configs = plan_trials(sweep, SweepOptions(base=False))[0]
     Run.prepare(configs[0])
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     for config in configs:
         run = Run.prepare(config)
         for _ in run.fit():
             pass
         run.evaluate()
-    return {"loop_s": time.perf_counter() - started}
+    return {"loop_s": time.perf_counter() - started, "loop_cpu_s": time.process_time() - worked}
 
 
 def orchestrated(sweep: Sweep, options: Options) -> dict[str, float]:
     """The same trials as a sweep, on a Ray of this process."""
     started = time.perf_counter()
-    worked = run_sweep(sweep, options)
+    with processor_seconds() as spent:
+        worked = run_sweep(sweep, options)
     wall = time.perf_counter() - started
     assert len(worked) == options.trials
     at_once = min(options.trials, max(1, (os.cpu_count() or 1) // options.cpus_per_trial))
-    return {"sweep_s": wall, "workers_s": sum(worked), "trials_at_once": at_once}
+    seconds = {f"{kind}_cpu_s": sum(spent[kind].values()) for kind in KINDS}
+    return {"sweep_s": wall, "workers_s": sum(worked), "trials_at_once": at_once, **seconds}
+
+
+@contextmanager
+def processor_seconds() -> Iterator[dict[str, dict[int, float]]]:
+    """Sample, while the block runs, the processor's seconds of this process and all below it: by kind and process."""
+    spent: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    before, over = time.process_time(), threading.Event()
+
+    def sample() -> None:
+        while not over.wait(SAMPLE_EVERY_S):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    title, times = " ".join(process.cmdline()), process.cpu_times()
+                except psutil.Error:
+                    continue
+                for seconds in spent.values():  # a process is named after its work once it has some
+                    seconds.pop(process.pid, None)
+                spent[kind_of(title)][process.pid] = times.user + times.system
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield spent
+    finally:
+        over.set()
+        sampler.join()
+        spent["driver"][os.getpid()] = time.process_time() - before
+
+
+def kind_of(title: str) -> str:
+    """What a process below a sweep does, by its title."""
+    if title.startswith(("ray::ImplicitFunc", "ray::RayTrainWorker")):
+        return "trials"
+    own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return "train" if title.startswith("ray::") and not title.startswith(own) else "daemons"
 
 
 def run_sweep(sweep: Sweep, options: Options) -> list[float]:
@@ -149,6 +199,22 @@ def tracking(steps: int = 100, metrics: int = 12) -> dict[str, float]:
     return costs
 
 
+def draw(values: dict[str, float], path: Path) -> None:
+    """Two bars: the processor's seconds of the loop, and of the sweep by what its processes are."""
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(["a loop"], [values["loop_cpu_s"]], color="0.6")
+    left = 0.0
+    for kind, name in KINDS.items():
+        seconds = values[f"{kind}_cpu_s"]
+        axes.barh(["a sweep"], [seconds], left=left, label=f"{name}, {seconds:.0f} s")
+        left += seconds
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of the processor")
+    axes.legend(loc="upper right", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
 def write(options: Options, values: dict[str, float]) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     git = git_state()
@@ -159,9 +225,11 @@ def write(options: Options, values: dict[str, float]) -> None:
         "trials one after another in a loop": f"{values['loop_s']:.1f} s",
         "the same trials as a sweep": f"{values['sweep_s']:.1f} s, {values['trials_at_once']:.0f} at once",
         "start-up of a trial in the sweep": f"{values['start_up_s_a_trial']:.1f} s",
+        "processor, the loop": f"{values['loop_cpu_s']:.1f} s",
+        **{f"processor, the sweep: {name}": f"{values[f'{kind}_cpu_s']:.1f} s" for kind, name in KINDS.items()},
         "a training step": f"{1000 * values['step_s']:.1f} ms",
         "a checkpoint, written": f"{1000 * values['checkpoint_s']:.1f} ms",
-        "a checkpoint, reported to Ray Train": f"{values['checkpoint_in_a_sweep_s']:.2f} s of its trial",
+        "a checkpoint, reported to the driver": f"{values['checkpoint_in_a_sweep_s']:.2f} s of its trial",
         "tracking a step, one call a step": f"{1000 * values['tracking_s_a_step_by_1']:.1f} ms in the driver",
         "tracking a step, ten steps a call": f"{1000 * values['tracking_s_a_step_by_10']:.1f} ms in the driver",
     }
@@ -174,7 +242,10 @@ def write(options: Options, values: dict[str, float]) -> None:
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        f"![Where the processor's seconds go]({options.output.with_suffix('.png').name})",
     ]
+    draw(values, options.output.with_suffix(".png"))
     options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -19,8 +19,8 @@ HEAD = "\n| key | type | default | meaning |\n|---|---|---|---|\n"
 
 def command_line() -> str:
     """The help of every verb, and of the flags that all sweeps share."""
-    (verbs,) = re.findall(r"usage: grass-ray .*\{([a-z,\s]+)\}", help_of("grass-ray"), flags=re.DOTALL)
-    programs = ["grass-ray", *(f"grass-ray {verb}" for verb in re.findall(r"[a-z]+", verbs))]
+    (verbs,) = re.findall(r"usage: grass-ray .*\{([a-z,\s-]+)\}", help_of("grass-ray"), flags=re.DOTALL)
+    programs = ["grass-ray", *(f"grass-ray {verb}" for verb in re.findall(r"[a-z-]+", verbs))]
     programs.insert(2, "grass-ray train grass")  # lists the settings of the method, too
     programs.append("python sweeps/quickstart.py")
     return "\n\n".join(f"## `{name}`\n\n```text\n{help_of(*name.split()).strip()}\n```" for name in programs)

@@ -15,6 +15,9 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from grass_ray.commands.chat import Chat
+from grass_ray.commands.check_method import CheckMethod
+from grass_ray.commands.doctor import Doctor
 from grass_ray.commands.export import Export
 from grass_ray.commands.leaderboard import Leaderboard
 from grass_ray.commands.ls import Ls
@@ -22,6 +25,7 @@ from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
 from grass_ray.commands.power import Power
 from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
+from grass_ray.commands.ui import Ui
 from grass_ray.commands.verify import Verify
 from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
@@ -35,11 +39,15 @@ VERBS: Mapping[str, type] = {
     "leaderboard": Leaderboard,
     "power": Power,
     "plot": Plot,
+    "ui": Ui,
     "export": Export,
+    "chat": Chat,
     "reproduce": Reproduce,
     "verify": Verify,
     "plan": Plan,
+    "check-method": CheckMethod,
     "ls": Ls,
+    "doctor": Doctor,
 }
 
 
@@ -79,7 +87,8 @@ def _run(verb: Any, rest: Sequence[str]) -> int:
     if isinstance(verb, SweepFile):
         code: int = verb.run(rest)
     elif rest:
-        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {type(verb).__name__.lower()} --help")
+        name = next(name for name, kind in VERBS.items() if isinstance(verb, kind))
+        raise ConfigError(f"unknown arguments: {' '.join(rest)}; see grass-ray {name} --help")
     else:
         code = verb.run()
     return code

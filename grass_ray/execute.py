@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grass_ray.config import RunConfig
-from grass_ray.results.provenance import build_record, now, write_examples, write_layer_trace
+from grass_ray.results.provenance import build_record, now, write_examples, write_layer_trace, write_lm_eval_examples
 from grass_ray.results.record import RunRecord, SearchPart, Status
 from grass_ray.training.report import RunOutcome, StepReport, TrainingFailure
 
@@ -144,6 +144,7 @@ class RunResult:
         """Write what belongs beside the record: every evaluated example, and what layer-wise training did."""
         if self.outcome is not None:
             write_examples(folder / "examples.jsonl", self.outcome.tasks)
+            write_lm_eval_examples(folder / "lm_eval_examples.jsonl", self.outcome.lm_eval)
             write_layer_trace(folder, self.outcome.layers)
 
 

@@ -245,11 +245,11 @@ _ROWS = (
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, methods: Mapping[str, Method] = METHODS) -> Method:
     """Return the method called ``name``. Raises :class:`ConfigError` with the available names if there is none."""
-    if name not in METHODS:
-        raise ConfigError(unknown("method", name, METHODS))
-    return METHODS[name]
+    if name not in methods:
+        raise ConfigError(unknown("method", name, methods))
+    return methods[name]
 
 
 def unknown(kind: str, given: str, available: Mapping[str, object] | list[str]) -> str:

@@ -81,6 +81,11 @@ def check_model_path(name: str) -> None:
         )
 
 
+def is_path(task: str) -> bool:
+    """Whether a task of lm-eval is meant as a folder or file: it has a slash, or ends like a YAML file."""
+    return "/" in task or task.lower().endswith((".yaml", ".yml"))
+
+
 def model_label(name: str) -> str:
     """Return the name of a model for tables: the last component of a folder's path."""
     return os.path.basename(name) if os.path.isabs(name) else name
@@ -97,5 +102,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     text = config.evaluation.forgetting
     if text is not None and os.path.exists(os.path.expanduser(text)):
         text = absolute(text)
-    evaluation = config.evaluation.model_copy(update={"forgetting": text})
+    tasks = tuple(absolute(task) if is_path(task) else task for task in config.evaluation.lm_eval.tasks)
+    lm_eval = config.evaluation.lm_eval.model_copy(update={"tasks": tasks})
+    evaluation = config.evaluation.model_copy(update={"forgetting": text, "lm_eval": lm_eval})
     return config.model_copy(update={"model": model, "data": data, "evaluation": evaluation})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError, RunConfig, fingerprint_of
 from grass_ray.methods import METHODS, get_method
 from grass_ray.overrides import parse
 
@@ -26,6 +26,10 @@ def test_overrides_change_the_fingerprint_and_nothing_else() -> None:
     changed = config.override({"method.sampler.temperature": 0.2, "training.steps": 7})
     assert changed.method.sampler.temperature == 0.2
     assert changed.fingerprint != config.fingerprint
+    without = config.to_dict()
+    del without["evaluation"]["lm_eval"]  # a configuration of an earlier version
+    assert fingerprint_of(without) == config.fingerprint
+    assert config.override({"evaluation.lm_eval.tasks": ["mmlu"]}).fingerprint != config.fingerprint
     assert changed.override({"method.sampler.temperature": 0.5, "training.steps": 50}) == config
 
 

@@ -24,6 +24,8 @@ from grass_ray.overrides import parse
 
 GENERATED = runpy.run_path(str(REPOSITORY / "docs" / "generated.py"))
 FENCE = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# blocks that are files of that name
+FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 SITE = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # their blocks have tests of their own, or need runs
 OTHERS = [REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "benchmarks" / "RECORDS.md"]
@@ -66,9 +68,11 @@ RUNNABLE = [page for page in SITE if any(here and language != "text" for here, l
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    for name, text in FILE.findall(page.read_text(encoding="utf-8")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
     names: dict[str, object] = {"model": (model := make_llama())}
     for here, language, text in blocks_of(page):
-        assert language in ("python", "bash", "text"), f"{page} has a block of {language}, which nobody checks"
+        assert language in ("python", "bash", "text", "yaml"), f"{page} has a block of {language}, which nobody checks"
         if here and language == "python":
             batch = make_batch(0)
             names["loss"] = model(input_ids=batch, labels=batch).loss
@@ -93,12 +97,14 @@ def check_command(words: list[str]) -> None:
         # the settings of a method are flags, too
         method = [word for word in words[2:3] if words[1] == "train" and word in METHODS]
         said = help_of("grass-ray", words[1], *method)
-        check_flags(words, words[2:], said)
+        # so are the arguments of a class of the user's own, which no other help lists
+        check_flags(words, [word for word in words[2:] if ".args." not in word], said)
         for named in words[2:3]:
             if words[1] in ("plot", "ls"):
                 assert named in re.findall(r"[\w-]+", said), f"{words}: {named} is not in its help"
             if words[1] == "train":
-                assert named in METHODS or named.isupper(), f"{words}: there is no method {named}"
+                known = named in METHODS or "--method-file" in words or named.isupper()
+                assert known, f"{words}: there is no method {named}"
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (REPOSITORY / "Makefile").read_text(encoding="utf-8"), words
     else:

@@ -14,8 +14,9 @@ from small import REPOSITORY
 
 PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
-    *("errors", "overrides", "config", "paths", "process", "methods", "tasks", "layerwise", "optim", "training"),
-    *("memory", "results", "export", "experiment", "execute", "progress", "cluster", "commands", "cli"),
+    *("errors", "overrides", "config", "paths", "process", "methods", "method_files", "tasks", "layerwise", "optim"),
+    *("training", "memory", "results", "export", "experiment", "execute", "progress", "cluster", "contract"),
+    *("commands", "cli"),
 ]
 HOMES = {"ray": "cluster", "mlflow": "results"}
 LOADED = "[name for name in ('torch', 'ray', 'mlflow', 'transformers') if name in sys.modules]"
@@ -134,7 +135,21 @@ def test_the_core_trains_where_neither_ray_nor_mlflow_is_installed() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "verb", ["", "train", "sweep", "eval", "leaderboard", "power", "export", "reproduce", "verify", "plan", "ls"]
+    "verb",
+    [
+        "",
+        "train",
+        "sweep",
+        "eval",
+        "leaderboard",
+        "power",
+        "export",
+        "reproduce",
+        "verify",
+        "plan",
+        "ls",
+        "check-method",
+    ],
 )
 def test_help_loads_no_torch(verb: str) -> None:
     arguments = [*([verb] if verb else []), "--help"]

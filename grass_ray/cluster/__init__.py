@@ -1,1 +1,1 @@
-"""Where training runs: Ray Train worker, Ray Tune sweep, plans, progress. The only room that imports ray."""
+"""Where training runs: trials and their workers, Ray Tune, the machines. The only room that imports ray."""

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
-from grass_ray.config import Parallel, RunConfig
+from grass_ray.config import Code, Parallel, RunConfig
 from grass_ray.execute import RunContext
 from grass_ray.experiment.search import rungs
 from grass_ray.experiment.space import Params, Space
@@ -17,6 +17,7 @@ from grass_ray.results.provenance import hardware
 from grass_ray.results.record import SearchPart
 
 TIME = "step"  # training steps, in the reports that Tune's schedulers look at
+HELD = "held"  # in a report: its process waits at a rung until it is let pass
 RECORD_FILE = "record.json"
 TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
 FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
@@ -34,6 +35,7 @@ class SweepContext(BaseModel):
         keep_checkpoints: keep what each trial trained.
         memory_check: refuse trials that cannot fit into memory.
         max_failures: how often a process may die before its trial counts as failed.
+        code: of methods of the user's own, which the workers run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +48,12 @@ class SweepContext(BaseModel):
     keep_checkpoints: bool = False
     memory_check: bool = True
     max_failures: int = 2
+    code: tuple[Code, ...] = ()
+
+    @property
+    def single_worker(self) -> bool:
+        """Whether a trial is one process from its beginning to its end, and so needs no Ray Train."""
+        return self.resources.workers == 1 and self.parallel == "replicate"
 
 
 class Job(BaseModel):
@@ -125,3 +133,12 @@ class Job(BaseModel):
             world_size=self.context.resources.workers,
             search=self.search,
         )
+
+
+def describe_death(error: str, times: int) -> str:
+    """What a record says of a trial whose worker died ``times`` times, the last time with the message ``error``."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    # the last line tells, but Ray's messages on memory and on killed processes end in something else
+    found = (line for words in ("low on memory", "is dead because") for line in lines if words in line)
+    telling = next(found, lines[-1] if lines else "no reason known")
+    return f"the worker failed {times} time(s): {telling}"

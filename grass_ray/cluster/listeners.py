@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray.train
 from typing_extensions import override
 
-from grass_ray.cluster.job import FAILURE_FILE, TIME, Job
+from grass_ray.cluster.job import FAILURE_FILE, HELD, TIME, Job
+from grass_ray.cluster.ray_worker import RayWorker
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError
 from grass_ray.execute import Action, Ending, Listener
@@ -39,9 +39,10 @@ class RayReporter(Listener):
     random numbers are keyed, so that no worker has anything of its own to save.
     """
 
-    def __init__(self, job: Job, *, is_main: bool) -> None:
+    def __init__(self, job: Job, worker: RayWorker) -> None:
         self._job = job
-        self._is_main = is_main
+        self._worker = worker
+        self._is_main = worker.rank == 0
         self._last_report = time.monotonic()
         self._reported = 0  # the last step that a report told of
         self._last_evaluation = float("-inf")
@@ -50,11 +51,11 @@ class RayReporter(Listener):
     def on_start(self, run: Run) -> None:
         """Restore the last checkpoint: this trial's, or the one that a population's member begins with."""
         until, start_from = self._job.until, self._job.start_from
-        checkpoint = ray.train.get_checkpoint()
+        with self._worker.checkpoint() as checkpoint:
+            if checkpoint is not None:
+                run.restore(checkpoint)
         if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                run.restore(Path(folder))
-            ray.train.report(self._restored(run))
+            self._worker.report(self._restored(run))
         elif start_from is not None:
             with tempfile.TemporaryDirectory(prefix="grass_ray-start-") as name:
                 Storage(start_from).download(Path(name))
@@ -94,19 +95,19 @@ class RayReporter(Listener):
         if time.monotonic() - self._last_evaluation >= REPORT_EVERY_S:
             self._last_evaluation = time.monotonic()
             view = {"task": task, "done": done, "total": total}
-            ray.train.report({"phase": "evaluating", "steps": [], "view": view})
+            self._worker.report({"phase": "evaluating", "steps": [], "view": view})
 
     def _report(self, run: Run, message: dict[str, Any], *, saves: bool) -> None:
-        """Report to Train, with a checkpoint if ``saves``; returns when it is in the storage."""
+        """Report to Ray, with a checkpoint if ``saves``; returns when it is in the storage."""
         if not saves:
-            ray.train.report(message)
+            self._worker.report(message)
         elif not self._is_main:
             run.save(None)
-            ray.train.report(message)
+            self._worker.report(message)
         else:
             with tempfile.TemporaryDirectory(prefix="grass_ray-checkpoint-") as folder:
                 run.save(Path(folder))
-                ray.train.report(message, checkpoint=ray.train.Checkpoint.from_directory(folder))
+                self._worker.report(message, checkpoint=Path(folder))
 
     def _restored(self, run: Run) -> dict[str, Any]:
         """Where a restored run stands, with all its steps: the driver may have died before it heard of the last."""
@@ -121,20 +122,22 @@ class RayReporter(Listener):
 
         A population's scheduler hears of it from the member's driver, together with the checkpoint; not from here.
         """
-        return {VALIDATION: loss} if self._job.until is not None else {TIME: train_step, VALIDATION: loss}
+        if self._job.until is not None:
+            return {VALIDATION: loss}
+        return {TIME: train_step, VALIDATION: loss, HELD: not self._worker.waits}
 
 
 class Validation(Listener):
     """Measures the loss on held-out rows after some training steps; at a rung it then waits for the scheduler.
 
     Otherwise a trial that is to be stopped might finish first. If the driver does not answer for long, the trial goes
-    on.
+    on. Where a report waits itself there is nothing more to wait for.
     """
 
-    def __init__(self, job: Job, *, is_main: bool) -> None:
+    def __init__(self, job: Job, worker: RayWorker) -> None:
         self._job = job
         self._storage = Storage(job.context.storage)
-        self._waits = is_main and job.until is None
+        self._waits = worker.rank == 0 and job.until is None and not worker.waits
 
     @override
     def on_step(self, run: Run, report: StepReport) -> Action:
@@ -157,18 +160,18 @@ class Validation(Listener):
 class PreemptionGuard(Listener):
     """Saves at once when a machine of the trial is about to be taken away."""
 
-    def __init__(self, *, is_main: bool) -> None:
-        self._is_main = is_main
+    def __init__(self, worker: RayWorker) -> None:
+        self._worker = worker
         self._last_question = time.monotonic()
         self._warned = False
 
     @override
     def on_step(self, run: Run, report: StepReport) -> Action:
-        due = self._is_main and time.monotonic() - self._last_question >= PREEMPTION_EVERY_S
+        due = self._worker.rank == 0 and time.monotonic() - self._last_question >= PREEMPTION_EVERY_S
         (asks,) = run.state.optimizer.workers.maximum([due])
         if asks:
             self._last_question = time.monotonic()
-            if not self._warned and ray.train.get_preemption_info() is not None:
+            if not self._warned and self._worker.loses_its_machine():
                 self._warned = True
                 return Action.SAVE
         return Action.GO

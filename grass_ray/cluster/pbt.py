@@ -4,7 +4,7 @@ After every generation the member tells Tune its loss on held-out rows, with a s
 one is (a :class:`MemberState`), and is put to sleep. The scheduler wakes it with its own state, or with that of a
 better member and changed settings::
 
-    Tuner(tune.with_resources(drive_member, ...), tune_config=TuneConfig(scheduler=Population(...)))
+    Tuner(tune.with_resources(single_member, ...), tune_config=TuneConfig(scheduler=Population(...)))
 
 What came of a generation is kept under its name, which says where it began and with what settings. A sweep that is
 resumed after its driver died begins with the first generation again, whose members tell at once what they told before;
@@ -13,18 +13,21 @@ since the scheduler decides the same again (:class:`grass_ray.cluster.schedulers
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import ray.tune
 from pydantic import AliasChoices, Field
 
 from grass_ray.cluster.job import RECORD_FILE, TIME, Job
+from grass_ray.cluster.ray_worker import TuneWorker
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import train
+from grass_ray.cluster.worker import work
 from grass_ray.experiment.search import generation_ends
 from grass_ray.experiment.space import values
 from grass_ray.results.record import LineageStep, RecordPart
@@ -58,14 +61,30 @@ class Generation(RecordPart):
     loss: float | None
 
 
+Trained = tuple[str | None, float]
+"""A checkpoint's URI, and the loss on held-out rows."""
+
+
+def single_member(params: dict[str, Any]) -> None:
+    """A member with one worker; a Tune function that trains one generation and waits for what the scheduler decides."""
+    _take_part(params, _train_here)
+
+
 def drive_member(params: dict[str, Any]) -> None:
-    """Train one generation and wait for what the scheduler decides; a Tune function that does no work itself."""
+    """A member with several workers: as :func:`single_member`, but Ray Train does the work."""
+    _take_part(params, _train_by_workers)
+
+
+def _take_part(params: dict[str, Any], train: Callable[[Job, Storage], Trained | None]) -> None:
     given = Job.model_validate(params["job"])
     storage = Storage(given.context.storage)
     state = _restored_state(given.key)
     job = next_generation(given, state)
-    if not storage.exists(GENERATIONS_FOLDER, job.train_name) and not _train(job, storage, state):
-        return
+    if not storage.exists(GENERATIONS_FOLDER, job.train_name):
+        trained = train(job, storage)
+        if trained is None:
+            return
+        _keep(job, storage, state, *trained)
     generation = Generation.model_validate_json(storage.read_text(GENERATIONS_FOLDER, job.train_name))
     if generation.loss is None:
         return
@@ -73,31 +92,38 @@ def drive_member(params: dict[str, Any]) -> None:
         (Path(name) / STATE_FILE).write_text(generation.state.model_dump_json(), encoding="utf-8")
         message = {"phase": "generation", "steps": [], TIME: generation.state.train_step, VALIDATION: generation.loss}
         ray.tune.report(message, checkpoint=ray.tune.Checkpoint.from_directory(name))
-    # all members wait for each other: Tune stops this process here, and starts another one for the next generation
+    # all members wait for each other: Tune stops this thread or its process here, and starts the next generation
     threading.Event().wait(_PAUSED_WITHIN_S)
     raise RuntimeError(f"{job.key} was not put to sleep after {generation.state.train_step} training steps")
 
 
-def _train(job: Job, storage: Storage, state: MemberState) -> bool:
-    """Train a generation and keep what came of it; False if its workers died too often."""
+def _train_here(job: Job, storage: Storage) -> Trained:
+    worker = TuneWorker(storage.join("ray", job.train_name))
+    work(job, worker)
+    return worker.latest, worker.last_report.get(VALIDATION, math.nan)
+
+
+def _train_by_workers(job: Job, storage: Storage) -> Trained | None:
+    """None if the workers died too often."""
     result = train(job, storage)
     if result is None:
-        return False
-    reached = MemberState(
-        train_step=job.until or 0,
-        checkpoint=_checkpoint_uri(storage, job, result),
-        key=job.key,
-        lineage=job.search.lineage if job.search else [],
-    )
-    loss: float | None = None
-    if storage.exists(job.folder, RECORD_FILE):  # trained to its end, or failed with a reason
+        return None
+    name = None if result.checkpoint is None else Path(result.checkpoint.path).name
+    uri = None if name is None else storage.join("ray", job.train_name, name).uri
+    return uri, (result.metrics or {}).get(VALIDATION, math.nan)
+
+
+def _keep(job: Job, storage: Storage, state: MemberState, checkpoint: str | None, loss: float) -> None:
+    """Keep what came of a generation."""
+    ended = storage.exists(job.folder, RECORD_FILE)  # trained to its end, or failed with a reason
+    lineage = job.search.lineage if job.search else []
+    reached = MemberState(train_step=job.until or 0, checkpoint=checkpoint, key=job.key, lineage=lineage)
+    if ended:
         storage.write_text(reached.model_dump_json(), job.folder, STATE_FILE)
     else:
-        assert result.metrics is not None
-        loss = result.metrics[VALIDATION]
         _remove_older(storage, job, state.train_step)
-    storage.write_text(Generation(state=reached, loss=loss).model_dump_json(), GENERATIONS_FOLDER, job.train_name)
-    return True
+    generation = Generation(state=reached, loss=None if ended else loss)
+    storage.write_text(generation.model_dump_json(), GENERATIONS_FOLDER, job.train_name)
 
 
 def next_generation(given: Job, state: MemberState) -> Job:
@@ -126,12 +152,6 @@ def _restored_state(key: str) -> MemberState:
         return MemberState(key=key)
     with checkpoint.as_directory() as folder:
         return MemberState.model_validate_json((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
-
-
-def _checkpoint_uri(storage: Storage, job: Job, result: ray.train.Result) -> str | None:
-    if result.checkpoint is None:
-        return None
-    return storage.join("ray", job.train_name, Path(result.checkpoint.path).name).uri
 
 
 def _remove_older(storage: Storage, job: Job, before: int) -> None:

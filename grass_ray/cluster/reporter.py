@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.job import RECORD_FILE, TIME, TRACEBACK_FILE
+from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
 from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
@@ -33,7 +33,8 @@ from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
 
-_LOSSES = {"loss": "eval/loss", "validation loss": VALIDATION}
+# what is shown of a trial without an accuracy
+_LOSSES = {"loss": "eval/loss", "lm-eval": "lm_eval/average", "validation loss": VALIDATION}
 
 
 @dataclass(kw_only=True)
@@ -146,12 +147,13 @@ class TrialStore:
         self._write(trial, record)
         self.end(key, None)
 
-    def end(self, key: str, failure: str | None, *, earlier: bool = False) -> None:
+    def end(self, key: str, failure: str | None, error: str = "", *, earlier: bool = False) -> None:
         """A trial ended: close its run with its record.
 
         Args:
             key: the trial's.
             failure: why its process died; None if it did not.
+            error: all that is known of it.
             earlier: it ended before this process began.
         """
         trial = self._trials[key]
@@ -160,7 +162,7 @@ class TrialStore:
             failure = "the trial ended without a record"
         if failure is not None:  # write the record that the dead process could not; --resume tries such a trial again
             if not self.storage.exists(folder, TRACEBACK_FILE):
-                self.storage.write_text(failure, folder, TRACEBACK_FILE)
+                self.storage.write_text(error or failure, folder, TRACEBACK_FILE)
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
@@ -283,7 +285,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self._crashes[_key(trial)] = result["failure"]
         self.trial_store.result(_key(trial), result)
         # the scheduler has decided before this is called
-        if TIME in result and result["phase"] != "generation" and _key(trial) not in self._stopped:
+        if result.get(HELD) and _key(trial) not in self._stopped:
             self.trial_store.let_pass(_key(trial), result[TIME])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -297,9 +299,15 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's own actor died."""
-        error = trial.get_pickled_error()
-        reason = str(error).strip().splitlines() if error is not None else []
-        self.trial_store.end(_key(trial), f"the trial's driver died: {reason[-1] if reason else 'no reason known'}")
+        error = _last_error(trial)
+        self.trial_store.end(_key(trial), describe_death(error, trial.num_failures), error)
+
+
+def _last_error(trial: Any) -> str:
+    """Why a trial's process died the last time, in Ray's words, which Tune writes into one file after another."""
+    path = trial.error_file
+    text = "" if path is None else Path(path).read_text(encoding="utf-8", errors="replace")
+    return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
 def _key(trial: Any) -> str:

@@ -23,11 +23,13 @@ from grass_ray.cluster.search import Final, MethodSearch
 from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
+from grass_ray.config import installed_code
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
+from grass_ray.results.pages import is_server, run_page
 from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
@@ -125,9 +127,11 @@ class SweepRunner:
         if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
             return
-        with ray_cluster(self.options.machines) as cluster:
+        options = self.options
+        uses_train = options.workers_per_trial > 1 or options.parallel == "shard"
+        with ray_cluster(options.machines, dashboard=uses_train) as cluster:
             cluster.check_storage(self.storage)
-            if plan is not None and plan.scheduler != "none":
+            if uses_train and plan is not None and plan.scheduler != "none":
                 cluster.check_dashboard()
             context = self._context(cluster)
             with self.progress:
@@ -166,6 +170,7 @@ class SweepRunner:
             keep_checkpoints=options.keep_checkpoints,
             memory_check=options.memory_check,
             max_failures=options.max_failures,
+            code=installed_code(),
         )
 
     def _is_left(self, trial_store: TrialStore, searches: list[MethodSearch]) -> bool:
@@ -205,8 +210,11 @@ class SweepRunner:
             self._say(f"settings: {self.storage.uri}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
         for line in left_out(records):
             self._say(f"settings: {line}")
-        if not self.plan.tracking_uri.startswith("http"):
-            self._say(f"browse:   mlflow ui --backend-store-uri {redact(self.plan.tracking_uri)}")
+        uri, page = self.plan.tracking_uri, run_page(self.tracker, sweep_run)
+        if is_server(uri):
+            self._say(f"browse:   {redact(uri).rstrip('/')}/{page}")
+        else:
+            self._say(f"browse:   grass-ray ui --tracking-uri {redact(uri)}   # http://127.0.0.1:5000/{page}")
         return FAILED if failed else 0
 
     def _close_tracker(self, resume_command: str, *, patient: bool) -> None:

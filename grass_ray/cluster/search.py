@@ -20,7 +20,7 @@ from typing import Literal
 from ray.tune.schedulers import TrialScheduler
 
 from grass_ray.cluster.job import Job, SweepContext
-from grass_ray.cluster.pbt import STATE_FILE, MemberState, drive_member
+from grass_ray.cluster.pbt import STATE_FILE, MemberState
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.resources import driver_memory
 from grass_ray.cluster.schedulers import Asha, OneByOne, Population
@@ -110,7 +110,7 @@ class MethodSearch:
         if self.plan.scheduler != "pbt":
             return TuneRun(name=name, jobs=jobs, scheduler=scheduler)
         memory = driver_memory(memories, context.resources.slots)
-        return TuneRun(name=name, jobs=jobs, scheduler=scheduler, trainable=drive_member, driver_memory=memory)
+        return TuneRun(name=name, jobs=jobs, scheduler=scheduler, population=True, driver_memory=memory)
 
     def _scheduler(self) -> TrialScheduler | None:
         steps = self.spec.steps

@@ -57,12 +57,16 @@ _LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107  # bytes of a Unix so
 
 
 @contextmanager
-def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S) -> Iterator[ClusterInfo]:
+def ray_cluster(
+    machines: int | None = None, within_s: float = MACHINES_WITHIN_S, *, dashboard: bool = True
+) -> Iterator[ClusterInfo]:
     """Join the cluster of RAY_ADDRESS or of this machine, or start a local one; leave it at the end.
 
     Args:
         machines: wait until so many have joined; None takes those that are there.
         within_s: seconds to wait for them.
+        dashboard: a Ray that is started here has one. Ray Train needs it to free what trials held that were stopped
+            early; its ten processes take as long to start as a trial.
 
     Raises:
         ConfigError: the cluster does not answer, or too few machines join.
@@ -75,10 +79,10 @@ def ray_cluster(machines: int | None = None, within_s: float = MACHINES_WITHIN_S
     try:
         if wanted and wanted not in ("auto", "local"):
             check_address(wanted)
-            context = _connect({})
+            context = _connect({}, dashboard=dashboard)
         else:
             os.environ.update(token_without_home())
-            context = _connect(short_folders())
+            context = _connect(short_folders(), dashboard=dashboard)
     except ConnectionError as error:
         raise ConfigError(
             f"cannot join the Ray cluster {f'of RAY_ADDRESS={wanted}' if wanted else 'of this machine'}: "
@@ -164,7 +168,7 @@ def token_without_home() -> dict[str, str]:
     return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _connect(folders: Mapping[str, str]) -> Any:
+def _connect(folders: Mapping[str, str], *, dashboard: bool) -> Any:
     """Join or start Ray, and tell every process of the sweep which Ray it belongs to."""
     # Ray Train frees what a stopped trial held from a process that looks for its Ray by itself, and gives up if several
     # run on one machine: the resources would never be free again. So the address of a Ray that is started here is
@@ -175,18 +179,19 @@ def _connect(folders: Mapping[str, str]) -> Any:
     chosen = f"{ray.util.get_node_ip_address()}:{port}"
     kept = {name: os.environ[name] for name in folders if name in os.environ}  # trials write to the user's TMPDIR
     with environment({_PORT: str(port), **folders}):
-        context = _init(None, chosen, kept)
+        context = _init(None, chosen, kept, dashboard)
     address = context.address_info["gcs_address"]
     if address != chosen and not _is_own(context):
         ray.shutdown()  # leaves it
-        context = _init(address, address, kept)
+        context = _init(address, address, kept, None)
     return context
 
 
-def _init(address: str | None, known_as: str, kept: Mapping[str, str]) -> Any:
+def _init(address: str | None, known_as: str, kept: Mapping[str, str], dashboard: bool | None) -> Any:
     environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as, **kept}
     return ray.init(
         address=address,
+        include_dashboard=dashboard,
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env={"env_vars": environment if torch.cuda.is_available() else environment | CPU_ENVIRONMENT},

@@ -1,4 +1,4 @@
-"""One trial in Ray Tune: a function that starts a Ray Train run and waits for it.
+"""One trial with several workers in Ray Tune: a function that starts a Ray Train run and waits for it.
 
 ::
 
@@ -18,7 +18,7 @@ import ray.tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from grass_ray.cluster.job import TRACEBACK_FILE, Job
+from grass_ray.cluster.job import TRACEBACK_FILE, Job, describe_death
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import train_worker
 
@@ -67,12 +67,5 @@ def train(job: Job, storage: Storage) -> ray.train.Result | None:
         raise
     except ray.train.TrainingFailedError as error:
         storage.write_text(traceback.format_exc(), job.folder, TRACEBACK_FILE)
-        ray.tune.report({"phase": "crashed", "failure": _reason(error, max_failures + 1), "steps": []})
+        ray.tune.report({"phase": "crashed", "failure": describe_death(str(error), max_failures + 1), "steps": []})
         return None
-
-
-def _reason(error: Exception, times: int) -> str:
-    """The telling line of a failed Train run's message: the last one, but Ray's on memory ends in advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "low on memory" in line), lines[-1] if lines else "no reason known")
-    return f"the worker failed {times} time(s): {telling}"

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.pbt import drive_member, single_member
 from grass_ray.cluster.reporter import SweepCallback, TrialStore
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import drive_trial
+from grass_ray.cluster.worker import single_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,8 @@ class TuneRun:
         searcher: chooses others instead, one by one.
         num_samples: how many the searcher chooses.
         scheduler: stops trials early, or changes their settings; None lets all come to their end.
-        trainable: what drives a trial.
-        driver_memory: bytes that a trial's driver claims.
+        population: whether the trials are members of one, which sleep between generations.
+        driver_memory: bytes that a trial's process claims.
     """
 
     name: str
@@ -40,7 +42,7 @@ class TuneRun:
     searcher: Searcher | None = None
     num_samples: int = 1
     scheduler: TrialScheduler | None = None
-    trainable: Callable[[dict[str, Any]], None] = drive_trial
+    population: bool = False
     driver_memory: int = 1
 
 
@@ -52,25 +54,29 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
         context: what they share.
         trial_store: where their results go.
     """
-    population = tune_run.trainable is not drive_trial
+    resources, population = context.resources, tune_run.population
+    alone = context.single_worker
+    trial, member = (single_worker, single_member) if alone else (drive_trial, drive_member)
+    # A driver claims memory alone, and mostly one byte: it must hold no CPU that its own workers wait for.
+    own = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {}
+    claims = {**own, "memory": tune_run.driver_memory}
     tuner = tune.Tuner(
-        # Memory alone, and mostly one byte: the driver of a trial must hold no CPU that its own worker waits for.
-        tune.with_resources(tune_run.trainable, {"memory": tune_run.driver_memory}),
+        tune.with_resources(member if population else trial, claims),
         param_space={"job": tune.grid_search([job.to_dict() for job in tune_run.jobs])} if tune_run.jobs else None,
         tune_config=tune.TuneConfig(
             search_alg=tune_run.searcher,
             num_samples=tune_run.num_samples,
             scheduler=tune_run.scheduler,
-            # a population's sleeping members count, too: the memory of the drivers limits it instead
-            max_concurrent_trials=None if population else context.resources.slots,
-            reuse_actors=False if population else None,
+            # a population's sleeping members count, too: the memory that they claim limits it instead
+            max_concurrent_trials=None if population else resources.slots,
+            reuse_actors=alone,  # with everything that is imported
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name=tune_run.name,
             storage_path=Storage(context.storage).join("ray").uri,
-            # how often a trial's driver may die; Train counts the deaths of its workers
+            # how often a single worker or a driver may die; Train counts the deaths of its own workers
             failure_config=tune.FailureConfig(max_failures=context.max_failures),
             callbacks=[SweepCallback(trial_store, tune_run.scheduler)],
             verbose=0,

@@ -1,7 +1,7 @@
-"""The function that Ray Train runs in every worker of a trial.
+"""What every process of a trial does: train, evaluate, report to the driver and write the trial's folder.
 
-It trains, evaluates, reports to Tune and writes the trial's folder; it knows nothing of MLflow. A run that runs out of
-memory, whose loss is not finite, or whose configuration is wrong ends normally, with a record that says so.
+It knows nothing of MLflow. A run that runs out of memory, whose loss is not finite, or whose configuration is wrong
+ends normally, with a record that says so.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray.train
-
 from grass_ray.cluster.job import FAILURE_FILE, RECORD_FILE, TRACEBACK_FILE, Job
 from grass_ray.cluster.listeners import ChangingSettings, EndTogether, PreemptionGuard, RayReporter, Validation
+from grass_ray.cluster.ray_worker import RayWorker, TrainWorker, TuneWorker
 from grass_ray.cluster.storage import Storage
 from grass_ray.execute import RunResult, execute
 
@@ -22,15 +21,29 @@ if TYPE_CHECKING:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
+    """A worker of a trial with several; what Ray Train runs. ``settings`` is ``{"job": Job}``."""
+    work(settings["job"], TrainWorker())
+
+
+def single_worker(params: dict[str, Any]) -> None:
+    """The only worker of a trial; what Ray Tune runs. ``params`` is ``{"job": Job.to_dict()}``."""
+    job = Job.model_validate(params["job"])
+    checkpoints = Storage(job.context.storage).join("ray", job.train_name)
+    work(job, TuneWorker(checkpoints))
+    checkpoints.remove()  # the record is written; nothing is left to continue
+
+
+def work(job: Job, worker: RayWorker) -> None:
     """Train and evaluate one run and write its folder.
 
     Args:
-        settings: ``{"job": Job}``.
+        job: the trial.
+        worker: this process among those of the trial.
     """
-    job: Job = settings["job"]
+    for code in job.context.code:
+        code.install()
     config, storage = job.config, Storage(job.context.storage)
-    world = ray.train.get_context()
-    is_main, workers = world.get_world_rank() == 0, world.get_world_size()
+    is_main, workers = worker.rank == 0, worker.workers
     if is_main:
         storage.write_text(config.to_yaml(), job.folder, "config.yaml")
         for name in (RECORD_FILE, TRACEBACK_FILE):  # of a crashed attempt; in this order, so that neither misleads
@@ -53,9 +66,9 @@ def train_worker(settings: dict[str, Any]) -> None:
         listeners=[
             together,
             ChangingSettings(job),
-            PreemptionGuard(is_main=is_main),
-            RayReporter(job, is_main=is_main),
-            Validation(job, is_main=is_main),  # waits behind the report
+            PreemptionGuard(worker),
+            RayReporter(job, worker),
+            Validation(job, worker),  # waits behind the report
         ],
         until=job.until,
         threads=job.context.resources.cpus,  # Ray exports OMP_NUM_THREADS=1 to its workers on a cluster
@@ -67,7 +80,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         _write(job, storage, result, keeps=keeps)
     elif keeps and result.run is not None:
         result.run.save(None)
-    ray.train.report({"phase": "ended", "status": result.status, "failure": result.failure, "steps": []})
+    worker.report({"phase": "ended", "status": result.status, "failure": result.failure, "steps": []})
     if is_main:
         storage.remove(job.folder, FAILURE_FILE)  # after the barrier: every worker has read it
 

@@ -39,6 +39,10 @@ class Export:
     """Also log the written files to the MLflow run, which must be given by its id."""
     tracking_uri: str | None = None
     """MLflow store of the run id."""
+    push_to_hub: str | None = None
+    """Also upload the folder with its card to this repository of the Hugging Face Hub (OWNER/NAME)."""
+    private: bool = False
+    """Make the repository of --push-to-hub private if it is new."""
 
     def run(self) -> int:
         """Write the folder and return the exit code."""
@@ -46,6 +50,10 @@ class Export:
         from grass_ray.export.delta import export_delta, export_from_delta, is_delta
         from grass_ray.export.model import export_adapter, export_run
 
+        if self.push_to_hub is not None:
+            from grass_ray.export.hub import check_upload
+
+            check_upload(self.push_to_hub)
         folder = self._find_folder()
         kind: Kind = "delta" if self.delta else "adapter" if self.adapter else "model"
         self._check_flags(is_delta(folder))
@@ -69,6 +77,10 @@ class Export:
 
             upload(tracking_store(self.tracking_uri), self.run_or_delta, self.output, kind)
             print(f"logged to the MLflow run {self.run_or_delta} as {kind}/")
+        if self.push_to_hub is not None:
+            from grass_ray.export.hub import upload_folder
+
+            print(f"uploaded to {upload_folder(self.output, self.push_to_hub, private=self.private)}")
         return 0
 
     def _find_folder(self) -> Path:
@@ -94,6 +106,8 @@ class Export:
         write_card(self.output, kind, RunConfig.from_yaml(folder / "config.yaml"), find_record(folder), written=said)
 
     def _check_flags(self, of_delta: bool) -> None:
+        if self.private and self.push_to_hub is None:
+            raise ConfigError("--private has no effect without --push-to-hub")
         if self.delta and self.adapter:
             raise ConfigError("--delta and --adapter exclude each other; give one of them, or none for the whole model")
         if of_delta and (self.delta or self.adapter):

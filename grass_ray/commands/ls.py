@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from grass_ray.commands.flags import tracking_store
-from grass_ray.methods import METHODS
+from grass_ray.method_files import methods_with
+from grass_ray.methods import METHODS, Method
 from grass_ray.tasks.suites import TASKS
 
 MODELS = {
@@ -34,12 +36,14 @@ class Ls:
     """What to list."""
     tracking_uri: str | None = None
     """MLflow store of the runs."""
+    method_file: Path | None = None
+    """YAML file with methods of your own; its code is run."""
 
     def run(self) -> int:
         """Print the list and return the exit code."""
         match self.what:
             case "methods":
-                print(list_methods())
+                print(list_methods(methods_with(self.method_file)))
             case "tasks":
                 print(list_tasks())
             case "models":
@@ -49,21 +53,20 @@ class Ls:
         return 0
 
     def _print_runs(self) -> None:
-        from grass_ray.results.store import load_records
+        from grass_ray.results.store import tracked_runs
 
-        for record in load_records(tracking_store(self.tracking_uri)):
-            average, loss = (record.metrics.get(key) for key in ("eval/average", "eval/loss"))
-            result = "accuracy -" if average is None else f"accuracy {100 * average:.1f} %"
-            if average is None and loss is not None:
-                result = f"loss {loss:.4f}"
-            print(f"{record.name}  {record.run_id}  {record.status}  {result}  {record.started_at}")
+        for run in tracked_runs(tracking_store(self.tracking_uri)):
+            result = "accuracy -" if run.accuracy is None else f"accuracy {100 * run.accuracy:.1f} %"
+            if run.accuracy is None and run.loss is not None:
+                result = f"loss {run.loss:.4f}"
+            print(f"{run.name}  {run.run_id}  {run.status}  {result}  {run.started.isoformat(timespec='seconds')}")
 
 
-def list_methods() -> str:
+def list_methods(methods: Mapping[str, Method] = METHODS) -> str:
     """Return a table of the methods: name, what it does, default learning rate, source."""
     rows = [
         (row.name, row.summary, f"{row.config.optimizer.lr:g}" if row.trains else "-", row.source)
-        for row in METHODS.values()
+        for row in methods.values()
     ]
     return _table(("method", "what it does", "lr", "source"), rows)
 

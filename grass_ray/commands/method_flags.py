@@ -18,8 +18,8 @@ from grass_ray.config import ConfigPart, MethodConfig
 from grass_ray.overrides import as_yaml
 
 # chosen by the method, or a flag of every method
-_WITHOUT_FLAG = ("name", "kind", "lr")
-_TYPES = {int: "INT", float: "FLOAT", bool: "true|false", str: "STR", NoneType: "null", tuple: "LIST"}
+_WITHOUT_FLAG = ("name", "kind", "lr", "target", "sha256")
+_TYPES = {Any: "VALUE", int: "INT", float: "FLOAT", bool: "true|false", str: "STR", NoneType: "null", tuple: "LIST"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,9 @@ def _settings(part: ConfigPart, prefix: str = "") -> Iterator[tuple[str, Any, Fi
         value = getattr(part, name)
         if isinstance(value, ConfigPart):
             yield from _settings(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):  # arguments of something that is not ours to describe
+            for key, inner in value.items():
+                yield f"{prefix}{name}.{key}", inner, FieldInfo(annotation=Any)
         elif name not in _WITHOUT_FLAG and not (value is None and name in ("adapter", "projection")):
             yield prefix + name, value, info
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ValidationError
@@ -11,6 +12,8 @@ from tyro.conf import arg
 
 from grass_ray.commands.flags import Settings
 from grass_ray.config import ConfigError, GradientCheckpointing, TrainingConfig
+from grass_ray.method_files import methods_with
+from grass_ray.methods import get_method
 from grass_ray.overrides import parse
 
 
@@ -41,6 +44,8 @@ class Plan:
     """Data type of the weights."""
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """Methods to plan. Defaults to all methods."""
+    method_file: Path | None = None
+    """YAML file with methods of your own; its code is run."""
     gradient_checkpointing: Annotated[tuple[str, ...], arg(metavar="none|all|auto|N")] = ("none",)
     """Which decoder layers are recomputed: as few as fit (auto), or the first N. Without a value all."""
     device: Literal["cpu", "cuda"] | None = None
@@ -54,6 +59,7 @@ class Plan:
         """Print the plan and return the exit code."""
         from grass_ray.memory.report import make_report, make_request, render_report
 
+        known = methods_with(self.method_file)
         request = make_request(
             model=self.model,
             dtype=self.dtype,
@@ -64,7 +70,7 @@ class Plan:
             labelled=self.labelled,
             accumulation_steps=self.accumulation_steps,
             checkpointing=_read_checkpointing(self.gradient_checkpointing),
-            methods=self.methods,
+            methods=known if self.methods is None else {name: get_method(name, known) for name in self.methods},
             settings=self.set,
         )
 

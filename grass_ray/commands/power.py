@@ -26,8 +26,8 @@ class Power:
     """
 
     runs: RunFilters
-    metric: Literal["accuracy", "loss"] | None = None
-    """What differs. Defaults to both where losses were measured; of figures given by hand to loss."""
+    metric: Literal["accuracy", "loss", "lm_eval"] | None = None
+    """What differs. Defaults to all that were measured; of figures given by hand to loss."""
     difference: float | None = None
     """Difference to be seen: of accuracy as a share (0.02: two points), of loss in nats."""
     num_seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (2, 3, 5, 8, 12, 20)

@@ -9,19 +9,21 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 from typing_extensions import override
 
 from grass_ray.commands.output import check_new_folder
-from grass_ray.config import ConfigError, RunConfig, to_json
+from grass_ray.config import ConfigError, RunConfig, installed_code, to_json
 from grass_ray.execute import Action, Ending, Listener, RunContext, execute
-from grass_ray.paths import absolute, find_model
+from grass_ray.experiment.flags import lm_eval_settings
+from grass_ray.paths import absolute, find_model, with_absolute_paths
 from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
 from grass_ray.results.provenance import git_state, hardware, versions, write_examples
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 RECORD = "record.json"
 EXAMPLES = "examples.jsonl"
+METHOD_FILE = "methods.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ def reproduce(
     model: str | None = None,
     data_dir: Path | None = None,
     dataset: str | None = None,
+    eval_tasks: Sequence[str] | None = None,
     output: Path | None = None,
     dry_run: bool = False,
     quiet: bool = False,
@@ -124,6 +128,7 @@ def reproduce(
         model: where the base model is here; None takes the recorded place, as for the data.
         data_dir: where the data folder is here.
         dataset: where the user's own data set is here.
+        eval_tasks: the tasks of lm-eval, with folders and files where they are here.
         output: new or empty folder for the rerun's record and the comparison; None writes nothing.
         dry_run: only print what would be run, and how this machine differs.
         quiet: print only the verdict and what differs.
@@ -137,7 +142,7 @@ def reproduce(
     from grass_ray.training.checks import check_run
 
     record = original.record
-    config = _config_here(record, model, data_dir, dataset)
+    config = _config_here(record, model, data_dir, dataset, eval_tasks)
     check_run(config)
     check_new_folder(output)
     console = Console()
@@ -167,6 +172,47 @@ def reproduce(
     return _report(checks, say, quiet=quiet)
 
 
+def write_code(record: RunRecord, folder: Path) -> int:
+    """Write the code that a record keeps, and a method file that names it, to a new or empty folder.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: the record keeps no code, or the folder is not empty or cannot be written to.
+    """
+    if not record.code:
+        raise ConfigError(f"{record.name} ran with a built-in method; its record keeps no code")
+    check_new_folder(folder)
+    for path, text in record.code.items():
+        file = folder / path
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"the record names the file {path}, which is not inside of {folder}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    row = {"name": record.config["method"]["name"], "summary": f"method of {record.name}"} | record.config["method"]
+    (folder / METHOD_FILE).write_text(yaml.safe_dump([row], sort_keys=False), encoding="utf-8")
+    print(f"wrote {folder / METHOD_FILE} and {', '.join(record.code)}; read them before you run them:")
+    print(f"  --method-file {folder / METHOD_FILE}")
+    return 0
+
+
+def _check_code(record: RunRecord, config: RunConfig) -> None:
+    """Raise :class:`ConfigError` if the run was made with code that this process may not run, or has otherwise."""
+    if {part.sha256 for part in config.method.imported_parts} <= {code.sha256 for code in installed_code()}:
+        return
+    here = {path: text for code in installed_code() for path, text in code.files.items()}
+    changed = [path for path, text in record.code.items() if here.get(path, text) != text]
+    missing = [path for path in record.code if path not in here]
+    found = [f"{', '.join(changed)} differs from the record's"] if changed else []
+    found += [f"{', '.join(missing)} is not here"] if missing else []
+    raise ConfigError(
+        f"{record.name} ran with code of a user's own: {'; '.join(found) or 'the record does not keep it'}. Give the "
+        "method file with that code with --method-file; --write-code FOLDER writes what the record keeps, to be read "
+        "first"
+    )
+
+
 def _write(
     output: Path,
     config: RunConfig,
@@ -181,7 +227,13 @@ def _write(
     (output / "reproduction.json").write_text(to_json(comparison, indent=1) + "\n", encoding="utf-8")
 
 
-def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, dataset: str | None) -> RunConfig:
+def _config_here(
+    record: RunRecord,
+    model: str | None,
+    data_dir: Path | None,
+    dataset: str | None,
+    eval_tasks: Sequence[str] | None = None,
+) -> RunConfig:
     """The recorded configuration, with model and data where they are on this machine.
 
     Raises:
@@ -196,7 +248,7 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, da
         )
     config = RunConfig.parse(record.config)
     name = config.model.name
-    changes = {} if model is None else {"model.name": find_model(model)}
+    changes: dict[str, Any] = {} if model is None else {"model.name": find_model(model)}
     if model is None and record.model_revision is not None and find_model(name) != name:
         raise ConfigError(
             f"the model {name} came from the hub, and this directory has a folder of that name; run this from another "
@@ -214,7 +266,14 @@ def _config_here(record: RunRecord, model: str | None, data_dir: Path | None, da
                 f"--data-dir {data_dir} has no effect: the original's data come from '{config.data.source.kind}'"
             )
         changes["data.source.path"] = str(data_dir.resolve())
-    return config.override(changes)
+    if eval_tasks is not None:
+        if not config.evaluation.lm_eval.tasks:
+            raise ConfigError(f"--eval-tasks {' '.join(eval_tasks)} has no effect: the original evaluated none")
+        few = config.evaluation.lm_eval.num_fewshot
+        config = with_absolute_paths(config.override(lm_eval_settings(eval_tasks, few)))
+    config = config.override(changes)
+    _check_code(record, config)
+    return config
 
 
 def _steps(record: RunRecord, config: RunConfig) -> str:

@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,9 @@ from tyro.conf import Positional, arg
 from grass_ray.commands.flags import RESULTS, Settings, tracking_store
 from grass_ray.commands.method_flags import MethodFlags, method_flags
 from grass_ray.config import ConfigError
-from grass_ray.methods import METHODS
+from grass_ray.experiment.flags import lm_eval_settings
+from grass_ray.method_files import methods_with, read_rows
+from grass_ray.methods import METHODS, Method
 from grass_ray.overrides import assignment
 
 
@@ -53,10 +56,16 @@ class Train:
     """Seed of data order, layer sampling and adapters. Defaults to 0."""
     limit: int | None = None
     """Maximum number of evaluated examples per task."""
+    eval_tasks: tuple[str, ...] | None = None
+    """Tasks of lm-eval to evaluate, too: its names (mmlu,ifeval), folders (mine/) or YAML files."""
+    num_fewshot: int | None = None
+    """Number of examples before each question of --eval-tasks. Defaults to what each task says."""
     set: Settings = ()
     """Any other setting by its dotted key."""
     config: Path | None = None
     """Start from this config.yaml. Other flags take precedence."""
+    method_file: Path | None = None
+    """YAML file with methods of your own; its code is run."""
     output: Path | None = None
     """New or empty folder for all files of the run."""
     tracking_uri: str | None = None
@@ -83,6 +92,7 @@ class Train:
             "method.optimizer.lr": self.lr,
             "evaluation.limit": self.limit,
             "seed": self.seed,
+            **lm_eval_settings(self.eval_tasks, self.num_fewshot),
         }
         flags = [assignment(key, value) for key, value in given.items() if value is not None]
         config = build_config(
@@ -93,6 +103,7 @@ class Train:
             data_dir=self.data_dir,
             dataset=self.data,
             assignments=[*flags, *self.method_settings.assignments(), *self.set],
+            methods=methods_with(self.method_file),
         )
         return train_locally(
             config,
@@ -108,12 +119,26 @@ class Train:
 
 def train_with_flags(words: Sequence[str]) -> type[Train]:
     """Return :class:`Train` with the settings of the method among ``words`` as flags of their own."""
-    method = next((METHODS[word] for word in words if word in METHODS), None)
+    methods = {**METHODS, **{row.name: row for row in _rows_of(words)}}
+    method = next((methods[word] for word in words if word in methods), None)
     if method is None:
         return Train
     flags = method_flags(method.config)
     settings = ("method_settings", flags, field(default_factory=flags))
     return make_dataclass("Train", [settings], bases=(Train,), frozen=True, kw_only=True)
+
+
+def _rows_of(words: Sequence[str]) -> list[Method]:
+    """The rows of the method file among ``words``; none if it has mistakes, which are told when the verb runs."""
+    given = [word.partition("=")[2] or following for word, following in pairwise([*words, ""]) if _is_method_file(word)]
+    try:
+        return [row for path in given if path for row in read_rows(Path(path).expanduser())]
+    except ConfigError:
+        return []
+
+
+def _is_method_file(word: str) -> bool:
+    return word.partition("=")[0] == "--method-file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +169,9 @@ class Eval:
     """Measure the accuracy of a model without training it.
 
     For example:
-      grass-ray eval --limit 100
       grass-ray eval --model grass_ray_results/train/RUN --task gsm8k --data-dir DATA
       grass-ray eval --model EXPORTED --task boolq arc_easy --data-dir DATA --scoring loglikelihood
+      grass-ray eval --model EXPORTED --eval-tasks mmlu,ifeval --num-fewshot 5
     """
 
     model: str = "smollm2-135m"
@@ -159,11 +184,16 @@ class Eval:
     """Folder with dataset/<Name>/test.json. Defaults to the Hub."""
     limit: int | None = None
     """Maximum number of examples per task."""
+    eval_tasks: tuple[str, ...] | None = None
+    """Tasks of lm-eval to evaluate: its names (mmlu,ifeval), folders (mine/) or YAML files."""
+    num_fewshot: int | None = None
+    """Number of examples before each question of --eval-tasks. Defaults to what each task says."""
     batch_size: int | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. auto selects what fits. Does not change accuracy."""
-    scoring: Literal["auto", "generation", "loglikelihood", "loss"] = "auto"
+    scoring: Literal["auto", "generation", "loglikelihood", "loss", "lm_eval"] = "auto"
     """Generate the answer, take the most likely of the possible answers, or only measure the loss. auto does what
-    the run did, measures the loss on a data set of your own, and else generates."""
+    the run did, measures the loss on a data set of your own, and else generates; with --eval-tasks and
+    no other task it evaluates these alone (lm_eval)."""
     set: Settings = ()
     """Any other setting by its dotted key."""
     output: Path | None = None
@@ -177,10 +207,13 @@ class Eval:
         from grass_ray.commands.train import build_config
 
         run_folder = Path(self.model) if (Path(self.model) / "checkpoint").is_dir() else None
+        alone = self.eval_tasks and self.task is None and self.data is None
+        scoring = "lm_eval" if alone and self.scoring == "auto" else self.scoring
         given = {
             "evaluation.limit": self.limit,
             "evaluation.batch_size": self.batch_size,
-        } | ({} if self.scoring == "auto" else {"evaluation.scoring": self.scoring})
+            **lm_eval_settings(self.eval_tasks, self.num_fewshot),
+        } | ({} if scoring == "auto" else {"evaluation.scoring": scoring})
         config = build_config(
             "base" if run_folder is None else None,
             base=None if run_folder is None else run_folder / "config.yaml",
@@ -213,6 +246,12 @@ class Reproduce:
     """Where the data folder is on this machine. Defaults to the recorded place."""
     data: str | None = None
     """Where the data set of your own is on this machine. Defaults to the recorded place."""
+    eval_tasks: tuple[str, ...] | None = None
+    """The tasks of lm-eval with folders and files as they are on this machine. Defaults to those recorded."""
+    method_file: Path | None = None
+    """Method file with the code that the run was made with; the code is run."""
+    write_code: Path | None = None
+    """Write the code that the record keeps, with a method file, to this new folder, and stop."""
     output: Path | None = None
     """New or empty folder for the new run. By default nothing is written."""
     dry_run: bool = False
@@ -222,13 +261,18 @@ class Reproduce:
 
     def run(self) -> int:
         """Run the record again and return the exit code."""
-        from grass_ray.commands.reproduce import find_original, reproduce
+        from grass_ray.commands.reproduce import find_original, reproduce, write_code
 
+        original = find_original(self.run_or_record, tracking_store(self.tracking_uri))
+        if self.write_code is not None:
+            return write_code(original.record, self.write_code)
+        methods_with(self.method_file)
         return reproduce(
-            find_original(self.run_or_record, tracking_store(self.tracking_uri)),
+            original,
             model=self.model,
             data_dir=self.data_dir,
             dataset=self.data,
+            eval_tasks=self.eval_tasks,
             output=self.output,
             dry_run=self.dry_run,
             quiet=self.quiet,

@@ -1,4 +1,4 @@
-"""Run a sweep: every trial a Ray Train run under Ray Tune.
+"""Run a sweep: trials under Ray Tune, those with several workers as Ray Train runs.
 
 Imports ray and torch only when trials are about to run, so that ``--help`` and wrong flags answer at once.
 """
@@ -24,7 +24,7 @@ from grass_ray.experiment.flags import SweepOptions, parse_options
 from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
 from grass_ray.experiment.space import at_random, sample
 from grass_ray.experiment.sweep import Sweep
-from grass_ray.methods import get_method
+from grass_ray.method_files import methods_with
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
 from grass_ray.results.connection import default_tracking_uri
@@ -106,8 +106,11 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
             f"nothing to resume: no {sweep.name!r} sweep under {root.uri}; leave --resume out to start one, "
             "or give the --storage-path it was started with"
         )
+    methods_with(options.method_file)
     where = folder.join(saved[-1])
     plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
+    for part in (part for config in plan.configs for part in config.method.imported_parts):
+        part.check_code()
     chosen = options.chosen()
     if chosen and not plan.has_the_trials_of(*plan_trials(sweep, options)):
         raise ConfigError(
@@ -219,7 +222,7 @@ def _print_trials(console: Console, plan: SweepPlan) -> None:
     for column in ("name", "key", "method", "lr", "steps", "differs in"):
         table.add_column(column, justify="right" if column in ("lr", "steps") else "left", no_wrap=True)
     for config, text in zip(plan.known_trials, differences(plan.known_trials), strict=True):
-        lr = f"{config.method.optimizer.lr:g}" if get_method(config.method.name).trains else "-"
+        lr = f"{config.method.optimizer.lr:g}" if config.training.steps else "-"
         table.add_row(config.name, config.fingerprint, config.method.name, lr, str(config.training.steps), text)
     console.print(f"{plan.name}: {plan.num_trials} trials; none is run", highlight=False)
     if plan.search is not None:

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from grass_ray.commands.output import check_folder, claimed, describe_lost_test_
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.execute import Ending, Listener, RunContext, RunResult, execute
 from grass_ray.experiment.flags import choose_data
-from grass_ray.methods import get_method
+from grass_ray.methods import METHODS, Method, get_method
 from grass_ray.overrides import parse
 from grass_ray.paths import with_absolute_paths
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
@@ -47,24 +47,26 @@ def build_config(
     data_dir: Path | None,
     assignments: Sequence[str],
     dataset: str | None = None,
+    methods: Mapping[str, Method] = METHODS,
 ) -> RunConfig:
     """Build a run's configuration from what the command line said.
 
     Args:
-        method: a row of the methods' table; None keeps that of ``base``.
+        method: one of ``methods``; None keeps that of ``base``.
         base: a ``config.yaml`` to start from; None starts from the defaults.
         model: name, hub id or folder; None keeps that of ``base``.
         tasks: a suite, tasks of one suite, or a task's YAML file; None keeps those of ``base``.
         data_dir: folder of the data; None reads the hub.
         assignments: further settings as ``dotted.key=value``.
         dataset: a file, folder or hub id in place of tasks.
+        methods: the methods that there are.
 
     Raises:
         ConfigError: an unknown name, or a value that breaks a rule.
     """
     config = RunConfig(method=get_method("base").config) if base is None else RunConfig.from_yaml(base)
     if method is not None:
-        row = get_method(method)
+        row = get_method(method, methods)
         if base is None or config.method.name != method:
             config = config.model_copy(update={"method": row.config})
         if not row.trains:

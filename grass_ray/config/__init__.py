@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from grass_ray.config.adapters import AdapterConfig, AnyAdapterConfig, LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.config.base import ConfigPart
+from grass_ray.config.code import Code, find_code, installed_code, text_of
 from grass_ray.config.data import (
     CustomFields,
     CustomSource,
@@ -26,11 +27,13 @@ from grass_ray.config.data import (
     SourceConfig,
 )
 from grass_ray.config.files import from_json, read_text, to_json, whole_file
+from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
     AnyProjectionConfig,
     ApolloConfig,
     GaLoreConfig,
+    ImportedProjectionConfig,
     MethodConfig,
     Offload,
     OptimizerConfig,
@@ -40,6 +43,7 @@ from grass_ray.config.method import (
 from grass_ray.config.run import (
     EvaluationConfig,
     GradientCheckpointing,
+    LmEvalConfig,
     ModelConfig,
     Parallel,
     RunConfig,
@@ -53,6 +57,7 @@ from grass_ray.config.samplers import (
     AnySamplerConfig,
     CyclicSamplerConfig,
     GradNormSamplerConfig,
+    ImportedSamplerConfig,
     MatrixNormSamplerConfig,
     OutlierSamplerConfig,
     RewardSamplerConfig,
@@ -77,6 +82,7 @@ __all__ = [
     "AnySamplerConfig",
     "AnyScheduleConfig",
     "ApolloConfig",
+    "Code",
     "ConfigError",
     "ConfigPart",
     "CosineScheduleConfig",
@@ -93,7 +99,11 @@ __all__ = [
     "GradNormSamplerConfig",
     "GradientCheckpointing",
     "HubSource",
+    "ImportedPart",
+    "ImportedProjectionConfig",
+    "ImportedSamplerConfig",
     "LinearScheduleConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "MatrixNormSamplerConfig",
     "MethodConfig",
@@ -115,11 +125,14 @@ __all__ = [
     "TrainingConfig",
     "UniformSamplerConfig",
     "Weights",
+    "find_code",
     "fingerprint_of",
     "from_json",
+    "installed_code",
     "read_text",
     "recomputed_layers",
     "slug",
+    "text_of",
     "to_json",
     "whole_file",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, get_args
@@ -41,6 +42,15 @@ class BuildablePart(ConfigPart):
         module, _, name = self.builds.rpartition(".")
         keys = {key: value for key, value in self if key != "kind"}
         return getattr(import_module(module), name)(**keys | arguments)
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON reads them back. Raises ValueError if there is something else among them, such as a date."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+    except TypeError as error:
+        raise ValueError(f"give numbers, texts, true, false, null, lists and mappings: {error}") from None
+    return found
 
 
 def explain(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from grass_ray.config.adapters import AnyAdapterConfig
 from grass_ray.config.base import BuildablePart, ConfigPart, Decay, NonNegativeFloat, PositiveFloat, PositiveInt
+from grass_ray.config.imported import ImportedPart
 from grass_ray.config.samplers import AllLayersConfig, AnySamplerConfig
 
 Offload = Literal["none", "resident", "blocking", "overlap", "lazy", "auto"]
@@ -60,7 +61,19 @@ class ApolloConfig(ProjectionConfig):
     """Whether each channel of a matrix or the whole matrix (APOLLO-Mini) has a scaling factor."""
 
 
-AnyProjectionConfig = Annotated[GaLoreConfig | ApolloConfig, Field(discriminator="kind")]
+class ImportedProjectionConfig(ProjectionConfig, ImportedPart):
+    """An update rule of your own for the layers' weight matrices, from a method file."""
+
+    base: ClassVar[str] = "grass_ray.optim.projection.Projection"
+    needs: ClassVar[tuple[str, ...]] = ("start", "update")
+    kind: Literal["import"] = "import"
+
+    def build(self) -> Any:
+        """Build the projection."""
+        return self.build_with(0)
+
+
+AnyProjectionConfig = Annotated[GaLoreConfig | ApolloConfig | ImportedProjectionConfig, Field(discriminator="kind")]
 
 
 class OptimizerConfig(ConfigPart):
@@ -118,6 +131,11 @@ class MethodConfig(ConfigPart):
     def can_stream_weights(self) -> bool:
         """Whether there are decoder layers whose weights do not train at every step."""
         return self.adapter is not None or not self.sampler.trains_all
+
+    @property
+    def imported_parts(self) -> list[ImportedPart]:
+        """The parts that are code of the user's own."""
+        return [part for part in (self.sampler, self.optimizer.projection) if isinstance(part, ImportedPart)]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

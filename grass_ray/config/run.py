@@ -89,6 +89,26 @@ class TrainingConfig(ConfigPart):
         return self
 
 
+class LmEvalConfig(ConfigPart):
+    """Tasks of lm-eval, the evaluation harness, that are evaluated as it does."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of its tasks, groups or tags, or patterns of them (``mmlu``, ``ifeval``, ``arc_*``), and folders or YAML
+    files with tasks of your own, written with a slash or with ``.yaml``."""
+    num_fewshot: NonNegativeInt | None = None
+    """Number of examples before each question. ``null`` takes what each task says; a task that says 0 keeps it."""
+    apply_chat_template: bool = False
+    """Whether questions are put into the tokenizer's chat template."""
+
+    @model_validator(mode="after")
+    def _settings_have_tasks(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("a task is named twice; name each once")
+        if not self.tasks and (self.num_fewshot is not None or self.apply_chat_template):
+            raise ValueError("num_fewshot and apply_chat_template have no effect without tasks; name some in tasks")
+        return self
+
+
 class EvaluationConfig(ConfigPart):
     """How accuracy is measured after training."""
 
@@ -98,9 +118,10 @@ class EvaluationConfig(ConfigPart):
     """Maximum number of examples per task. ``null`` evaluates all examples."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Number of examples evaluated at a time. ``auto`` selects what fits into memory. Does not change accuracy."""
-    scoring: Literal["generation", "loglikelihood", "loss"] = "generation"
+    scoring: Literal["generation", "loglikelihood", "loss", "lm_eval"] = "generation"
     """Whether the model generates its answer (``generation``), the most likely of the possible answers is taken
-    (``loglikelihood``), or only the loss of the right answer is measured, without an accuracy (``loss``)."""
+    (``loglikelihood``), or only the loss of the right answer is measured, without an accuracy (``loss``). With
+    ``lm_eval`` the tasks of ``data`` are not evaluated, only those of ``lm_eval.tasks``."""
     extraction: Literal["published", "strict"] = "published"
     """How an answer is read from generated text: as in the LLM-Adapters evaluation (``published``), or only where the
     text states its answer (``strict``)."""
@@ -109,6 +130,14 @@ class EvaluationConfig(ConfigPart):
     forgetting: str | None = None
     """A text that has nothing to do with the task, whose loss is measured before and after training: ``generated``, a
     text file, or a data set with a column ``text``. ``null`` measures none."""
+    lm_eval: LmEvalConfig = LmEvalConfig()
+    """Tasks of lm-eval that are evaluated beside those of ``data``."""
+
+    @model_validator(mode="after")
+    def _something_is_scored(self) -> Self:
+        if self.scoring == "lm_eval" and not self.lm_eval.tasks:
+            raise ValueError("scoring lm_eval evaluates the tasks of lm_eval.tasks alone, and it has none; name some")
+        return self
 
 
 class RunConfig(ConfigPart):
@@ -190,10 +219,18 @@ class RunConfig(ConfigPart):
 def fingerprint_of(values: Mapping[str, Any]) -> str:
     """The fingerprint of a configuration's plain values, also of a version with other keys than this one's.
 
-    ``method.weights`` came later, and is left out at its default: runs of an earlier version are still found.
+    ``method.weights`` and ``evaluation.lm_eval`` came later, and are left out at their defaults: runs of an earlier
+    version are still found.
     """
-    method = {key: value for key, value in values["method"].items() if (key, value) != ("weights", "resident")}
-    return hashlib.sha256(json.dumps({**values, "method": method}, sort_keys=True).encode()).hexdigest()[:12]
+    later: dict[str, dict[str, Any]] = {
+        "method": {"weights": "resident"},
+        "evaluation": {"lm_eval": LmEvalConfig().model_dump(mode="json")},
+    }
+    old = {
+        part: {key: value for key, value in values[part].items() if key not in keys or value != keys[key]}
+        for part, keys in later.items()
+    }
+    return hashlib.sha256(json.dumps({**values, **old}, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

@@ -16,6 +16,7 @@ from grass_ray.config.base import (
     PositiveFloat,
     PositiveInt,
 )
+from grass_ray.config.imported import ImportedPart
 from grass_ray.config.schedules import (
     ScheduleConfig,
     ScheduledCount,
@@ -212,6 +213,18 @@ class MatrixNormSamplerConfig(SamplerConfig):
         return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
 
+class ImportedSamplerConfig(SamplerConfig, ImportedPart):
+    """A sampler of your own, from a method file."""
+
+    base: ClassVar[str] = "grass_ray.layerwise.sampler.Sampler"
+    needs: ClassVar[tuple[str, ...]] = ("due", "sample", "largest_active_sets")
+    kind: Literal["import"] = "import"
+
+    def build(self, *, seed: int, train_steps: int) -> Any:
+        """Build the sampler; ``seed`` and ``training_steps`` are given to it if it takes them."""
+        return self.build_with(train_steps, seed=seed, training_steps=train_steps)
+
+
 AnySamplerConfig = Annotated[
     AllLayersConfig
     | UniformSamplerConfig
@@ -219,7 +232,8 @@ AnySamplerConfig = Annotated[
     | OutlierSamplerConfig
     | CyclicSamplerConfig
     | RewardSamplerConfig
-    | MatrixNormSamplerConfig,
+    | MatrixNormSamplerConfig
+    | ImportedSamplerConfig,
     Field(discriminator="kind"),
 ]
 

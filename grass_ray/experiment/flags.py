@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -45,7 +45,10 @@ _AT_LEAST = {
     **dict.fromkeys(("max_concurrent_trials", "machines"), 1),
     **dict.fromkeys(("gpus_per_trial", "max_failures"), 0),
 }
-_CHOOSE_TRIALS = ("smoke", "models", "methods", "tasks", "seeds", "steps", "set", "settings", "search", "num_samples")
+_CHOOSE_TRIALS = (
+    *("smoke", "models", "methods", "tasks", "eval_tasks", "num_fewshot", "seeds", "steps", "set", "settings"),
+    *("search", "num_samples"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,14 @@ class SweepOptions:
     models: _Names = None
     """built-in names, hub ids or folders"""
     methods: Annotated[_Names, tyro.conf.arg(help=f"some of: {' '.join(METHODS)}", metavar="NAME ...")] = None
+    method_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with methods of your own; its code is run, here and by the workers"""
     tasks: _Names = None
     """a suite, some of its tasks, or the YAML file of a task of your own"""
+    eval_tasks: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...")] = None
+    """tasks of lm-eval to evaluate, too: its names (mmlu,ifeval), folders (mine/) or YAML files"""
+    num_fewshot: _Count = None
+    """examples before each question of --eval-tasks; default: what each task says"""
     seeds: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="N ...")] = None
     """one trial a seed"""
     steps: _Count = None
@@ -108,6 +117,12 @@ class SweepOptions:
     """only the final leaderboard, failures and errors"""
 
     @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of every method that flags of their own change, by dotted key."""
+        given = {"training.steps": self.steps, **lm_eval_settings(self.eval_tasks, self.num_fewshot)}
+        return {key: value for key, value in given.items() if value is not None}
+
+    @property
     def min_workers(self) -> int:
         """The number of workers that a trial begins and continues with at least."""
         return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
@@ -153,6 +168,17 @@ class SweepOptions:
                 mistakes.append(f"{_flag(name)}: give at least one value")
         if mistakes:
             raise ConfigError("; ".join(mistakes))
+
+
+def lm_eval_settings(tasks: Sequence[str] | None, num_fewshot: int | None) -> dict[str, Any]:
+    """The settings that ``--eval-tasks`` and ``--num-fewshot`` mean; names may be separated by commas."""
+    few = {"evaluation.lm_eval.num_fewshot": num_fewshot}
+    if tasks is None:
+        return {} if num_fewshot is None else few
+    names = [name for word in tasks for name in word.split(",") if name]
+    if not names:
+        raise ConfigError("--eval-tasks: give at least one task of lm-eval")
+    return {"evaluation.lm_eval.tasks": names, **few}
 
 
 def _flag(name: str) -> str:

@@ -27,7 +27,8 @@ from grass_ray.experiment.flags import SweepOptions, choose_data
 from grass_ray.experiment.search import MUTABLE, SearchPlan, SearchSpec
 from grass_ray.experiment.space import LogUniform, Space, values
 from grass_ray.experiment.sweep import Sweep
-from grass_ray.methods import METHODS, get_method
+from grass_ray.method_files import methods_with
+from grass_ray.methods import Method, get_method
 from grass_ray.overrides import Changes, flatten, has, merge, parse
 from grass_ray.paths import find_model, with_absolute_paths
 from grass_ray.results.searches import read_settings
@@ -96,15 +97,17 @@ def plan_trials(sweep: Sweep, options: SweepOptions) -> tuple[tuple[RunConfig, .
     """
     options.check()
     sweep = _with_flags(sweep, options)
-    templates = _templates(sweep, options)
-    search = _plan_search(sweep, options, templates)
+    methods = methods_with(options.method_file)
+    templates = _templates(sweep, options, methods)
+    _check_space(sweep.space, methods)
+    search = _plan_search(sweep, options, {name: own for name, own in templates.items() if methods[name].trains})
     _check_keys(sweep, options, templates.values())
     if search is not None:
         search.check()
     wanted = [name for name in templates if name != BASE_METHOD or options.base or BASE_METHOD in sweep.methods]
     trials: dict[str, RunConfig] = {}
     for model, name in itertools.product(sweep.models, wanted):
-        trains = get_method(name).trains
+        trains = methods[name].trains
         if trains and search is not None:
             continue
         points: list[Changes] = _points(sweep, templates[name], options.num_samples) if trains else [{}]
@@ -117,7 +120,6 @@ def plan_trials(sweep: Sweep, options: SweepOptions) -> tuple[tuple[RunConfig, .
 def _with_flags(sweep: Sweep, options: SweepOptions) -> Sweep:
     """The sweep with what the flags say in place of its own."""
     chosen = sweep.small() if options.smoke else sweep
-    steps: Changes = {} if options.steps is None else {"training.steps": options.steps}
     models = options.models or chosen.models
     return replace(
         chosen,
@@ -126,20 +128,20 @@ def _with_flags(sweep: Sweep, options: SweepOptions) -> Sweep:
         methods=tuple(dict.fromkeys(options.methods or chosen.methods)),
         tasks=options.tasks or chosen.tasks,
         seeds=tuple(dict.fromkeys(options.seeds or chosen.seeds)),
-        settings=merge(chosen.settings, steps),
+        settings=merge(chosen.settings, options.changes),
     )
 
 
-def _templates(sweep: Sweep, options: SweepOptions) -> dict[str, RunConfig]:
+def _templates(sweep: Sweep, options: SweepOptions, methods: Mapping[str, Method]) -> dict[str, RunConfig]:
     """The configuration of each method, the untrained model first, without model, seed and hyperparameters."""
     suite, tasks, source = choose_data(sweep.tasks, options.data_dir, options.data)
     data = DataConfig(suite=suite, tasks=tasks, source=source)
     settings = merge(parse(choose_evaluation(source)), sweep.changes)
-    found = read_settings(options.settings) if options.settings is not None else {}
+    found = read_settings(options.settings, methods) if options.settings is not None else {}
     overrides = parse(options.set)
     templates = {}
     for name in sweep.methods if BASE_METHOD in sweep.methods else (BASE_METHOD, *sweep.methods):
-        row = get_method(name)
+        row = get_method(name, methods)
         config = RunConfig(method=row.config, data=data)
         config = config.override(_reaching(config, settings))
         config = config.override(merge(sweep.method_settings.get(name, {}), parse(found.get(name, ()))))
@@ -210,13 +212,12 @@ def differences(trials: Sequence[RunConfig]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- search
 
 
-def _plan_search(sweep: Sweep, options: SweepOptions, templates: Mapping[str, RunConfig]) -> SearchPlan | None:
+def _plan_search(sweep: Sweep, options: SweepOptions, trained: Mapping[str, RunConfig]) -> SearchPlan | None:
     """The search in two stages; None if every trial is to be trained and tested.
 
     An adaptive search and every scheduler need two stages. Another search has them if training rows are held out to
     judge it by.
     """
-    _check_space(sweep.space)
     pbt, sampled = options.scheduler == "pbt", options.num_samples is not None
     asked = options.search
     if asked is None and not pbt and sweep.search is not None:
@@ -224,11 +225,13 @@ def _plan_search(sweep: Sweep, options: SweepOptions, templates: Mapping[str, Ru
     if asked is None and options.scheduler == "none":
         return None
     search: Search = asked or ("random" if sampled or pbt else "grid")
-    trained = [config for name, config in templates.items() if get_method(name).trains]
-    judged = all(config.data.validation_rows is not None for config in trained)
+    configs = trained.values()
+    judged = all(config.data.validation_rows is not None for config in configs)
     if not judged and not ALGORITHMS[search].adaptive and options.scheduler == "none":
         return None
-    specs = [_search_spec(sweep, options, search, config, model) for model in sweep.models for config in trained]
+    specs = [
+        _search_spec(sweep, options, search, config, model) for model in sweep.models for config in trained.values()
+    ]
     return SearchPlan(
         search=search,
         scheduler=options.scheduler,
@@ -248,9 +251,9 @@ def _search_spec(sweep: Sweep, options: SweepOptions, search: Search, template: 
     return SearchSpec(config=config, space=space, points=known_points(search, space, config, options.num_samples))
 
 
-def _check_space(space: Space) -> None:
+def _check_space(space: Space, methods: Mapping[str, Method]) -> None:
     """A key that no method at all has is a mistake of the sweep's file; one that others have is left out."""
-    rows = [RunConfig(method=row.config).to_dict() for row in METHODS.values()]
+    rows = [RunConfig(method=row.config).to_dict() for row in methods.values()]
     for key in space:
         if not any(has(row, key) for row in rows):
             raise ConfigError(f"no method has the key {key!r} of the sweep's search space")

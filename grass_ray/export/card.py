@@ -109,6 +109,7 @@ def render_card(
         scores=_scores(answered),
         ways=sorted({f"{score.scoring}, {score.extraction} extraction" for score in answered.values()}),
         losses={task: score for task, score in tasks.items() if task not in answered},
+        benchmarks={} if record is None else record.lm_eval,
         number=lambda value: "" if value is None else f"{value:.3f} ",
         costs=[] if record is None else _costs(record),
         settings={key: value for key, value in config.flatten().items() if key.startswith("method.")},

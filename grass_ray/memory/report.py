@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from grass_ray.memory.allocations import DeviceKind
 from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
-from grass_ray.methods import METHODS, get_method
+from grass_ray.methods import METHODS, Method
 from grass_ray.overrides import parse
 from grass_ray.paths import find_model
 from grass_ray.training.checks import check_recomputed
@@ -42,7 +42,7 @@ class PlanRequest:
         device: kind of device.
         memory_bytes: memory of the device.
         shape: work of a step.
-        methods: names of methods.
+        methods: the methods by name.
         settings: ``dotted.key=value``, applied to every method that has the key.
     """
 
@@ -50,7 +50,7 @@ class PlanRequest:
     device: DeviceKind
     memory_bytes: int
     shape: StepShape
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     settings: tuple[str, ...] = ()
 
 
@@ -96,7 +96,7 @@ def make_request(
     labelled: int | None,
     accumulation_steps: int,
     checkpointing: GradientCheckpointing,
-    methods: tuple[str, ...] | None,
+    methods: Mapping[str, Method],
     settings: tuple[str, ...],
 ) -> PlanRequest:
     """Build a request from the flags of the command line.
@@ -111,7 +111,7 @@ def make_request(
         labelled: labelled tokens per row; None for all.
         accumulation_steps: micro-batches per optimizer step.
         checkpointing: which layers are recomputed; ``auto`` takes none on a CPU unless ``memory_gib`` is given.
-        methods: names of methods; None for all.
+        methods: the methods to plan, by name.
         settings: ``dotted.key=value``.
 
     Raises:
@@ -142,7 +142,7 @@ def make_request(
             micro_batches=accumulation_steps,
             checkpointing="none" if unlimited and checkpointing == "auto" else checkpointing,
         ),
-        methods=tuple(METHODS) if methods is None else methods,
+        methods=methods,
         settings=settings,
     )
 
@@ -207,8 +207,7 @@ def _configure(request: PlanRequest) -> dict[str, RunConfig]:
     """Configure every method that trains; a setting is applied to the methods that have its key."""
     configs: dict[str, RunConfig] = {}
     reached: set[str] = set()
-    for name in request.methods:
-        row = get_method(name)
+    for name, row in request.methods.items():
         if not row.trains:
             continue
         config = RunConfig(method=row.config, model=request.model)

@@ -13,8 +13,9 @@ from grass_ray.results.rows import LeaderboardRow
 Cell = Callable[[LeaderboardRow], str]
 Interval = Callable[[LeaderboardRow], tuple[float, float] | None]
 
-# Where a column stands in tables for people: those of the ranking, then those of its details, tasks, and the status.
-RANKING, COMPARED, LOSS, SCOPE, COST, DETAILS, END = 0, 20, 24, 28, 30, 100, 200
+# Where a column stands in tables for people: those of the ranking, then those of its details, of
+# lm-eval's own tasks, and the status.
+RANKING, COMPARED, LOSS, SCOPE, COST, DETAILS, LM_EVAL, END = 0, 20, 24, 28, 30, 100, 190, 200
 
 
 def _as_text(value: Any) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from grass_ray.results.benchmarks import LM_EVAL_COLUMNS, LM_EVAL_FACTS, benchmark_columns
 from grass_ray.results.column import COST, DETAILS, END, LOSS, RANKING, Column
 from grass_ray.results.difference_columns import P_FOR, detectable, differences
 from grass_ray.results.formats import NONE, NOT_TOLD, gib, limits, nats, nats_more, number, percent, points
@@ -236,6 +237,34 @@ COLUMNS: tuple[Column, ...] = (
     detectable("full", lambda row: row.loss_to_full, metric="loss"),
     detectable("best", lambda row: row.loss_to_best, metric="loss"),
     *TEXT_COLUMNS,
+    *LM_EVAL_COLUMNS,
+    Column(
+        "mean_reserved_gib",
+        "mean GiB",
+        form=gib,
+        meaning="memory reserved after a step, the mean over steps and seeds",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
+    Column(
+        "p99_reserved_gib",
+        "p99 GiB",
+        form=gib,
+        meaning="memory reserved after a step, its 99th percentile over steps, the most of all seeds",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
+    Column(
+        "checkpoint_mib",
+        "ckpt. MiB",
+        form=lambda size: number(size, 1),
+        meaning="size of what an export holds: the adapter, or all weights",
+        place=DETAILS + 20,
+        small_first=True,
+        mlflow="",
+    ),
 )
 WORDS = frozenset(column.name for column in COLUMNS if column.words)
 
@@ -267,47 +296,6 @@ def column_of(key: str, metric: Metric = "accuracy") -> Column:
     return next((column for column in COLUMNS if column.key == key), task_column(key, metric))
 
 
-# --------------------------------------------------------------------------------------------------------- of a table
-
-
-def result_columns(table: LeaderboardTable) -> list[Column]:
-    """Ranking, costs and status, as far as they say anything."""
-    return _shown(table, lambda column: not DETAILS <= column.place < END)
-
-
-def loss_columns(table: LeaderboardTable) -> list[Column]:
-    """Losses and their differences; none if there are no losses."""
-    found = _shown(table, lambda column: column is LOSS_COLUMN or LOSS <= column.place < COST)
-    return [RANK, METHOD, *found] if LOSS_COLUMN in found else []
-
-
-def detail_columns(table: LeaderboardTable) -> list[Column]:
-    """What does not fit beside the ranking on a terminal."""
-    return _shown(table, lambda column: DETAILS <= column.place < END)
-
-
-def task_columns(table: LeaderboardTable) -> list[Column]:
-    """A column per task; none if there is only one task."""
-    return [task_column(task, table.metric) for task in table.tasks] if len(table.tasks) > 1 else []
-
-
-def all_columns(table: LeaderboardTable) -> list[Column]:
-    """Every column that says anything, the status last."""
-    return [*_shown(table, lambda column: column is not STATUS), *task_columns(table), STATUS]
-
-
-def _shown(table: LeaderboardTable, chosen: Callable[[Column], bool]) -> list[Column]:
-    """The chosen columns for people that have a value in some row, and those that are always there."""
-    columns = [column for column in COLUMNS if column.name and chosen(column)]
-    without = "accuracy" if table.metric == "loss" else None
-    shown = [
-        column
-        for column in columns
-        if (column.always and column.key != without) or any(column.cell(row) != NONE for row in table.rows)
-    ]
-    return sorted(shown, key=lambda column: column.place)
-
-
 # -------------------------------------------------------------------------------------------------------- for programs
 
 
@@ -321,15 +309,20 @@ def leaderboard_csv(tables: Sequence[LeaderboardTable]) -> str:
     rows = [row_values(row) for table in tables for row in table.rows]
     tasks = dict.fromkeys(task for row in rows for task in row["tasks"])
     with_losses = any(row["task_losses"] for row in rows)
+    benchmarks = dict.fromkeys(task for row in rows for task in row["lm_eval_tasks"])
     lines = []
     for row in rows:
         accuracies, intervals, losses = (row.pop(key) for key in ("tasks", "task_intervals", "task_losses"))
+        own = row.pop("lm_eval_tasks")
         line = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
         for task in tasks:
             low, high = intervals.get(task) or (None, None)
             line[f"eval/{task}/accuracy"] = accuracies.get(task)
             line |= {f"eval/{task}/accuracy_low": low, f"eval/{task}/accuracy_high": high}
             line |= {f"eval/{task}/loss": losses.get(task)} if with_losses else {}
+        for task in benchmarks:
+            facts = own.get(task, {})
+            line |= {f"lm_eval/{task}/{key}": facts.get(key) for key in LM_EVAL_FACTS}
         lines.append(line)
     if not lines:
         return ""
@@ -347,4 +340,8 @@ def overview_rows(tables: Sequence[LeaderboardTable]) -> list[dict[str, Any]]:
     rows = [row for table in tables for row in table.rows]
     if all(row.loss is None for row in rows):
         named = [(name, column) for name, column in named if not column.key.startswith("loss")]
+    tasks = dict.fromkeys(task for table in tables for task in table.benchmarks)
+    if not tasks:
+        named = [(name, column) for name, column in named if not column.key.startswith("lm_eval")]
+    named += [(column.name, column) for task in tasks for column in benchmark_columns(task)]
     return [{name: column.overview(row) for name, column in named} for row in rows]

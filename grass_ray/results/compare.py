@@ -110,12 +110,21 @@ def _facts(record: RunRecord) -> dict[str, str]:
             continue
         facts |= {f"{task} questions": str(score.num_examples), f"{task} ids": _digest(sorted(score.example_ids))}
         facts |= {f"{task} {key.replace('_', ' ')}": value for key, value in _rules(score)}
+    for task, own in record.lm_eval.items():
+        name = f"lm_eval:{task}"
+        facts |= {f"{name} questions": str(len(own.example_ids)), f"{name} ids": _digest(sorted(own.example_ids))}
+        facts |= {f"{name} {key.replace('_', ' ')}": value for key, value in _in_words(own.protocol)}
+        facts[f"{name} metric"] = own.metric
     return facts
 
 
 def _rules(score: TaskScore) -> list[tuple[str, str]]:
     rules = {"scoring": score.scoring, "extraction": score.extraction}
-    rules |= {key: value for key, value in score.protocol.items() if key not in _SAME_TEST and value is not None}
+    return _in_words(rules | score.protocol)
+
+
+def _in_words(rules: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rules = {key: value for key, value in rules.items() if key not in _SAME_TEST and value is not None}
     return [(key, value[:12] if key.endswith("sha256") else json.dumps(value)) for key, value in rules.items()]
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from grass_ray.results.column import COMPARED, LOSS, SCOPE, Column
+from grass_ray.results.column import COMPARED, LM_EVAL, LOSS, SCOPE, Column
 from grass_ray.results.formats import NONE, p_text, points, scope
 from grass_ray.results.paired import Comparison, Metric, fact
 from grass_ray.results.rows import LeaderboardRow
 
+_BEST: dict[Metric, str] = {
+    "accuracy": "the first row",
+    "loss": "the row of the lowest loss",
+    "lm_eval": "the row of the highest average of lm-eval's tasks",
+}
+
 
 def differences(
-    name: Literal["full", "best"],
+    name: Literal["full", "best", "base"],
     form: Callable[[Any], str],
     of: Callable[[LeaderboardRow], Comparison | None],
     *,
@@ -20,14 +26,16 @@ def differences(
 ) -> list[Column]:
     """The columns of the comparison with one reference row: the difference, its limits, and the p-values."""
     by_loss, best = metric == "loss", name == "best"
-    before, suffix = "loss_" * by_loss, "_to_best" * best
-    whom = "full fine-tuning" if not best else "the row of the lowest loss" if by_loss else "the first row"
+    before, words = ("", "") if metric == "accuracy" else (f"{metric}_", f"{metric.replace('_', '-')} ")
+    suffix = "" if name == "full" else f"_to_{name}"
+    whom = {"full": "full fine-tuning", "base": "the untrained model", "best": _BEST[metric]}[name]
     what, unit = ("difference of loss", "nats") if by_loss else ("difference", "percentage points")
-    place = (LOSS if by_loss else COMPARED) + best
+    place = {"accuracy": COMPARED, "loss": LOSS, "lm_eval": LM_EVAL}[metric] + best
+    place += metric == "lm_eval" and name != "base"
     return [
         Column(
             f"{before}difference_to_{name}",
-            f"{'loss ' * by_loss}vs {name}",
+            f"{words}vs {name}",
             lambda row: fact(of(row), "value"),
             form,
             f"{what} to {whom} on the same questions, in {unit}",
@@ -41,7 +49,7 @@ def differences(
         Column(f"{before}p_value{suffix}", get=lambda row: fact(of(row), "p_value"), small_first=True),
         Column(
             f"{before}p_adjusted{suffix}",
-            f"p{' loss' * by_loss}{' best' * best}",
+            f"p {words}{'' if name == 'full' else name}".strip(),
             lambda row: fact(of(row), "p_adjusted"),
             p_text,
             "of that difference, adjusted for the table",
@@ -55,7 +63,7 @@ def detectable(
     name: Literal["full", "best"], of: Callable[[LeaderboardRow], Comparison | None], *, metric: Metric = "accuracy"
 ) -> Column:
     """The smallest difference that the comparison with one reference row could have seen, for programs."""
-    before = "loss_" if metric == "loss" else ""
+    before = "" if metric == "accuracy" else f"{metric}_"
     return Column(f"{before}detectable_to_{name}", get=lambda row: fact(of(row), "detectable"), small_first=True)
 
 

@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Any
 
 from grass_ray.paths import model_label
+from grass_ray.results.benchmarks import compare_with_base
 from grass_ray.results.compare import EVALUATION, Asked, comparable_groups, differences
 from grass_ray.results.formats import NOT_TOLD
 from grass_ray.results.notes import budget_line, comparison_notes, lost_rows
@@ -27,7 +28,7 @@ from grass_ray.results.paired import METRICS, Comparison, Metric, adjust, collec
 from grass_ray.results.power import SeedSpread, Spread, with_detectable
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow as LeaderboardRow
-from grass_ray.results.rows import build_rows
+from grass_ray.results.rows import build_rows, ranked_by
 from grass_ray.results.settings import settings_key, training_rows
 from grass_ray.results.statistics import mean_of_shares
 
@@ -72,20 +73,32 @@ class LeaderboardTable:
             parts.append(f"a sample of {self.evaluation['limit']} examples a task")
         if self.evaluation["template"] not in (None, "clean"):
             parts.append(f"{self.evaluation['template']} template")
+        if self.metric == "lm_eval":
+            parts = [f"trained on {self.suite}"] if any(row.trained for row in self.rows) else ["untrained"]
         if self.apart:
             parts.append(self.apart)
-        return f"{self.model} on {self.suite}, {machine} ({', '.join(parts)})"
+        return f"{self.subject}, {machine} ({', '.join(parts)})"
+
+    @property
+    def subject(self) -> str:
+        """The model and what it is evaluated on."""
+        return f"{self.model} on {'the tasks of lm-eval' if self.metric == 'lm_eval' else self.suite}"
 
     @property
     def metric(self) -> Metric:
         """What rows are ranked by: accuracy, or loss if no accuracy is measured."""
-        return "loss" if self.evaluation["scoring"] == "loss" else "accuracy"
+        return ranked_by(self.evaluation["scoring"])
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """lm-eval's own tasks that some row was evaluated on."""
+        return tuple(dict.fromkeys(task for row in self.rows for task in row.lm_eval_tasks))
 
     @property
     def pareto_note(self) -> str:
         """What the star beside a method says."""
-        better = "more accuracy" if self.metric == "accuracy" else "a lower loss"
-        return f"* no other row has both {better} and less peak memory"
+        better = {"accuracy": "more accuracy", "loss": "a lower loss", "lm_eval": "a higher average of lm-eval"}
+        return f"* no other row has both {better[self.metric]} and less peak memory"
 
     @property
     def best_of_each_method(self) -> tuple[LeaderboardRow, ...]:
@@ -198,6 +211,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
     for metric in METRICS:
         rows, spread = _compare(rows, groups, metric)
         spreads |= {} if spread is None else {metric: spread}
+    rows = compare_with_base(rows, groups)
     lost = lost_rows(list(zip([row.label for row in rows], groups, strict=True)))
     return LeaderboardTable(
         model=config["model"]["name"],
@@ -246,7 +260,6 @@ def _compare(
 
     Also returns the spread of trained rows, as the comparisons show it.
     """
-    by_loss = metric == "loss"
     ranked = [index for index, row in enumerate(rows) if row.is_ranked and math.isfinite(row.badness(metric))]
     if len(ranked) < 2:
         return list(rows), None
@@ -258,12 +271,11 @@ def _compare(
     full = min((index for index in ranked if rows[index].method == "full"), key=place, default=None)
     (to_full, to_best), seeds = _comparisons(ranked, groups, metric, full, best)
     trained = [found[index] for found in (to_full, to_best) for index in found if rows[index].trained]
-    compared = [
-        replace(row, loss_to_full=to_full.get(index), loss_to_best=to_best.get(index))
-        if by_loss
-        else replace(row, to_full=to_full.get(index), to_best=to_best.get(index))
-        for index, row in enumerate(rows)
-    ]
+    name = "" if metric == "accuracy" else f"{metric}_"
+    compared = []
+    for index, row in enumerate(rows):
+        found: dict[str, Any] = {f"{name}to_full": to_full.get(index), f"{name}to_best": to_best.get(index)}
+        compared.append(replace(row, **found))
     return compared, seeds.spread(trained)
 
 

@@ -167,8 +167,14 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
         notes.append(f"p: {_named(accuracies)} {against}, Benjamini-Hochberg over this table")
     if losses:
         notes.append(f"p loss: {_named(losses)}; its best row is that of the lowest loss")
+    benchmarks = [row.lm_eval_to_base for row in rows if row.lm_eval_to_base is not None]
+    if benchmarks:
+        notes.append(
+            f"lm-eval vs base: {_named(benchmarks)} against the untrained model, by example; p-values of single "
+            "tasks are adjusted over rows and tasks, and ± beside them is lm-eval's standard error over the examples"
+        )
     notes += detectable_notes(rows)
-    notes += scope_notes(found.covers_training for found in accuracies + losses)
+    notes += scope_notes(found.covers_training for found in accuracies + losses + benchmarks)
     if accuracies or losses:
         notes.append("the best row is chosen on these same questions, which flatters it: vs best leans its way")
     notes += _loss_notes(rows)

@@ -16,19 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grass_ray.results.columns import METHOD, RANK, all_columns, overview_rows
+from grass_ray.results.columns import METHOD, RANK, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.figures.style import style_of
 from grass_ray.results.formats import NOT_TOLD, limits, markdown_text, nats, percent
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
+from grass_ray.results.table_columns import all_columns
 from grass_ray.results.tracker import Tracker
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
 _DESCRIBED = (
     *("rank", "label", "accuracy", "interval", "difference_to_full", "loss", "loss_difference_to_full"),
+    *("lm_eval", "lm_eval_difference_to_base"),
     *("peak_allocated_gib", "tokens_per_second", "seeds", "status"),
 )
 _FORMS: dict[str, Format] = {"md": "markdown", "csv": "csv", "json": "json"}
@@ -123,7 +125,8 @@ def describe_sweep(question: str, tables: Sequence[LeaderboardTable], *, done: i
 def _highest(best: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
     alike = sum(row.told_apart is False for row in rows)
     others = f", not told apart from {alike} other row{'s' * (alike > 1)}" if alike else ""
-    what = "Lowest loss" if best.ranked_by == "loss" else "Highest accuracy"
+    words = {"loss": "Lowest loss", "accuracy": "Highest accuracy", "lm_eval": "Highest average of lm-eval's tasks"}
+    what = words[best.ranked_by]
     return f"{what}: **{markdown_text(best.label)}**, {_score(best)}{others}."
 
 
@@ -145,6 +148,8 @@ def _table(table: LeaderboardTable, shown: int) -> str:
 def _score(row: LeaderboardRow) -> str:
     if row.ranked_by == "loss":
         return f"{nats(row.loss)} nats"
+    if row.ranked_by == "lm_eval":
+        return f"{percent(row.lm_eval)} %"
     known = row.accuracy_low is not None and row.accuracy_high is not None
     return percent(row.accuracy) + (f" ({limits(row.accuracy_low, row.accuracy_high)})" if known else "") + " %"
 
@@ -187,8 +192,11 @@ def _draw_bars(axes: Any, table: LeaderboardTable, rows: Sequence[LeaderboardRow
     head, _, tail = table.title.partition(" (")
     axes.set_title(f"{head}\n({tail}" if tail else head, fontsize=9.5, loc="left")
     legend = f"; {NOT_TOLD}: not told apart from the first row" if any(row.told_apart is False for row in rows) else ""
-    by_loss = "loss (nats), lower is better; ± standard deviation over seeds"
-    what = by_loss if table.metric == "loss" else "accuracy (%), 95 % interval over questions"
+    what = {
+        "accuracy": "accuracy (%), 95 % interval over questions",
+        "loss": "loss (nats), lower is better; ± standard deviation over seeds",
+        "lm_eval": "average of lm-eval's tasks (%); ± standard deviation over seeds",
+    }[table.metric]
     axes.set_xlabel(f"{what}{legend}", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
@@ -198,6 +206,9 @@ def _bar(row: LeaderboardRow) -> tuple[float, float, float, str]:
     if row.ranked_by == "loss":
         loss, spread = row.loss or 0.0, row.loss_std or 0.0
         return loss, loss - spread, loss + spread, nats(loss)
+    if row.ranked_by == "lm_eval":
+        mean, spread = 100 * (row.lm_eval or 0.0), 100 * (row.lm_eval_std or 0.0)
+        return mean, mean - spread, mean + spread, percent(row.lm_eval)
     score = 100 * (row.accuracy or 0.0)
     low, high = (score if bound is None else 100 * bound for bound in (row.accuracy_low, row.accuracy_high))
     return score, low, high, percent(row.accuracy)

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from grass_ray.results.record import RunRecord, TaskScore
+from grass_ray.results.record import LmEvalScore, RunRecord, TaskScore
 from grass_ray.results.statistics import (
     benjamini_hochberg,
     holding_zero,
@@ -36,9 +36,10 @@ from grass_ray.results.statistics import (
     sign_flip,
     two_level,
 )
+from grass_ray.tasks.lm_eval_scores import is_averaged
 
-Metric = Literal["accuracy", "loss"]
-METRICS: tuple[Metric, ...] = ("accuracy", "loss")
+Metric = Literal["accuracy", "loss", "lm_eval"]
+METRICS: tuple[Metric, ...] = ("accuracy", "loss", "lm_eval")
 Test = Literal["exact McNemar", "paired sign-flip", "paired t", "two-level t"]
 
 LEVEL = 0.05  # of a test: how often a difference is reported where there is none
@@ -51,7 +52,7 @@ _Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # both sides' values of
 class TaskAnswers(NamedTuple):
     """What every seed made of each question that all were asked, of shape (seeds, questions).
 
-    Accuracies are 0 or 1; losses are in nats.
+    Accuracies are 0 or 1; losses are in nats; metrics of lm-eval's own tasks are from 0 to 1.
     """
 
     questions: tuple[Question, ...]
@@ -130,25 +131,40 @@ def collect_answers(group: Sequence[RunRecord], metric: Metric = "accuracy") -> 
 
     There are no losses unless every seed has finite ones on every task.
     """
-    finished = [record for record in group if record.status == "finished" and record.tasks]
+    finished = [record for record in group if record.status == "finished" and record.is_tested]
+    trained = any(record.config["training"]["steps"] for record in group)
+    if metric == "lm_eval":
+        return Answers(tasks=_of_lm_eval(finished), trained=trained, metric=metric)
     tasks = {}
     for task in finished[0].tasks if finished else ():
         scores = [record.tasks[task] for record in finished if task in record.tasks]
         if len(scores) < len(finished) or (metric == "accuracy" and scores[0].scoring == "loss"):
             continue
-        seeds = [_by_question(score, metric) for score in scores]
-        asked = tuple(question for question in seeds[0] if all(question in seed for seed in seeds[1:]))
-        tasks[task] = TaskAnswers(asked, np.array([[seed[key] for key in asked] for seed in seeds], dtype=float))
+        values = [score.correct if metric == "accuracy" else score.losses or [] for score in scores]
+        tasks[task] = _together([_by_question(*own) for own in zip(scores, values, strict=True)])
     if metric == "loss" and not all(task.questions and np.isfinite(task.values).all() for task in tasks.values()):
         tasks = {}
-    trained = any(record.config["training"]["steps"] for record in group)
     return Answers(tasks=tasks, trained=trained, metric=metric)
 
 
-def _by_question(score: TaskScore, metric: Metric) -> dict[Question, float]:
+def _of_lm_eval(finished: Sequence[RunRecord]) -> dict[str, TaskAnswers]:
+    """The examples of lm-eval's own tasks that have a value in every seed."""
+    tasks = {}
+    for task in finished[0].lm_eval if finished else ():
+        scores = [record.lm_eval[task] for record in finished if task in record.lm_eval]
+        if len(scores) == len(finished) and all(map(is_averaged, scores)):
+            tasks[task] = _together([_by_question(score, score.values or []) for score in scores])
+    return tasks
+
+
+def _together(seeds: Sequence[Mapping[Question, float]]) -> TaskAnswers:
+    asked = tuple(question for question in seeds[0] if all(question in seed for seed in seeds[1:]))
+    return TaskAnswers(asked, np.array([[seed[key] for key in asked] for seed in seeds], dtype=float))
+
+
+def _by_question(score: TaskScore | LmEvalScore, values: Sequence[float]) -> dict[Question, float]:
     seen: defaultdict[str, int] = defaultdict(int)
     found = {}
-    values: Sequence[float] = score.correct if metric == "accuracy" else score.losses or []
     for example, value in zip(score.example_ids if values else (), values, strict=True):
         found[example, seen[example]] = value
         seen[example] += 1
@@ -189,8 +205,9 @@ def compare_answers(first: Answers, second: Answers) -> Comparison | None:
 
 def _tested(pairs: Sequence[_Pair], metric: Metric, vary: tuple[bool, bool]) -> tuple[float, float, float, Test]:
     """Limits, p-value and the test that they are of."""
-    if any(vary) or metric == "loss":
-        return *two_level(pairs, vary=vary, shares=metric == "accuracy"), "two-level t" if any(vary) else "paired t"
+    shares = _are_right_or_wrong(pairs, metric)
+    if any(vary) or not shares:
+        return *two_level(pairs, vary=vary, shares=shares), "two-level t" if any(vary) else "paired t"
     differences = [(own.mean(axis=0) - other.mean(axis=0)).tolist() for own, other in pairs]
     once = all(len(values) == 1 for values in pairs[0])
     test: Test = "exact McNemar" if len(pairs) == 1 and once else "paired sign-flip"
@@ -201,8 +218,14 @@ def _tested(pairs: Sequence[_Pair], metric: Metric, vary: tuple[bool, bool]) -> 
     return *holding_zero(paired_bootstrap(differences), p_value), p_value, test
 
 
+def _are_right_or_wrong(pairs: Sequence[_Pair], metric: Metric) -> bool:
+    if metric != "lm_eval":
+        return metric == "accuracy"
+    return all(np.isin(values, (0, 1)).all() for pair in pairs for values in pair)
+
+
 def _difference(pairs: Sequence[_Pair], metric: Metric) -> float:
-    if metric == "loss":
+    if not _are_right_or_wrong(pairs, metric):
         return float(np.mean([own.mean() - other.mean() for own, other in pairs]))
     return float(sum((_share(own) - _share(other) for own, other in pairs), Fraction()) / len(pairs))
 

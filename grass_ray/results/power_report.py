@@ -16,7 +16,7 @@ from typing import Any, Literal
 from grass_ray.config import to_json
 from grass_ray.results.formats import NONE, nats, nats_more, percent, points
 from grass_ray.results.leaderboard import LeaderboardTable
-from grass_ray.results.paired import LEVEL, Comparison, Metric, fact
+from grass_ray.results.paired import LEVEL, Metric, fact
 from grass_ray.results.power import POWER, Design, Spread, questions_needed, seeds_needed
 from grass_ray.results.rendering import render_cells
 from grass_ray.results.rows import LeaderboardRow
@@ -91,7 +91,7 @@ def reports(
     found = []
     for metric in metrics:
         compared = [_compared(row, metric) for row in table.rows if row.rank is not None]
-        sizes = [pair.questions for row in table.rows for pair in _pairs(row, metric) if pair is not None]
+        sizes = [pair.questions for row in table.rows for pair in row.compared(metric) if pair is not None]
         spread = table.spreads.get(metric)
         if sizes:
             # with as many of each task the questions would add as much to the variance
@@ -145,12 +145,8 @@ def _planned(seeds: int | None, spread: Spread, tasks: int, questions: int | Non
     return Planned(seeds=seeds, detectable=detectable, questions_needed=needed)
 
 
-def _pairs(row: LeaderboardRow, metric: Metric) -> tuple[Comparison | None, Comparison | None]:
-    return (row.loss_to_full, row.loss_to_best) if metric == "loss" else (row.to_full, row.to_best)
-
-
 def _compared(row: LeaderboardRow, metric: Metric) -> Compared:
-    full, best = _pairs(row, metric)
+    full, best = row.compared(metric)
     return Compared(
         label=row.label,
         seeds=len(row.seeds),

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from grass_ray.config import RunConfig, to_json, whole_file
-from grass_ray.results.record import RunRecord, SearchPart, Status, TaskScore
+from grass_ray.method_files import code_of
+from grass_ray.results.record import LmEvalScore, RunRecord, SearchPart, Status, TaskScore
+from grass_ray.tasks.lm_eval_scores import LmEvalResult
 from grass_ray.tasks.scores import EvaluationResult
 from grass_ray.training.report import GIB, LayerTrace, RunOutcome
 
@@ -177,6 +179,7 @@ def build_record(
         threads=threads,
         weights_sha256=weights_sha256,
         search=search,
+        code=code_of(config.method),
         **({} if outcome is None else _measured(outcome)),
     )
 
@@ -186,6 +189,7 @@ def _measured(outcome: RunOutcome) -> dict[str, Any]:
         "metrics": {key: float(value) for key, value in outcome.metrics.items()},
         "series": {key: list(points) for key, points in outcome.series.items()},
         "tasks": {name: _score(result) for name, result in outcome.tasks.items()},
+        "lm_eval": {name: _lm_eval_score(result) for name, result in outcome.lm_eval.items()},
         "layers": outcome.layers,
         "data": dict(outcome.data),
         "model_revision": outcome.model_revision,
@@ -207,6 +211,11 @@ def _score(result: EvaluationResult) -> TaskScore:
         answer_bytes=_of_each(example.answer_bytes for example in result.examples),
         option_nats=_of_each(example.option_nats for example in result.examples),
     )
+
+
+def _lm_eval_score(result: LmEvalResult) -> LmEvalScore:
+    own = {name: getattr(result, name) for name in LmEvalScore.model_fields}
+    return LmEvalScore(**own)
 
 
 def _of_each(values: Iterable[Value | None]) -> list[Value] | None:
@@ -243,3 +252,11 @@ def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> N
                     "option_nats": example.option_nats,
                 }
                 file.write(to_json(row) + "\n")
+
+
+def write_lm_eval_examples(path: str | Path, results: Mapping[str, LmEvalResult]) -> None:
+    """Write every example of lm-eval's own tasks as one JSON line; no file if there are none."""
+    if results:
+        with whole_file(path) as file:
+            for result in results.values():
+                file.writelines(to_json(example) + "\n" for example in result.examples)

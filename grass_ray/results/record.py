@@ -94,6 +94,26 @@ class TaskScore(RecordPart):
         return self
 
 
+class LmEvalScore(RecordPart):
+    """Result of one of lm-eval's own tasks, or of a group of them. Lists have one entry per example."""
+
+    metric: str = Field(description="the task's first metric, by which rows are compared")
+    value: float
+    stderr: float | None = None
+    higher_is_better: bool = True
+    metrics: dict[str, float] = Field(default_factory=dict, description="everything that lm-eval computed")
+    subtasks: dict[str, float] = Field(default_factory=dict, description="the metric of each task of a group")
+    example_ids: list[str] = Field(default_factory=list, description="a hash of each prompt")
+    values: list[float] | None = Field(default=None, description="the metric of each example; null if it is no mean")
+    protocol: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_value_per_example(self) -> Self:
+        if self.values is not None and len(self.values) != len(self.example_ids):
+            raise ValueError("values and example_ids do not agree")
+        return self
+
+
 class LineageStep(RecordPart):
     """One stretch of a population member's history: where it began, with whose weights, and with which settings."""
 
@@ -129,6 +149,7 @@ class RunRecord(RecordPart):
         default_factory=dict, description="(step, value) pairs; steps count probing and training together, from 1"
     )
     tasks: dict[str, TaskScore] = Field(default_factory=dict)
+    lm_eval: dict[str, LmEvalScore] = Field(default_factory=dict, description="lm-eval's own tasks")
     layers: LayerTrace | None = None
     data: dict[str, Any] = Field(default_factory=dict, description="files, hashes, row counts, truncation counts")
     hardware: str
@@ -143,6 +164,14 @@ class RunRecord(RecordPart):
     threads: int | None = Field(default=None, description="CPU threads that torch used")
     weights_sha256: str | None = Field(default=None, description="of the trained parameters at the end")
     search: SearchPart | None = None
+    code: dict[str, str] = Field(
+        default_factory=dict, description="text of the modules, by path, of a method of the user's own"
+    )
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether it was evaluated, on the tasks of its data or on lm-eval's own."""
+        return bool(self.tasks or self.lm_eval)
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, compressed if the name ends with ``.gz``."""

@@ -19,18 +19,7 @@ from rich.text import Text
 
 from grass_ray.config import to_json
 from grass_ray.results.column import LOSS, SCOPE, Column
-from grass_ray.results.columns import (
-    METHOD,
-    RANK,
-    WORDS,
-    all_columns,
-    detail_columns,
-    leaderboard_csv,
-    loss_columns,
-    result_columns,
-    row_values,
-    task_columns,
-)
+from grass_ray.results.columns import METHOD, RANK, WORDS, leaderboard_csv, row_values
 from grass_ray.results.formats import markdown_table, markdown_text
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
@@ -40,6 +29,14 @@ from grass_ray.results.sweep_comparison import (
     comparison_csv,
     comparison_header,
     comparison_notes,
+)
+from grass_ray.results.table_columns import (
+    all_columns,
+    detail_columns,
+    lm_eval_columns,
+    loss_columns,
+    result_columns,
+    task_columns,
 )
 
 Format = Literal["table", "markdown", "csv", "json", "html"]
@@ -126,6 +123,8 @@ def _terminal(table: LeaderboardTable, width: int) -> str:
         parts.insert(1, (losses, [row for row in table.rows if row.loss is not None]))
     if len(table.tasks) > 1 and scored:
         parts.append(([RANK, METHOD, *task_columns(table)], scored))
+    if benchmarks := lm_eval_columns(table):
+        parts.append((benchmarks, [row for row in table.rows if row.lm_eval_tasks]))
     grids = []
     for columns, rows in parts:
         grids += _grids([column.name for column in columns], _cells(columns, rows), width, repeated=2)
@@ -195,7 +194,7 @@ def _widths(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _heading(name: str) -> str:
-    broken = name.startswith(("vs ", "p ", "train ", "loss vs ")) or name.endswith("GiB")
+    broken = name.startswith(("vs ", "p ", "train ", "loss vs ", "lm-eval vs ")) or name.endswith("GiB")
     return name.replace(" ", "\n") if broken else name
 
 

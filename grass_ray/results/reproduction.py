@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grass_ray.results.record import RunRecord, TaskScore
+from grass_ray.results.record import LmEvalScore, RunRecord, TaskScore
 from grass_ray.training.report import PHASE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
 Point = tuple[int, float]
 ExtractedAnswers = Mapping[tuple[str, str], Sequence[str | None]]  # of (task, example id), in the order of the file
 
 # the rest is of the machine: time, throughput, memory, offload
-_DECIDING = ("train/", "eval/", "validation/", "forgetting", "layers/", TOKENS, PHASE, TRAIN_STEP)
+_DECIDING = ("train/", "eval/", "lm_eval/", "validation/", "forgetting", "layers/", TOKENS, PHASE, TRAIN_STEP)
 _SINCE_SCHEMA_2 = {TOKENS, PHASE, TRAIN_STEP, STALL_S}
 
 
@@ -87,6 +87,8 @@ def compare_records(
         checks.append(_metric(name, recorded.metrics.get(name), rerun.metrics.get(name)))
     for task in sorted(recorded.tasks.keys() | rerun.tasks.keys()):
         checks += _task(task, recorded.tasks.get(task), rerun.tasks.get(task))
+    for task in sorted(recorded.lm_eval.keys() | rerun.lm_eval.keys()):
+        checks.append(_benchmark(task, recorded.lm_eval.get(task), rerun.lm_eval.get(task)))
     if answers is not None and new_answers is not None:
         checks.append(_answers(answers, new_answers))
     return checks
@@ -216,6 +218,19 @@ def _losses(task: str, old: TaskScore, new: TaskScore) -> list[Check]:
         most = max(abs(a - b) for a, b in differing)
         detail = f"{len(differing)} of {old.num_examples} differ, by {most:.3g} nats at most"
     return [Check(what=f"{task}: loss of the right answer, every question", agrees=not differing, detail=detail)]
+
+
+def _benchmark(task: str, old: LmEvalScore | None, new: LmEvalScore | None) -> Check:
+    """One of lm-eval's own tasks: the metric of every example."""
+    what = f"{task} of lm-eval: every example"
+    if old is None or new is None:
+        return Check(what=what, agrees=False, detail="evaluated in only one of the two")
+    if old.example_ids != new.example_ids:
+        detail = f"other examples: {len(old.example_ids)} recorded, {len(new.example_ids)} now"
+        return Check(what=what, agrees=False, detail=detail)
+    differing = [pair for pair in zip(old.values or (), new.values or (), strict=True) if not _same(*pair)]
+    number = f"{len(differing)} of {len(old.example_ids)} differ" if differing else f"{len(old.example_ids)}, the same"
+    return Check(what=what, agrees=not differing, detail=number)
 
 
 def _answers(old: ExtractedAnswers, new: ExtractedAnswers) -> Check:

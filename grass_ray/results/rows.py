@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
 
 from grass_ray.results.paired import Comparison, Metric
 from grass_ray.results.record import RunRecord
+from grass_ray.results.row_facts import Benchmark, losses, memory_and_size, of_lm_eval, of_texts, values
 from grass_ray.results.settings import train_data, training_rows, variants
 from grass_ray.results.statistics import average_interval, mean_of_shares
-from grass_ray.tasks.scores import MOST_NATS, average_above_chance, contaminated_tasks
-from grass_ray.training.report import FORGETTING, VALIDATION
+from grass_ray.tasks.scores import average_above_chance, contaminated_tasks
+from grass_ray.training.report import VALIDATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,14 @@ class LeaderboardRow:
             perplexity in nats.
         forgetting: rise of the loss on a text that has nothing to do with the task, in nats per token, a mean over
             seeds; ``forgetting_std`` is its spread, and ``forgetting_texts`` names the text (several if seeds differ).
-        ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``).
+        lm_eval: mean over lm-eval's own tasks of their metrics (:func:`grass_ray.tasks.lm_eval_scores.average`) and
+            over seeds; ``lm_eval_std`` is the spread over seeds, and ``lm_eval_tasks`` says them one by one.
+        lm_eval_to_full, lm_eval_to_best, lm_eval_to_base: comparisons by these tasks, with the row of the highest
+            average, and with the untrained model: what training changed.
+        mean_reserved_gib, p99_reserved_gib: of the memory reserved after each step, the mean and the 99th percentile.
+        checkpoint_mib: size of what an export holds: the adapter, or all weights.
+        ranked_by: ``"loss"`` if no accuracy was measured (scoring ``loss``), ``"lm_eval"`` if lm-eval's tasks alone
+            were.
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
         train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
@@ -67,9 +74,12 @@ class LeaderboardRow:
     accuracy_low: float | None
     accuracy_high: float | None
     tasks: dict[str, float]
-    peak_allocated_gib: float | None
-    peak_reserved_gib: float | None
-    host_pinned_gib: float | None
+    peak_allocated_gib: float | None = None
+    peak_reserved_gib: float | None = None
+    host_pinned_gib: float | None = None
+    mean_reserved_gib: float | None = None
+    p99_reserved_gib: float | None = None
+    checkpoint_mib: float | None = None
     tokens_per_second: float | None
     train_s: float | None
     trainable_share: float | None
@@ -109,6 +119,12 @@ class LeaderboardRow:
     forgetting: float | None = None
     forgetting_std: float | None = None
     forgetting_texts: tuple[str, ...] = ()
+    lm_eval: float | None = None
+    lm_eval_std: float | None = None
+    lm_eval_tasks: dict[str, Benchmark] = field(default_factory=dict)
+    lm_eval_to_full: Comparison | None = None
+    lm_eval_to_best: Comparison | None = None
+    lm_eval_to_base: Comparison | None = None
 
     @property
     def label(self) -> str:
@@ -123,12 +139,23 @@ class LeaderboardRow:
     @property
     def scored(self) -> frozenset[str]:
         """The tasks that it was scored on."""
-        return frozenset(self.task_losses if self.ranked_by == "loss" else self.tasks)
+        scores: dict[Metric, Collection[str]] = {"loss": self.task_losses, "lm_eval": self.lm_eval_tasks}
+        return frozenset(scores.get(self.ranked_by, self.tasks))
 
     def badness(self, metric: Metric) -> float:
-        """The loss, or the accuracy's negative: small values are good. Infinite where it has none."""
-        value = self.loss if metric == "loss" else None if self.accuracy is None else -self.accuracy
-        return math.inf if value is None else value
+        """The loss, or the negative of what is good when it is high. Infinite where it has none."""
+        if metric == "loss":
+            return math.inf if self.loss is None else self.loss
+        value = self.accuracy if metric == "accuracy" else self.lm_eval
+        return math.inf if value is None else -value
+
+    def compared(self, metric: Metric) -> tuple[Comparison | None, Comparison | None]:
+        """The comparisons with the ``full`` row and with the best row by a metric."""
+        return {
+            "accuracy": (self.to_full, self.to_best),
+            "loss": (self.loss_to_full, self.loss_to_best),
+            "lm_eval": (self.lm_eval_to_full, self.lm_eval_to_best),
+        }[metric]
 
     @property
     def trained(self) -> bool:
@@ -141,7 +168,7 @@ class LeaderboardRow:
 
         None for the first row, and where nothing is compared.
         """
-        found = self.loss_to_best if self.ranked_by == "loss" else self.to_best
+        _, found = self.compared(self.ranked_by)
         return None if found is None else found.told_apart
 
 
@@ -161,7 +188,7 @@ def build_rows(groups: Sequence[Sequence[RunRecord]]) -> list[LeaderboardRow]:
 
 
 def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> LeaderboardRow:
-    finished = [record for record in group if record.status == "finished" and record.tasks]
+    finished = [record for record in group if record.status == "finished" and record.is_tested]
     scores = {
         task: mean_of_shares(record.tasks[task].accuracy for record in finished)
         for task in (finished[0].tasks if finished else {})
@@ -191,11 +218,8 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         accuracy_normalised=_above_chance(scores, finished),
         contaminated=[task for task in contaminated if task in scores],
         tasks=scores,
-        peak_allocated_gib=max(_values(group, "memory/peak_allocated_gib"), default=None),
-        peak_reserved_gib=max(_values(group, "memory/peak_reserved_gib"), default=None),
-        host_pinned_gib=max(_values(group, "memory/host_pinned_gib"), default=None),
-        tokens_per_second=_mean(_values(finished, "throughput/tokens_per_second")),
-        train_s=_mean(_values(finished, "time/train_s")),
+        tokens_per_second=_mean(values(finished, "throughput/tokens_per_second")),
+        train_s=_mean(values(finished, "time/train_s")),
         trainable_share=max(shares, default=None),
         seeds=[record.config["seed"] for record in finished],
         status=status,
@@ -216,44 +240,17 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         run_ids=[record.run_id for record in group],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
-        ranked_by="loss" if config["evaluation"].get("scoring") == "loss" else "accuracy",
-        **_losses(finished),
-        **_of_texts(finished),
+        ranked_by=ranked_by(config["evaluation"].get("scoring")),
+        **losses(finished),
+        **memory_and_size(group, finished),
+        **of_texts(finished),
+        **of_lm_eval(finished),
     )
 
 
-def _losses(finished: Sequence[RunRecord]) -> dict[str, Any]:
-    """The row's losses; nothing unless every seed has finite ones on every task."""
-    found = {}
-    for task in finished[0].tasks if finished else ():
-        scores = [record.tasks[task] for record in finished if task in record.tasks]
-        seeds = [losses for score in scores if (losses := score.losses)]
-        found[task] = [fmean(losses) for losses in seeds if all(map(math.isfinite, losses))]
-    if not found or any(len(seeds) < len(finished) for seeds in found.values()):
-        return {}
-    averages = [fmean(own) for own in zip(*found.values(), strict=True)]
-    return {
-        "loss": fmean(averages),
-        "loss_std": stdev(averages) if len(averages) > 1 else None,
-        "task_losses": {task: fmean(seeds) for task, seeds in found.items()},
-    }
-
-
-def _of_texts(finished: Sequence[RunRecord]) -> dict[str, Any]:
-    """Loss on held-out text, and what was forgotten; nothing unless every seed has it."""
-    found: dict[str, Any] = {}
-    forgotten = _values(finished, FORGETTING)
-    if forgotten and len(forgotten) == len(finished):
-        found["forgetting"] = fmean(forgotten)
-        found["forgetting_std"] = stdev(forgotten) if len(forgotten) > 1 else None
-        texts = [record.data.get(FORGETTING, {}) for record in finished]
-        found["forgetting_texts"] = tuple(sorted({f"{t.get('name')} {str(t.get('sha256'))[:8]}" for t in texts}))
-    losses = [score.text_loss for record in finished for score in record.tasks.values()]
-    known = [loss for loss in losses if loss is not None]
-    if known and len(known) == len(losses):
-        found["bits_per_byte"] = fmean(loss.bits_per_byte for loss in known)
-        found["perplexity"] = math.exp(min(fmean(loss.nats_per_token for loss in known), MOST_NATS))
-    return found
+def ranked_by(scoring: str | None) -> Metric:
+    """What rows are ranked by, given the scoring of their configurations."""
+    return "loss" if scoring == "loss" else "lm_eval" if scoring == "lm_eval" else "accuracy"
 
 
 def _contaminated(record: RunRecord) -> tuple[str, ...]:
@@ -296,7 +293,7 @@ def _status(group: Sequence[RunRecord]) -> tuple[str, str | None]:
     for record in group:
         if record.status != "finished":
             reasons[record.failure or record.status].append(str(record.config["seed"]))
-        elif not record.tasks:
+        elif not record.is_tested:
             reasons[_why_untested(record)].append(str(record.config["seed"]))
     failure = "; ".join(f"seed {', '.join(seeds)}: {reason}" for reason, seeds in reasons.items())
     return (statuses.pop() if len(statuses) == 1 else "partial"), failure or None
@@ -307,10 +304,6 @@ def _why_untested(record: RunRecord) -> str:
         return "finished without an evaluation"
     loss = record.metrics.get(VALIDATION, math.nan)
     return f"searched, not tested; validation loss {loss:.4f}"
-
-
-def _values(group: Iterable[RunRecord], metric: str) -> list[float]:
-    return [value for record in group if math.isfinite(value := record.metrics.get(metric, math.nan))]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from grass_ray.config import ConfigError
-from grass_ray.methods import METHODS, unknown
+from grass_ray.methods import METHODS, Method, unknown
 from grass_ray.overrides import assignment, flatten
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import VALIDATION
@@ -187,8 +187,12 @@ def write_settings(settings: Mapping[str, Sequence[str]], path: Path) -> None:
     path.write_text(yaml.safe_dump({"methods": {name: list(own) for name, own in settings.items()}}), encoding="utf-8")
 
 
-def read_settings(path: Path) -> dict[str, tuple[str, ...]]:
+def read_settings(path: Path, known: Mapping[str, Method] = METHODS) -> dict[str, tuple[str, ...]]:
     """Each method's ``dotted.key=value`` assignments.
+
+    Args:
+        path: the file.
+        known: the methods that there are.
 
     Raises:
         ConfigError: the file cannot be read, is of another form, or names a method that does not exist.
@@ -205,8 +209,8 @@ def read_settings(path: Path) -> dict[str, tuple[str, ...]]:
         isinstance(own, list) and all(isinstance(text, str) for text in own) for own in methods.values()
     ):
         raise ConfigError(f"the settings {path} must have the form {form}")
-    if strangers := [str(name) for name in methods if name not in METHODS]:
-        raise ConfigError(f"the settings {path}: " + "; ".join(unknown("method", name, METHODS) for name in strangers))
+    if strangers := [str(name) for name in methods if name not in known]:
+        raise ConfigError(f"the settings {path}: " + "; ".join(unknown("method", name, known) for name in strangers))
     return {name: tuple(own) for name, own in methods.items()}
 
 

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -74,8 +75,8 @@ def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bo
             )
         chosen = list(experiments.values()) if experiment is None else [experiments[experiment]]
         latest: dict[tuple[str, str], _Found] = {}
-        for key, found in _child_runs(client, chosen):
-            latest[key] = found
+        for key, run in _child_runs(client, chosen):
+            latest[key] = _Found(str(run.info.run_id), str(run.info.run_name), str(run.info.artifact_uri))
     questions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="grass_ray-records-") as folder:
         for found in latest.values():
@@ -84,6 +85,40 @@ def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bo
             record = None if path is None else _read(path, found)
             if record is not None:
                 yield _slim(record, questions, series=series)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackedRun:
+    """A trial as MLflow lists it, without its record.
+
+    Attributes:
+        name: of the run.
+        run_id: as in its record, of sweep id and trial key.
+        status: of its record; ``running`` while it has none.
+        accuracy: average over its tasks, from 0 to 1; None if none was measured.
+        loss: of the right answers in nats; None if none was measured.
+        started: when it began.
+    """
+
+    name: str
+    run_id: str
+    status: str
+    accuracy: float | None
+    loss: float | None
+    started: datetime
+
+
+def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
+    """List the trials of all experiments, oldest first; of each sweep id and trial key the latest run.
+
+    Raises:
+        ConfigError: the store does not exist.
+    """
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        experiments = [item.experiment_id for item in client.search_experiments()]
+        return list({key: _listed(key, run) for key, run in _child_runs(client, experiments)}.values())
 
 
 def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -164,7 +199,20 @@ def _check_run(client: MlflowClient, uri: str, run_id: str) -> Any:
         raise
 
 
-def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[tuple[str, str], _Found]]:
+def _listed(key: tuple[str, str], run: Any) -> TrackedRun:
+    metrics, tags = run.data.metrics, run.data.tags
+    return TrackedRun(
+        name=run.info.run_name,
+        run_id="-".join(key),
+        status=tags.get("status", run.info.status.lower()),
+        accuracy=metrics.get("eval/average"),
+        loss=metrics.get("eval/loss"),
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+    )
+
+
+def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[tuple[str, str], Any]]:
+    """The trials' runs, oldest first, with sweep id and trial key."""
     token = None
     while True:
         page = client.search_runs(
@@ -173,8 +221,7 @@ def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[
         for run in page:
             tags = run.data.tags
             if {PARENT_TAG, "sweep_id", "trial_key"} <= tags.keys():
-                found = _Found(str(run.info.run_id), str(run.info.run_name), str(run.info.artifact_uri))
-                yield (tags["sweep_id"], tags["trial_key"]), found
+                yield (tags["sweep_id"], tags["trial_key"]), run
         token = page.token
         if not token:
             return
@@ -202,6 +249,8 @@ def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunR
     """Share each question's id among all records, and drop the series unless they are wanted."""
     for score in record.tasks.values():
         score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
+    for own in record.lm_eval.values():
+        own.example_ids = [questions.setdefault(example, example) for example in own.example_ids]
     if not series:
         tokens = record.step_tokens()
         record.series = {TOKENS: [(max(tokens), sum(tokens.values()))]} if tokens else {}

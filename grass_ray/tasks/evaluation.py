@@ -63,6 +63,8 @@ OnOutcome = Callable[[dict[str, Any]], None]
 
 def check_evaluation(data: DataConfig, evaluation: EvaluationConfig) -> None:
     """Raise :class:`ConfigError` if the tasks cannot be scored as configured."""
+    if evaluation.scoring == "lm_eval":
+        return
     open_source(data).check_names()
     mistakes = []
     texts = [key for key in data.tasks if find_task(key, data.source).answer == "text"]
@@ -113,9 +115,12 @@ def evaluate(
         on_outcome: called with the results of lm-eval for each task.
 
     Returns:
-        One result per task, in the order of ``data.tasks``, with examples in the order of the test file.
+        One result per task, in the order of ``data.tasks``, with examples in the order of the test file; none with
+        scoring ``lm_eval``, whose tasks :func:`grass_ray.tasks.lm_eval_run.evaluate_lm_eval` evaluates.
     """
     check_evaluation(data, evaluation)
+    if evaluation.scoring == "lm_eval":
+        return {}
     from grass_ray.tasks.inference.harness import ObservedLM, quiet, undisturbed
 
     results = {}

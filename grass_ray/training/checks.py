@@ -14,6 +14,7 @@ from typing import Any
 
 from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, Parallel, RunConfig
 from grass_ray.tasks.evaluation import check_evaluation
+from grass_ray.tasks.lm_eval_tasks import check_lm_eval
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.sources import check_data
 from grass_ray.tasks.unrelated import load_unrelated
@@ -67,6 +68,7 @@ def check_run(
         attempt(lambda: check_evaluation(config.data, config.evaluation))
         attempt(lambda: check_answers(config.data, config.evaluation, tokenizer_to_check(config.model)))
         attempt(lambda: check_some_row_fits(config, tokenizer_to_check(config.model)))
+        attempt(lambda: check_lm_eval(config.evaluation.lm_eval))
         if config.evaluation.forgetting is not None:
             attempt(lambda: load_unrelated(str(config.evaluation.forgetting)))
     if mistakes:

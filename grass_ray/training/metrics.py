@@ -7,11 +7,13 @@ by torch's profiler, and ``peak_reserved`` is the peak resident set size of the 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from grass_ray.training.report import GIB
+
+_MOST_STEPS = 1_000_000  # that torch.quantile takes
 
 
 class MemoryMeter:
@@ -33,7 +37,10 @@ class MemoryMeter:
         self._device = device
         self.peak_allocated_gib = 0.0
         self.peak_reserved_gib = 0.0
+        self._reserved_gib: list[float] = []  # after each step
+        gc.collect()  # what an earlier run of this process left is not this one's
         if self._cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs every start to stderr
@@ -64,6 +71,21 @@ class MemoryMeter:
             yield
         if not self._cuda:
             self.raise_to(self.peak_allocated_gib, _peak_resident_set_gib())
+        self._reserved_gib.append(self._reserved_now_gib())
+
+    def _reserved_now_gib(self) -> float:
+        return torch.cuda.memory_reserved(self._device) / GIB if self._cuda else _resident_set_gib()
+
+    def reserved_metrics(self) -> dict[str, float]:
+        """The mean and the 99th percentile over steps of the memory reserved after each step, by MLflow key.
+
+        Of this worker alone; nothing before the first step.
+        """
+        if not self._reserved_gib:
+            return {}
+        steps = torch.tensor(self._reserved_gib, dtype=torch.float64)
+        highest = float(torch.quantile(steps[-_MOST_STEPS:], 0.99))
+        return {"memory/mean_reserved_gib": float(steps.mean()), "memory/p99_reserved_gib": highest}
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -75,13 +97,18 @@ class MemoryMeter:
         self.peak_allocated_gib = max(self.peak_allocated_gib, allocated_gib)
         self.peak_reserved_gib = max(self.peak_reserved_gib, reserved_gib)
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the peaks so far for a checkpoint."""
-        return {"peak_allocated_gib": self.peak_allocated_gib, "peak_reserved_gib": self.peak_reserved_gib}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured so far for a checkpoint."""
+        return {
+            "peak_allocated_gib": self.peak_allocated_gib,
+            "peak_reserved_gib": self.peak_reserved_gib,
+            "reserved_gib": list(self._reserved_gib),
+        }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take over the peaks of :meth:`state_dict` if they are higher."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the peaks of :meth:`state_dict` if they are higher, and the steps before."""
         self.raise_to(state["peak_allocated_gib"], state["peak_reserved_gib"])
+        self._reserved_gib = [*state.get("reserved_gib", ()), *self._reserved_gib]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -105,8 +132,13 @@ def _highest_allocation(profiler: torch.profiler.profile) -> int:
 
 
 def _reset_peak_resident_set() -> None:
-    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process."""
+    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process.
+
+    Memory that is free is given back to the system first.
+    """
     if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:  # not permitted in some containers; the peak then includes loading the model
@@ -120,6 +152,14 @@ def _peak_resident_set_gib() -> float:
                 return int(line.split()[1]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def _resident_set_gib() -> float:
+    """Memory that is resident now; elsewhere than on Linux its peak."""
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / GIB
+    return _peak_resident_set_gib()
 
 
 def default_device() -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from grass_ray.tasks.lm_eval_scores import LmEvalResult
 from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
@@ -224,6 +225,7 @@ class RunOutcome:
         series: (step, value) pairs of everything that was measured over steps.
         layers: which layers trained when; None if nothing was trained.
         data: where the data came from, hashes, and how many rows were used.
+        lm_eval: results of lm-eval's own tasks, by task.
     """
 
     metrics: Mapping[str, float]
@@ -232,6 +234,7 @@ class RunOutcome:
     series: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
     layers: LayerTrace | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    lm_eval: Mapping[str, LmEvalResult] = field(default_factory=dict)
 
 
 class TrainingFailure(RuntimeError):  # noqa: N818 - an outcome of a run, not a defect

@@ -23,6 +23,9 @@ from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.recompute import Recompute
 from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
+from grass_ray.tasks.lm_eval_run import evaluate_lm_eval
+from grass_ray.tasks.lm_eval_scores import LmEvalResult, lm_eval_metrics
+from grass_ray.tasks.lm_eval_tasks import load_lm_eval
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.rows import AnyRow, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
@@ -44,7 +47,7 @@ from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutco
 from grass_ray.training.sharding import shard_model
 from grass_ray.training.trace import LayerTracer
 from grass_ray.training.validation import answer_loss, hold_out
-from grass_ray.training.weights import parameters_sha256
+from grass_ray.training.weights import checkpoint_bytes, parameters_sha256
 from grass_ray.training.without_effect import settings_without_effect
 
 Progress = Callable[[str, int, int], None]
@@ -73,6 +76,8 @@ class Run:
         self._forgotten: dict[str, float] = {}
         self._validation_loss: float | None = None
         self._results: dict[str, EvaluationResult] = {}
+        self._lm_eval: dict[str, LmEvalResult] = {}
+        self._checkpoint_mib = 0.0
 
     @classmethod
     def prepare(cls, config: RunConfig, device: torch.device | None = None, *, parallel: Parallel = "replicate") -> Run:
@@ -92,11 +97,14 @@ class Run:
         torch.manual_seed(config.seed)
         device = device or default_device()
         training = config.training
+        if config.evaluation.test and config.evaluation.lm_eval.tasks:
+            load_lm_eval(config.evaluation.lm_eval)  # their data may have to be downloaded: now, not after hours
         loaded = load_model(config.model)
         if config.data.source.downloads and config.evaluation.test:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
         model = add_adapter(loaded.model, config.method.adapter)
+        size = checkpoint_bytes(model)
         if parallel == "replicate" and config.method.weights == "streamed":
             move_outside_of_layers(model, device)
         elif parallel == "replicate":
@@ -122,6 +130,7 @@ class Run:
             memory=MemoryMeter(device),
         )
         run = cls(config, state, loaded.tokenizer, data, loaded.revision, held_out, forgetting)
+        run._checkpoint_mib = size / 1024**2
         Recompute(optimizer.stack.modules[: run.recomputed_layers]).switch(True)
         return run
 
@@ -197,15 +206,19 @@ class Run:
             self._validation_loss = self._held_out_loss()
         if not self.config.evaluation.test:
             return
+        shard = (workers.rank, workers.count) if shares else None
+        evaluation = self.config.evaluation
         results = evaluate(
             self.state.model,
             self.tokenizer,
             self.config.data,
-            self.config.evaluation,
+            evaluation,
             on_progress=on_progress,
             cache=cache_folder() / "tokens",
-            shard=(workers.rank, workers.count) if shares else None,
+            shard=shard,
         )
+        found = evaluate_lm_eval(self.state.model, self.tokenizer, evaluation, shard=shard, on_progress=on_progress)
+        self._lm_eval = next(own for own in workers.gather(found) if own is not None) if shares else found or {}
         reshard(self.state.model)
         if self._forgetting is not None:
             self._forgotten = self._forgetting.metrics(self.state.model)
@@ -230,7 +243,7 @@ class Run:
         steps = self.config.training.steps
         contaminated = contaminated_tasks(self.config.data.suite, self._data["train"], training_steps=steps)
         metrics = score_metrics(self._results, contaminated=contaminated) | workload_metrics(self._results)
-        metrics |= self._forgotten
+        metrics |= lm_eval_metrics(self._lm_eval) | self._forgotten
         if self._validation_loss is not None:
             metrics[VALIDATION] = self._validation_loss
         layers = state.tracer.trace.model_copy(deep=True)
@@ -249,6 +262,7 @@ class Run:
                 "time/train_s": state.train_s,
                 "time/measure_s": state.measure_s,
             }
+            metrics |= {"checkpoint/mib": self._checkpoint_mib, **state.memory.reserved_metrics()}
             if shares := state.series.get("data/padding_share"):
                 metrics["data/padding_share"] = fmean(share for _, share in shares)
             visits = state.tracer.trace.visits
@@ -260,6 +274,7 @@ class Run:
             tasks=self._results,
             layers=layers if state.trained else None,
             data=self._data,
+            lm_eval=self._lm_eval,
             model_revision=self._revision,
         )
 

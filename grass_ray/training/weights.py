@@ -67,6 +67,18 @@ def _tiny_sha256() -> str:
     return _sha256_of_tensors(parameter for _, parameter in sorted(model.named_parameters()))
 
 
+def checkpoint_bytes(model: nn.Module) -> int:
+    """The size in bytes of what an export holds: the adapter as peft saves it, else all weights, shared ones once."""
+    adapter = getattr(model, "peft_config", None)
+    if adapter:
+        import peft
+
+        tensors: Iterable[torch.Tensor] = peft.get_peft_model_state_dict(model).values()
+    else:
+        tensors = model.parameters()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def parameters_sha256(model: nn.Module) -> str:
     """Hash the bits of all parameters in the order of their names.
 

@@ -40,9 +40,10 @@ def _of_states(config: RunConfig) -> Iterator[str]:
         if method.offload == "resident":
             yield "method.offload=resident: nothing is ever inactive, so all states stay on the device as with none"
     projection = method.optimizer.projection
-    if projection is not None and projection.refresh_period >= steps:
+    refresh_period = getattr(projection, "refresh_period", None)
+    if refresh_period is not None and refresh_period >= steps:
         yield (
-            f"method.optimizer.projection.refresh_period={projection.refresh_period}: training ends after {steps} "
+            f"method.optimizer.projection.refresh_period={refresh_period}: training ends after {steps} "
             "steps, so the first projections stay"
         )
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,21 +35,21 @@ from grass_ray.training.run import Run
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("GRASS_RAY_CHAOS_KILLS", "20"))
 FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_S", "480"))
-PROCESSES = ("TrainWorker", "TrainController", "ImplicitFunc")  # of a trial: works, restarts workers, waits for both
+PROCESS = "ray::ImplicitFunc"  # of a trial with one worker, as Ray Tune calls it
 KINDS = ("worker", "node", "worker", "driver")
 STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
 PATIENCE_S = 300
 
 
-def trial_processes(machines: Machines, kinds: Sequence[str] = PROCESSES) -> list[psutil.Process]:
-    """Those in which trials train, or are driven."""
+def trial_processes(machines: Machines) -> list[psutil.Process]:
+    """Those in which trials train."""
     found = []
     for process in psutil.Process(machines.process.pid).children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if title.startswith("ray::") and any(kind in title for kind in kinds):
+        if title.startswith(PROCESS):
             found.append(process)
     return found
 
@@ -68,9 +68,9 @@ def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iter
 
 
 def wait_for_training(machines: Machines, process: subprocess.Popen[str]) -> bool:
-    """Whether the sweep still runs once a trial has its worker."""
+    """Whether the sweep still runs once a trial has its process."""
     deadline = time.monotonic() + PATIENCE_S
-    while process.poll() is None and not trial_processes(machines, ["TrainWorker"]):
+    while process.poll() is None and not trial_processes(machines):
         assert time.monotonic() < deadline, "no trial trains"
         time.sleep(0.2)
     return process.poll() is None

@@ -25,7 +25,7 @@ FIND = """
 import ray
 from ray.util import state
 ray.init(log_to_driver=False)
-workers = state.list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+workers = state.list_actors(filters=[("class_name", "=", "ImplicitFunc"), ("state", "=", "ALIVE")])
 print(workers[0].node_id if workers else "")
 """
 

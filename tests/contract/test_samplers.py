@@ -28,12 +28,34 @@ from grass_ray.config import (
     AnyProjectionConfig,
     AnySamplerConfig,
     AnyScheduleConfig,
+    ImportedPart,
     MethodConfig,
     ModelConfig,
     SamplerConfig,
     ScheduleConfig,
 )
 from grass_ray.config.schedules import ScheduledCount
+from grass_ray.contract.samplers import (
+    SIZES,
+    STOPS,
+    MadeUpPasses,
+    Make,
+    as_json,
+    check_damaged_state,
+    check_draws,
+    check_foreign_state,
+    check_largest_sets,
+    check_not_finite,
+    check_other_model,
+    check_resume,
+    check_seed,
+    check_start_again,
+    drive,
+    first_draws,
+    held,
+    norms_at,
+    started,
+)
 from grass_ray.layerwise.drawing import draw_without_replacement
 from grass_ray.layerwise.grad_norm import TEMPERATURE
 from grass_ray.layerwise.sampler import Sampler
@@ -70,9 +92,8 @@ class TopHeavyMethod(MethodConfig):
     sampler: TopHeavyConfig = TopHeavyConfig()
 
 
-LAYERS = 6
-SIZES = [10, 20, 30, 10, 20, 30]
-SAMPLERS: dict[str, Callable[[int], Sampler]] = {
+LAYERS = len(SIZES)
+SAMPLERS: dict[str, Make] = {
     "all": lambda seed: AllLayersSampler(),
     "uniform": lambda seed: UniformSampler(2, 3, seed=seed),
     "uniform-scheduled": lambda seed: UniformSampler(Linear(4, 1, 20), Step([2, 5], [0.5], 20), seed=seed),
@@ -108,10 +129,16 @@ SAMPLERS: dict[str, Callable[[int], Sampler]] = {
     "matrix_norm": lambda seed: MatrixNormSampler(0.34, 3, eta=1e4, seed=seed),
     "top_heavy": lambda seed: TopHeavySampler(2, 3, seed=seed),
 }
-WITHOUT_CHANCE = {"all", "cyclic", "cyclic-descending", "cyclic-one-pass"}
+IN_TURN = {"all", "cyclic", "cyclic-descending", "cyclic-random", "cyclic-shuffled", "cyclic-one-pass"}
 
 
-KINDS: list[type[SamplerConfig]] = [*get_args(get_args(AnySamplerConfig)[0]), TopHeavyConfig]
+KINDS: list[type[SamplerConfig]] = [
+    *(kind for kind in get_args(get_args(AnySamplerConfig)[0]) if not issubclass(kind, ImportedPart)),
+    TopHeavyConfig,
+]
+
+
+PROJECTIONS = [kind for kind in get_args(get_args(AnyProjectionConfig)[0]) if not issubclass(kind, ImportedPart)]
 
 
 def kind_of(config: type[SamplerConfig]) -> str:
@@ -165,69 +192,19 @@ def test_every_kind_of_schedule_is_built(config: type[ScheduleConfig]) -> None:
     assert (whole.at(0), whole.at(100), whole.bounds()) == (4.0, 2.0, (2.0, 4.0))
 
 
-@pytest.mark.parametrize("config", get_args(get_args(AnyProjectionConfig)[0]), ids=kind_of)
+@pytest.mark.parametrize("config", PROJECTIONS, ids=kind_of)
 def test_every_kind_of_projection_is_built_with_the_defaults_of_its_configuration(config) -> None:
     projection = config().build()
     assert projection == type(projection)()
 
 
-class Passes:
-    """What a training loop would measure at a step, made up from the step and the question alone."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def loss(self, scales: Mapping[int, float]) -> float:
-        return 1.0 + 0.1 * sum(layer * (1 - scale) for layer, scale in scales.items()) / (1 + self._step)
-
-    def outlier_scores(self, threshold: float, steps: int) -> tuple[float, ...]:
-        return tuple(float(1 + layer) for layer in range(LAYERS))
-
-
-def norms_at(step: int, active: tuple[int, ...] | None) -> torch.Tensor:
-    """Made-up RMS gradients of a step; frozen layers are NaN."""
-    values = torch.rand(LAYERS, generator=torch.Generator().manual_seed(step)) * 1e-3
-    if active is not None:
-        values[[layer for layer in range(LAYERS) if layer not in active]] = math.nan
-    return values
-
-
-def drive(sampler: Sampler, steps: int, active: tuple[int, ...] | None = None, start: int = 0) -> list[object]:
-    """Drive a started sampler as the optimizer does; what it said at every step."""
-    said: list[object] = []
-    for step in range(start, start + steps):
-        if active is None and sampler.due:
-            active = sampler.sample()
-        sampler.probe(Passes(step))
-        if sampler.due:
-            active = sampler.sample()
-        sampler.observe(norms_at(step, None if sampler.probing else active))
-        if sampler.due:
-            active = sampler.sample()
-        said.append([active, sampler.probabilities(), sampler.refreshes, sampler.importance(), sampler.ages()])
-    return said
-
-
-def as_json(said: object) -> str:
-    """What was said as text, so that NaN equals NaN."""
-    return json.dumps(said)
-
-
 @pytest.fixture(params=SAMPLERS)
-def make(request: pytest.FixtureRequest) -> Callable[[int], Sampler]:
+def make(request: pytest.FixtureRequest) -> Make:
     return SAMPLERS[request.param]
 
 
-def test_draws_valid_distinct_layers_and_probabilities(make: Callable[[int], Sampler]) -> None:
-    sampler = make(0)
-    sampler.start(SIZES)
-    for active, probabilities, *_ in drive(sampler, 40):
-        if active is not None:
-            assert list(active) == sorted(set(active))
-            assert set(active) <= set(range(LAYERS))
-        if probabilities is not None:
-            assert math.isclose(sum(probabilities), 1.0, rel_tol=1e-9)
-            assert min(probabilities) >= 0
+def test_draws_valid_distinct_layers_and_probabilities(make: Make) -> None:
+    check_draws(make, SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +224,7 @@ def from_a_fresh_process() -> dict[str, object]:
 
 @pytest.mark.long
 def test_same_seed_same_sequence_in_a_fresh_process(
-    make: Callable[[int], Sampler], request: pytest.FixtureRequest, from_a_fresh_process: dict[str, object]
+    make: Make, request: pytest.FixtureRequest, from_a_fresh_process: dict[str, object]
 ) -> None:
     sampler = make(7)
     sampler.start(SIZES)
@@ -255,108 +232,45 @@ def test_same_seed_same_sequence_in_a_fresh_process(
     assert as_json(from_a_fresh_process[name]) == as_json(drive(sampler, 30))
 
 
-def test_another_seed_gives_another_sequence() -> None:
+def test_another_seed_gives_another_sequence(make: Make) -> None:
+    check_seed(make, SIZES)
+
+
+def test_what_is_drawn_at_random_is_known_by_its_probabilities() -> None:
     for name, make_one in SAMPLERS.items():
-        if name in WITHOUT_CHANCE:
-            continue
-        first, second = make_one(0), make_one(1)
-        first.start(SIZES)
-        second.start(SIZES)
-        assert drive(first, 60) != drive(second, 60), name
+        assert (started(make_one, SIZES, 60).probabilities() is None) == (name in IN_TURN), name
+    check_seed(lambda seed: CyclicSampler(1, 2, order="random", seed=seed), SIZES)
 
 
-@pytest.mark.parametrize("stop", range(1, 12))
-def test_state_round_trip_at_every_step(make: Callable[[int], Sampler], stop: int) -> None:
-    whole = make(3)
-    whole.start(SIZES)
-    expected = drive(whole, 30)
-    first = make(3)
-    first.start(SIZES)
-    said = drive(first, stop)
-    resumed = make(3)
-    resumed.start(SIZES)
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    active = said[-1][0]  # type: ignore[index]
-    assert as_json(said + drive(resumed, 30 - stop, active, start=stop)) == as_json(expected)
+@pytest.mark.parametrize("stop", STOPS)
+def test_state_round_trip_at_every_step(make: Make, stop: int) -> None:
+    check_resume(make, SIZES, [stop])
 
 
 # ------------------------------------------------------------------------------------- states that do not fit, and new
 
 
-def started(make_one: Callable[[int], Sampler], steps: int = 0, sizes: list[int] = SIZES) -> Sampler:
-    sampler = make_one(3)
-    sampler.start(sizes)
-    drive(sampler, steps)
-    return sampler
-
-
-def held(sampler: Sampler) -> str:
-    """Everything that a sampler holds and says, as text."""
-    values = [sampler.state_dict(), sampler.due, sampler.probing, sampler.refreshes]
-    return as_json([*values, sampler.probabilities(), sampler.importance(), sampler.ages()])
-
-
-def refused(sampler: Sampler, state: dict[str, object], message: str) -> None:
-    """The state is refused with the message, and the sampler is as it was."""
-    before = held(sampler)
-    with pytest.raises(ValueError, match=message):
-        sampler.load_state_dict(state)
-    assert held(sampler) == before
-
-
 @pytest.mark.parametrize("other", ["all", "uniform", "grad_norm", "outlier", "cyclic", "reward", "matrix_norm"])
-def test_the_state_of_another_kind_is_refused_and_changes_nothing(make: Callable[[int], Sampler], other: str) -> None:
-    sampler, theirs = started(make, 5), started(SAMPLERS[other], 7)
-    ours = type(sampler).__name__
-    if type(theirs) is type(sampler):
-        sampler.load_state_dict(theirs.state_dict())
-        return
-    state = theirs.state_dict()
-    refused(sampler, state, f"the saved state is of a {type(theirs).__name__}, this sampler is a {ours}")
-    unnamed = {key: value for key, value in state.items() if key not in ("sampler", "units")}
-    if unnamed.keys() != sampler.state_dict().keys() - {"sampler", "units"}:
-        refused(sampler, unnamed, f"the saved state is not one of a {ours}: .* missing or unknown")
+def test_the_state_of_another_kind_is_refused_and_changes_nothing(make: Make, other: str) -> None:
+    check_foreign_state(make, SIZES, started(SAMPLERS[other], SIZES, 7))
 
 
-def test_a_state_of_another_number_of_units_is_refused(make: Callable[[int], Sampler], request) -> None:
-    if request.node.callspec.params["make"] == "outlier":
-        return  # has six scores
-    sampler = started(make, 5)
-    theirs = make(3)
-    theirs.start([10] * 8)
-    refused(sampler, theirs.state_dict(), "the saved state is of 8 units, this model has 6")
-    unnamed = {key: value for key, value in theirs.state_dict().items() if key not in ("sampler", "units")}
-    if type(sampler).PER_UNIT:  # type: ignore[attr-defined]
-        refused(sampler, unnamed, "the saved state is of 8 units, this model has 6")
+def test_the_state_of_an_unknown_kind_is_refused(make: Make) -> None:
+    check_foreign_state(make, SIZES)
 
 
-def test_damaged_states_are_refused_one_value_at_a_time(make: Callable[[int], Sampler]) -> None:
-    sampler = started(make, 7)
-    good = json.loads(json.dumps(sampler.state_dict()))
-    fresh = started(make)
-    for key in good:
-        if key not in ("sampler", "units"):
-            missing = {name: value for name, value in good.items() if name != key}
-            if key != "measured_at":  # earlier versions of two samplers did not save it
-                refused(fresh, missing, "missing or unknown")
-        if isinstance(good[key], list) and good[key]:
-            refused(fresh, good | {key: good[key][:-1]}, r"units|scores")
-        if isinstance(good[key], int) and not isinstance(good[key], bool) and key != "measured_at":
-            refused(fresh, good | {key: "many"}, "many|units")
-    refused(fresh, good | {"more": 1}, "more missing or unknown")
-    if "window" in good:
-        wrong = good["window"] | {"values": [[99, 0, 1.0]]}
-        refused(fresh, good | {"window": wrong}, "damaged")
-    fresh.load_state_dict(good)
-    assert held(fresh) == held(sampler)
+def test_a_state_of_another_number_of_units_is_refused(make: Make, request) -> None:
+    if request.node.callspec.params["make"] != "outlier":  # which has six scores
+        check_other_model(make, SIZES)
+
+
+def test_damaged_states_are_refused_one_value_at_a_time(make: Make) -> None:
+    check_damaged_state(make, SIZES)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
-def test_a_sampler_that_is_started_again_is_new(make: Callable[[int], Sampler], steps: int) -> None:
-    used = started(make, steps)
-    used.start(SIZES)
-    assert held(used) == held(started(make))
-    assert as_json(drive(used, 20)) == as_json(drive(started(make), 20))
+def test_a_sampler_that_is_started_again_is_new(make: Make, steps: int) -> None:
+    check_start_again(make, SIZES, [steps])
 
 
 EARLIER = {"steps": 4, "draws": 2, "next_draw": 6}
@@ -384,10 +298,10 @@ EARLIER_STATES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("name", EARLIER_STATES)
 def test_states_of_earlier_versions_are_gone_on_from(name: str) -> None:
-    sampler = started(SAMPLERS[name])
+    sampler = started(SAMPLERS[name], SIZES)
     sampler.load_state_dict(json.loads(json.dumps(EARLIER_STATES[name])))
     assert len(drive(sampler, 20, (0, 1), start=4)) == 20
-    assert held(started(SAMPLERS[name])) != held(sampler)
+    assert held(started(SAMPLERS[name], SIZES)) != held(sampler)
 
 
 # -------------------------------------------------------------------------------------------- devices, and bad steps
@@ -427,32 +341,21 @@ def test_an_open_window_goes_on_with_norms_of_another_device(kind: str, stop: in
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("when", range(10))
-def test_a_step_that_is_not_finite_leaves_finite_numbers(make: Callable[[int], Sampler], when: int, bad: float) -> None:
-    sampler = make(0)
-    sampler.start(SIZES)
-    active: tuple[int, ...] | None = None
-    for step in range(16):
-        sampler.probe(Passes(step))
-        if sampler.due:
-            active = sampler.sample()
-        norms = norms_at(step, None if sampler.probing else active)
-        sampler.observe(torch.full_like(norms, bad) if step == when else norms)
-    p, importance = sampler.probabilities(), sampler.importance()
-    assert p is None or sum(p) == pytest.approx(1)
-    assert all(value < 1e4 or math.isnan(value) for value in importance or ())
+def test_a_step_that_is_not_finite_leaves_finite_numbers(make: Make, when: int, bad: float) -> None:
+    check_not_finite(make, SIZES, [when], [bad])
 
 
 def test_a_trial_whose_loss_is_not_a_number_tells_nothing() -> None:
-    class Broken(Passes):
+    class Broken(MadeUpPasses):
         def loss(self, scales: Mapping[int, float]) -> float:
             return math.nan if 0 in scales else super().loss(scales)
 
     sampler = RewardSampler(0.34, refresh_period=1, trials=4)
     sampler.start(SIZES)
     for step in range(20):
-        sampler.probe(Broken(step))
+        sampler.probe(Broken(step, LAYERS))
         sampler.sample()
-        sampler.observe(norms_at(step, None))
+        sampler.observe(norms_at(step, None, LAYERS))
     assert all(map(math.isfinite, sampler.importance()))
     assert sampler.importance()[0] == 0
     assert any(sampler.importance())
@@ -461,18 +364,9 @@ def test_a_trial_whose_loss_is_not_a_number_tells_nothing() -> None:
 # --------------------------------------------------------------------------------------------------- what it may draw
 
 
-def test_no_draw_is_heavier_than_the_heaviest_that_is_foretold(make: Callable[[int], Sampler]) -> None:
+def test_no_draw_is_heavier_than_the_heaviest_that_is_foretold(make: Make) -> None:
     """Whatever the weights of units are: their parameters, or the bytes of their states."""
-    for weights in ([1] * LAYERS, SIZES, [60, 10, 30, 20, 10, 10], [1, 1, 1, 1, 1, 50]):
-        sampler = make(0)
-        sampler.start(SIZES)
-        sets = sampler.largest_active_sets(weights)
-        assert all(list(active) == sorted(set(active)) for active in sets)
-        assert 0 in sets[0]
-        most = max(sum(weights[unit] for unit in active) for active in sets)
-        drawn = {active for active, *_ in drive(sampler, 80) if active}
-        assert max(sum(weights[unit] for unit in active) for active in drawn) <= most
-        assert max(map(len, sets)) <= LAYERS
+    check_largest_sets(make, SIZES)
 
 
 def test_the_heaviest_set_of_a_sampler_is_not_one_unit() -> None:
@@ -485,7 +379,7 @@ def test_the_heaviest_set_of_a_sampler_is_not_one_unit() -> None:
     assert tight.largest_active_sets([6, 5, 5]) == [(0,), (1, 2)], "the largest first would leave no room"
 
 
-def test_one_layer(make: Callable[[int], Sampler], request) -> None:
+def test_one_layer(make: Make, request) -> None:
     name = request.node.callspec.params["make"]
     sampler = make(0)
     if name == "grad_norm-effective":
@@ -527,17 +421,10 @@ def test_first_draw_frequencies_match_the_probabilities(kind: str) -> None:
     sampler = FIRST_DRAWS[kind]()
     sampler.start([10] * LAYERS)
     drive(sampler, 12)
-    draws = 6000
-    counts = [0] * LAYERS
-    p = sampler.probabilities()
-    assert p is not None
-    for _ in range(draws):
-        (layer,) = sampler.pick()  # type: ignore[attr-defined]
-        sampler._draws += 1  # type: ignore[attr-defined]
-        counts[layer] += 1
-    assert chisquare(counts, [share * draws for share in p]).pvalue > 1e-3
+    counts, p_value = first_draws(sampler)  # type: ignore[arg-type]
+    assert p_value > 1e-3
     if kind != "uniform":
-        assert chisquare(counts, [draws / LAYERS] * LAYERS).pvalue < 1e-6, "the case must tell p from uniform"
+        assert chisquare(counts).pvalue < 1e-6, "the case must tell p from uniform"
 
 
 def test_draws_without_replacement_follow_sequential_drawing() -> None:

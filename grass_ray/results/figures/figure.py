@@ -103,6 +103,12 @@ class Figure:
         writer.writerows([_cell(value) for value in row] for row in self.rows)
         return out.getvalue()
 
+    def _repr_png_(self) -> bytes:
+        """The figure as a notebook shows it."""
+        out = io.BytesIO()
+        self.drawing.savefig(out, format="png", dpi=DPI)
+        return out.getvalue()
+
     def inline_svg(self, key: str) -> str:
         """The figure as an ``<svg>`` element for an HTML page.
 

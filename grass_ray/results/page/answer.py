@@ -29,8 +29,14 @@ def findings(table: LeaderboardTable) -> str:
         sentences += [_highest(best)] if best else []
         sentences += _against_best(best, [(row, row.to_best) for row in ranked])
         sentences += _against_full([(row, row.to_full) for row in ranked])
+    if table.metric == "lm_eval" and best:
+        have = "have" if len(best) > 1 else "has"
+        sentences.append(f"{_names(best)} {have} the highest average of lm-eval's tasks, {percent(best[0].lm_eval)} %.")
+        sentences += _against_best(best, [(row, row.lm_eval_to_best) for row in ranked])
     sentences += _by_loss([row for row in ranked if row.loss is not None])
-    compared = [found for row in ranked for found in (row.to_full, row.to_best, row.loss_to_best) if found is not None]
+    by_lm_eval = [row.lm_eval_to_best for row in ranked if table.metric == "lm_eval"]
+    pairs = [found for row in ranked for found in (row.to_full, row.to_best, row.loss_to_best)]
+    compared = [found for found in (*pairs, *by_lm_eval) if found is not None]
     covered = {found.covers_training for found in compared}
     if False in covered:
         where = "Where a side has one seed" if True in covered else "With one seed on a side"

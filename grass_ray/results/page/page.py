@@ -21,15 +21,7 @@ from markupsafe import Markup
 
 from grass_ray.paths import model_label
 from grass_ray.results.column import Column
-from grass_ray.results.columns import (
-    METHOD,
-    RANK,
-    WORDS,
-    all_columns,
-    column_of,
-    leaderboard_csv,
-    task_columns,
-)
+from grass_ray.results.columns import METHOD, RANK, WORDS, column_of, leaderboard_csv
 from grass_ray.results.figures.figure import Figure, Runs, page_colour, page_colours
 from grass_ray.results.figures.registry import FIGURES, draw_methods
 from grass_ray.results.figures.style import style_of
@@ -37,6 +29,7 @@ from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.page.answer import findings
 from grass_ray.results.page.provenance import environment, run_again
 from grass_ray.results.record import RunRecord
+from grass_ray.results.table_columns import all_columns, lm_eval_columns, task_columns
 from grass_ray.tasks.suites import SUITES
 
 _FIGURE_WIDTH = 4.8  # inches: on a phone, letters stay as large as they are drawn
@@ -164,12 +157,18 @@ class _Section:
     @property
     def place(self) -> str:
         """The machine, and how answers were scored."""
-        return self.table.title.removeprefix(f"{self.table.model} on {self.table.suite}, ")
+        return self.table.title.removeprefix(f"{self.table.subject}, ")
 
     @property
     def columns(self) -> list[Column]:
-        """Of the ranking; tasks have a table of their own."""
-        return [column for column in all_columns(self.table) if column.name not in self.table.tasks]
+        """Of the ranking; tasks have tables of their own."""
+        apart = {column.name for column in self.by_benchmark[2:]} | set(self.table.tasks)
+        return [column for column in all_columns(self.table) if column.name not in apart]
+
+    @property
+    def by_benchmark(self) -> list[Column]:
+        """Of lm-eval's own tasks; none if there are none."""
+        return lm_eval_columns(self.table)
 
     @property
     def by_task(self) -> list[Column]:
@@ -180,6 +179,11 @@ class _Section:
     @property
     def scored(self) -> list[LeaderboardRow]:
         return [row for row in self.table.rows if row.scored]
+
+    @property
+    def benchmarked(self) -> list[LeaderboardRow]:
+        """Rows with results of lm-eval's own tasks."""
+        return [row for row in self.table.rows if row.lm_eval_tasks]
 
     @property
     def notes(self) -> list[str]:

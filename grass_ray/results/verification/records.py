@@ -23,6 +23,7 @@ from grass_ray.config import fingerprint_of, read_text, slug
 from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.verification.check import Check
 from grass_ray.tasks.extraction import extract_answer, is_correct
+from grass_ray.tasks.lm_eval_scores import lm_eval_metrics
 from grass_ray.tasks.scores import Workload, contaminated_tasks, describe_work, score_metrics
 from grass_ray.tasks.suites import TASKS
 from grass_ray.training.report import FORGETTING, GIB, MOST_UNITS_AS_SERIES, TOKENS, TRAIN_STEP, WARM_UP_STEPS, entropy
@@ -81,6 +82,7 @@ def measured(records: Sequence[RunRecord]) -> list[str]:
 def _answers(check: Check, found: Found) -> None:
     record = found.record
     evaluated = record.status == "finished" and record.config["evaluation"].get("test", True)
+    evaluated = evaluated and record.config["evaluation"].get("scoring") != "lm_eval"
     if evaluated or record.tasks:
         check.same(f"{found.name}, tasks", list(record.tasks), record.config["data"]["tasks"] if evaluated else [])
     for task, score in record.tasks.items():
@@ -98,6 +100,10 @@ def _answers(check: Check, found: Found) -> None:
                 check.same(f"{found.name}, {key} of {task}", protocol[key], record.config[part][key])
         if (guessed := protocol.get("chance")) is not None:
             check.holds(f"{found.name}, chance of {task}", guessed, "at least 0 and at most 1", 0 <= guessed <= 1)
+    for task, own in record.lm_eval.items():
+        check.same(f"{found.name}, {own.metric} of {task}", own.value, own.metrics.get(own.metric))
+        if own.values and not own.subtasks:  # groups may weigh their tasks alike
+            check.same(f"{found.name}, mean of {task} over its examples", own.value, fmean(own.values))
 
 
 def _examples_of(path: Path) -> Path | None:
@@ -157,6 +163,7 @@ def _metrics(record: RunRecord) -> Iterator[tuple[str, float]]:
     steps = record.config["training"]["steps"]
     bad = contaminated_tasks(record.config["data"]["suite"], train or {}, training_steps=steps)
     yield from score_metrics(record.tasks, contaminated=bad).items()
+    yield from lm_eval_metrics(record.lm_eval).items()
     works = [score.workload for score in record.tasks.values()]
     if all(works):
         known: list[dict[str, Any]] = [dict(work) for work in works]
@@ -195,7 +202,7 @@ def _speed(record: RunRecord, seconds: Mapping[int, float]) -> float:
 def _averages(check: Check, found: Found) -> None:
     recomputed = dict(_metrics(found.record))
     for name, value in found.record.metrics.items():
-        if name in recomputed or name.startswith("eval/"):
+        if name in recomputed or name.startswith(("eval/", "lm_eval/")):
             check.same(f"{found.name}, {name}", value, recomputed.get(name))
     for name, value in recomputed.items():
         if name.startswith("eval/") and name not in found.record.metrics and name not in _OPTIONAL:
@@ -296,6 +303,9 @@ def _hashes(check: Check, found: Found) -> None:
     for task, score in record.tasks.items():
         odd = [text for text in score.example_ids if not re.fullmatch(_QUESTION, text)]
         check.holds(f"{found.name}, ids of {task}", odd[:3], "16 hexadecimal digits each", not odd)
+    for task, own in record.lm_eval.items():
+        odd = [text for text in own.example_ids if not re.fullmatch(_QUESTION, text)]
+        check.holds(f"{found.name}, ids of {task} of lm-eval", odd[:3], "16 hexadecimal digits each", not odd)
 
 
 _CHECKS: Mapping[str, Callable[[Check, Found], None]] = {

@@ -1,0 +1,71 @@
+"""A trial whose only process is killed once too often: recorded with the reason, and tried again by ``--resume``."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small import REPOSITORY
+
+from grass_ray.results.record import RunRecord
+
+SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
+PATIENCE_S = 900
+
+
+def workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The trials' processes; Ray names them after Tune's class."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith("ray::ImplicitFunc"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.long
+def test_a_worker_that_dies_too_often_fails_its_trial_and_a_resumed_sweep_tries_it_again(tmp_path: Path) -> None:
+    storage, log = tmp_path / "results", tmp_path / "driver.log"
+    command = [sys.executable, str(SWEEP), "--methods", "grass", "--no-base", "--cpus-per-trial", "1"]
+    command += ["--storage-path", str(storage), "--max-failures", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed: set[int] = set()
+    with log.open("wb") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while driver.poll() is None:
+                assert time.monotonic() < deadline, log.read_text()
+                checkpoints = len(list(storage.glob("mini/*/ray/train-*/latest")))
+                for worker in workers(driver) if checkpoints else ():
+                    if worker.pid not in killed:
+                        worker.send_signal(signal.SIGKILL)
+                        killed.add(worker.pid)
+                time.sleep(0.1)
+        finally:
+            driver.kill()
+            driver.wait()
+    assert driver.returncode == 1, log.read_text()
+    assert len(killed) == 2
+    (path,) = storage.glob("mini/*/*/record.json")
+    record = RunRecord.load(path)
+    assert record.status == "failed"
+    assert re.match(r"the worker failed 2 time\(s\): .*process has died", record.failure or ""), record.failure
+    assert (path.parent / "traceback.txt").exists()
+
+    resumed = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=PATIENCE_S
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "goes on from its checkpoint after step" in resumed.stdout
+    assert RunRecord.load(path).status == "finished"
+    assert not (path.parent / "traceback.txt").exists()
