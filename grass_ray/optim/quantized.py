@@ -9,7 +9,7 @@ device and a piece of any size gives the same bits, and packing what was unpacke
 Second moments are rounded stochastically, as in :mod:`grass_ray.optim.rounding` and for the same reason: rounded to the
 nearest, a mean with ``beta2 = 0.999`` stands still. It does in libraries' block-wise 8-bit optimizers, too (Dettmers et
 al., 2022, "8-bit Optimizers via Block-wise Quantization", from which blocks with a scale of their own are): with the
-maps of bitsandbytes the sum of 3,000 updates was off by a fifth, with these numbers by 0.06 to 0.08
+maps of bitsandbytes the sum of 3,000 updates was off by a fifth, with these numbers by 0.05 to 0.08
 (``benchmarks/moments.py``). And those maps have a zero for second moments.
 """
 

@@ -63,6 +63,51 @@ def _pack(values, random, span: tl.constexpr, size: tl.constexpr):
 
 
 @triton.jit
+def _load_packed(codes, exponents, places, blocks, count, span: tl.constexpr, size: tl.constexpr):
+    """A moment in float32."""
+    found = tl.load(codes + places, mask=places < count, other=0).to(tl.int32)
+    highest = tl.load(exponents + blocks, mask=blocks * BLOCK < count, other=0).to(tl.int32)
+    return _unpack(found, highest, span, size)
+
+
+@triton.jit
+def _store_packed(codes, exponents, values, random, places, blocks, limit, span: tl.constexpr, size: tl.constexpr):
+    """Put a moment where ``places`` and ``blocks`` are below ``limit``."""
+    found, highest = _pack(values, random, span, size)
+    tl.store(codes + places, found.to(tl.uint8), mask=places < limit)
+    tl.store(exponents + blocks, highest.to(tl.uint8), mask=blocks * BLOCK < limit)
+
+
+@triton.jit
+def _load_in_two(weight, remainder, inside):
+    """The float32 master."""
+    bits = tl.load(weight, mask=inside, other=0).to(tl.int32) << 16
+    return (bits + tl.load(remainder, mask=inside, other=0).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_in_two(weight, remainder, master, store):
+    """The nearest bfloat16, and what is missing to the master."""
+    bits = master.to(tl.int32, bitcast=True)
+    upper = (bits + 0x8000) >> 16
+    tl.store(weight, upper.to(tl.int16), mask=store)
+    tl.store(remainder, (bits - (upper << 16)).to(tl.int16), mask=store)
+
+
+@triton.jit
+def _step(master, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    """AdamW in float32."""
+    correction1 = 1.0 - tl.exp2(t * tl.log2(beta1))
+    correction2 = 1.0 - tl.exp2(t * tl.log2(beta2))
+    master = master - lr * weight_decay * master
+    m = m + (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
+    master = master - (lr / correction1) * (m / denominator)
+    return master, m, v
+
+
+@triton.jit
 def _adamw_kernel(
     weight,
     gradient,
@@ -88,63 +133,40 @@ def _adamw_kernel(
     """AdamW on ``count`` weights.
 
     With ``master_in_two``, ``weight`` and ``remainder`` are seen as int16 bit patterns, else ``weight`` is float32.
-    With ``stochastic``, ``exp_avg_sq`` is seen as int16, too, and rounded as in
-    :func:`rounding.round_stochastically`. With ``packed``, both moments are codes.
+    With ``stochastic``, ``exp_avg_sq`` is seen so, too. With ``packed``, both moments are codes.
     """
     places = tl.program_id(0) * size + tl.arange(0, size)
     inside = places < count
     blocks = tl.program_id(0) * (size // BLOCK) + tl.arange(0, size // BLOCK)
-    in_blocks = blocks * BLOCK < count
     g = tl.load(gradient + places, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(exp_avg + places, mask=inside, other=0)
-    v = tl.load(exp_avg_sq + places, mask=inside, other=0)
     if packed:
-        e = tl.load(exponents + blocks, mask=in_blocks, other=0).to(tl.int32)
-        e_sq = tl.load(exponents_sq + blocks, mask=in_blocks, other=0).to(tl.int32)
-        m = _unpack(m.to(tl.int32), e, 127, size)
-        v = _unpack(v.to(tl.int32), e_sq, 255, size)
+        m = _load_packed(exp_avg, exponents, places, blocks, count, 127, size)
+        v = _load_packed(exp_avg_sq, exponents_sq, places, blocks, count, 255, size)
     else:
-        m = m.to(tl.float32)
+        m = tl.load(exp_avg + places, mask=inside, other=0).to(tl.float32)
+        v = tl.load(exp_avg_sq + places, mask=inside, other=0)
         v = (v.to(tl.int32) << 16).to(tl.float32, bitcast=True) if stochastic else v.to(tl.float32)
-    if master_in_two:
-        upper = tl.load(weight + places, mask=inside, other=0).to(tl.int32)
-        low = tl.load(remainder + places, mask=inside, other=0).to(tl.int32)
-        master = ((upper << 16) + low).to(tl.float32, bitcast=True)
-    else:
-        master = tl.load(weight + places, mask=inside, other=0.0)
+    kept = weight + places
+    master = _load_in_two(kept, remainder + places, inside) if master_in_two else tl.load(kept, mask=inside, other=0.0)
     t = tl.load(step)
-    correction1 = 1.0 - tl.exp2(t * tl.log2(beta1))
-    correction2 = 1.0 - tl.exp2(t * tl.log2(beta2))
-    master = master - lr * weight_decay * master
-    m = m + (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
-    denominator = tl.sqrt(v) / tl.sqrt(correction2) + eps
-    master = master - (lr / correction1) * (m / denominator)
+    master, m, v = _step(master, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
     # gradients that are not finite change nothing: no place is stored to
     limit = tl.where(tl.load(skip) == 0.0, count, 0)
     store = places < limit
     if master_in_two:
-        bits = master.to(tl.int32, bitcast=True)
-        upper = (bits + 0x8000) >> 16
-        tl.store(weight + places, upper.to(tl.int16), mask=store)
-        tl.store(remainder + places, (bits - (upper << 16)).to(tl.int16), mask=store)
+        _store_in_two(kept, remainder + places, master, store)
     else:
-        tl.store(weight + places, master, mask=store)
+        tl.store(kept, master, mask=store)
+    random = _random(places, first, t)
     if packed:
         # what lies outside must not raise a block's exponent
-        codes, e = _pack(tl.where(inside, m, 0.0), HALF, 127, size)
-        random = (_random(places, first, t) & ALL).to(tl.int32)
-        codes_sq, e_sq = _pack(tl.where(inside, v, 0.0), tl.where(inside, random, 0), 255, size)
-        tl.store(exp_avg + places, codes.to(tl.uint8), mask=store)
-        tl.store(exp_avg_sq + places, codes_sq.to(tl.uint8), mask=store)
-        tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < limit)
-        tl.store(exponents_sq + blocks, e_sq.to(tl.uint8), mask=blocks * BLOCK < limit)
-    elif stochastic:
-        rounded = (v.to(tl.uint32, bitcast=True) + (_random(places, first, t) & 0xFFFF)) >> 16
-        tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
-        tl.store(exp_avg_sq + places, rounded.to(tl.int16), mask=store)
+        _store_packed(exp_avg, exponents, tl.where(inside, m, 0.0), HALF, places, blocks, limit, 127, size)
+        random = tl.where(inside, (random & ALL).to(tl.int32), 0)
+        _store_packed(exp_avg_sq, exponents_sq, tl.where(inside, v, 0.0), random, places, blocks, limit, 255, size)
     else:
         tl.store(exp_avg + places, m.to(exp_avg.dtype.element_ty), mask=store)
+        if stochastic:
+            v = ((v.to(tl.uint32, bitcast=True) + (random & 0xFFFF)) >> 16).to(tl.int16)
         tl.store(exp_avg_sq + places, v, mask=store)
 
 
