@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights, recomputed_layers
+from grass_ray.memory.fit import TOLERANCE, needed_bytes, plan_decided
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
@@ -44,6 +45,8 @@ from grass_ray.training.shapes import SHAPES, build_shape
 
 Dtype = Literal["float32", "bfloat16"]
 MEASURED_STEPS = 2
+# asked at the start: by the end of the measurements the repository may be further
+COMMIT = git_state()[0] or "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Options:
     methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(help="only these of the cases' methods")] = None
     device: Annotated[Literal["cpu", "cuda"] | None, tyro.conf.arg(help="default: cuda where there is one")] = None
     output: Annotated[Path, tyro.conf.arg(help="written with .json and .md")] = Path("benchmarks/results/memory_plan")
+    keep: Annotated[bool, tyro.conf.arg(help="do not measure again what the output already holds")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,16 @@ class Case:
     dtype: Dtype
     shape: StepShape
     weights: Weights = "resident"
+    precision: str | None = None  # of the states; None is the method's own
+    probing: bool = False  # the steps that only measure, in place of those that train
+    limit: float | None = None  # with checkpointing "auto": of the peak without checkpointing
 
     @property
     def placing(self) -> str:
-        """The offload mode, and where weights live unless that is on the device."""
-        return self.offload + (", weights streamed" if self.weights == "streamed" else "")
+        """The offload mode, what differs from the method's row, and the steps unless they train."""
+        streamed = ", weights streamed" if self.weights == "streamed" else ""
+        precision = f", {self.precision}" if self.precision else ""
+        return self.offload + streamed + precision + (", probing" if self.probing else "")
 
     @property
     def config(self) -> RunConfig:
@@ -88,6 +97,8 @@ class Case:
             settings.append("method.sampler.num_active_layers=2")
         if self.model == "tiny" and row.optimizer.projection is not None:
             settings.append("method.optimizer.projection.rank=16")
+        if self.precision is not None:
+            settings.append(f"method.optimizer.precision={self.precision}")
         config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(parse(settings))
         placed = {"offload": self.offload, "weights": self.weights}
         return config.model_copy(update={"method": config.method.model_copy(update=placed)})
@@ -98,11 +109,13 @@ class Row:
     """Bytes, predicted and measured."""
 
     case: Case
+    asked: Case  # with checkpointing as it was before "auto" was decided
     plan: MemoryPlan
     peak: int
     weights: int
     states: int  # with the rings
     host: int
+    commit: str = COMMIT  # of the code that measured it
 
     @property
     def ratio(self) -> float:
@@ -156,6 +169,17 @@ def cpu_cases() -> Iterator[Case]:
     )
     for method, mode, shape in smollm2:
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=shape)
+    # several chunks of logits: of a head that does not train, of one that does, and of one in low precision
+    long = StepShape(rows=4, tokens=256)
+    yield Case(model="smollm2-135m", method="grass", offload="resident", dtype="float32", shape=long)
+    yield Case(model="smollm2-135m", method="lisa", offload="none", dtype="float32", shape=long)
+    yield Case(model="smollm2-135m", method="lisa", offload="none", dtype="bfloat16", shape=long)
+    for model, shape in (("tiny", small), ("tiny", shapes[1]), ("smollm2-135m", few)):
+        yield Case(model=model, method="grass", offload="resident", dtype="float32", shape=shape, probing=True)
+    some = replace(few, rows=4, checkpointing="auto")
+    for method in ("grass", "lora"):
+        offload = METHODS[method].config.offload
+        yield Case(model="smollm2-135m", method=method, offload=offload, dtype="float32", shape=some, limit=0.8)
     # what is on the host is not counted: as on a device, though a CPU has one memory for both
     for method, mode in (("grass", "resident"), ("grass", "lazy"), ("lisa", "none"), ("lora", "none")):
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed")
@@ -221,8 +245,8 @@ def make_batches(shape: StepShape, vocabulary: int, device: torch.device) -> lis
     return [batch] * shape.micro_batches
 
 
-def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch.device) -> Row:
-    """Run the case on one active set."""
+def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], num_units: int, device: torch.device) -> Row:
+    """Run the case on one active set of ``num_units`` units."""
     config = case.config
     torch.manual_seed(0)
     shaped = case.model in SHAPES
@@ -235,7 +259,6 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
     else:
         model.to(device)
     sampler = config.method.sampler.build(seed=0, train_steps=10)
-    num_units = len(Planner(config.model, "cpu").apply(config.method).units)
     forced = sampler if sampler.trains_all else Forced(sampler, active, num_units)
     optimizer = build_optimizer(model, forced, config.method)
     recomputed = recomputed_layers(case.shape.checkpointing, optimizer.stack.num_layers)
@@ -256,16 +279,17 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
             optimizer.zero_grad(set_to_none=True)
 
     while optimizer.probing:
-        step(batches, True)
-    while isinstance(forced, Forced) and (forced.visits or optimizer.active_units != active):
+        step(batches, case.probing)
+    while not case.probing and isinstance(forced, Forced) and (forced.visits or optimizer.active_units != active):
         step(short, False)
-    for _ in range(MEASURED_STEPS):
+    for _ in range(0 if case.probing else MEASURED_STEPS):
         step(batches, True)
     optimizer.synchronize()
     states, host = optimizer.state_bytes()
     ring = storage_bytes(optimizer.weights.on_device(()))
     return Row(
         case=case,
+        asked=case,
         plan=plan,
         peak=round(meter.peak_allocated_gib * GIB),
         weights=storage_bytes([*optimizer.weights.on_device(model.parameters()), *model.buffers()]) - ring,
@@ -276,15 +300,23 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], device: torch
 
 def run_case(case: Case, device: torch.device) -> Row:
     """Predict, then measure; of several worst sets the one with the higher peak."""
+    asked = case
     planner = Planner(case.config.model, "cuda" if device.type == "cuda" else "cpu")
-    (plan,) = planner.plan_modes(case.config.method, case.shape, modes=[case.offload], train_steps=10)
+    trained = planner.apply(case.config.method, 10)
+    if case.limit is not None:
+        without = planner.plan(trained, replace(case.shape, checkpointing="none"), case.offload)
+        memory = case.limit * needed_bytes(without, planner.device) * (1 + TOLERANCE)
+        decided = plan_decided(planner, trained, case.shape, case.offload, memory)
+        case = replace(case, shape=decided.shape)
+    plans = planner.plan_phases(trained, case.shape, case.offload)
+    plan = max((p for p in plans if (p.phase == "probing") == case.probing), key=lambda p: p.peak_bytes)
     rows = []
-    for active in planner.apply(case.config.method, 10).active_sets(plan.recomputed_layers):
-        rows.append(measure(case, plan, active, device))
+    for active in trained.active_sets(plan.recomputed_layers):
+        rows.append(measure(case, plan, active, len(trained.units), device))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return max(rows, key=lambda row: row.peak)
+    return replace(max(rows, key=lambda row: row.peak), asked=asked)
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -327,9 +359,11 @@ def main() -> None:
         if (options.models is None or case.model in options.models)
         and (options.methods is None or case.method in options.methods)
     ]
-    rows: list[Row] = []
+    rows = recorded(options.output) if options.keep else []
     skipped: list[str] = []
     for case in cases:
+        if any(row.asked == case for row in rows):
+            continue
         name = f"{case.model} {case.dtype} {case.method} {case.placing} {describe(case.shape)}"
         try:
             rows.append(run_case(case, device))
@@ -340,6 +374,32 @@ def main() -> None:
             continue
         print(f"{name}: {rows[-1].ratio:.3f} of {rows[-1].peak / 2**20:.1f} MiB", flush=True)
     write(options, rows, skipped)
+
+
+def recorded(output: Path) -> list[Row]:
+    """The rows of earlier results; none if there are no results."""
+    path = output.with_suffix(".json")
+    facts = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    rows = []
+    for values in facts["rows"]:
+        case = read_case(values)
+        plan = {key: values["predicted"][key] for key in MemoryPlan.__dataclass_fields__}
+        rows.append(
+            Row(
+                case=case,
+                asked=read_case(values["asked"]) if "asked" in values else case,
+                plan=MemoryPlan(**{**plan, "shape": StepShape(**plan["shape"])}),
+                commit=values.get("commit", facts["git_commit"]),
+                **values["measured"],
+            )
+        )
+    return rows
+
+
+def read_case(values: dict[str, Any]) -> Case:
+    """The case that a recorded row describes."""
+    known = {key: values[key] for key in Case.__dataclass_fields__ if key in values}
+    return Case(**{**known, "shape": StepShape(**values["shape"])})
 
 
 def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
@@ -355,6 +415,7 @@ def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
         "skipped": skipped,
         "rows": [
             asdict(row.case)
+            | {"asked": asdict(row.asked), "commit": row.commit}
             | {"predicted": row.plan.to_dict(), "ratio": row.ratio}
             | {"measured": {"peak": row.peak, "weights": row.weights, "states": row.states, "host": row.host}}
             for row in rows
@@ -362,11 +423,11 @@ def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+    commits = ", ".join(dict.fromkeys(row.commit[:10] for row in rows))
     text = (
-        f"# The memory plan against measurements\n\n{hardware()}; torch {torch.__version__}, commit "
-        f"{(commit or '-')[:10]}{' (modified)' if dirty else ''}. All sizes in MiB; largest error "
-        f"{100 * worst:.1f} % of the measured peak. Columns from weights to other are parts of the predicted peak.\n\n"
-        f"{table(rows)}\n"
+        f"# The memory plan against measurements\n\n{hardware()}; torch {torch.__version__}, commit {commits}"
+        f"{' (modified)' if dirty else ''}. All sizes in MiB; largest error {100 * worst:.1f} % of the measured peak. "
+        f"Columns from weights to other are parts of the predicted peak.\n\n{table(rows)}\n"
     )
     text += "".join(f"\nnot run: {line}\n" for line in skipped)
     options.output.with_suffix(".md").write_text(text)

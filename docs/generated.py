@@ -50,6 +50,42 @@ def configuration() -> str:
     return "\n".join(sections)
 
 
+def memory_predictions() -> str:
+    """The memory plan's recorded predictions beside what was measured: by setting, and on SmolLM2-135M one by one."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text(encoding="utf-8"))["rows"]
+    settings: dict[str, list[float]] = {}
+    for row in rows:
+        for setting in _memory_settings(row):
+            settings.setdefault(setting, []).append(row["ratio"])
+    lines = ["| cases | number | planned / measured |", "|---|---|---|"]
+    lines += [f"| {name} | {len(own)} | {min(own):.3f} to {max(own):.3f} |" for name, own in settings.items()]
+    lines += ["", "| SmolLM2-135M | rows x tokens | planned MiB | measured MiB |", "|---|---|---|---|"]
+    for row in rows:
+        if row["model"] == "smollm2-135m":
+            shape = row["shape"]
+            labelled = f", {shape['labelled']} labelled" if shape["labelled"] else ""
+            words = [row["method"], *(name for name in _memory_settings(row) if name != "all")]
+            sizes = (row["predicted"]["peak_bytes"], row["measured"]["peak"])
+            cells = " | ".join(f"{size / 2**20:.0f}" for size in sizes)
+            lines.append(f"| {', '.join(words)} | {shape['rows']} x {shape['tokens']}{labelled} | {cells} |")
+    return "\n".join(lines)
+
+
+def _memory_settings(row: dict[str, Any]) -> Iterator[str]:
+    """The settings of a recorded prediction by which predictions are counted."""
+    asked = row.get("asked", row)["shape"]["checkpointing"]
+    yield "all"
+    yield f"states {row['offload']}"
+    if asked != "none":
+        yield f"gradient_checkpointing {asked}"
+    if row.get("weights") == "streamed":
+        yield "weights streamed"
+    if row.get("probing"):
+        yield "probing"
+    if row["dtype"] != "float32":
+        yield row["dtype"]
+
+
 def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Iterator[str]:
     """The table of ``part``, whose keys begin with ``prefix``, then those of the parts inside it."""
     kind = part["properties"].get("kind", {}).get("const")

@@ -46,6 +46,9 @@ def quiet_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading and saving, a line per tick
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about a home folder that cannot be written to
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`past_key_values` is deprecated", category=FutureWarning
+    )  # peft's prefix
 
 
 def step_summary(report: StepReport) -> dict[str, Any]:

@@ -7,6 +7,7 @@ before it, such as ``<!-- not run: needs a cluster -->``; its commands must stil
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -159,6 +160,16 @@ def test_the_reference_has_every_key_of_every_method() -> None:
         for key in RunConfig(method=row.config).flatten():
             if not key.endswith(".kind"):
                 assert f"`{key}`" in page
+
+
+def test_the_predictions_of_memory_are_the_recorded_ones() -> None:
+    table = GENERATED["memory_predictions"]()
+    rows = json.loads((REPOSITORY / "benchmarks" / "results" / "memory_plan.json").read_text(encoding="utf-8"))["rows"]
+    ratios = [row["ratio"] for row in rows]
+    assert f"| all | {len(rows)} | {min(ratios):.3f} to {max(ratios):.3f} |" in table
+    assert all(abs(ratio - 1) <= 0.018 for ratio in ratios), "the guide says so"
+    for setting in ("gradient_checkpointing all", "states lazy", "weights streamed", "bfloat16"):
+        assert f"| {setting} |" in table
 
 
 def test_the_front_page_is_short() -> None:

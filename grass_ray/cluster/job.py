@@ -34,6 +34,7 @@ class SweepContext(BaseModel):
         parallel: whether each worker holds the whole model, or shards of it.
         keep_checkpoints: keep what each trial trained.
         memory_check: refuse trials that cannot fit into memory.
+        memory_bytes: what each worker may take; None is that of its device.
         max_failures: how often a process may die before its trial counts as failed.
         code: of methods of the user's own, which the workers run.
     """
@@ -47,6 +48,7 @@ class SweepContext(BaseModel):
     parallel: Parallel = "replicate"
     keep_checkpoints: bool = False
     memory_check: bool = True
+    memory_bytes: int | None = None
     max_failures: int = 2
     code: tuple[Code, ...] = ()
 

@@ -35,7 +35,7 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
 from grass_ray.results.tracker import Tracker
-from grass_ray.training.report import VALIDATION
+from grass_ray.training.report import GIB, VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes
 TRACKING_WITHIN_S = 300.0
@@ -169,6 +169,7 @@ class SweepRunner:
             parallel=options.parallel,
             keep_checkpoints=options.keep_checkpoints,
             memory_check=options.memory_check,
+            memory_bytes=None if options.gpu_memory is None else int(options.gpu_memory * GIB),
             max_failures=options.max_failures,
             code=installed_code(),
         )

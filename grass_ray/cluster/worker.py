@@ -57,7 +57,7 @@ def work(job: Job, worker: RayWorker) -> None:
         together.check()
         # what fits is predicted for a worker that holds the whole model
         fits = job.context.memory_check and job.context.parallel == "replicate"
-        fitted = fit_to_memory(config, workers=workers) if fits else config
+        fitted = fit_to_memory(config, workers=workers, memory=job.context.memory_bytes) if fits else config
         return Run.prepare(fitted, parallel=job.context.parallel)
 
     result = execute(

@@ -30,7 +30,7 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.store import trial_tags
 from grass_ray.results.tracker import Tracker
 from grass_ray.tasks.readback import choose_evaluation
-from grass_ray.training.report import GIB, TrainingFailure, first_layers
+from grass_ray.training.report import GIB, RESERVE_BYTES, TrainingFailure, first_layers
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
@@ -113,7 +113,7 @@ def train_locally(
         ConfigError: any mistake that shows before the model is loaded.
     """
     from grass_ray.commands.data_view import show_data
-    from grass_ray.memory.fit import RESERVE_BYTES, fit_to_memory
+    from grass_ray.memory.fit import fit_to_memory
     from grass_ray.training.checks import check_run, tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
     from grass_ray.training.without_effect import settings_without_effect

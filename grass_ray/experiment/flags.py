@@ -28,6 +28,7 @@ from grass_ray.tasks.custom import read_task_file
 from grass_ray.tasks.dataset_files import is_data_file
 from grass_ray.tasks.dataset_rows import find_dataset
 from grass_ray.tasks.suites import resolve_tasks
+from grass_ray.training.report import GIB, RESERVE_BYTES
 
 _Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 _Names = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...")]
@@ -107,6 +108,8 @@ class SweepOptions:
     """how often a trial's process may die; each time it goes on from its checkpoint"""
     keep_checkpoints: bool = False
     """keep what each trial trained, for `grass-ray export`; otherwise only its numbers"""
+    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB")] = None
+    """memory in GiB that each worker may take; default: that of its device"""
     memory_check: bool = True
     """refuse trials that cannot fit into their device's memory, before they start"""
     resume: bool = False
@@ -163,6 +166,10 @@ class SweepOptions:
             )
         if self.data is not None and self.tasks:
             mistakes.append(f"--tasks {' '.join(self.tasks)} has no effect: --data {self.data} is a task of its own")
+        if self.gpu_memory is not None and self.gpu_memory * GIB <= RESERVE_BYTES:
+            mistakes.append(
+                f"--gpu-memory {self.gpu_memory:g}: give more than the {RESERVE_BYTES / GIB:g} GiB of a process"
+            )
         for name in ("models", "methods", "tasks", "seeds"):
             if getattr(self, name) == ():
                 mistakes.append(f"{_flag(name)}: give at least one value")

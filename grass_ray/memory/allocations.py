@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as functional
@@ -27,8 +28,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from grass_ray.memory import known_shapes
+
 DeviceKind = Literal["cpu", "cuda"]
 Kind = Literal["gradients", "activations", "logits", "workspace"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # CUDA's caching allocator rounds sizes up to multiples of this
 CUDA_BLOCK = 512
 
@@ -46,6 +50,58 @@ class Parts:
     def total(self) -> int:
         """Sum of all parts."""
         return self.gradients + self.activations + self.logits + self.workspace
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a step.
+
+    Attributes:
+        place: what it belongs to.
+        changes: bytes that were allocated (negative where freed) and what they hold, in order.
+    """
+
+    place: Hashable
+    changes: tuple[tuple[int, Kind], ...]
+
+    @cached_property
+    def net(self) -> dict[Kind, int]:
+        """Bytes by kind that are allocated after it and were not before."""
+        return _sums(self.changes)
+
+    @cached_property
+    def rise(self) -> tuple[int, int]:
+        """The most bytes that it ever has above those before it, and the number of changes up to there."""
+        now = most = at = 0
+        for index, (change, _) in enumerate(self.changes):
+            now += change
+            if now > most:
+                most, at = now, index + 1
+        return most, at
+
+
+def highest(segments: Iterable[Segment]) -> Parts:
+    """The parts at the moment with most bytes allocated, while ``segments`` run one after another."""
+    now = most = 0
+    before: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    parts = Parts()
+    for segment in segments:
+        rise, at = segment.rise
+        if now + rise > most:
+            most = now + rise
+            within = _sums(segment.changes[:at])
+            parts = Parts(**{kind: before[kind] + within[kind] for kind in KINDS})
+        for kind in KINDS:
+            before[kind] += segment.net[kind]
+        now = sum(before.values())
+    return parts
+
+
+def _sums(changes: Iterable[tuple[int, Kind]]) -> dict[Kind, int]:
+    sums: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    for change, kind in changes:
+        sums[kind] += change
+    return sums
 
 
 @dataclass(eq=False)
@@ -70,13 +126,14 @@ class AllocationLog(TorchDispatchMode):
         self._alive: dict[int, _Storage] = {}
         self._known: set[int] = set()
         self._events: list[tuple[_Storage, int]] = []
+        self._marks: list[tuple[int, Hashable]] = []
         self._workspace = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.add.Tensor and self._sums_tied(*args):
             return args[0].add_(args[1])
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        result = known_shapes.call(func, args, kwargs or {})
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
         return result
@@ -105,23 +162,22 @@ class AllocationLog(TorchDispatchMode):
         """Bytes of the tensor's storage, rounded as on the device."""
         return math.ceil(tensor.untyped_storage().nbytes() / self._granule) * self._granule
 
+    def mark(self, place: Hashable) -> None:
+        """Let what follows, up to the next mark, belong to ``place``."""
+        self._marks.append((len(self._events), place))
+
+    def segments(self) -> list[Segment]:
+        """What was allocated and freed, in order, cut at the marks. The first segment has the place None."""
+        starts = [(0, None), *self._marks]
+        ends = [start for start, _ in starts[1:]] + [len(self._events)]
+        return [
+            Segment(place, tuple((sign * storage.nbytes, storage.kind) for storage, sign in self._events[start:end]))
+            for (start, place), end in zip(starts, ends, strict=True)
+        ]
+
     def peak(self) -> Parts:
         """The parts at the moment with most bytes allocated."""
-        alive: dict[_Storage, None] = {}
-        now = highest = at = 0
-        for index, (storage, sign) in enumerate(self._events):
-            now += sign * storage.nbytes
-            if now > highest:
-                highest, at = now, index
-        for storage, sign in self._events[: at + 1]:
-            if sign > 0:
-                alive[storage] = None
-            else:
-                del alive[storage]
-        sums: dict[Kind, int] = {"gradients": 0, "activations": 0, "logits": 0, "workspace": 0}
-        for storage in alive:
-            sums[storage.kind] += storage.nbytes
-        return Parts(**sums)
+        return highest(self.segments())
 
     def _sums_tied(self, left: Any, right: Any) -> bool:
         """Whether autograd adds the embeddings' gradient to that of a tied head.

@@ -28,12 +28,10 @@ from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.batches import Batches
 from grass_ray.training.metrics import default_device
 from grass_ray.training.models import load_tokenizer
-from grass_ray.training.report import GIB
+from grass_ray.training.report import GIB, RESERVE_BYTES
 
 # relative error of the predictions that a refusal allows for: see benchmarks/results/memory_plan.md
 TOLERANCE = 0.1
-# memory that no allocator of torch sees: CUDA context and kernels; on a CPU the process itself
-RESERVE_BYTES = GIB // 2
 # number of steps whose batches are read to find the longest one
 MAX_STEPS_READ = 2000
 

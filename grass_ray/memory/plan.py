@@ -16,16 +16,19 @@ says so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig, recomputed_layers
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
-from grass_ray.memory.step import StepProfile, StepShape, profile_step
+from grass_ray.memory.step import FollowedStep, StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.placement import Footprint, placement_class
+from grass_ray.training.adapters import add_adapter
 from grass_ray.training.report import GIB
 from grass_ray.training.shapes import build_shape
 
@@ -108,6 +111,9 @@ class Planner:
         self.workers = workers
         self._skeleton = build_shape(model)
         self._profiles: dict[object, StepProfile] = {}
+        self._followed: dict[str, dict[Hashable, FollowedStep]] = {}
+        self._models: dict[str, tuple[Any, set[Tensor]]] = {}
+        self._applied: dict[tuple[str, int], TrainedUnits] = {}
 
     def plan_modes(
         self,
@@ -127,7 +133,21 @@ class Planner:
 
     def apply(self, method: MethodConfig, train_steps: int = DEFAULT_TRAIN_STEPS) -> TrainedUnits:
         """Apply a method to the model. Raises :class:`ConfigError` as :meth:`plan_modes`."""
-        return apply_method(copy.deepcopy(self._skeleton), method, train_steps)
+        key = (method.model_dump_json(), train_steps)
+        if key not in self._applied:
+            model, given = self._model_with(method)
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter in given)
+            self._applied[key] = apply_method(model, method, train_steps)
+        return self._applied[key]
+
+    def _model_with(self, method: MethodConfig) -> tuple[Any, set[Tensor]]:
+        """The model with a method's adapter, one for all methods that have it, and what an adapter lets train."""
+        adapter = _adapter_key(method)
+        if adapter not in self._models:
+            model = add_adapter(copy.deepcopy(self._skeleton), method.adapter)
+            self._models[adapter] = model, {p for p in model.parameters() if p.requires_grad}
+        return self._models[adapter]
 
     def min_bytes(self, trained: TrainedUnits, mode: Mode) -> int:
         """Memory that a step needs whatever its batch: weights, gradients and states. Profiles nothing."""
@@ -144,14 +164,18 @@ class Planner:
         Raises:
             CannotPlanError: the model's step does not run on the meta device.
         """
+        return max(self.plan_phases(trained, shape, mode), key=lambda plan: plan.peak_bytes)
+
+    def plan_phases(self, trained: TrainedUnits, shape: StepShape, mode: Mode) -> list[MemoryPlan]:
+        """Plan every phase with every active set that may have the highest peak. Raises as :meth:`plan`."""
         sets = trained.active_sets(recomputed_layers(shape.checkpointing, trained.num_layers))
-        plans = [plan for active in sets for plan in self._plan_phases(trained, shape, mode, active)]
+        plans = [plan for active in sets for plan in self._plan_active(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
             profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)
             plans.append(self._compose(trained, shape, mode, "probing", (), profile.peak))
-        return max(plans, key=lambda plan: plan.peak_bytes)
+        return plans
 
-    def _plan_phases(
+    def _plan_active(
         self, trained: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
     ) -> Iterator[MemoryPlan]:
         profile = self._profile(trained, shape, active)
@@ -169,16 +193,17 @@ class Planner:
         self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, probing: bool = False
     ) -> StepProfile:
         parameters = {p for unit in trained.trained(active) for p in unit.parameters}
-        names = tuple(name for name, p in trained.model.named_parameters() if p in parameters)
+        names = tuple(sorted(trained.names[p] for p in parameters))
         # of each worker's micro-batches, the second and all later ones are added to gradients that exist already
         shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), 2))
-        adapter = trained.method.adapter
-        key = ("" if adapter is None else adapter.model_dump_json(), shape, names, probing)
+        adapter = _adapter_key(trained.method)
+        key = (adapter, shape, names, probing)
         if key not in self._profiles:
             for parameter in trained.model.parameters():
                 parameter.requires_grad_(parameter in parameters)
             try:
-                profile = profile_step(trained.model, shape, device=self.device, probing=probing)
+                followed = self._followed.setdefault(adapter, {})
+                profile = profile_step(trained.model, shape, device=self.device, probing=probing, followed=followed)
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(
                     f"cannot predict the memory of a step of {type(trained.model).__name__}: "
@@ -218,6 +243,10 @@ def applicable_modes(method: MethodConfig) -> tuple[Mode, ...]:
     keeps = method.inactive_states == "keep" and not method.sampler.trains_all
     small = method.optimizer.projection is not None or method.adapter is not None
     return tuple(mode for mode in PLACEMENTS if placement_class(mode).suits(keeps=keeps, small=small))
+
+
+def _adapter_key(method: MethodConfig) -> str:
+    return "" if method.adapter is None else method.adapter.model_dump_json()
 
 
 def _footprint(trained: TrainedUnits, mode: Mode, active: Sequence[int]) -> Footprint:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, RunConfig, to_json
 from grass_ray.memory.allocations import DeviceKind
-from grass_ray.memory.fit import RESERVE_BYTES, TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
+from grass_ray.memory.fit import TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS, Method
@@ -24,7 +24,7 @@ from grass_ray.overrides import parse
 from grass_ray.paths import find_model
 from grass_ray.training.checks import check_recomputed
 from grass_ray.training.metrics import default_device
-from grass_ray.training.report import GIB, first_layers
+from grass_ray.training.report import GIB, RESERVE_BYTES, first_layers
 
 Verdict = Literal["yes", "tight", "no"]
 HEADER: tuple[str, ...] = (

@@ -12,8 +12,8 @@ formulas::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grass_ray.config import GradientCheckpointing, recomputed_layers
-from grass_ray.layerwise.stack import find_decoder_stack
+from grass_ray.layerwise.stack import DecoderStack, find_decoder_stack
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
+from grass_ray.memory.equal_layers import Run, ShortenedStep, equal_runs, shortened
 from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference.lm_head import splits
 from grass_ray.training.batches import Batch
@@ -79,6 +80,7 @@ def profile_step(
     *,
     device: DeviceKind,
     probing: bool = False,
+    followed: dict[Hashable, FollowedStep] | None = None,
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
@@ -88,37 +90,101 @@ def profile_step(
         device: whose kernels and allocator to assume.
         probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
             recomputed.
+        followed: earlier steps of the same model on the same device. One that differs only in the number of equal
+            layers is not run again. None runs through every layer.
     """
+    stack = find_decoder_stack(model)
+    recomputed = stack.num_layers if probing else recomputed_layers(shape.checkpointing, stack.num_layers)
+    if followed is None:
+        runs = [Run(index, 1, None) for index in range(stack.num_layers)]
+        return _follow(model, shape, stack, runs, recomputed, device=device, probing=probing).profile(runs)
+    runs = equal_runs(stack.modules, recomputed)
+    inside = {p for layer in stack.layers for p in layer}
+    others = tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in inside)
+    key = (replace(shape, checkpointing="none"), probing, others, *(run.key for run in runs))
+    step = followed.get(key)
+    if step is None:
+        step = followed[key] = _follow(model, shape, stack, runs, recomputed, device=device, probing=probing)
+    if not step.repeats:
+        return profile_step(model, shape, device=device, probing=probing)
+    return step.profile(runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowedStep:
+    """A step that ran through some of the layers.
+
+    Attributes:
+        step: what it allocated.
+        gradients: bytes of gradients after it, by layer; -1 is everything outside of layers.
+    """
+
+    step: ShortenedStep
+    gradients: Mapping[int, int]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it tells what a step through more equal layers takes."""
+        return self.step.repeats
+
+    def profile(self, runs: Sequence[Run]) -> StepProfile:
+        """The memory of a step through all layers of ``runs``."""
+        return StepProfile(
+            peak=self.step.peak(runs),
+            gradients=sum(size * self.step.times(runs).get(layer, 1) for layer, size in self.gradients.items()),
+        )
+
+
+def _follow(
+    model: nn.Module,
+    shape: StepShape,
+    stack: DecoderStack,
+    runs: Sequence[Run],
+    recomputed: int,
+    *,
+    device: DeviceKind,
+    probing: bool,
+) -> FollowedStep:
     log = AllocationLog(device, logits=_head_shape(model))
     handles: list[Any] = [
         p.register_post_accumulate_grad_hook(_drop if probing else log.mark_gradient)  # type: ignore[no-untyped-call]
         for p in model.parameters()
         if p.requires_grad
     ]
-    model.train()
-    with _MaskAnswers(shape.masked):
-        splits(model)  # asks a forward of its own, once
-    layers = find_decoder_stack(model).modules
-    recompute = Recompute(layers if probing else layers[: recomputed_layers(shape.checkpointing, len(layers))])
+    recompute = Recompute(stack.modules[:recomputed])
     recompute.switch(True)
     handles.append(recompute)
     log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
+    model.train()
     try:
-        with kernel_stand_ins(device, log), log:
-            for _ in range(shape.micro_batches):
-                batch = _PlannedBatch.of(shape)
-                with _MaskAnswers(shape.masked):
-                    loss = summed_loss(model, batch, divisor=batch.num_labels)
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                del loss, batch
+        with shortened(model, stack, runs) as mark_on:
+            with _MaskAnswers(shape.masked):
+                splits(model)  # asks a forward of its own, once
+            mark_on(log)
+            with kernel_stand_ins(device, log), log:
+                _run(model, shape)
     finally:
         for handle in handles:
             handle.remove()
-    left = sum(log.size_of(p.grad) for p in model.parameters() if p.grad is not None)
+    layers = {p: index for index, layer in enumerate(stack.layers) for p in layer}
+    gradients: dict[int, int] = {}
     for parameter in model.parameters():
+        if parameter.grad is not None:
+            layer = layers.get(parameter, -1)
+            gradients[layer] = gradients.get(layer, 0) + log.size_of(parameter.grad)
         parameter.grad = None
-    return StepProfile(peak=log.peak(), gradients=left)
+    return FollowedStep(step=ShortenedStep(runs, log.segments()), gradients=gradients)
+
+
+def _run(model: nn.Module, shape: StepShape) -> None:
+    """Forward and backward of all micro-batches."""
+    for _ in range(shape.micro_batches):
+        batch = _PlannedBatch.of(shape)
+        with _MaskAnswers(shape.masked):
+            loss = summed_loss(model, batch, divisor=batch.num_labels)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        del loss, batch
 
 
 def profile_block(block: Callable[[], object], *, device: DeviceKind, inputs: Iterable[Tensor] = ()) -> int:

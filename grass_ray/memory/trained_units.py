@@ -25,7 +25,6 @@ from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
 from grass_ray.optim.weights import slot_bytes
-from grass_ray.training.adapters import add_adapter
 from grass_ray.training.optimizer import build_optimizer
 
 
@@ -94,17 +93,32 @@ class TrainedUnits:
 
     def weight_bytes(self, active: Iterable[int]) -> int:
         """Bytes of parameters and buffers on the device while the units with the indices ``active`` are active."""
-        everything = (*self.model.parameters(), *self.model.buffers())
         trained = {p for index in active for p in self.units[index].parameters}
         away = {p for layer in self.streamed for p in layer} - trained
-        return storages_bytes(tensor for tensor in everything if tensor not in away)
+        return self._all_bytes - storages_bytes(away)
+
+    @cached_property
+    def names(self) -> dict[Tensor, str]:
+        """Names of all parameters of the model."""
+        return {p: name for name, p in self.model.named_parameters()}
+
+    @cached_property
+    def _all_bytes(self) -> int:
+        return storages_bytes((*self.model.parameters(), *self.model.buffers()))
+
+    @cached_property
+    def _updates(self) -> dict[object, int]:
+        return {}
 
     def update_bytes(self, units: Iterable[Unit], device: DeviceKind) -> int:
         """Temporary memory of the update: the largest that any parameter of ``units`` needs, since they take turns."""
-        shapes: dict[object, nn.Parameter] = {}
+        most = 0
         for parameter in (p for unit in units for p in unit.parameters):
-            shapes.setdefault((parameter.shape, parameter.dtype, parameter in self.projected), parameter)
-        return max((self._update_of(parameter, device) for parameter in shapes.values()), default=0)
+            key = (parameter.shape, parameter.dtype, parameter in self.projected, device)
+            if key not in self._updates:
+                self._updates[key] = self._update_of(parameter, device)
+            most = max(most, self._updates[key])
+        return most
 
     def _states_of(self, parameter: Tensor) -> int:
         if parameter in self.projected:
@@ -149,17 +163,16 @@ class TrainedUnits:
 
 
 def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> TrainedUnits:
-    """Apply a method, with its adapter, to a model on the meta device; changes ``model``.
+    """Apply a method to a model on the meta device; changes what requires gradients in ``model``.
 
     Args:
-        model: on the meta device.
+        model: on the meta device, with the method's adapter.
         method: what to apply.
         train_steps: length of the training, which a sampler's schedules may depend on.
 
     Raises:
         ConfigError: the method cannot train this model.
     """
-    model = add_adapter(model, method.adapter)
     try:
         # built only for its units: nothing is moved and nothing is measured
         resident = method.model_copy(update={"offload": "none", "weights": "resident"})

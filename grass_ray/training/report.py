@@ -16,6 +16,8 @@ from grass_ray.tasks.lm_eval_scores import LmEvalResult
 from grass_ray.tasks.scores import EvaluationResult
 
 GIB = 1024**3
+# memory of a process that no allocator of torch sees: CUDA context and kernels; on a CPU the process itself
+RESERVE_BYTES = GIB // 2
 MOST_UNITS_AS_SERIES = 128
 # the first steps of training warm up caches and are watched closely for memory; they never count as speed
 WARM_UP_STEPS = 3

@@ -42,6 +42,7 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep
         (["--set", "training.steps"], "write it as dotted.key=value"),
         (["--num-samples", "0"], "--num-samples 0: give 1 or more"),
         (["--machines", "0"], "--machines 0: give 1 or more"),
+        (["--gpu-memory", "0.5"], "--gpu-memory 0.5: give more than the 0.5 GiB of a process"),
         (["--parallel", "shard"], "--parallel shard needs --workers-per-trial 2 or more"),
         (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore projects whole matrices"),
         (["--min-workers-per-trial", "0"], "--min-workers-per-trial 0: give 1 or more"),
