@@ -91,9 +91,10 @@ class OptimizerConfig(ConfigPart):
     """Maximum norm of the gradients of all parameters that train. ``null`` does not clip."""
     projection: AnyProjectionConfig | None = None
     """Low-rank projection of the moments of the layers' weight matrices."""
-    precision: Literal["weights", "rem16", "exact"] = "rem16"
+    precision: Literal["weights", "rem16", "exact", "int8"] = "rem16"
     """State kept for bfloat16 weights: ``weights`` keeps moments in bfloat16; ``rem16`` also keeps the 16 bits that
-    make the weight a float32 number; ``exact`` keeps these and float32 moments. No effect on other weights."""
+    make the weight a float32 number; ``exact`` keeps these and float32 moments; ``int8`` keeps these and moments in 8
+    bits. On other weights only ``int8`` has an effect: the moments of float32 matrices are kept in 8 bits."""
 
 
 class MethodConfig(ConfigPart):

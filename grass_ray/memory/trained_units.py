@@ -20,7 +20,7 @@ from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
 from grass_ray.optim.host_weights import streamable_weights
-from grass_ray.optim.kernels import adamw, state_layout
+from grass_ray.optim.kernels import StateLayout, adamw, state_layout
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.units import Unit
@@ -125,17 +125,18 @@ class TrainedUnits:
             assert self.projection is not None
             start = self.projection.start(parameter)
             return storages_bytes(tensor for name, tensor in start.items() if name != "step")
-        layout = state_layout(parameter.dtype, self.method.optimizer.precision)
-        return parameter.numel() * layout.bytes_per_parameter
+        return self._layout(parameter).nbytes(parameter.numel())
+
+    def _layout(self, parameter: Tensor) -> StateLayout:
+        return state_layout(parameter.dtype, self.method.optimizer.precision, parameter.ndim)
 
     def _blocks_of(self, unit: Unit) -> int:
         if not self.projected.isdisjoint(unit.parameters):
             return self.state_bytes([unit])  # projected states are kept on the host as they are
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        alike: dict[tuple[torch.dtype, StateLayout], list[nn.Parameter]] = {}
         for parameter in reversed(unit.parameters):
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        precision = self.method.optimizer.precision
-        return sum(total_bytes(cut(unit.name, own, state_layout(dtype, precision))) for dtype, own in by_dtype.items())
+            alike.setdefault((parameter.dtype, self._layout(parameter)), []).append(parameter)
+        return sum(total_bytes(cut(unit.name, own, layout)) for (_, layout), own in alike.items())
 
     @torch.no_grad()
     def _update_of(self, parameter: nn.Parameter, device: DeviceKind) -> int:
@@ -149,10 +150,11 @@ class TrainedUnits:
             state = projection.start(weight)
             inputs = (weight, gradient, *state.values())
             return profile_block(lambda: projection.update(weight, state, group, key=0), device=device, inputs=inputs)
-        layout = state_layout(parameter.dtype, settings.precision)
-        if device == "cuda" or len(layout.dtypes) == 2:
-            return 0  # fused kernels change weights and states in place
-        state = {name: torch.empty_like(weight, dtype=dtype) for name, dtype in layout.dtypes}
+        layout = self._layout(parameter)
+        if device == "cuda" or layout.fused:
+            return 0  # kernels change weights and states in place
+        shapes = layout.shapes(parameter.shape)
+        state = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype, _ in layout.tensors}
         step = torch.empty((), device="meta")
         inputs = (weight, gradient, step, *state.values())
         return profile_block(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grass_ray.optim.kernels import StateLayout
+from grass_ray.optim.quantized import BLOCK
 from grass_ray.optim.sharded import local
 
 CHUNK_BYTES = 64 * 1024 * 1024
@@ -34,9 +35,9 @@ class Segment:
     stop: int
     offset: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece of a tensor of the parameter's shape, flat."""
-        return tensor.view(-1)[self.start : self.stop]
+    def of(self, tensor: Tensor, share: int = 1) -> Tensor:
+        """This piece, flat, of a tensor with a value for each ``share`` elements of the parameter."""
+        return tensor.view(-1)[self.start // share : -(-self.stop // share)]
 
 
 @dataclass(eq=False)
@@ -61,15 +62,15 @@ class Chunk:
 
     def views(self, block: Tensor) -> list[dict[str, Tensor]]:
         """For each segment its state tensors, as views of ``block`` (uint8, at least ``nbytes``)."""
-        arrays = {}
+        views: list[dict[str, Tensor]] = [{} for _ in self.segments]
         begin = 0
-        for name, dtype in self.layout.dtypes:
-            arrays[name] = block[begin : begin + self.capacity * dtype.itemsize].view(dtype)
-            begin += self.capacity * dtype.itemsize
-        return [
-            {name: array[s.offset : s.offset + s.stop - s.start] for name, array in arrays.items()}
-            for s in self.segments
-        ]
+        for name, dtype, share in self.layout.tensors:
+            nbytes = self.capacity // share * dtype.itemsize
+            array = block[begin : begin + nbytes].view(dtype)
+            begin += nbytes
+            for view, s in zip(views, self.segments, strict=True):
+                view[name] = array[s.offset // share : -(-(s.offset + s.stop - s.start) // share)]
+        return views
 
 
 def cut(
@@ -86,16 +87,16 @@ def cut(
     Raises:
         ValueError: ``chunk_bytes`` is not a power of two or holds no 1024 elements, or a parameter is not contiguous.
     """
-    per_element = layout.bytes_per_parameter
-    if chunk_bytes & (chunk_bytes - 1) or _capacity(chunk_bytes, per_element) < BOUNDARY:
+    if chunk_bytes & (chunk_bytes - 1) or _capacity(chunk_bytes, layout) < BOUNDARY:
         raise ValueError(
             f"chunk_bytes is {chunk_bytes}; it must be a power of two that holds the state of {BOUNDARY} parameters "
-            f"({BOUNDARY * per_element} bytes)"
+            f"({layout.nbytes(BOUNDARY)} bytes)"
         )
+    align = BLOCK if layout.of_blocks else 1  # each segment begins with a block
     sizes = [local(p).numel() for p in parameters]
     if not all(local(p).is_contiguous() for p in parameters):
         raise ValueError(f"a parameter of {name} is not contiguous in memory; its state cannot be streamed in pieces")
-    left = sum(sizes)
+    left = sum(-(-size // align) * align for size in sizes)
     chunks: list[Chunk] = []
     room = 0
     for parameter, size in zip(parameters, sizes, strict=True):
@@ -104,26 +105,27 @@ def cut(
             wanted = size - start
             fitting = wanted if wanted <= room else room // BOUNDARY * BOUNDARY
             if not fitting:
-                nbytes = _next_size(left * per_element, chunk_bytes, per_element)
-                chunks.append(Chunk(f"{name}.{len(chunks)}", layout, nbytes, _capacity(nbytes, per_element)))
+                nbytes = _next_size(left, chunk_bytes, layout)
+                chunks.append(Chunk(f"{name}.{len(chunks)}", layout, nbytes, _capacity(nbytes, layout)))
                 room = chunks[-1].capacity
                 continue
             chunk = chunks[-1]
             chunk.segments.append(Segment(parameter, start, start + fitting, chunk.capacity - room))
             start += fitting
-            left -= fitting
-            room -= fitting
+            taken = -(-fitting // align) * align
+            left -= taken
+            room -= taken
     return chunks
 
 
-def _capacity(nbytes: int, per_element: int) -> int:
-    return nbytes // per_element // BOUNDARY * BOUNDARY
+def _capacity(nbytes: int, layout: StateLayout) -> int:
+    return nbytes // layout.nbytes(BOUNDARY) * BOUNDARY
 
 
-def _next_size(bytes_left: int, chunk_bytes: int, per_element: int) -> int:
+def _next_size(left: int, chunk_bytes: int, layout: StateLayout) -> int:
     """A full chunk while it can be filled, then the largest power of two that can, at last one that holds the rest."""
-    smallest = SMALLEST_CHUNK_BYTES
-    while _capacity(smallest, per_element) < BOUNDARY:
+    smallest, bytes_left = SMALLEST_CHUNK_BYTES, layout.nbytes(left)
+    while _capacity(smallest, layout) < BOUNDARY:
         smallest *= 2
     smallest = min(smallest, chunk_bytes)
     if bytes_left >= chunk_bytes:

@@ -171,7 +171,7 @@ class Gradients:
         return total.masked_fill(norms.isnan().all(), torch.nan)
 
     def next_step(self) -> None:
-        """The sampler has observed a step, and may have ended its probing."""
+        """The sampler has observed a step, or was loaded: it may have ended its probing, or be at it again."""
         if self._meter is not None:
             self._meter.dropping = self._sampler.probing
 

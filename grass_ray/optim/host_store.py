@@ -8,12 +8,13 @@ protocol with ordinary memory.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, Segment, allocate_block, cut, total_bytes
+from grass_ray.optim.chunks import CHUNK_BYTES, Chunk, allocate_block, cut, total_bytes
 from grass_ray.optim.host_memory import RESERVE_BYTES, available_bytes
 from grass_ray.optim.kernels import StateLayout
 from grass_ray.optim.pinning import BlocksAhead
@@ -113,26 +114,31 @@ class HostStore:
 
     def write(self, unit: str, parameter: nn.Parameter, states: Mapping[str, Tensor]) -> None:
         """Copy a parameter's state tensors into its unit's blocks; valid after :meth:`synchronize`."""
-        for segment, views in self._pieces(unit, parameter):
-            for name, view in views.items():
-                view.copy_(segment.of(states[name]), non_blocking=True)
+        for piece, name, view in self._pieces(unit, parameter):
+            view.copy_(piece(states[name]), non_blocking=True)
 
     def read(self, unit: str, parameter: nn.Parameter, device: torch.device) -> dict[str, Tensor]:
         """A copy on ``device`` of a parameter's state tensors, in the shape of the parameter (of its rows here)."""
         found: dict[str, Tensor] = {}
-        for segment, views in self._pieces(unit, parameter):
-            for name, view in views.items():
-                if name not in found:
-                    found[name] = torch.empty(local(parameter).shape, dtype=view.dtype, device=device)
-                segment.of(found[name]).copy_(view, non_blocking=True)
+        shapes = next(
+            chunk.layout.shapes(local(parameter).shape)
+            for chunk in self._chunks[unit]
+            if any(segment.parameter is parameter for segment in chunk.segments)
+        )
+        for piece, name, view in self._pieces(unit, parameter):
+            if name not in found:
+                found[name] = torch.empty(shapes[name], dtype=view.dtype, device=device)
+            piece(found[name]).copy_(view, non_blocking=True)
         return found
 
-    def _pieces(self, unit: str, parameter: nn.Parameter) -> Iterator[tuple[Segment, dict[str, Tensor]]]:
+    def _pieces(self, unit: str, parameter: nn.Parameter) -> Iterator[tuple[Callable[[Tensor], Tensor], str, Tensor]]:
+        """For each piece of each state tensor what takes it from the whole tensor, the name, and its place here."""
         for chunk in self._chunks[unit]:
             views = chunk.views(self.block(chunk))
             for segment, state in zip(chunk.segments, views, strict=True):
                 if segment.parameter is parameter:
-                    yield segment, state
+                    for name, _, share in chunk.layout.tensors:
+                        yield partial(segment.of, share=share), name, state[name]
 
     # states that are not of their parameter's shape (projected moments) travel as whole tensors
 

@@ -65,8 +65,8 @@ class LayerwiseAdamW(OneModelOptimizer):
         eps: term added to the denominator for numerical stability.
         weight_decay: decoupled; applies to matrices, never to norms and biases.
         max_grad_norm: clip the global norm of the active gradients inside ``step``; None does not clip.
-        precision: what bfloat16 weights keep as state (:mod:`grass_ray.optim.kernels`): ``"weights"``, ``"rem16"`` or
-            ``"exact"``; the same for all other weights.
+        precision: what bfloat16 weights keep as state (:mod:`grass_ray.optim.kernels`): ``"weights"``, ``"rem16"``,
+            ``"exact"`` or ``"int8"``, which holds for float32 weights, too; the same for all other weights.
         offload: where states of sampled units live. ``"none"``: on the device, all that were ever active.
             ``"resident"``: active ones on the device, all others on the host, moved at a switch. ``"blocking"``,
             ``"overlap"``, ``"lazy"``: all on the host, streamed through a small ring at every step
@@ -345,4 +345,5 @@ class LayerwiseAdamW(OneModelOptimizer):
         """
         refuse_checkpoint_api()
         self._saver.load(state_dict, self.param_groups)
+        self._gradients.next_step()
         self._recorder.begin(switches=self.switches)

@@ -19,6 +19,7 @@ from grass_ray.config import PLACEMENTS
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.optim.hooks import WeakHook
 from grass_ray.optim.host_store import HostStore, Parts
+from grass_ray.optim.kernels import StateLayout
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.sharded import local
 from grass_ray.optim.states import STEP, States, tensors_of
@@ -218,11 +219,11 @@ class OnDevice:
 
 
 def parts_of(unit: Unit, states: States) -> Parts:
-    """The unit's parameters in the order of backward, by dtype."""
-    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    """The unit's parameters in the order of backward, by dtype and by what their states are."""
+    alike: dict[tuple[torch.dtype, StateLayout], list[nn.Parameter]] = {}
     for parameter in reversed(unit.parameters):
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    return [(own, states.layout(own[0])) for own in by_dtype.values()]
+        alike.setdefault((parameter.dtype, states.layout(parameter)), []).append(parameter)
+    return [(own, layout) for (_, layout), own in alike.items()]
 
 
 class Resident(OnDevice):

@@ -1,4 +1,4 @@
-"""Stochastic rounding of float32 to bfloat16, by a hash that gives the same bits on every device.
+"""Stochastic rounding, of float32 to bfloat16 here, by a hash that gives the same bits on every device.
 
 The CUDA kernel (:mod:`grass_ray.optim.triton_adamw`) computes the same hash with the same multipliers.
 """
@@ -26,12 +26,12 @@ def round_stochastically(values: Tensor, step: Tensor, first: int = 0) -> Tensor
     Returns:
         bfloat16 tensor of the shape of ``values``.
     """
-    bits = _hash(values.numel(), step, first, values.device).bitwise_and_(0xFFFF)
+    bits = hash_bits(values.numel(), step, first, values.device).bitwise_and_(0xFFFF)
     bits += values.contiguous().view(torch.int32).flatten()
     return (bits >> 16).to(torch.int16).view(torch.bfloat16).view(values.shape)
 
 
-def _hash(count: int, step: Tensor, first: int, device: torch.device) -> Tensor:
+def hash_bits(count: int, step: Tensor, first: int, device: torch.device) -> Tensor:
     """32 random-looking bits for each of ``count`` places from ``first`` on, as int32 (which wraps around)."""
     h = torch.arange(count, dtype=torch.int32, device=device)
     h += _signed(first)

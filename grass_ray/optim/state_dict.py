@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grass_ray.optim.quantized import is_packed, packed, unpacked
 from grass_ray.optim.refusals import described
 from grass_ray.optim.sharded import Shards, local
 from grass_ray.optim.states import STEP, States, tensors_of
@@ -33,11 +34,14 @@ def gather(
     gathered: dict[int, Any] = {}
     for index, saved in states.items():
         gathered[index] = {STEP: saved[STEP]}
-        for name, rows in sorted(tensors_of(saved).items()):
+        # blocks of 8-bit moments may begin elsewhere in the whole parameter
+        for name, rows in sorted(unpacked(tensors_of(saved)).items()):
             parameter = ordered[index]
             whole = shards.gather(rows.to(parameter.device), parameter.shape)
             if keep:
                 gathered[index][name] = whole.cpu()
+        if keep and is_packed(saved):
+            gathered[index] = packed(gathered[index])
     return gathered
 
 
@@ -48,9 +52,8 @@ def adamw_layout(state: dict[str, Any], *, fused: bool) -> dict[str, Any]:
     own = {"fused": fused, "decoupled_weight_decay": True}
     state["param_groups"] = [{**group, **options, **own} for group in state["param_groups"]]
     names = (STEP, "exp_avg", "exp_avg_sq")
-    state["state"] = {
-        index: {name: saved[name] for name in names if name in saved} for index, saved in state["state"].items()
-    }
+    wide = {index: unpacked(saved) for index, saved in state["state"].items()}
+    state["state"] = {index: {name: saved[name] for name in names if name in saved} for index, saved in wide.items()}
     return state
 
 
@@ -99,8 +102,9 @@ def _kinds(parameter: Tensor, held: Saved, states: States, *, whole: bool) -> tu
     if parameter in states.projected:
         assert states.projection is not None
         return dict.fromkeys(tensors_of(states.projection.start(parameter))), dict.fromkeys(held)
-    shape = tuple(parameter.shape if whole else local(parameter).shape)
-    expected = {name: (shape, dtype) for name, dtype in states.layout(parameter).dtypes}
+    layout = states.layout(parameter)
+    shapes = layout.shapes(parameter.shape if whole else local(parameter).shape)
+    expected = {name: (tuple(shapes[name]), dtype) for name, dtype, _ in layout.tensors}
     return expected, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
 
 
@@ -117,7 +121,8 @@ def check_shard(saved: Mapping[str, int] | None, shards: Shards | None) -> None:
 
 def rows_of(saved: Saved, shards: Shards) -> dict[str, Tensor]:
     """This worker's rows of a whole parameter's state."""
-    return {name: t if name == STEP else shards.own_rows(t) for name, t in saved.items()}
+    rows = {name: t if name == STEP else shards.own_rows(t) for name, t in unpacked(saved).items()}
+    return packed(rows) if is_packed(saved) else rows
 
 
 def of_unit(states: Mapping[int, Saved], unit: Unit, index: Mapping[nn.Parameter, int]) -> dict[nn.Parameter, Saved]:

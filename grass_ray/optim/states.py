@@ -44,17 +44,22 @@ class States:
 
     def layout(self, parameter: Tensor) -> StateLayout:
         """Names and dtypes of a parameter's state tensors."""
-        return state_layout(parameter.dtype, self.precision)
+        return state_layout(parameter.dtype, self.precision, parameter.ndim)
 
     def unit_bytes(self, unit: Unit) -> int:
         """Bytes of a unit's states (of the rows here)."""
-        return sum(local(p).numel() * self.layout(p).bytes_per_parameter for p in unit.parameters)
+        return sum(self.layout(p).nbytes(local(p).numel()) for p in unit.parameters)
 
     def zeros(self, parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The state tensors of a parameter (of its rows here) before its first update."""
-        return {
-            name: torch.zeros_like(local(parameter), dtype=dtype, device=device, memory_format=torch.preserve_format)
-            for name, dtype in self.layout(parameter).dtypes
+        rows, layout = local(parameter), self.layout(parameter)
+        states = {
+            name: torch.zeros_like(rows, dtype=dtype, device=device, memory_format=torch.preserve_format)
+            for name, dtype in layout.dtypes
+        }
+        shapes = layout.shapes(rows.shape)
+        return states | {
+            name: torch.zeros(shapes[name], dtype=dtype, device=device) for name, dtype in layout.of_blocks
         }
 
     def tensors(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -381,3 +381,23 @@ def test_what_is_no_sampler_is_told_what_it_lacks():
 
     with pytest.raises(TypeError, match=r"Own is no sampler: it lacks .*largest_active_sets.*; derive it from"):
         LayerwiseAdamW(make_llama(), Own())
+
+
+def test_a_state_from_after_probing_ends_it() -> None:
+    """A backward that the loop takes back is not measured, in the first step after loading as in any other."""
+    trained = make_llama()
+    saved = LayerwiseAdamW(trained, GradNormSampler(2, 10, probing_steps=1, seed=1), lr=1e-3)
+    train(trained, saved, range(3))
+    weights, state = trained.state_dict(), saved.state_dict()
+    found = []
+    for taken_back in (False, True):
+        model = make_llama()
+        optimizer = LayerwiseAdamW(model, GradNormSampler(2, 10, probing_steps=1, seed=1), lr=1e-3)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        if taken_back:
+            backward(model, 99)
+            model.zero_grad()
+        train(model, optimizer, range(3, 4))
+        found.append(optimizer.sampler.state_dict())
+    assert repr(found[0]) == repr(found[1])

@@ -26,8 +26,9 @@ from grass_ray.memory.plan import Planner
 from grass_ray.memory.step import StepShape
 from grass_ray.optim import host_store, streaming
 from grass_ray.optim.chunks import BOUNDARY, SMALLEST_CHUNK_BYTES, cut
-from grass_ray.optim.kernels import adamw, join, split, state_layout
+from grass_ray.optim.kernels import Precision, adamw, join, split, state_layout
 from grass_ray.optim.placement import Footprint, OnDevice, Resident, placement_class
+from grass_ray.optim.quantized import write_moments
 from grass_ray.optim.room import Room
 from grass_ray.optim.rounding import MIX_1, MIX_2, PLACE, STEP, round_stochastically
 from grass_ray.optim.streamed import Lazy
@@ -60,7 +61,9 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [16 * 1024, CHUNK, 1024 * 1024])
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "rem16"), (torch.bfloat16, "rem16")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "rem16"), (torch.bfloat16, "rem16"), (torch.bfloat16, "int8")]
+)
 def test_every_element_is_in_exactly_one_chunk(chunk_bytes: int, dtype: torch.dtype, precision: Any) -> None:
     parameters = [nn.Parameter(torch.empty(size, dtype=dtype)) for size in (1, 1023, 1024, 70_001, 5, 40_000)]
     layout = state_layout(dtype, precision)
@@ -69,28 +72,28 @@ def test_every_element_is_in_exactly_one_chunk(chunk_bytes: int, dtype: torch.dt
     for chunk in chunks:
         assert chunk.nbytes & (chunk.nbytes - 1) == 0
         assert chunk.count <= chunk.capacity
-        assert chunk.capacity * layout.bytes_per_parameter <= chunk.nbytes <= chunk_bytes
+        assert layout.nbytes(chunk.capacity) <= chunk.nbytes <= chunk_bytes
         block = torch.zeros(chunk.nbytes, dtype=torch.uint8)
         for segment, views in zip(chunk.segments, chunk.views(block), strict=True):
             seen[segment.parameter][segment.start : segment.stop] += 1
             assert segment.start % BOUNDARY == 0
-            for name, kind in layout.dtypes:
+            for name, kind, share in layout.tensors:
                 assert views[name].dtype == kind
+                assert views[name].numel() == -(-(segment.stop - segment.start) // share)
+                assert not views[name].any(), "state tensors of a chunk must not overlap"
                 views[name].fill_(1)
-        written = sum(views[name].numel() for views in chunk.views(block) for name, _ in layout.dtypes)
-        assert written == chunk.count * len(layout.dtypes), "state tensors of a chunk must not overlap"
     assert all(bool((count == 1).all()) for count in seen.values())
-    used = sum(p.numel() for p in parameters) * layout.bytes_per_parameter
+    used = sum(layout.nbytes(p.numel()) for p in parameters)
     assert sum(chunk.nbytes for chunk in chunks) < used + 2 * min(chunk_bytes, SMALLEST_CHUNK_BYTES) + 0.35 * used
 
 
 def test_real_layers_waste_next_to_nothing() -> None:
     """LLaMA2-7B: 202,383,360 parameters a layer in 64 MiB chunks."""
     parameter = nn.Parameter(torch.empty(202_383_360, dtype=torch.bfloat16, device="meta"))
-    for precision, most in (("weights", 0.01), ("rem16", 0.01), ("exact", 0.01)):
+    for precision, most in (("weights", 0.01), ("rem16", 0.01), ("exact", 0.01), ("int8", 0.01)):
         layout = state_layout(torch.bfloat16, precision)  # type: ignore[arg-type]
         chunks = cut("layer", [parameter], layout)
-        exact = parameter.numel() * layout.bytes_per_parameter
+        exact = layout.nbytes(parameter.numel())
         assert 0 <= sum(chunk.nbytes for chunk in chunks) / exact - 1 < most, precision
 
 
@@ -577,7 +580,7 @@ def test_bad_settings_are_refused() -> None:
         make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
     with pytest.raises(ValueError, match="ring_slots is 0"):
         make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)
-    with pytest.raises(ValueError, match="precision is 'half'; available: weights, rem16, exact"):
+    with pytest.raises(ValueError, match="precision is 'half'; available: weights, rem16, exact, int8"):
         LayerwiseAdamW(make_odd_llama(), UniformSampler(2, 3), precision="half")  # type: ignore[arg-type]
 
 
@@ -768,29 +771,46 @@ def test_the_cuda_kernel_is_the_reference_under_tritons_interpreter() -> None:
 
 def compare_kernels(device: str) -> None:
     """The fused kernel against the plain one; compilers may contract float32 operations, hence the tolerance."""
-    from grass_ray.optim.kernels import _with_remainder
-    from grass_ray.optim.triton_adamw import adamw_with_remainder
+    from grass_ray.optim.kernels import _through_float32
+    from grass_ray.optim.triton_adamw import adamw_in_one_pass
 
     group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
-    for moment, first in ((torch.bfloat16, 0), (torch.bfloat16, 2**31 - 700), (torch.float32, 0)):
-        weight = torch.randn(5001, device=device).bfloat16()
-        state = {
-            "exp_avg": torch.randn(5001, device=device).to(moment) * 1e-3,
-            "exp_avg_sq": torch.rand(5001, device=device).to(moment) * 1e-6,
-            "remainder": torch.randint(-32768, 32767, (5001,), dtype=torch.int16, device=device),
-        }
-        gradient = torch.randn(5001, device=device).bfloat16()
+    cases: list[tuple[torch.dtype, Precision, int]] = [
+        (torch.bfloat16, "rem16", 0),
+        (torch.bfloat16, "rem16", 2**31 - 700),
+        (torch.bfloat16, "exact", 0),
+        (torch.bfloat16, "int8", 0),
+        (torch.bfloat16, "int8", 2**31 - 700),
+        (torch.float32, "int8", 0),
+    ]
+    for dtype, precision, first in cases:
+        weight = torch.randn(5001, device=device).to(dtype)
+        moments = [torch.randn(5001, device=device) * 1e-3, torch.rand(5001, device=device) * 1e-6]
+        layout = state_layout(dtype, precision)
+        shapes = layout.shapes(weight.shape)
+        state = {name: torch.zeros(shapes[name], dtype=kind, device=device) for name, kind, _ in layout.tensors}
+        if precision == "int8":
+            write_moments(state, moments, torch.zeros((), device=device), first)
+        else:
+            state["exp_avg"].copy_(moments[0])
+            state["exp_avg_sq"].copy_(moments[1])
+        if "remainder" in state:
+            state["remainder"].random_(-32768, 32767)
+        gradient = torch.randn(5001, device=device).to(dtype)
         step = torch.tensor(7.0, device=device)
         ours, theirs, skipped = ((weight.clone(), {k: v.clone() for k, v in state.items()}) for _ in range(3))
-        adamw_with_remainder(ours[0], gradient, ours[1], step, group, None, first)
-        _with_remainder(theirs[0], gradient, theirs[1], step, group, None, first)
-        # contraction may move a second moment over the edge between two random roundings, in few places only
-        same = (ours[1]["exp_avg_sq"] == theirs[1]["exp_avg_sq"]).float().mean()
-        assert same > (0.999 if moment == torch.bfloat16 else 0.5)
-        after = join(ours[0], ours[1]["remainder"])
-        torch.testing.assert_close(after, join(theirs[0], theirs[1]["remainder"]), rtol=1e-6, atol=1e-6)
-        assert not torch.equal(after, join(weight, state["remainder"]))
-        adamw_with_remainder(skipped[0], gradient, skipped[1], step, group, torch.ones_like(step), first)
+        adamw_in_one_pass(ours[0], gradient, ours[1], step, group, None, first)
+        _through_float32(theirs[0], gradient, theirs[1], step, group, None, first)
+        # contraction may move a moment over the edge between two roundings, in few places only
+        for name in ("exp_avg_sq",) if precision != "int8" else layout.shapes(weight.shape):
+            same = (ours[1][name] == theirs[1][name]).float().mean()
+            assert same > (0.5 if name == "remainder" or precision == "exact" else 0.999), name
+        before, after, reference = (
+            join(w, s["remainder"]) if "remainder" in s else w for w, s in ((weight, state), ours, theirs)
+        )
+        torch.testing.assert_close(after, reference, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(after, before)
+        adamw_in_one_pass(skipped[0], gradient, skipped[1], step, group, torch.ones_like(step), first)
         assert torch.equal(skipped[0], weight)
         assert all(torch.equal(skipped[1][name], tensor) for name, tensor in state.items())
 
@@ -799,7 +819,7 @@ def compare_kernels(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact", "int8"])
 @pytest.mark.parametrize("mode", STREAMED)
 def test_gpu_modes_give_the_same_bits_whatever_the_streams_do(mode: Any, precision: Any) -> None:
     """With random delays injected into each stream."""

@@ -183,7 +183,7 @@ def work(rank: int, folder: str) -> None:
     results["traffic"] = {case: traffic(case, mine) for case in ("grass-resident", "badam")}
     results["probing"] = gradients_while_probing(share)
     results["odd"] = odd(mine)
-    results["precision"] = {name: half_precision(name, mine) for name in ("weights", "rem16", "exact")}
+    results["precision"] = {name: half_precision(name, mine) for name in ("weights", "rem16", "exact", "int8")}
     results["mixed"] = mixed_precision(share)
     results["checkpointed"] = checkpointed(share)
     results["kept"] = kept(share)
@@ -325,7 +325,12 @@ def half_precision(precision: str, mine: slice) -> dict[str, Any]:
     shard(model, model.model.layers)
     optimizer = LayerwiseAdamW(model, UniformSampler(2, 2, seed=1), lr=1e-3, precision=precision)
     train(model, optimizer, lambda model, step: backward_on(model, make_batch(step)[mine]), range(STEPS))
-    return {"weights": weights_of(model), "state": optimizer.full_state_dict().get("state")}
+    own, full = optimizer.state_dict(), optimizer.full_state_dict()
+    everywhere = [full]
+    dist.broadcast_object_list(everywhere)
+    optimizer.load_state_dict(everywhere[0])
+    again = optimizer.state_dict()
+    return {"weights": weights_of(model), "state": full.get("state"), "own": (own["state"], again["state"])}
 
 
 def mixed_precision(share: Callable[[Any, int], float]) -> dict[str, Any]:
@@ -629,7 +634,7 @@ def test_probing_holds_no_gradient(workers: list[dict[str, Any]]) -> None:
         assert worker["probing"]["full"] == everything, "seen where they are kept"
 
 
-@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact", "int8"])
 def test_bfloat16_weights(precision: Any, workers: list[dict[str, Any]]) -> None:
     """Every worker has the same whole weights, close to those of one process; states gather in any dtype."""
     model = make_llama(layers=LAYERS).bfloat16()
@@ -645,6 +650,9 @@ def test_bfloat16_weights(precision: Any, workers: list[dict[str, Any]]) -> None
         assert state.keys() == mine["state"][index].keys()
         for name, tensor in state.items():
             assert (mine["state"][index][name].shape, mine["state"][index][name].dtype) == (tensor.shape, tensor.dtype)
+    # made whole, and taken apart again
+    for worker in workers:
+        assert same_tensors(*worker["precision"][precision]["own"])
 
 
 def test_layers_frozen_at_the_first_forward_thaw_with_gradients_of_the_right_dtype(
@@ -734,7 +742,7 @@ def _one_gpu(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_one_gpu")
-@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact", "int8"])
 @pytest.mark.parametrize("mode", ["resident", "blocking", "overlap", "lazy"])
 def test_gpu_shards_train_as_the_whole_model_whatever_the_streams_do(mode: Any, precision: Any) -> None:
     """FSDP2 gathers weights on streams of its own, which must wait for updates; random delays hold these back."""

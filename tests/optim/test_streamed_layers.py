@@ -112,7 +112,7 @@ def both(
 # -------------------------------------------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("precision", ["weights", "rem16", "exact"])
+@pytest.mark.parametrize("precision", ["weights", "rem16", "exact", "int8"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_placement_and_precision_gives_the_same_bits(mode: str, precision: str) -> None:
     """Over probing and changing active sets, in bfloat16."""
