@@ -37,13 +37,13 @@ class Ui:
         if is_server(uri):
             self._show(f"{uri.rstrip('/')}/{page}")
             return 0
-        with serve(uri, port=self.port) as address:
-            self._show(address + page)
-            print("Ctrl-C ends it", flush=True)
-            try:
+        try:
+            with serve(uri, port=self.port) as address:
+                self._show(address + page)
+                print("Ctrl-C ends it", flush=True)
                 threading.Event().wait()
-            except KeyboardInterrupt:
-                return 0
+        except KeyboardInterrupt:
+            pass
         return 0
 
     def _show(self, address: str) -> None:
