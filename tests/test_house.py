@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -105,6 +106,11 @@ def test_every_file_of_the_package_is_named_by_another() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     others = {path.name for path in paths if path.suffix != ".py"} - {"py.typed"}
     assert {name for name in others if f'"{name}"' not in text} == set()
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert {name for name, count in names.items() if count > 1} == set(), "pytest imports them by their names alone"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
