@@ -13,10 +13,9 @@ since the scheduler decides the same again (:class:`grass_ray.cluster.schedulers
 
 from __future__ import annotations
 
-import math
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,8 @@ class Generation(RecordPart):
     loss: float | None
 
 
-Trained = tuple[str | None, float]
-"""A checkpoint's URI, and the loss on held-out rows."""
+Trained = tuple[str | None, Mapping[str, Any]]
+"""The last checkpoint's URI, and the last report."""
 
 
 def single_member(params: dict[str, Any]) -> None:
@@ -100,7 +99,7 @@ def _take_part(params: dict[str, Any], train: Callable[[Job, Storage], Trained |
 def _train_here(job: Job, storage: Storage) -> Trained:
     worker = TuneWorker(storage.join("ray", job.train_name))
     work(job, worker)
-    return worker.latest, worker.last_report.get(VALIDATION, math.nan)
+    return worker.latest, worker.last_report
 
 
 def _train_by_workers(job: Job, storage: Storage) -> Trained | None:
@@ -110,10 +109,10 @@ def _train_by_workers(job: Job, storage: Storage) -> Trained | None:
         return None
     name = None if result.checkpoint is None else Path(result.checkpoint.path).name
     uri = None if name is None else storage.join("ray", job.train_name, name).uri
-    return uri, (result.metrics or {}).get(VALIDATION, math.nan)
+    return uri, result.metrics or {}
 
 
-def _keep(job: Job, storage: Storage, state: MemberState, checkpoint: str | None, loss: float) -> None:
+def _keep(job: Job, storage: Storage, state: MemberState, checkpoint: str | None, report: Mapping[str, Any]) -> None:
     """Keep what came of a generation."""
     ended = storage.exists(job.folder, RECORD_FILE)  # trained to its end, or failed with a reason
     lineage = job.search.lineage if job.search else []
@@ -122,7 +121,7 @@ def _keep(job: Job, storage: Storage, state: MemberState, checkpoint: str | None
         storage.write_text(reached.model_dump_json(), job.folder, STATE_FILE)
     else:
         _remove_older(storage, job, state.train_step)
-    generation = Generation(state=reached, loss=None if ended else loss)
+    generation = Generation(state=reached, loss=None if ended else report[VALIDATION])
     storage.write_text(generation.model_dump_json(), GENERATIONS_FOLDER, job.train_name)
 
 

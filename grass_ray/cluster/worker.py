@@ -52,9 +52,11 @@ def work(job: Job, worker: RayWorker) -> None:
 
     def prepare() -> Run:
         from grass_ray.memory.fit import fit_to_memory
+        from grass_ray.training.metrics import release_memory
         from grass_ray.training.run import Run
 
         together.check()
+        release_memory()  # of the trial that this process had before
         # what fits is predicted for a worker that holds the whole model
         fits = job.context.memory_check and job.context.parallel == "replicate"
         fitted = fit_to_memory(config, workers=workers, memory=job.context.memory_bytes) if fits else config

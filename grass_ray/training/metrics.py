@@ -38,9 +38,7 @@ class MemoryMeter:
         self.peak_allocated_gib = 0.0
         self.peak_reserved_gib = 0.0
         self._reserved_gib: list[float] = []  # after each step
-        gc.collect()  # what an earlier run of this process left is not this one's
         if self._cuda:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         else:
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs every start to stderr
@@ -111,6 +109,18 @@ class MemoryMeter:
         self._reserved_gib = [*state.get("reserved_gib", ()), *self._reserved_gib]
 
 
+def release_memory() -> None:
+    """Give what earlier runs of this process left back to the device and to the system.
+
+    Before the next run asks what memory there is, and measures its own.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the size in bytes of the storages of ``tensors``, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -132,13 +142,8 @@ def _highest_allocation(profiler: torch.profiler.profile) -> int:
 
 
 def _reset_peak_resident_set() -> None:
-    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process.
-
-    Memory that is free is given back to the system first.
-    """
+    """Reset the peak resident set size on Linux; elsewhere it covers the lifetime of the process."""
     if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:  # not permitted in some containers; the peak then includes loading the model
