@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from grass_ray.tasks.inference.lm_head import Head
@@ -54,9 +55,13 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, max(len(labels), 1), head.chunk):
                 here = slice(start, start + head.chunk)
                 part = hidden[here].detach().requires_grad_(hidden.requires_grad)
-                with torch.set_grad_enabled(wanted), products:
+                saved = _SavedStorages()
+                with torch.set_grad_enabled(wanted), products, saved:
                     logits = head(part)
-                log_p = logits.detach().float().log_softmax(-1)
+                # in the memory of the logits where backward does not need them (that of tanh would); a change of
+                # their data is none that autograd must know of
+                log_p = logits.detach().to(torch.float32, copy=True) if logits in saved else logits.data.float()
+                torch.log_softmax(log_p, -1, out=log_p)
                 own = labels[here].unsqueeze(1)
                 loss -= log_p.gather(1, own).sum() / divisor
                 if not wanted:
@@ -87,6 +92,21 @@ class _ChunkedLoss(torch.autograd.Function):
                 if gradient is not None:
                     gradient *= seed
         return (None, None, None, *gradients)
+
+
+class _SavedStorages(saved_tensors_hooks):
+    """Knows which memory the operations of the block have saved for backward."""
+
+    def __init__(self) -> None:
+        self._storages: set[int] = set()
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._storages.add(tensor.untyped_storage()._cdata)  # not its address: tensors without data have none
+        return tensor
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._storages
 
 
 class _GradientSum:

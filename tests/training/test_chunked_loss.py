@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import peft
 import pytest
@@ -20,8 +22,10 @@ from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory.step import StepShape, profile_step
 from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference import lm_head
+from grass_ray.tasks.inference.lm_head import Head
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
+from grass_ray.training.chunked_loss import chunked_cross_entropy
 from grass_ray.training.loss import accumulate_gradients, summed_loss
 from grass_ray.training.metrics import MemoryMeter
 
@@ -345,3 +349,31 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, trained: boo
     assert peaks["chunked"][1] < 0.4 * peaks["plain"][1]
     parts = [profile_step(model.to("meta"), StepShape(rows=2, tokens=n), device="cpu").peak for n in (65, 129)]
     assert parts[0].logits == parts[1].logits
+
+
+@pytest.mark.parametrize("last", [torch.tanh, lambda logits: 3 * torch.tanh(logits), torch.square, torch.sigmoid])
+def test_logits_that_backward_needs_are_left_alone(last: Callable[[Tensor], Tensor]) -> None:
+    """What makes them may keep its result for backward, and the probabilities take only the place of the logits."""
+    torch.manual_seed(0)
+    head, labels = OneProduct(torch.randn(5, 6), last), torch.arange(9) % 5
+    hidden = torch.randn(9, 6, requires_grad=True)
+    functional.cross_entropy(head(hidden), labels, reduction="sum").backward()
+    again = hidden.detach().clone().requires_grad_()
+    chunked_cross_entropy(again, labels, cast(Head, head)).backward()
+    torch.testing.assert_close(again.grad, hidden.grad)
+
+
+class OneProduct:
+    """A head of one product, and of something that comes last."""
+
+    def __init__(self, weight: Tensor, last: Callable[[Tensor], Tensor]) -> None:
+        self.chunk = 4
+        self.parameters: list[Tensor] = []
+        self._weight, self._last = weight, last
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._last(hidden @ self._weight.T)
+
+    @contextmanager
+    def stand_ins(self) -> Iterator[list[Tensor]]:
+        yield []
