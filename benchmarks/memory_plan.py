@@ -180,6 +180,10 @@ def cpu_cases() -> Iterator[Case]:
     for method in ("grass", "lora"):
         offload = METHODS[method].config.offload
         yield Case(model="smollm2-135m", method=method, offload=offload, dtype="float32", shape=some, limit=0.8)
+    for precision, mode in itertools.product(("rem16", "int8"), ("none", "resident", "lazy")):
+        yield Case(model="tiny", method="grass", offload=mode, dtype="bfloat16", shape=small, precision=precision)
+    for method, mode in (("grass", "resident"), ("full", "none")):
+        yield Case(model="smollm2-135m", method=method, offload=mode, dtype="bfloat16", shape=few, precision="int8")
     # what is on the host is not counted: as on a device, though a CPU has one memory for both
     for method, mode in (("grass", "resident"), ("grass", "lazy"), ("lisa", "none"), ("lora", "none")):
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed")
@@ -203,6 +207,26 @@ def cuda_cases() -> Iterator[Case]:
             yield Case(model=model, method=method, offload=mode, dtype="bfloat16", shape=shape)
         for mode in ("resident", "lazy"):
             yield Case(model=model, method="grass", offload=mode, dtype="bfloat16", shape=saving, weights="streamed")
+
+
+def planned_cases() -> Iterator[Case]:
+    """LLaMA2-7B in settings of which the README speaks: planned whatever the device is, never run on a CPU."""
+    shape = StepShape(rows=4, tokens=512, checkpointing="all")
+    settings: tuple[tuple[str, Mode, Weights, str | None], ...] = (
+        ("full", "none", "resident", None),
+        ("galore", "none", "resident", None),
+        ("lisa", "none", "resident", None),
+        ("lora", "none", "resident", None),
+        ("badam", "none", "resident", None),
+        ("grass", "resident", "resident", None),
+        ("grass", "resident", "resident", "int8"),
+        ("grass", "lazy", "resident", None),
+        ("grass", "resident", "streamed", None),
+        ("grass", "lazy", "streamed", None),
+    )
+    for method, mode, weights, precision in settings:
+        placed = {"offload": mode, "weights": weights, "precision": precision}
+        yield Case(model="llama2-7b", method=method, dtype="bfloat16", shape=shape, **placed)  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------------------- one measurement
@@ -296,6 +320,13 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], num_units: in
         states=states + ring,
         host=host + optimizer.weights.host_bytes,
     )
+
+
+def predict(case: Case) -> dict[str, Any]:
+    """What the plan says of a case on a GPU."""
+    planner = Planner(case.config.model, "cuda")
+    plan = planner.plan(planner.apply(case.config.method, 10), case.shape, case.offload)
+    return asdict(case) | {"predicted": plan.to_dict()}
 
 
 def run_case(case: Case, device: torch.device) -> Row:
@@ -413,6 +444,7 @@ def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
         "git_dirty": dirty,
         "largest_error": worst,
         "skipped": skipped,
+        "planned": [predict(case) for case in planned_cases()],
         "rows": [
             asdict(row.case)
             | {"asked": asdict(row.asked), "commit": row.commit}

@@ -71,6 +71,24 @@ def memory_predictions() -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> str:
+    """Peaks measured on SmolLM2-135M, and planned for LLaMA2-7B, from the recorded results."""
+    results = ROOT / "benchmarks" / "results"
+    measured = json.loads((results / "methods.json").read_text(encoding="utf-8"))["costs"]
+    planned = json.loads((results / "memory_plan.json").read_text(encoding="utf-8"))["planned"]
+    smollm2 = {name: f"{max(cost['peak_allocated_gib'] for cost in costs):.2f}" for name, costs in measured.items()}
+    lines = ["| method | SmolLM2-135M, measured GiB | LLaMA2-7B, planned GiB | and on the host |", "|---|---|---|---|"]
+    for row in planned:
+        usual = not row["precision"] and row["weights"] == "resident" and row["offload"] != "lazy"
+        settings = [] if row["offload"] != "lazy" else ["offload lazy"]
+        settings += [f"precision {row['precision']}"] if row["precision"] else []
+        settings += ["weights streamed"] if row["weights"] == "streamed" else []
+        sizes = (row["predicted"]["peak_bytes"], row["predicted"]["host_bytes"])
+        cells = [", ".join([f"`{row['method']}`", *settings]), smollm2[row["method"]] if usual else ""]
+        lines.append(f"| {' | '.join([*cells, *(f'{size / 2**30:.1f}' for size in sizes)])} |")
+    return "\n".join(lines)
+
+
 def _memory_settings(row: dict[str, Any]) -> Iterator[str]:
     """The settings of a recorded prediction by which predictions are counted."""
     asked = row.get("asked", row)["shape"]["checkpointing"]
@@ -84,6 +102,8 @@ def _memory_settings(row: dict[str, Any]) -> Iterator[str]:
         yield "probing"
     if row["dtype"] != "float32":
         yield row["dtype"]
+    if row.get("precision"):
+        yield f"precision {row['precision']}"
 
 
 def _sections(prefix: str, part: dict[str, Any], parts: dict[str, Any]) -> Iterator[str]:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from grass_ray.tasks.inference.keys_values import base_model
 
 T = TypeVar("T")
-# fewer rows of a matrix product do not keep a GPU busy, and on a CPU reading the head's weights would take longest
-CHUNK_POSITIONS = 256
+# fewer rows of a matrix product do not keep a GPU busy; on one CPU thread 128 to 256 take the same time
+CHUNK_POSITIONS = 192
 # a small vocabulary leaves room for more positions than that
 CHUNK_BYTES = 32 * 2**20
 # largest difference of logits that rounding explains, relative to the largest logit
