@@ -79,12 +79,11 @@ def memory_table() -> str:
     smollm2 = {name: f"{max(cost['peak_allocated_gib'] for cost in costs):.2f}" for name, costs in measured.items()}
     lines = ["| method | SmolLM2-135M, measured GiB | LLaMA2-7B, planned GiB | and on the host |", "|---|---|---|---|"]
     for row in planned:
-        usual = not row["precision"] and row["weights"] == "resident" and row["offload"] != "lazy"
-        settings = [] if row["offload"] != "lazy" else ["offload lazy"]
+        settings = ["offload lazy"] if row["offload"] == "lazy" else []
         settings += [f"precision {row['precision']}"] if row["precision"] else []
         settings += ["weights streamed"] if row["weights"] == "streamed" else []
         sizes = (row["predicted"]["peak_bytes"], row["predicted"]["host_bytes"])
-        cells = [", ".join([f"`{row['method']}`", *settings]), smollm2[row["method"]] if usual else ""]
+        cells = [", ".join([f"`{row['method']}`", *settings]), "" if settings else smollm2[row["method"]]]
         lines.append(f"| {' | '.join([*cells, *(f'{size / 2**30:.1f}' for size in sizes)])} |")
     return "\n".join(lines)
 

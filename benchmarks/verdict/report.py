@@ -21,7 +21,7 @@ from analysis import QUESTIONS, Runs, answer, ask, compare, gain, group, losses,
 from experiment import DATA, LADDER, ROWS
 from matplotlib.figure import Figure
 
-from grass_ray.config import ConfigError, RunConfig, to_json, whole_file
+from grass_ray.config import ConfigError, fingerprint_of, to_json, whole_file
 from grass_ray.process import leave
 from grass_ray.results.figures.style import DPI, EDGE, style_of, tidy
 from grass_ray.results.leaderboard import build_leaderboard
@@ -55,7 +55,7 @@ def load(folder: Path) -> list[RunRecord]:
         raise ConfigError(f"no records in {folder}; benchmarks/verdict/run.py makes them")
     records = [RunRecord.load(path) for path in paths]
     for record in records:
-        fingerprint = RunConfig.parse(record.config).fingerprint
+        fingerprint = fingerprint_of(record.config)  # of the version that ran it
         record.run_id = f"{record.run_id.removesuffix(f'-{fingerprint}')}-{fingerprint}"
     return records
 
@@ -193,10 +193,12 @@ def summarise(runs: Runs, searches: Sequence[RunRecord]) -> str:
 
 def draw(runs: Runs) -> Figure:
     """Every row's difference in loss to uniform draws and to full fine-tuning, with 95 % intervals."""
-    shown = [row for row in ROWS if row != "base"]
-    figure = Figure(figsize=(4.1 * len(runs), 7.4), layout="constrained")
-    axes = figure.subplots(len(REFERENCES), len(runs), squeeze=False, sharey=True)
-    for line, second in zip(axes, REFERENCES, strict=True):
+    tested = {row for own in runs.values() for row in own}
+    shown = [row for row in ROWS if row in tested - {"base"}]
+    references = [second for second in REFERENCES if second in tested]
+    figure = Figure(figsize=(4.1 * len(runs), (1.3 + 0.24 * len(shown)) * len(references)), layout="constrained")
+    axes = figure.subplots(len(references), len(runs), squeeze=False, sharey=True)
+    for line, second in zip(axes, references, strict=True):
         found = compare(runs, second)
         for panel, data in zip(line, runs, strict=True):
             panel.axvline(0, color=EDGE, linewidth=1)
@@ -212,6 +214,7 @@ def draw(runs: Runs) -> Figure:
                     }
                     panel.plot(one.value, place, color=style.colour, **look)
             panel.set_yticks(range(len(shown)), list(reversed(shown)))
+            panel.set_ylim(-0.5, len(shown) - 0.5)
             panel.set_xlabel(f"loss - {second}, nats (left is better)")
             panel.locator_params(axis="x", nbins=5)
             panel.set_title(data)
