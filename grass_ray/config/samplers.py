@@ -227,6 +227,25 @@ class FixedSamplerConfig(SamplerConfig):
         return {}
 
 
+class ConvergingSamplerConfig(SamplerConfig):
+    """GradES (arXiv 2509.01842): freezes each weight matrix for good when its gradients stand still."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.converging.ConvergingSampler"
+    in_turn: ClassVar[bool] = True
+    measure: ClassVar[str] = "mean gradient norm"
+    kind: Literal["converging"] = "converging"
+    threshold: PositiveFloat = 0.05
+    """Smallest relative change of the mean gradient norm with which a matrix trains on (tau)."""
+    grace: Decay = 0.5
+    """Fraction of the training in which nothing freezes (alpha)."""
+    period: ScheduledCount = 10
+    """Number of optimizer steps whose gradient norms are averaged and compared with those of the steps before."""
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """The length of the training too, of which ``grace`` is a fraction."""
+        return {"seed": seed, "training_steps": train_steps}
+
+
 class FrequencySamplerConfig(SamplerConfig):
     """AdaGradSelect (arXiv 2512.15764): samples layers by how often they trained, at first those of large gradients."""
 
@@ -273,6 +292,7 @@ AnySamplerConfig = Annotated[
     | MatrixNormSamplerConfig
     | FixedSamplerConfig
     | FrequencySamplerConfig
+    | ConvergingSamplerConfig
     | ImportedSamplerConfig,
     Field(discriminator="kind"),
 ]

@@ -277,7 +277,9 @@ def check_offload(offload: str, options: LayerwiseOptions) -> None:
     if offload not in (*PLACEMENTS, "auto"):
         raise ValueError(f"offload is {offload!r}; available: {', '.join((*PLACEMENTS, 'auto'))}")
     if offload != "auto" and options.projection is not None and placement_class(offload).streams_states:
-        raise ValueError(f"offload is {offload!r}, but projected states are small and not streamed; use resident")
+        raise ValueError(
+            f"offload is {offload!r}, but states of {type(options.projection).__name__} are not streamed; use resident"
+        )
 
 
 def resolve_offload(offload: str, sampler: Sampler, units: Sequence[Unit], states: States, device: torch.device) -> str:
