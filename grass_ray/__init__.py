@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grass_ray.layerwise.all_layers import AllLayersSampler as AllLayersSampler
     from grass_ray.layerwise.cyclic import CyclicSampler as CyclicSampler
+    from grass_ray.layerwise.fixed import FixedSampler as FixedSampler
+    from grass_ray.layerwise.frequency import FrequencySampler as FrequencySampler
     from grass_ray.layerwise.grad_norm import GradNormSampler as GradNormSampler
     from grass_ray.layerwise.matrix_norm import MatrixNormSampler as MatrixNormSampler
     from grass_ray.layerwise.outliers import OutlierSampler as OutlierSampler
@@ -33,6 +35,8 @@ _LAZY = {
     "AllLayersSampler": "grass_ray.layerwise.all_layers",
     "Apollo": "grass_ray.optim.projection",
     "CyclicSampler": "grass_ray.layerwise.cyclic",
+    "FixedSampler": "grass_ray.layerwise.fixed",
+    "FrequencySampler": "grass_ray.layerwise.frequency",
     "GaLore": "grass_ray.optim.projection",
     "GradNormSampler": "grass_ray.layerwise.grad_norm",
     "LayerwiseAdamW": "grass_ray.optim.layerwise_adamw",
@@ -48,6 +52,8 @@ __all__ = [
     "AllLayersSampler",
     "Apollo",
     "CyclicSampler",
+    "FixedSampler",
+    "FrequencySampler",
     "GaLore",
     "GradNormSampler",
     "LayerwiseAdamW",

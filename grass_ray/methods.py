@@ -17,6 +17,8 @@ from grass_ray.config import (
     ApolloConfig,
     ConfigError,
     CyclicSamplerConfig,
+    FixedSamplerConfig,
+    FrequencySamplerConfig,
     GaLoreConfig,
     GradNormSamplerConfig,
     LoraConfig,
@@ -186,6 +188,14 @@ _ROWS = (
         inactive_states="reset",
     ),
     _row(
+        "adagradselect",
+        summary="layers of large gradients at first, later those drawn most often (no public code: details inferred)",
+        source="arXiv 2512.15764",
+        sampler=FrequencySamplerConfig(),
+        optimizer=OptimizerConfig(lr=3e-4),
+        offload="resident",
+    ),
+    _row(
         "galore",
         summary="all layers; moments along the top singular directions of each gradient",
         source="arXiv 2403.03507",
@@ -246,6 +256,16 @@ _ROWS = (
         sampler=GradNormSamplerConfig(temperature=-0.5),
         optimizer=OptimizerConfig(lr=3e-4),
         offload="resident",
+    ),
+    *(
+        _row(
+            f"{third}-third",
+            summary=f"control: the {third} third of the layers throughout",
+            source="control of arXiv 2604.07808",
+            sampler=FixedSamplerConfig(layers=third),
+            optimizer=OptimizerConfig(lr=3e-4),
+        )
+        for third in ("first", "middle", "last")
     ),
 )
 

@@ -65,6 +65,8 @@ SHORT_SAMPLERS: dict[str, dict[str, object]] = {
     "cyclic": {"period": 2},
     "reward": {"refresh_period": 3, "share": 0.5},
     "matrix_norm": {"period": 2, "budget": 0.2},
+    "fixed": {},
+    "frequency": {"period": 2, "probing_steps": 2, "refresh_period": 3},
 }
 
 

@@ -213,6 +213,44 @@ class MatrixNormSamplerConfig(SamplerConfig):
         return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
 
+class FixedSamplerConfig(SamplerConfig):
+    """A control: trains the same layers throughout."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.fixed.FixedSampler"
+    in_turn: ClassVar[bool] = True
+    kind: Literal["fixed"] = "fixed"
+    layers: Literal["first", "middle", "last"] | tuple[NonNegativeInt, ...] = "middle"
+    """Which layers train: the ``first``, ``middle`` or ``last`` third, or a list of indices from 0."""
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """None: nothing is drawn at random."""
+        return {}
+
+
+class FrequencySamplerConfig(SamplerConfig):
+    """AdaGradSelect (arXiv 2512.15764): samples layers by how often they trained, at first those of large gradients."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.frequency.FrequencySampler"
+    measure: ClassVar[str] = "mean gradient norm"
+    kind: Literal["frequency"] = "frequency"
+    num_active_layers: ScheduledCount = 2
+    """Number of layers trained at a time (k)."""
+    period: ScheduledCount = 20
+    """Number of optimizer steps between draws."""
+    probing_steps: PositiveInt = 10
+    """Number of steps before training that only measure gradient norms."""
+    refresh_period: PositiveInt | None = 100
+    """Number of optimizer steps between updates of the gradient norms. ``null`` never updates them."""
+    ema: ScheduledFraction = 0.5
+    """Weight of the new measurement in the moving average of the gradient norms."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Probability that the first draw takes the layers of the largest gradient norm (epsilon)."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Factor of this probability from one draw to the next."""
+    prior: PositiveFloat = 1.0
+    """Added to the number of draws of each layer, as the parameter of the Dirichlet distribution."""
+
+
 class ImportedSamplerConfig(SamplerConfig, ImportedPart):
     """A sampler of your own, from a method file."""
 
@@ -233,6 +271,8 @@ AnySamplerConfig = Annotated[
     | CyclicSamplerConfig
     | RewardSamplerConfig
     | MatrixNormSamplerConfig
+    | FixedSamplerConfig
+    | FrequencySamplerConfig
     | ImportedSamplerConfig,
     Field(discriminator="kind"),
 ]

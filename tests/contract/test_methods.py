@@ -64,6 +64,10 @@ TRAINS = {
     "uniform": LAYERS,
     "top": LAYERS,
     "inverse": LAYERS,
+    "first-third": LAYERS,
+    "middle-third": LAYERS,
+    "last-third": LAYERS,
+    "adagradselect": LAYERS,
 }
 
 

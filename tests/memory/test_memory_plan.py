@@ -83,6 +83,8 @@ def tinyllama() -> Planner:
         ("hift", "resident", "float32"),
         ("badam", "none", "bfloat16"),
         ("misa", "none", "float32"),
+        ("adagradselect", "resident", "float32"),
+        ("last-third", "none", "float32"),
         ("apollo", "none", "float32"),
         ("grass", "none", "float32"),
         ("grass", "resident", "bfloat16"),
