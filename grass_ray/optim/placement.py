@@ -190,11 +190,14 @@ class OnDevice:
             on_host: whether the unit had host blocks when it was saved.
         """
         to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
-        if on_host and self.has_blocks:
+        had_blocks = on_host and self.has_blocks
+        whole = not self._states.projected.isdisjoint(unit.parameters)
+        if had_blocks and not whole:
             self.host.allocate(unit.name, parts_of(unit, self._states))
         self.hold(saved, counters_only=to_host)
-        if to_host:
+        if to_host or (had_blocks and whole):
             self._write(unit, {p: tensors_of(state) for p, state in saved.items()})
+        if to_host:
             self._offloaded.add(unit.name)
 
     def hold(self, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, counters_only: bool = False) -> None:

@@ -131,7 +131,7 @@ def tables_of_made_up_sweeps(folder: Path, run: Run) -> Files:
     failures = render(build_leaderboard(synthetic_records(9, only_failures=True)), "table")
     return {
         **every_format("small", small_sweep()),
-        **every_format("large", synthetic_records(40)),
+        **every_format("large", synthetic_records(46)),
         **every_format("none", []),
         "failures.txt": failures,
     }

@@ -104,7 +104,7 @@ def test_bfloat16_weights_are_rounded_float32_masters(rule: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", [SGD(), Muon()], ids=repr)
 def test_states_on_the_host_give_the_same_weights_and_a_resume_too(rule: Projection, dtype: torch.dtype) -> None:
-    def run(stop: int | None, **settings: Any) -> list[Tensor]:
+    def run(stop: int | None, **settings: Any) -> tuple[list[Tensor], int]:
         def make(model: nn.Module) -> LayerwiseAdamW:
             return with_rule(model, rule, sampler=UniformSampler(1, 2), **settings)
 
@@ -121,12 +121,15 @@ def test_states_on_the_host_give_the_same_weights_and_a_resume_too(rule: Project
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
             train(model, optimizer, range(stop, STEPS))
-        return weights(model)
+        return weights(model), optimizer.state_bytes()[1]
 
-    expected = run(None, offload="none")
-    for stop in (None, 3, 6):
-        found = run(stop, offload="resident")
+    expected, _ = run(None, offload="none")
+    _, on_host = run(None, offload="resident")
+    assert on_host
+    for stop in (None, 3, 6, 11):
+        found, host = run(stop, offload="resident")
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), stop
+        assert host == on_host, "blocks of units that were active when the state was saved are there again"
 
 
 def test_muon_keeps_half_of_the_states_of_adamw() -> None:
