@@ -262,7 +262,7 @@ _ROWS = (
     ),
     _row(
         "grass-muon",
-        summary="grass with Muon in place of AdamW, and so half the states on the host",
+        summary="grass with Muon in place of AdamW, and so fewer states on the host",
         source="arXiv 2604.07808, changed here",
         sampler=GradNormSamplerConfig(),
         optimizer=OptimizerConfig(lr=3e-4, projection=MuonConfig()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from grass_ray.config.adapters import AdapterConfig, LoraConfig
 from grass_ray.config.base import (
@@ -213,13 +213,21 @@ class MatrixNormSamplerConfig(SamplerConfig):
         return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
 
+def _third_or_indices(value: object) -> str:
+    return "third" if isinstance(value, str) else "indices"
+
+
+_Third = Annotated[Literal["first", "middle", "last"], Tag("third")]
+_Indices = Annotated[tuple[NonNegativeInt, ...], Tag("indices")]
+
+
 class FixedSamplerConfig(SamplerConfig):
     """A control: trains the same layers throughout."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.fixed.FixedSampler"
     in_turn: ClassVar[bool] = True
     kind: Literal["fixed"] = "fixed"
-    layers: Literal["first", "middle", "last"] | tuple[NonNegativeInt, ...] = "middle"
+    layers: Annotated[_Third | _Indices, Discriminator(_third_or_indices)] = "middle"
     """Which layers train: the ``first``, ``middle`` or ``last`` third, or a list of indices from 0."""
 
     def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:

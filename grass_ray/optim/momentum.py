@@ -1,8 +1,9 @@
 """Update rules with one moment in place of AdamW's two: SGD with momentum, and Muon.
 
 They stand where a projection stands (:mod:`grass_ray.optim.projection`): a state is kept whole, on the device or, while
-its unit is inactive, on the host. A bfloat16 weight keeps the low 16 bits of its float32 master and a float32 moment,
-whatever ``precision`` says: a step of either is smaller than what bfloat16 resolves.
+its unit is inactive, on the host. The moment has the weight's dtype. A bfloat16 weight also keeps the low 16 bits of
+its float32 master, whatever ``precision`` says, since steps are smaller than what bfloat16 resolves. Moments are not: a
+step changes them by a share of ``1 - momentum`` or more, and Muon makes them orthogonal in bfloat16.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class SGD:
     def update(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, key: int) -> None:
         """One step of SGD."""
 
-        def step(weight: Tensor, gradient: Tensor) -> None:
-            moment = state[MOMENT].mul_(self.momentum).add_(gradient)
+        def step(weight: Tensor, gradient: Tensor, moment: Tensor) -> None:
+            moment.mul_(self.momentum).add_(gradient)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(gradient.add(moment, alpha=self.momentum) if self.nesterov else moment, alpha=-group["lr"])
 
@@ -95,7 +96,7 @@ class Muon:
     def update(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, key: int) -> None:
         """One step of Muon."""
 
-        def step(weight: Tensor, gradient: Tensor) -> None:
+        def step(weight: Tensor, gradient: Tensor, moment: Tensor) -> None:
             leaf = nn.Parameter(weight)
             leaf.grad = gradient
             muon = torch.optim.Muon(
@@ -107,7 +108,7 @@ class Muon:
                 ns_steps=self.newton_schulz_steps,
                 adjust_lr_fn=self.adjust_lr,
             )
-            muon.state[leaf][MOMENT] = state[MOMENT]
+            muon.state[leaf][MOMENT] = moment
             muon.step()  # type: ignore[no-untyped-call]
 
         _on_master(parameter, state, step)
@@ -117,18 +118,19 @@ def _empty_state(parameter: Tensor) -> dict[str, Tensor]:
     state = {STEP: torch.zeros((), dtype=torch.float32)}
     if parameter.dtype == torch.bfloat16:
         state[REMAINDER] = torch.zeros_like(parameter, dtype=torch.int16)
-    return state | {MOMENT: torch.zeros_like(parameter, dtype=torch.float32 if REMAINDER in state else parameter.dtype)}
+    return state | {MOMENT: torch.zeros_like(parameter)}
 
 
-def _on_master(parameter: Tensor, state: dict[str, Tensor], step: Callable[[Tensor, Tensor], None]) -> None:
-    """Call ``step(weight, gradient)``, which changes the weight; of a bfloat16 one the float32 master."""
+def _on_master(parameter: Tensor, state: dict[str, Tensor], step: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Call ``step(weight, gradient, moment)``, which changes weight and moment; of a bfloat16 weight all in float32."""
     assert parameter.grad is not None
     state[STEP] += 1
     if REMAINDER not in state:
-        step(parameter.detach(), parameter.grad)
+        step(parameter.detach(), parameter.grad, state[MOMENT])
         return
-    master = join(parameter.detach(), state[REMAINDER])
-    step(master, parameter.grad.float())
+    master, moment = join(parameter.detach(), state[REMAINDER]), state[MOMENT].float()
+    step(master, parameter.grad.float(), moment)
+    state[MOMENT].copy_(moment)
     upper, remainder = split(master)
     parameter.copy_(upper)
     state[REMAINDER].copy_(remainder)

@@ -82,7 +82,7 @@ def test_float32_weights_are_those_of_torch_bit_for_bit(rule: Projection) -> Non
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_bfloat16_weights_are_rounded_float32_masters(rule: Any) -> None:
-    """A matrix whose gradients are given: what torch makes of a float32 copy, rounded."""
+    """A matrix whose gradients are given: what torch makes of a float32 copy if its moment is rounded."""
     weight = nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).bfloat16())
     master = nn.Parameter(weight.detach().float())
     state = rule.start(weight)
@@ -96,6 +96,8 @@ def test_bfloat16_weights_are_rounded_float32_masters(rule: Any) -> None:
         with torch.no_grad():
             rule.update(weight, state, group, key=0)
         optimizer.step()
+        moment = optimizer.state[master]["momentum_buffer"]
+        moment.copy_(moment.bfloat16())
         small += int((weight == before).sum())
         assert torch.equal(join(weight, state["remainder"]), master)
     assert small, "no step was below the resolution, so nothing was shown"
@@ -132,16 +134,18 @@ def test_states_on_the_host_give_the_same_weights_and_a_resume_too(rule: Project
         assert host == on_host, "blocks of units that were active when the state was saved are there again"
 
 
-def test_muon_keeps_half_of_the_states_of_adamw() -> None:
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1 / 2), (torch.bfloat16, 2 / 3)], ids=str)
+def test_muon_keeps_half_of_the_states_of_adamw_or_two_thirds(dtype: torch.dtype, share: float) -> None:
+    """Of bfloat16 weights both keep a remainder of 2 bytes beside moments of 2 bytes each."""
     held = {}
     for name, settings in {"adamw": {}, "muon": {"projection": Muon()}, "sgd": {"projection": SGD()}}.items():
-        model = make_model()
+        model = make_model(dtype)
         optimizer = make_optimizer(model, AllLayersSampler(), lr=LR, **settings)
         train(model, optimizer, range(1))
         held[name] = optimizer.state_bytes()[0]
-    norms = sum(p.nbytes for name, p in make_model().named_parameters() if "layers" in name and p.ndim == 1)
-    assert held["sgd"] == held["adamw"] / 2
-    assert held["muon"] == held["adamw"] / 2 + norms
+    norms = sum(p.nbytes for name, p in make_model(dtype).named_parameters() if "layers" in name and p.ndim == 1)
+    assert held["sgd"] == pytest.approx(held["adamw"] * share)
+    assert held["muon"] == pytest.approx(held["adamw"] * share + norms)
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
