@@ -16,17 +16,22 @@ from grass_ray.config import (
     AllLayersConfig,
     ApolloConfig,
     ConfigError,
+    ConvergingSamplerConfig,
     CyclicSamplerConfig,
+    FixedSamplerConfig,
+    FrequencySamplerConfig,
     GaLoreConfig,
     GradNormSamplerConfig,
     LoraConfig,
     MatrixNormSamplerConfig,
     MethodConfig,
+    MuonConfig,
     OptimizerConfig,
     OutlierSamplerConfig,
     PrefixConfig,
     PromptConfig,
     RewardSamplerConfig,
+    SGDConfig,
     UniformSamplerConfig,
 )
 from grass_ray.peft_methods import PEFT_METHODS
@@ -186,6 +191,24 @@ _ROWS = (
         inactive_states="reset",
     ),
     _row(
+        "grades",
+        summary="every layer's matrices, each frozen for good when its gradients stand still",
+        source="arXiv 2509.01842",
+        sampler=ConvergingSamplerConfig(),
+        granularity="matrix",
+        optimizer=OptimizerConfig(lr=1e-4),
+        inactive_states="reset",
+        **_OTHERS_TRAIN,
+    ),
+    _row(
+        "adagradselect",
+        summary="layers of large gradients at first, later those drawn most often (no public code: details inferred)",
+        source="arXiv 2512.15764",
+        sampler=FrequencySamplerConfig(),
+        optimizer=OptimizerConfig(lr=3e-4),
+        offload="resident",
+    ),
+    _row(
         "galore",
         summary="all layers; moments along the top singular directions of each gradient",
         source="arXiv 2403.03507",
@@ -197,6 +220,20 @@ _ROWS = (
         summary="all layers; channel-wise scaled gradients from moments in a random small space",
         source="arXiv 2412.05270",
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-6, projection=ApolloConfig()),
+        **_OTHERS_TRAIN,
+    ),
+    _row(
+        "sgd",
+        summary="full fine-tuning by SGD with momentum in place of AdamW",
+        source="control of arXiv 1711.05101",
+        optimizer=OptimizerConfig(lr=1e-1, projection=SGDConfig()),
+        **_OTHERS_TRAIN,
+    ),
+    _row(
+        "muon",
+        summary="full fine-tuning by Muon, which makes the moments of matrices orthogonal; AdamW for all else",
+        source="arXiv 2502.16982",
+        optimizer=OptimizerConfig(lr=1e-4, projection=MuonConfig()),
         **_OTHERS_TRAIN,
     ),
     _row(
@@ -224,6 +261,14 @@ _ROWS = (
         offload="resident",
     ),
     _row(
+        "grass-muon",
+        summary="grass with Muon in place of AdamW, and so fewer states on the host",
+        source="arXiv 2604.07808, changed here",
+        sampler=GradNormSamplerConfig(),
+        optimizer=OptimizerConfig(lr=3e-4, projection=MuonConfig()),
+        offload="resident",
+    ),
+    _row(
         "uniform",
         summary="control: grass with equal probabilities, all else the same",
         source="control of arXiv 2604.07808",
@@ -246,6 +291,16 @@ _ROWS = (
         sampler=GradNormSamplerConfig(temperature=-0.5),
         optimizer=OptimizerConfig(lr=3e-4),
         offload="resident",
+    ),
+    *(
+        _row(
+            f"{third}-third",
+            summary=f"control: the {third} third of the layers throughout",
+            source="control of arXiv 2604.07808",
+            sampler=FixedSamplerConfig(layers=third),
+            optimizer=OptimizerConfig(lr=3e-4),
+        )
+        for third in ("first", "middle", "last")
     ),
 )
 

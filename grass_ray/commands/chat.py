@@ -28,7 +28,7 @@ class Chat:
 
     run_or_model: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """Folder of a run with a checkpoint, a model folder, a hub id or a built-in model."""
-    system: str | None = None
+    system: Annotated[str | None, arg(metavar="TEXT")] = None
     """System prompt, if the chat template takes one."""
     max_new_tokens: int = 256
     """Maximum number of tokens of an answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from grass_ray.config.adapters import AdapterConfig, LoraConfig
 from grass_ray.config.base import (
@@ -213,6 +213,71 @@ class MatrixNormSamplerConfig(SamplerConfig):
         return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
 
+def _third_or_indices(value: object) -> str:
+    return "third" if isinstance(value, str) else "indices"
+
+
+_Third = Annotated[Literal["first", "middle", "last"], Tag("third")]
+_Indices = Annotated[tuple[NonNegativeInt, ...], Tag("indices")]
+
+
+class FixedSamplerConfig(SamplerConfig):
+    """A control: trains the same layers throughout."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.fixed.FixedSampler"
+    in_turn: ClassVar[bool] = True
+    kind: Literal["fixed"] = "fixed"
+    layers: Annotated[_Third | _Indices, Discriminator(_third_or_indices)] = "middle"
+    """Which layers train: the ``first``, ``middle`` or ``last`` third, or a list of indices from 0."""
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """None: nothing is drawn at random."""
+        return {}
+
+
+class ConvergingSamplerConfig(SamplerConfig):
+    """GradES (arXiv 2509.01842): freezes each weight matrix for good when its gradients stand still."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.converging.ConvergingSampler"
+    in_turn: ClassVar[bool] = True
+    measure: ClassVar[str] = "mean gradient norm"
+    kind: Literal["converging"] = "converging"
+    threshold: PositiveFloat = 0.05
+    """Smallest relative change of the mean gradient norm with which a matrix trains on (tau)."""
+    grace: Decay = 0.5
+    """Fraction of the training in which nothing freezes (alpha)."""
+    period: ScheduledCount = 10
+    """Number of optimizer steps whose gradient norms are averaged and compared with those of the steps before."""
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """The length of the training too, of which ``grace`` is a fraction."""
+        return {"seed": seed, "training_steps": train_steps}
+
+
+class FrequencySamplerConfig(SamplerConfig):
+    """AdaGradSelect (arXiv 2512.15764): samples layers by how often they trained, at first those of large gradients."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.frequency.FrequencySampler"
+    measure: ClassVar[str] = "mean gradient norm"
+    kind: Literal["frequency"] = "frequency"
+    num_active_layers: ScheduledCount = 2
+    """Number of layers trained at a time (k)."""
+    period: ScheduledCount = 20
+    """Number of optimizer steps between draws."""
+    probing_steps: PositiveInt = 10
+    """Number of steps before training that only measure gradient norms."""
+    refresh_period: PositiveInt | None = 100
+    """Number of optimizer steps between updates of the gradient norms. ``null`` never updates them."""
+    ema: ScheduledFraction = 0.5
+    """Weight of the new measurement in the moving average of the gradient norms."""
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Probability that the first draw takes the layers of the largest gradient norm (epsilon)."""
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Factor of this probability from one draw to the next."""
+    prior: PositiveFloat = 1.0
+    """Added to the number of draws of each layer, as the parameter of the Dirichlet distribution."""
+
+
 class ImportedSamplerConfig(SamplerConfig, ImportedPart):
     """A sampler of your own, from a method file."""
 
@@ -233,6 +298,9 @@ AnySamplerConfig = Annotated[
     | CyclicSamplerConfig
     | RewardSamplerConfig
     | MatrixNormSamplerConfig
+    | FixedSamplerConfig
+    | FrequencySamplerConfig
+    | ConvergingSamplerConfig
     | ImportedSamplerConfig,
     Field(discriminator="kind"),
 ]

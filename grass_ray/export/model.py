@@ -51,10 +51,18 @@ def find_run(folder: Path) -> RunConfig:
     missing = [name for name in ("config.yaml", CHECKPOINT_FOLDER) if not (folder / name).exists()]
     if missing:
         raise ConfigError(
-            f"{folder} is not a trained run: it has no {' and no '.join(missing)}; give the output folder of "
-            "`grass-ray train`"
+            f"{folder} is not a trained run: it has no {' and no '.join(missing)}; {_what_to_give(folder)}"
         )
     return RunConfig.from_yaml(folder / "config.yaml")
+
+
+def _what_to_give(folder: Path) -> str:
+    if not (folder / "config.yaml").exists():
+        return "give the output folder of `grass-ray train`, or a trial's folder of a sweep with --keep-checkpoints"
+    config = RunConfig.from_yaml(folder / "config.yaml")
+    if not config.training.steps:
+        return f"it measured the untrained model; give the model itself, {config.model.name}"
+    return "a sweep keeps what its trials trained with --keep-checkpoints"
 
 
 def load_trained_model(folder: Path) -> LoadedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class GradNormSampler(PeriodicSampler):
     """
 
     grad_norms: Literal["none", "arriving", "clipped"] = "arriving"
-    PER_UNIT = ("importance", "measured_at")
+    PER_UNIT: ClassVar[tuple[str, ...]] = ("importance", "measured_at")
 
     def __init__(
         self,

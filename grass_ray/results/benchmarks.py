@@ -8,7 +8,7 @@ from dataclasses import replace
 from grass_ray.results.column import LM_EVAL, Column
 from grass_ray.results.difference_columns import detectable, differences
 from grass_ray.results.formats import NONE, number, p_text, percent, points
-from grass_ray.results.paired import Answers, Comparison, adjust, collect_answers, compare_answers
+from grass_ray.results.paired import Comparison, adjust, collect_answers, compare_answers
 from grass_ray.results.record import RunRecord
 from grass_ray.results.row_facts import Benchmark
 from grass_ray.results.rows import LeaderboardRow
@@ -32,19 +32,10 @@ def compare_with_base(rows: Sequence[LeaderboardRow], groups: Sequence[Sequence[
         if (found := compare_answers(own, theirs)) is not None:
             overall[index] = found
         for task in own.tasks:
-            if (found := compare_answers(_only(own, task), _only(theirs, task))) is not None:
+            if (found := compare_answers(own.only([task]), theirs.only([task]))) is not None:
                 single[index, task] = found
-    overall, adjusted = adjust(overall), _adjusted(single)
+    overall, adjusted = adjust(overall), adjust(single)
     return [_with(row, index, overall.get(index), adjusted) for index, row in enumerate(rows)]
-
-
-def _only(answers: Answers, task: str) -> Answers:
-    return replace(answers, tasks={key: found for key, found in answers.tasks.items() if key == task})
-
-
-def _adjusted(found: dict[tuple[int, str], Comparison]) -> dict[tuple[int, str], Comparison]:
-    places = list(found)
-    return {places[at]: own for at, own in adjust(dict(enumerate(found.values()))).items()}
 
 
 def _with(

@@ -220,7 +220,7 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
         world_size=records[0].world_size,
         tasks=tuple(config["data"]["tasks"]),
         evaluation={key: config["evaluation"].get(key) for key in EVALUATION}
-        | {"template": config["data"].get("template")},
+        | {"template": config["data"].get("template"), "limit": _limit(records)},
         rows=tuple(_ranked(_pareto(rows))),
         notes=(*lost, *comparison_notes(rows)),
         warnings=tuple(lost),
@@ -228,6 +228,13 @@ def _table(test: Asked, records: Sequence[RunRecord]) -> LeaderboardTable:
         test=test,
         spreads=spreads,
     )
+
+
+def _limit(records: Sequence[RunRecord]) -> int | None:
+    """The number of examples that every task was limited to; None if no task has so many."""
+    limit: int | None = records[0].config["evaluation"].get("limit")
+    sizes = [score.num_examples for record in records for score in record.tasks.values()]
+    return None if limit is not None and sizes and max(sizes) < limit else limit
 
 
 def _clean(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:

@@ -18,10 +18,10 @@ every question, it is the paired t-test over questions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from grass_ray.results.statistics import (
 )
 from grass_ray.tasks.lm_eval_scores import is_averaged
 
+Key = TypeVar("Key")
 Metric = Literal["accuracy", "loss", "lm_eval"]
 METRICS: tuple[Metric, ...] = ("accuracy", "loss", "lm_eval")
 Test = Literal["exact McNemar", "paired sign-flip", "paired t", "two-level t"]
@@ -73,6 +74,10 @@ class Answers:
     tasks: Mapping[str, TaskAnswers]
     trained: bool
     metric: Metric = "accuracy"
+
+    def only(self, tasks: Iterable[str]) -> Answers:
+        """The answers of these tasks alone."""
+        return replace(self, tasks={task: self.tasks[task] for task in tasks if task in self.tasks})
 
     def mean(self, task: str) -> dict[Question, float]:
         """The mean over seeds of each question of a task."""
@@ -238,7 +243,7 @@ def _several_trainings(answers: Answers, seeds: int) -> bool:
     return seeds > 1 or not answers.trained
 
 
-def adjust(found: Mapping[int, Comparison]) -> dict[int, Comparison]:
+def adjust(found: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
     """The comparisons with their p-values adjusted over all of them."""
     adjusted = benjamini_hochberg([comparison.p_value for comparison in found.values()])
     return {key: replace(found[key], p_adjusted=value) for key, value in zip(found, adjusted, strict=True)}

@@ -20,16 +20,11 @@ from rich.text import Text
 from grass_ray.config import to_json
 from grass_ray.results.column import LOSS, SCOPE, Column
 from grass_ray.results.columns import METHOD, RANK, WORDS, leaderboard_csv, row_values
+from grass_ray.results.comparison_text import comparison_csv, comparison_notes, comparison_parts
 from grass_ray.results.formats import markdown_table, markdown_text
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable
 from grass_ray.results.record import RunRecord
-from grass_ray.results.sweep_comparison import (
-    SweepComparison,
-    comparison_cells,
-    comparison_csv,
-    comparison_header,
-    comparison_notes,
-)
+from grass_ray.results.sweep_comparison import SweepComparison
 from grass_ray.results.table_columns import (
     all_columns,
     detail_columns,
@@ -79,13 +74,13 @@ def render_comparison(comparison: SweepComparison, format: Format = "table", wid
         return to_json(comparison.to_dict(), indent=2)
     if format == "csv":
         return comparison_csv(comparison)
-    cells, notes = comparison_cells(comparison), comparison_notes(comparison)
+    parts, notes = comparison_parts(comparison), comparison_notes(comparison)
     title = f"{comparison.first} against {comparison.second}"
     if format == "html":
         from grass_ray.results.page.page import render_comparison_page
 
-        return render_comparison_page(title, comparison_header(comparison), cells, notes)
-    return render_cells(title, [(comparison_header(comparison), cells)], notes, format, width=width)
+        return render_comparison_page(title, parts, notes)
+    return render_cells(title, parts, notes, format, width=width)
 
 
 def render_cells(

@@ -7,29 +7,26 @@
 
 A side is a sweep id or an experiment's name. Rows are matched by their whole configuration, then by method if each side
 has one such row left; only rows that were tested on the same questions are matched
-(:mod:`grass_ray.results.compare`). Differences are B minus A.
+(:mod:`grass_ray.results.compare`). Differences are B minus A. :mod:`grass_ray.results.comparison_text` writes them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from grass_ray.config import ConfigError
 from grass_ray.results.compare import Asked, comparable_groups, differences, same_test_key
-from grass_ray.results.formats import limits, nats, nats_more, p_text, percent, points, scope, times
 from grass_ray.results.leaderboard import seed_groups
-from grass_ray.results.notes import scope_notes
 from grass_ray.results.paired import Answers, Comparison, adjust, collect_answers, compare_answers, fact
 from grass_ray.results.record import RunRecord
 from grass_ray.results.rows import LeaderboardRow, build_rows
 from grass_ray.results.settings import settings
 
-_SHOWN_SETTINGS = 4
+SHOWN_SETTINGS = 4
 # what the JSON of a row says of its comparison, and under which name
 _FACTS = {"difference": "value"} | {
     name: name for name in ("low", "high", "p_value", "p_adjusted", "test", "covers_training")
@@ -38,7 +35,10 @@ _FACTS = {"difference": "value"} | {
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One question that the two sides answered differently: accuracies over each side's seeds, 0 to 1."""
+    """One question that the two sides answered differently: means over each side's seeds, 0 to 1.
+
+    Questions of lm-eval's own tasks have ``lm_eval/`` before the task's name.
+    """
 
     task: str
     example_id: str
@@ -47,11 +47,36 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkPair:
+    """One of lm-eval's own tasks on both sides, or the average over those whose metric is a share.
+
+    Attributes:
+        metric: the task's first metric; ``"average"`` of several tasks.
+        first, second: means over seeds.
+        is_share: whether each example has a value from 0 to 1.
+        comparison: example by example; None if there is no value of single examples.
+    """
+
+    metric: str
+    first: float
+    second: float
+    is_share: bool
+    comparison: Comparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        own = {"metric": self.metric, "first": self.first, "second": self.second}
+        facts = {key: fact(self.comparison, name) for key, name in _FACTS.items()}
+        return own | facts | {"difference": self.second - self.first}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparisonRow:
     """One configuration in both sweeps. Differences are second minus first, accuracies shares from 0 to 1, losses nats.
 
     ``only_first`` and ``only_second`` count questions that one side answered right more often. ``settings`` lists what
     differs where the configurations are not equal. Memory and speed are None where the hardware differs.
+    ``lm_eval_tasks`` are those of lm-eval's own tasks that both sides have, and ``lm_eval`` is their average.
     """
 
     label: str
@@ -72,6 +97,8 @@ class ComparisonRow:
     first_loss: float | None
     second_loss: float | None
     by_loss: Comparison | None
+    lm_eval: BenchmarkPair | None
+    lm_eval_tasks: dict[str, BenchmarkPair] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with those of the comparisons at their places."""
@@ -80,6 +107,10 @@ class ComparisonRow:
             if name in ("comparison", "by_loss"):
                 before = "loss_" if name == "by_loss" else ""
                 found |= {f"{before}{key}": fact(getattr(self, name), part) for key, part in _FACTS.items()}
+            elif name == "lm_eval":
+                found[name] = None if self.lm_eval is None else self.lm_eval.to_dict()
+            elif name == "lm_eval_tasks":
+                found[name] = {task: own.to_dict() for task, own in self.lm_eval_tasks.items()}
             else:
                 found[name] = value
         return found
@@ -117,10 +148,7 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
     ours, theirs = (_Side(side, tests) for side in chosen)
     pairs = _match(ours, theirs)
     rows = [_compare(ours, own, theirs, other) for own, other in pairs]
-    adjusted = adjust({index: row.comparison for index, row in enumerate(rows) if row.comparison is not None})
-    by_loss = adjust({index: row.by_loss for index, row in enumerate(rows) if row.by_loss is not None})
-    rows = [replace(row, comparison=adjusted.get(index), by_loss=by_loss.get(index)) for index, row in enumerate(rows)]
-    rows.sort(key=_gain)
+    rows = sorted(_adjusted(rows), key=_gain)
     return SweepComparison(
         first=first,
         second=second,
@@ -131,12 +159,43 @@ def compare_sweeps(records: Sequence[RunRecord], first: str, second: str) -> Swe
     )
 
 
+def _adjusted(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """The rows with p-values adjusted: of each metric over the rows, of single tasks of lm-eval over rows and tasks."""
+    accuracy = adjust({at: row.comparison for at, row in enumerate(rows) if row.comparison is not None})
+    loss = adjust({at: row.by_loss for at, row in enumerate(rows) if row.by_loss is not None})
+    average = adjust(
+        {at: row.lm_eval.comparison for at, row in enumerate(rows) if row.lm_eval and row.lm_eval.comparison}
+    )
+    tasks = adjust(
+        {
+            (at, task): own.comparison
+            for at, row in enumerate(rows)
+            for task, own in row.lm_eval_tasks.items()
+            if own.comparison is not None
+        }
+    )
+    return [
+        replace(
+            row,
+            comparison=accuracy.get(at),
+            by_loss=loss.get(at),
+            lm_eval=None if row.lm_eval is None else replace(row.lm_eval, comparison=average.get(at)),
+            lm_eval_tasks={
+                task: replace(own, comparison=tasks.get((at, task))) for task, own in row.lm_eval_tasks.items()
+            },
+        )
+        for at, row in enumerate(rows)
+    ]
+
+
 def _gain(row: ComparisonRow) -> tuple[bool, float, str]:
-    """What gained most first, by accuracy or else by loss; what cannot be compared last."""
-    gain = row.by_loss.value if row.by_loss is not None else 0.0
-    if row.comparison is not None:
-        gain = -row.comparison.value
-    return row.comparison is None and row.by_loss is None, gain, row.label
+    """What gained most first, by accuracy or else by loss or lm-eval's tasks; what cannot be compared last."""
+    gains = [
+        *([] if row.comparison is None else [row.comparison.value]),
+        *([] if row.by_loss is None else [-row.by_loss.value]),
+        *([] if row.lm_eval is None else [row.lm_eval.second - row.lm_eval.first]),
+    ]
+    return not gains, -gains[0] if gains else 0.0, row.label
 
 
 def _choose(records: Sequence[RunRecord], name: str) -> list[RunRecord]:
@@ -191,7 +250,7 @@ def _tested_otherwise(first: _Side, second: _Side, pairs: Sequence[tuple[int, in
     for method in lone[0].keys() & lone[1].keys():
         tests = [side[method] for side in lone]
         if tests[0] is not tests[1]:
-            words = differences(tests)[:_SHOWN_SETTINGS] or ["other tasks, limits or rules were asked for"]
+            words = differences(tests)[:SHOWN_SETTINGS] or ["other tasks, limits or rules were asked for"]
             found.append(f"{method} was not tested alike in A and B: {', '.join(words)}")
     return sorted(found)
 
@@ -208,7 +267,11 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
     left, right = first.rows[own], second.rows[other]
     answers = collect_answers(first.groups[own]), collect_answers(second.groups[other])
     losses = collect_answers(first.groups[own], "loss"), collect_answers(second.groups[other], "loss")
+    benchmarks = collect_answers(first.groups[own], "lm_eval"), collect_answers(second.groups[other], "lm_eval")
     changes, questions = _changes(*answers)
+    asked = _changes(*benchmarks)
+    changes += [replace(change, task=f"lm_eval/{change.task}") for change in asked[0]]
+    tasks = _benchmarks(left, right, *benchmarks)
     same_machine = left.hardware == right.hardware
     before, after = settings(first.groups[own][0]), settings(second.groups[other][0])
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
@@ -219,7 +282,7 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         first=left.accuracy,
         second=right.accuracy,
         comparison=compare_answers(answers[1], answers[0]),
-        questions=questions or _changes(*losses)[1],
+        questions=(questions or _changes(*losses)[1]) + asked[1],
         only_first=sum(change.first > change.second for change in changes),
         only_second=sum(change.first < change.second for change in changes),
         memory_ratio=_ratio(right.peak_allocated_gib, left.peak_allocated_gib) if same_machine else None,
@@ -231,6 +294,39 @@ def _compare(first: _Side, own: int, second: _Side, other: int) -> ComparisonRow
         first_loss=left.loss,
         second_loss=right.loss,
         by_loss=compare_answers(losses[1], losses[0]),
+        lm_eval=_average(tasks, *benchmarks),
+        lm_eval_tasks=tasks,
+    )
+
+
+def _benchmarks(
+    left: LeaderboardRow, right: LeaderboardRow, first: Answers, second: Answers
+) -> dict[str, BenchmarkPair]:
+    """The tasks of lm-eval that both sides have."""
+    found = {}
+    for task, own in left.lm_eval_tasks.items():
+        if (other := right.lm_eval_tasks.get(task)) is not None:
+            found[task] = BenchmarkPair(
+                metric=own.metric,
+                first=own.value,
+                second=other.value,
+                is_share=own.is_share and other.is_share,
+                comparison=compare_answers(second.only([task]), first.only([task])),
+            )
+    return found
+
+
+def _average(tasks: Mapping[str, BenchmarkPair], first: Answers, second: Answers) -> BenchmarkPair | None:
+    """The average over the tasks that both sides have and whose metric is a share; None if there are none."""
+    shares = {task: own for task, own in tasks.items() if own.is_share}
+    if not shares:
+        return None
+    return BenchmarkPair(
+        metric="average",
+        first=fmean(own.first for own in shares.values()),
+        second=fmean(own.second for own in shares.values()),
+        is_share=True,
+        comparison=compare_answers(second.only(shares), first.only(shares)),
     )
 
 
@@ -249,82 +345,3 @@ def _changes(first: Answers, second: Answers) -> tuple[list[Change], int]:
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return value / reference if value is not None and reference else None
-
-
-# ------------------------------------------------------------------------------------------------------------ as text
-
-
-_COLUMNS: tuple[tuple[str, Callable[[ComparisonRow], str]], ...] = (
-    ("method", lambda row: row.label),
-    ("A %", lambda row: percent(row.first)),
-    ("B %", lambda row: percent(row.second)),
-    ("B - A", lambda row: points(fact(row.comparison, "value"))),
-    ("95 %", lambda row: limits(fact(row.comparison, "low"), fact(row.comparison, "high"), points)),
-    ("p", lambda row: p_text(fact(row.comparison, "p_adjusted"))),
-    ("loss A", lambda row: nats(row.first_loss)),
-    ("loss B", lambda row: nats(row.second_loss)),
-    ("loss B - A", lambda row: nats_more(fact(row.by_loss, "value"))),
-    ("loss 95 %", lambda row: limits(fact(row.by_loss, "low"), fact(row.by_loss, "high"), nats_more)),
-    ("p loss", lambda row: p_text(fact(row.by_loss, "p_adjusted"))),
-    ("p for", lambda row: scope(fact(row.comparison or row.by_loss, "covers_training"))),
-    ("only A", lambda row: str(row.only_first)),
-    ("only B", lambda row: str(row.only_second)),
-    ("asked", lambda row: str(row.questions)),
-    ("memory", lambda row: times(row.memory_ratio)),
-    ("speed", lambda row: times(row.speed_ratio)),
-)
-
-
-def comparison_header(comparison: SweepComparison) -> list[str]:
-    """The names of the table's columns; those of losses only if both sides have some."""
-    losses = any(row.by_loss is not None for row in comparison.rows)
-    return [name for name, _ in _COLUMNS if losses or "loss" not in name]
-
-
-def comparison_cells(comparison: SweepComparison) -> list[list[str]]:
-    """The table's cells as text, one list per row, in the order of :func:`comparison_header`."""
-    shown = comparison_header(comparison)
-    several = len({(row.model, row.suite) for row in comparison.rows}) > 1
-    return [
-        [
-            f"{cell(row)}, {row.model} on {row.suite}" if several and name == "method" else cell(row)
-            for name, cell in _COLUMNS
-            if name in shown
-        ]
-        for row in comparison.rows
-    ]
-
-
-def comparison_notes(comparison: SweepComparison) -> list[str]:
-    """What a reader must know, one sentence each."""
-    notes = [f"A: {comparison.first}; B: {comparison.second}; only A, only B: questions that side alone got right"]
-    compared = [row.comparison for row in comparison.rows if row.comparison is not None]
-    losses = [row.by_loss for row in comparison.rows if row.by_loss is not None]
-    for name, found in (("p", compared), ("p loss", losses)):
-        if tests := sorted({one.test for one in found}):
-            notes.append(f"{name}: {' or '.join(tests)} on the same questions, Benjamini-Hochberg over this table")
-    notes += scope_notes(one.covers_training for one in compared + losses)
-    for row in comparison.rows:
-        if row.settings:
-            more = len(row.settings) - _SHOWN_SETTINGS
-            shown = ", ".join(row.settings[:_SHOWN_SETTINGS]) + (f" and {more} more" if more > 0 else "")
-            notes.append(f"{row.label} is not configured alike: {shown}")
-        if (row.first_status, row.second_status) != ("finished", "finished"):
-            notes.append(f"{row.label}: A {row.first_status}, B {row.second_status}".replace("_", " "))
-    for name, labels in (("A", comparison.only_in_first), ("B", comparison.only_in_second)):
-        if labels:
-            notes.append(f"only in {name}: {', '.join(labels)}")
-    return notes + comparison.tested_otherwise
-
-
-def comparison_csv(comparison: SweepComparison) -> str:
-    """One line per question that the two sides answered differently."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "model", "suite", "task", "example_id", "first", "second"])
-    for row in comparison.rows:
-        writer.writerows(
-            [row.label, row.model, row.suite, change.task, change.example_id, change.first, change.second]
-            for change in row.changes
-        )
-    return out.getvalue().rstrip("\n")

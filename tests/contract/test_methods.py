@@ -64,6 +64,14 @@ TRAINS = {
     "uniform": LAYERS,
     "top": LAYERS,
     "inverse": LAYERS,
+    "first-third": LAYERS,
+    "middle-third": LAYERS,
+    "last-third": LAYERS,
+    "adagradselect": LAYERS,
+    "grades": f"{MATRICES}|{ENDS}",
+    "sgd": f"{LAYERS}|{ENDS}",
+    "muon": f"{LAYERS}|{ENDS}",
+    "grass-muon": LAYERS,
 }
 
 

@@ -17,7 +17,10 @@ from small import backward, make_llama
 
 from grass_ray import (
     AllLayersSampler,
+    ConvergingSampler,
     CyclicSampler,
+    FixedSampler,
+    FrequencySampler,
     GradNormSampler,
     MatrixNormSampler,
     OutlierSampler,
@@ -127,9 +130,14 @@ SAMPLERS: dict[str, Make] = {
     "cyclic-one-pass": lambda seed: CyclicSampler(1, None, training_steps=40, seed=seed),
     "reward": lambda seed: RewardSampler(0.34, refresh_period=3, seed=seed),
     "matrix_norm": lambda seed: MatrixNormSampler(0.34, 3, eta=1e4, seed=seed),
+    "fixed": lambda seed: FixedSampler("last"),
+    "fixed-index": lambda seed: FixedSampler([0]),
+    "frequency": lambda seed: FrequencySampler(2, 3, probing_steps=2, refresh_period=4, decay=0.8, seed=seed),
+    "frequency-alone": lambda seed: FrequencySampler(2, 3, probing_steps=1, epsilon=0.0, seed=seed),
+    "converging": lambda seed: ConvergingSampler(0.3, 0.2, 3, training_steps=30, seed=seed),
     "top_heavy": lambda seed: TopHeavySampler(2, 3, seed=seed),
 }
-IN_TURN = {"all", "cyclic", "cyclic-descending", "cyclic-random", "cyclic-shuffled", "cyclic-one-pass"}
+IN_TURN = {name for name in SAMPLERS if name.startswith(("all", "fixed", "cyclic", "converging"))}
 
 
 KINDS: list[type[SamplerConfig]] = [

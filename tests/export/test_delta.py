@@ -15,7 +15,7 @@ from torch import nn
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.export import delta as delta_module
 from grass_ray.export.delta import apply_delta, export_delta, export_from_delta, save_delta
-from grass_ray.export.model import export_adapter, export_run
+from grass_ray.export.model import export_adapter, export_run, find_run
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
 from grass_ray.training.models import load_model
@@ -326,3 +326,16 @@ def test_a_run_without_an_adapter_has_none_to_export(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a run of grass, which has no adapter"):
         export_adapter(tmp_path / "run", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (0, "no checkpoint; it measured the untrained model; give the model itself, tiny"),
+        (6, "no checkpoint; a sweep keeps what its trials trained with --keep-checkpoints"),
+    ],
+)
+def test_a_run_without_a_checkpoint_is_refused_with_what_to_do(steps: int, words: str, tmp_path: Path) -> None:
+    make_config("lora", ModelConfig(name="tiny"), f"training.steps={steps}").save(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=words):
+        find_run(tmp_path)

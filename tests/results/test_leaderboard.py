@@ -429,3 +429,13 @@ def test_a_schedule_tells_a_row_apart_in_few_words() -> None:
         "step 2, 0.5 at 0.25",
         "0.7",
     }
+
+
+def test_a_limit_that_no_task_reaches_is_no_sample() -> None:
+    def title(questions: int) -> str:
+        record = make_record(correct={"generated": answers(3, questions)}, overrides=["evaluation.limit=10"])
+        (table,) = build_leaderboard([record])
+        return table.title
+
+    assert "a sample of 10 examples a task" in title(10)
+    assert "sample" not in title(9)

@@ -3,13 +3,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from result_records import answers, make_record
 
 from grass_ray.config import ConfigError
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import LmEvalScore, RunRecord
 from grass_ray.results.rendering import render_comparison
 from grass_ray.results.sweep_comparison import compare_sweeps
 
@@ -112,3 +113,56 @@ def test_losses_are_compared_where_both_sides_have_them() -> None:
     assert "p loss: paired t on the same questions" in text
     without = compare_sweeps([make_record(sweep_id="old"), make_record(sweep_id="new")], "old", "new")
     assert "loss" not in render_comparison(without, "markdown")
+
+
+def with_benchmarks(side: str, shares: Mapping[str, float], *, alone: bool = False) -> RunRecord:
+    overrides = ["evaluation.lm_eval.tasks=[mmlu, arc]"] + ["evaluation.scoring=lm_eval"] * alone
+    record = make_record("grass", sweep_id=side, correct={"generated": answers(10, 20)}, overrides=overrides)
+    if alone:
+        record.tasks = {}
+    ids = [f"{number:016x}" for number in range(40)]
+    for task, share in shares.items():
+        values = [float(number < 40 * share) for number in range(40)]
+        record.lm_eval[task] = LmEvalScore(metric="acc", value=share, example_ids=ids, values=values)
+    whole = LmEvalScore(metric="word_perplexity", value=10 + shares["mmlu"], higher_is_better=False, example_ids=ids)
+    record.lm_eval["wikitext"] = whole
+    return record
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_lm_eval_tasks_are_compared_example_by_example(alone: bool) -> None:
+    old = with_benchmarks("old", {"mmlu": 0.25, "arc": 0.5}, alone=alone)
+    new = with_benchmarks("new", {"mmlu": 0.5, "arc": 0.5}, alone=alone)
+    comparison = compare_sweeps([old, new], "old", "new")
+    (row,) = comparison.rows
+    mmlu, arc, wikitext = (row.lm_eval_tasks[task] for task in ("mmlu", "arc", "wikitext"))
+    assert (mmlu.first, mmlu.second, mmlu.comparison.value) == (0.25, 0.5, 0.25)
+    assert (mmlu.comparison.test, mmlu.comparison.p_value) == ("exact McNemar", 2 / 2**10)
+    assert mmlu.comparison.p_adjusted == pytest.approx(2 * 2 / 2**10), "over the tasks that have one"
+    assert (arc.comparison.value, arc.comparison.p_value) == (0, 1)
+    assert (wikitext.second - wikitext.first, wikitext.comparison) == (0.25, None)
+    assert row.lm_eval is not None
+    assert (row.lm_eval.first, row.lm_eval.second, row.lm_eval.comparison.value) == (0.375, 0.5, 0.125)
+    assert [(change.task, change.example_id) for change in row.changes] == [
+        ("lm_eval/mmlu", f"{number:016x}") for number in range(10, 20)
+    ]
+    assert (row.only_first, row.only_second, row.questions) == (0, 10, 80 + 20 * (not alone))
+    markdown = render_comparison(comparison, "markdown")
+    assert "| grass: mmlu (acc) | 25.0 | 50.0 | +25.0 | " in markdown
+    assert "| grass: wikitext (word\\_perplexity) | 10.250 | 10.500 | +0.250 | - | - | - |" in markdown
+    assert "| grass: average of shares | 37.5 | 50.0 | +12.5 |" in markdown
+    assert ("| A % |" in markdown) is not alone
+    plain = json.loads(render_comparison(comparison, "json"))["rows"][0]
+    assert plain["lm_eval_tasks"]["mmlu"]["difference"] == plain["lm_eval"]["difference"] * 2 == 0.25
+    assert plain["lm_eval_tasks"]["wikitext"]["p_value"] is None
+    page = render_comparison(comparison, "html")
+    assert page.count("<table>") == page.count("</table>") == 2
+    assert "<caption>Tasks of lm-eval</caption>" in page
+
+
+def test_a_task_of_lm_eval_that_one_side_alone_has_is_left_out() -> None:
+    old, new = (with_benchmarks(side, {"mmlu": 0.25, "arc": 0.5}) for side in ("old", "new"))
+    del new.lm_eval["arc"]
+    (row,) = compare_sweeps([old, new], "old", "new").rows
+    assert list(row.lm_eval_tasks) == ["mmlu", "wikitext"]
+    assert row.lm_eval.first == 0.25

@@ -59,11 +59,11 @@ def render_page(tables: Sequence[LeaderboardTable], records: Sequence[RunRecord]
 
 
 def render_comparison_page(
-    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], notes: Sequence[str]
+    title: str, tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]], notes: Sequence[str]
 ) -> str:
-    """A page with one table and its notes: two sweeps side by side."""
+    """A page with headings and cells of tables, and their notes: two sweeps side by side."""
     lead = "Two sweeps, the same questions."
-    return _render("comparison.html.j2", title=title, lead=lead, header=header, cells=cells, notes=notes)
+    return _render("comparison.html.j2", title=title, lead=lead, tables=tables, notes=notes)
 
 
 @cache
