@@ -88,7 +88,7 @@ help_of = cache(GENERATED["help_of"])
 
 def check_command(words: list[str]) -> None:
     """Verb, files and flags exist, those of a sweep behind ``ray submit`` as well."""
-    scripts = [at for at, word in enumerate(words) if re.fullmatch(r"(sweeps|examples|benchmarks)/\w+\.py", word)]
+    scripts = [at for at, word in enumerate(words) if re.fullmatch(r"(sweeps|examples|benchmarks)(/\w+)+\.py", word)]
     for word in words:
         if re.fullmatch(r"[\w/.]*\b(cluster[\w.]*\.yaml|\w+\.py)", word):
             assert (REPOSITORY / word).is_file(), f"{words}: there is no file {word}"
