@@ -95,7 +95,7 @@ class Case:
             settings.append("method.sampler.budget=0.2")
         if self.model == "tiny" and sampler["kind"] == "outlier":
             settings.append("method.sampler.num_active_layers=2")
-        if self.model == "tiny" and row.optimizer.projection is not None:
+        if self.model == "tiny" and hasattr(row.optimizer.projection, "rank"):
             settings.append("method.optimizer.projection.rank=16")
         if self.precision is not None:
             settings.append(f"method.optimizer.precision={self.precision}")

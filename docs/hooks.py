@@ -23,7 +23,7 @@ from grass_ray.results.recorded import find_results
 from grass_ray.results.rendering import render
 
 ROOT = generated.ROOT
-BROUGHT = ("*.md", "examples/*", "examples/recipes/*", "sweeps/*.py", "benchmarks/*.*", "benchmarks/verdict/*.*")
+BROUGHT = ("*.md", "examples/*", "examples/recipes/**/*", "sweeps/*.py", "benchmarks/*.*", "benchmarks/verdict/*.*")
 BROUGHT += ("benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "benchmarks/results/**/*.html")
 LINK = re.compile(r"(\]\()((?:\.\./)+)([^)#\s]*)")
 # of Sphinx in docstrings: :class:`~grass_ray.optim.GaLore`

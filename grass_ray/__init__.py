@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grass_ray.layerwise.all_layers import AllLayersSampler as AllLayersSampler
+    from grass_ray.layerwise.converging import ConvergingSampler as ConvergingSampler
     from grass_ray.layerwise.cyclic import CyclicSampler as CyclicSampler
     from grass_ray.layerwise.fixed import FixedSampler as FixedSampler
     from grass_ray.layerwise.frequency import FrequencySampler as FrequencySampler
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from grass_ray.layerwise.uniform import UniformSampler as UniformSampler
     from grass_ray.optim.holding import hold_while_probing as hold_while_probing
     from grass_ray.optim.layerwise_adamw import LayerwiseAdamW as LayerwiseAdamW
+    from grass_ray.optim.momentum import SGD as SGD
+    from grass_ray.optim.momentum import Muon as Muon
     from grass_ray.optim.options import LayerwiseOptions as LayerwiseOptions
     from grass_ray.optim.projection import Apollo as Apollo
     from grass_ray.optim.projection import GaLore as GaLore
@@ -34,6 +37,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "AllLayersSampler": "grass_ray.layerwise.all_layers",
     "Apollo": "grass_ray.optim.projection",
+    "ConvergingSampler": "grass_ray.layerwise.converging",
     "CyclicSampler": "grass_ray.layerwise.cyclic",
     "FixedSampler": "grass_ray.layerwise.fixed",
     "FrequencySampler": "grass_ray.layerwise.frequency",
@@ -42,15 +46,19 @@ _LAZY = {
     "LayerwiseAdamW": "grass_ray.optim.layerwise_adamw",
     "LayerwiseOptions": "grass_ray.optim.options",
     "MatrixNormSampler": "grass_ray.layerwise.matrix_norm",
+    "Muon": "grass_ray.optim.momentum",
     "OutlierSampler": "grass_ray.layerwise.outliers",
     "RewardSampler": "grass_ray.layerwise.rewards",
+    "SGD": "grass_ray.optim.momentum",
     "UniformSampler": "grass_ray.layerwise.uniform",
     "hold_while_probing": "grass_ray.optim.holding",
 }
 
 __all__ = [
+    "SGD",
     "AllLayersSampler",
     "Apollo",
+    "ConvergingSampler",
     "CyclicSampler",
     "FixedSampler",
     "FrequencySampler",
@@ -59,6 +67,7 @@ __all__ = [
     "LayerwiseAdamW",
     "LayerwiseOptions",
     "MatrixNormSampler",
+    "Muon",
     "OutlierSampler",
     "RewardSampler",
     "UniformSampler",

@@ -66,6 +66,7 @@ SHORT_SAMPLERS: dict[str, dict[str, object]] = {
     "reward": {"refresh_period": 3, "share": 0.5},
     "matrix_norm": {"period": 2, "budget": 0.2},
     "fixed": {},
+    "converging": {"period": 2, "threshold": 0.3, "grace": 0.3},
     "frequency": {"period": 2, "probing_steps": 2, "refresh_period": 3},
 }
 
@@ -78,7 +79,7 @@ def short_run(method: str, *overrides: str, steps: int = 9) -> RunConfig:
         for key, value in SHORT_SAMPLERS[row.sampler.kind].items()
         if getattr(row.sampler, key) is not None
     ]
-    if row.optimizer.projection is not None:
+    if hasattr(row.optimizer.projection, "rank"):
         settings += ["method.optimizer.projection.rank=8", "method.optimizer.projection.refresh_period=3"]
     if method == "hift":
         settings += ["method.sampler.period=1"]

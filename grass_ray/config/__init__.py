@@ -42,9 +42,11 @@ from grass_ray.config.method import (
     GaLoreConfig,
     ImportedProjectionConfig,
     MethodConfig,
+    MuonConfig,
     Offload,
     OptimizerConfig,
     ProjectionConfig,
+    SGDConfig,
     Weights,
 )
 from grass_ray.config.run import (
@@ -62,6 +64,7 @@ from grass_ray.config.run import (
 from grass_ray.config.samplers import (
     AllLayersConfig,
     AnySamplerConfig,
+    ConvergingSamplerConfig,
     CyclicSamplerConfig,
     FixedSamplerConfig,
     FrequencySamplerConfig,
@@ -94,6 +97,7 @@ __all__ = [
     "Code",
     "ConfigError",
     "ConfigPart",
+    "ConvergingSamplerConfig",
     "CosineScheduleConfig",
     "CustomFields",
     "CustomSource",
@@ -119,6 +123,7 @@ __all__ = [
     "MatrixNormSamplerConfig",
     "MethodConfig",
     "ModelConfig",
+    "MuonConfig",
     "Offload",
     "OptimizerConfig",
     "OutlierSamplerConfig",
@@ -129,6 +134,7 @@ __all__ = [
     "PromptConfig",
     "RewardSamplerConfig",
     "RunConfig",
+    "SGDConfig",
     "SamplerConfig",
     "ScheduleConfig",
     "Shape",

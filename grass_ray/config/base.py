@@ -56,7 +56,7 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 def explain(error: ValidationError) -> str:
     """List all mistakes of a failed validation in one line, each with its dotted key and the value given."""
     # pydantic adds the chosen alternative of a union to a location; users never wrote it
-    alternatives = {"number", "schedule", *_kinds(ConfigPart)}
+    alternatives = {"number", "schedule", "third", "indices", *_kinds(ConfigPart)}
     lines = []
     for mistake in error.errors():
         where = ".".join(str(key) for key in mistake["loc"] if key not in alternatives)

@@ -24,7 +24,7 @@ PLACEMENTS = {
 
 
 class ProjectionConfig(BuildablePart):
-    """Base class of the low-rank projections."""
+    """Base class of update rules in place of AdamW: low-rank projections, and rules with one moment."""
 
     kind: str
 
@@ -61,6 +61,33 @@ class ApolloConfig(ProjectionConfig):
     """Whether each channel of a matrix or the whole matrix (APOLLO-Mini) has a scaling factor."""
 
 
+class SGDConfig(ProjectionConfig):
+    """SGD with momentum, of every parameter that trains. A learning rate of AdamW is too small for it."""
+
+    builds: ClassVar[str] = "grass_ray.optim.momentum.SGD"
+    kind: Literal["sgd"] = "sgd"
+    momentum: Decay = 0.9
+    """Weight of the old moment."""
+    nesterov: bool = False
+    """Whether to look ahead along the moment."""
+
+
+class MuonConfig(ProjectionConfig):
+    """Muon, of the layers' weight matrices: makes each moment orthogonal. AdamW trains all else. Needs torch 2.9."""
+
+    builds: ClassVar[str] = "grass_ray.optim.momentum.Muon"
+    kind: Literal["muon"] = "muon"
+    momentum: Decay = 0.95
+    """Weight of the old moment."""
+    nesterov: bool = True
+    """Whether to look ahead along the moment."""
+    newton_schulz_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Number of Newton-Schulz steps that make the moment orthogonal."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How the learning rate is scaled for the shape of a matrix: so that one of AdamW fits (arXiv 2502.16982), or as
+    originally, by the root of rows over columns if that is above 1."""
+
+
 class ImportedProjectionConfig(ProjectionConfig, ImportedPart):
     """An update rule of your own for the layers' weight matrices, from a method file."""
 
@@ -73,7 +100,9 @@ class ImportedProjectionConfig(ProjectionConfig, ImportedPart):
         return self.build_with(0)
 
 
-AnyProjectionConfig = Annotated[GaLoreConfig | ApolloConfig | ImportedProjectionConfig, Field(discriminator="kind")]
+AnyProjectionConfig = Annotated[
+    GaLoreConfig | ApolloConfig | SGDConfig | MuonConfig | ImportedProjectionConfig, Field(discriminator="kind")
+]
 
 
 class OptimizerConfig(ConfigPart):
@@ -90,7 +119,8 @@ class OptimizerConfig(ConfigPart):
     max_grad_norm: PositiveFloat | None = 1.0
     """Maximum norm of the gradients of all parameters that train. ``null`` does not clip."""
     projection: AnyProjectionConfig | None = None
-    """Low-rank projection of the moments of the layers' weight matrices."""
+    """Update rule in place of AdamW: a low-rank projection of the moments of the layers' weight matrices, ``muon`` for
+    these matrices, or ``sgd`` for all that trains."""
     precision: Literal["weights", "rem16", "exact", "int8"] = "rem16"
     """State kept for bfloat16 weights: ``weights`` keeps moments in bfloat16; ``rem16`` also keeps the 16 bits that
     make the weight a float32 number; ``exact`` keeps these and float32 moments; ``int8`` keeps these and moments in 8
@@ -143,7 +173,8 @@ class MethodConfig(ConfigPart):
             raise ValueError(mismatch)
         if self.optimizer.projection is not None and self.offload in ("blocking", "overlap", "lazy"):
             raise ValueError(
-                f"offload {self.offload}: projected states are small and not streamed; use none or resident"
+                f"offload {self.offload}: the states of projection {self.optimizer.projection.kind} are not streamed; "
+                "use none or resident"
             )
         if self.weights == "streamed" and not self.can_stream_weights:
             raise ValueError("weights streamed: every layer trains at every step, so none can be kept on the host")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from grass_ray.config.adapters import AdapterConfig, LoraConfig
 from grass_ray.config.base import (
@@ -213,18 +213,45 @@ class MatrixNormSamplerConfig(SamplerConfig):
         return "the matrix_norm sampler (MISA) picks weight matrices; set granularity to matrix"
 
 
+def _third_or_indices(value: object) -> str:
+    return "third" if isinstance(value, str) else "indices"
+
+
+_Third = Annotated[Literal["first", "middle", "last"], Tag("third")]
+_Indices = Annotated[tuple[NonNegativeInt, ...], Tag("indices")]
+
+
 class FixedSamplerConfig(SamplerConfig):
     """A control: trains the same layers throughout."""
 
     builds: ClassVar[str] = "grass_ray.layerwise.fixed.FixedSampler"
     in_turn: ClassVar[bool] = True
     kind: Literal["fixed"] = "fixed"
-    layers: Literal["first", "middle", "last"] | tuple[NonNegativeInt, ...] = "middle"
+    layers: Annotated[_Third | _Indices, Discriminator(_third_or_indices)] = "middle"
     """Which layers train: the ``first``, ``middle`` or ``last`` third, or a list of indices from 0."""
 
     def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
         """None: nothing is drawn at random."""
         return {}
+
+
+class ConvergingSamplerConfig(SamplerConfig):
+    """GradES (arXiv 2509.01842): freezes each weight matrix for good when its gradients stand still."""
+
+    builds: ClassVar[str] = "grass_ray.layerwise.converging.ConvergingSampler"
+    in_turn: ClassVar[bool] = True
+    measure: ClassVar[str] = "mean gradient norm"
+    kind: Literal["converging"] = "converging"
+    threshold: PositiveFloat = 0.05
+    """Smallest relative change of the mean gradient norm with which a matrix trains on (tau)."""
+    grace: Decay = 0.5
+    """Fraction of the training in which nothing freezes (alpha)."""
+    period: ScheduledCount = 10
+    """Number of optimizer steps whose gradient norms are averaged and compared with those of the steps before."""
+
+    def arguments(self, seed: int, train_steps: int) -> dict[str, Any]:
+        """The length of the training too, of which ``grace`` is a fraction."""
+        return {"seed": seed, "training_steps": train_steps}
 
 
 class FrequencySamplerConfig(SamplerConfig):
@@ -273,6 +300,7 @@ AnySamplerConfig = Annotated[
     | MatrixNormSamplerConfig
     | FixedSamplerConfig
     | FrequencySamplerConfig
+    | ConvergingSamplerConfig
     | ImportedSamplerConfig,
     Field(discriminator="kind"),
 ]

@@ -22,7 +22,7 @@ from grass_ray.optim.chunks import cut, total_bytes
 from grass_ray.optim.host_weights import streamable_weights
 from grass_ray.optim.kernels import StateLayout, adamw, state_layout
 from grass_ray.optim.options import LayerwiseOptions
-from grass_ray.optim.projection import Projection
+from grass_ray.optim.projection import Projection, projected_parameters
 from grass_ray.optim.units import Unit
 from grass_ray.optim.weights import slot_bytes
 from grass_ray.training.optimizer import build_optimizer
@@ -38,8 +38,8 @@ class TrainedUnits:
         units: what the sampler picks from.
         constant: what trains at every step.
         sampler: started on ``units``.
-        projection: low-rank projection of the moments of ``projected`` matrices, if any.
-        projected: those matrices.
+        projection: updates the ``projected`` parameters in place of AdamW, if there is one.
+        projected: those parameters.
         streamed: the weights of each layer that are on the host while they do not train; none if weights are resident.
         method: the method.
     """
@@ -184,15 +184,15 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
     settings = method.optimizer.projection
     managed = [p for unit in (*optimizer.units, *optimizer.constant_units) for p in unit.parameters]
     streams = method.weights == "streamed"
-    matrices = (p for layer in optimizer.stack.layers for p in layer if p.ndim == 2)
+    projection = None if settings is None else settings.build()
     return TrainedUnits(
         model=model,
         num_layers=optimizer.stack.num_layers,
         units=optimizer.units,
         constant=optimizer.constant_units,
         sampler=sampler,
-        projection=None if settings is None else settings.build(),
-        projected=frozenset(() if settings is None else matrices),
+        projection=projection,
+        projected=frozenset(projected_parameters(projection, optimizer.stack.layers, managed)),
         streamed=streamable_weights(model, optimizer.stack, managed) if streams else [],
         method=method,
     )

@@ -50,8 +50,8 @@ class HostStore:
 
     @property
     def units(self) -> list[str]:
-        """Names of the units that have chunks, in the order of their allocation."""
-        return list(self._chunks)
+        """Names of the units that have chunks or whole tensors here, in the order of their allocation."""
+        return [*self._chunks, *self._whole]
 
     def allocate(self, unit: str, parts: Parts) -> list[Chunk]:
         """The unit's chunks; blocks of zeros when there were none yet.

@@ -20,8 +20,9 @@ class LayerwiseOptions:
     """What :class:`~grass_ray.optim.layerwise_adamw.LayerwiseAdamW` trains besides the layers, and how.
 
     Args:
-        projection: keeps the moments of the layers' matrices in a small space
-            (:class:`~grass_ray.optim.projection.GaLore`, :class:`~grass_ray.optim.projection.Apollo`).
+        projection: updates the layers' matrices in place of AdamW (:class:`~grass_ray.optim.projection.GaLore`,
+            :class:`~grass_ray.optim.projection.Apollo`, :class:`~grass_ray.optim.momentum.Muon`), or all that trains
+            (:class:`~grass_ray.optim.momentum.SGD`).
         inactive_states: ``"keep"`` the states of a layer that leaves the active set, or ``"reset"`` them to zero.
         train_embeddings: train the embeddings (and a head tied to them) at every step.
         train_head: train an untied LM head at every step.

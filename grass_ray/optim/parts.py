@@ -11,6 +11,7 @@ from torch import nn
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.layerwise.stack import DecoderStack, decay_parameters, find_decoder_stack
 from grass_ray.optim.options import LayerwiseOptions
+from grass_ray.optim.projection import projected_parameters
 from grass_ray.optim.refusals import refuse_half
 from grass_ray.optim.sharded import Shards, check_sharded, find_shards
 from grass_ray.optim.units import Unit, constant_units, sampled_units
@@ -27,7 +28,7 @@ class Parts:
         units: what the sampler picks from, from the first layer up.
         constant: what trains at every step.
         managed: the parameters of both.
-        projected: those of them whose moments are kept in a small space.
+        projected: those of them that the projection updates.
         decayed: those that weight decay applies to.
         given: parameters that required a gradient when the model was taken apart.
         unmanaged: names of those of them that are outside the language model.
@@ -75,7 +76,7 @@ def take_apart(model: nn.Module, sampler: Sampler, options: LayerwiseOptions) ->
     shards = find_shards(model)
     if shards is not None and options.projection is not None:
         raise ValueError(
-            f"{type(options.projection).__name__} projects whole matrices, and FSDP2 leaves a worker some rows of "
+            f"{type(options.projection).__name__} updates whole matrices, and FSDP2 leaves a worker some rows of "
             "each; pass the bare model, or a method without a projection"
         )
     stack = find_decoder_stack(model, options.layers)
@@ -105,7 +106,7 @@ def take_apart(model: nn.Module, sampler: Sampler, options: LayerwiseOptions) ->
         units=units,
         constant=constant,
         managed=managed,
-        projected={p for layer in stack.layers for p in layer if options.projection is not None and p.ndim == 2},
+        projected=projected_parameters(options.projection, stack.layers, managed),
         decayed=decayed,
         given=[p for p in model.parameters() if p.requires_grad],
         unmanaged=[names[p] for p in stack.unmanaged if p.requires_grad and p not in set(managed)],

@@ -190,11 +190,14 @@ class OnDevice:
             on_host: whether the unit had host blocks when it was saved.
         """
         to_host = bool(saved) and (self.streams_states or (self.has_blocks and not active))
-        if on_host and self.has_blocks:
+        had_blocks = on_host and self.has_blocks
+        whole = not self._states.projected.isdisjoint(unit.parameters)
+        if had_blocks and not whole:
             self.host.allocate(unit.name, parts_of(unit, self._states))
         self.hold(saved, counters_only=to_host)
-        if to_host:
+        if to_host or (had_blocks and whole):
             self._write(unit, {p: tensors_of(state) for p, state in saved.items()})
+        if to_host:
             self._offloaded.add(unit.name)
 
     def hold(self, saved: Mapping[nn.Parameter, Mapping[str, Tensor]], *, counters_only: bool = False) -> None:
@@ -277,7 +280,9 @@ def check_offload(offload: str, options: LayerwiseOptions) -> None:
     if offload not in (*PLACEMENTS, "auto"):
         raise ValueError(f"offload is {offload!r}; available: {', '.join((*PLACEMENTS, 'auto'))}")
     if offload != "auto" and options.projection is not None and placement_class(offload).streams_states:
-        raise ValueError(f"offload is {offload!r}, but projected states are small and not streamed; use resident")
+        raise ValueError(
+            f"offload is {offload!r}, but states of {type(options.projection).__name__} are not streamed; use resident"
+        )
 
 
 def resolve_offload(offload: str, sampler: Sampler, units: Sequence[Unit], states: States, device: torch.device) -> str:

@@ -9,11 +9,12 @@ the matrix itself; moments are carried over as they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grass_ray.layerwise.generators import keyed_generator
 
@@ -23,13 +24,33 @@ TINY = 1e-8
 
 
 class Projection(Protocol):
-    """How a matrix is updated from moments in a small space."""
+    """How a matrix is updated in place of AdamW, from moments in a small space for example.
+
+    With a class attribute ``every_parameter = True`` it updates all that trains, and not only the layers' matrices.
+    """
 
     def start(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a matrix that was never updated."""
 
     def update(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], *, key: int) -> None:
         """One step on ``parameter`` from its ``.grad``; ``key`` is the parameter's own, for private randomness."""
+
+
+def projected_parameters(
+    projection: Projection | None, layers: Iterable[Iterable[nn.Parameter]], managed: Iterable[nn.Parameter]
+) -> set[nn.Parameter]:
+    """The parameters that a projection updates.
+
+    Args:
+        projection: None for AdamW alone.
+        layers: parameters of each decoder layer.
+        managed: all parameters that ever train.
+    """
+    if projection is None:
+        return set()
+    if getattr(projection, "every_parameter", False):
+        return set(managed)
+    return {p for layer in layers for p in layer if p.ndim == 2}
 
 
 @dataclass(frozen=True, kw_only=True)

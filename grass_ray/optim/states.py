@@ -23,8 +23,8 @@ class States:
     Args:
         held: ``torch.optim.Optimizer.state``.
         precision: what bfloat16 weights keep.
-        projection: how the moments of ``projected`` parameters are kept small.
-        projected: the matrices of the layers if there is a projection.
+        projection: updates the ``projected`` parameters in place of AdamW.
+        projected: what the projection updates.
         index: place of each parameter among all, which names it in a projection.
     """
 

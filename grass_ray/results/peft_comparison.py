@@ -56,7 +56,7 @@ def write_peft_results(records: Sequence[RunRecord], folder: Path) -> tuple[list
         written.append(path)
     if not written:
         raise ConfigError("no run can be written in peft's form" + "".join(f"; {reason}" for reason in left_out))
-    return written, left_out
+    return list(dict.fromkeys(written)), left_out  # a run may be found twice
 
 
 def _missing(record: RunRecord) -> str | None:
@@ -114,6 +114,7 @@ def to_peft_result(record: RunRecord) -> dict[str, Any]:
     }
 
 
+_OPTIMIZERS = {"sgd": "SGD", "muon": "Muon"}  # of torch.optim
 _LAST_STEPS = 250  # over which peft averages the loss that it shows
 
 
@@ -136,7 +137,7 @@ def _train_config(config: RunConfig) -> dict[str, Any]:
         "use_gc": training.gradient_checkpointing != "none",
         "seed": config.seed,
         "grad_norm_clip": optimizer.max_grad_norm or 0.0,
-        "optimizer_type": "AdamW",
+        "optimizer_type": _OPTIMIZERS.get(getattr(optimizer.projection, "kind", ""), "AdamW"),
         "optimizer_kwargs": {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
         "lr_scheduler": None if training.lr_schedule == "constant" else training.lr_schedule,
         "use_amp": False,

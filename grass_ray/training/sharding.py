@@ -30,7 +30,7 @@ def check_shardable(config: RunConfig, workers: int) -> None:
     if workers < 2:
         mistakes.append("there is one worker, and sharding needs two or more (--workers-per-trial 2)")
     if config.method.optimizer.projection is not None:
-        mistakes.append(f"{name} projects whole matrices, of which a worker has some rows")
+        mistakes.append(f"{name} updates whole matrices, of which a worker has some rows")
     if config.method.weights == "streamed":
         mistakes.append("method.weights=streamed needs whole weights, of which a worker has some rows")
     if config.method.adapter is not None and not config.method.adapter.can("shard"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grass_ray.config import RunConfig, ScheduleConfig
+from grass_ray.config import RunConfig, ScheduleConfig, SGDConfig
 from grass_ray.layerwise.sampler import Sampler
 
 
@@ -40,6 +40,8 @@ def _of_states(config: RunConfig) -> Iterator[str]:
         if method.offload == "resident":
             yield "method.offload=resident: nothing is ever inactive, so all states stay on the device as with none"
     projection = method.optimizer.projection
+    if isinstance(projection, SGDConfig) and method.optimizer.precision != "rem16":
+        yield f"method.optimizer.precision={method.optimizer.precision}: it is AdamW's, and sgd updates all that trains"
     refresh_period = getattr(projection, "refresh_period", None)
     if refresh_period is not None and refresh_period >= steps:
         yield (

@@ -68,6 +68,10 @@ TRAINS = {
     "middle-third": LAYERS,
     "last-third": LAYERS,
     "adagradselect": LAYERS,
+    "grades": f"{MATRICES}|{ENDS}",
+    "sgd": f"{LAYERS}|{ENDS}",
+    "muon": f"{LAYERS}|{ENDS}",
+    "grass-muon": LAYERS,
 }
 
 

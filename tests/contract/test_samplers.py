@@ -17,6 +17,7 @@ from small import backward, make_llama
 
 from grass_ray import (
     AllLayersSampler,
+    ConvergingSampler,
     CyclicSampler,
     FixedSampler,
     FrequencySampler,
@@ -133,9 +134,10 @@ SAMPLERS: dict[str, Make] = {
     "fixed-index": lambda seed: FixedSampler([0]),
     "frequency": lambda seed: FrequencySampler(2, 3, probing_steps=2, refresh_period=4, decay=0.8, seed=seed),
     "frequency-alone": lambda seed: FrequencySampler(2, 3, probing_steps=1, epsilon=0.0, seed=seed),
+    "converging": lambda seed: ConvergingSampler(0.3, 0.2, 3, training_steps=30, seed=seed),
     "top_heavy": lambda seed: TopHeavySampler(2, 3, seed=seed),
 }
-IN_TURN = {name for name in SAMPLERS if name.startswith(("all", "fixed", "cyclic"))}
+IN_TURN = {name for name in SAMPLERS if name.startswith(("all", "fixed", "cyclic", "converging"))}
 
 
 KINDS: list[type[SamplerConfig]] = [

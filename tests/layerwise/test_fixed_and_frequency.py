@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from small import short_run
 
 from grass_ray import FixedSampler, FrequencySampler
-from grass_ray.config import FixedSamplerConfig
+from grass_ray.config import ConfigError, FixedSamplerConfig
 from grass_ray.contract.samplers import drive
 
 
@@ -57,6 +58,20 @@ def test_the_state_of_other_layers_is_refused() -> None:
         sampler.start([10] * 6)
     with pytest.raises(ValueError, match="trains the layers"):
         last.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ("upper", "method.sampler.layers: Input should be 'first', 'middle' or 'last' (given: 'upper')"),
+        ([2, -1], "method.sampler.layers.1: Input should be greater than or equal to 0 (given: -1)"),
+    ],
+)
+def test_a_configuration_says_what_layers_may_be(layers: object, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        short_run("last-third").override({"method.sampler.layers": layers})
+    assert words in str(error.value)
+    assert ";" not in str(error.value), "one message for one mistake"
 
 
 def test_indices_are_read_from_a_configuration() -> None:

@@ -576,7 +576,7 @@ def test_host_memory_that_is_not_there_is_a_clear_error(monkeypatch: pytest.Monk
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="projected states are small and not streamed; use resident"):
+    with pytest.raises(ValueError, match="states of GaLore are not streamed; use resident"):
         make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", projection=GaLore(rank=4))
     with pytest.raises(ValueError, match="ring_slots is 0"):
         make_optimizer(make_odd_llama(), UniformSampler(2, 3), offload="lazy", ring_slots=0)

@@ -12,7 +12,7 @@ from grass_ray.config import PeftConfig
 from grass_ray.methods import METHODS
 from grass_ray.results.record import RunRecord
 
-CONTROLS = ("uniform", "top", "inverse")
+CONTROLS = ("uniform", "top", "inverse", "first-third", "middle-third", "last-third", "sgd", "muon", "grass-muon")
 # an adapter of each kind is enough
 TRAINED = [
     name

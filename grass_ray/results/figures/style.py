@@ -89,6 +89,10 @@ STYLES: Mapping[str, Style] = {
     "middle-third": Style("#5c1f91", "#b27be2", "2", LONG),
     "last-third": Style("#84500c", "#f4c88d", "3", DASH_DOT_DOT),
     "adagradselect": Style("#690a07", "#f57c78", "x", LONG),
+    "grades": Style("#0cbd7c", "#55f4b9", "4", DASH_DOT),
+    "sgd": Style("#04156e", "#90a1fa", "+", DASH_DOT_DOT),
+    "muon": Style("#705b09", "#f4dc7f", ".", DOTTED),
+    "grass-muon": Style("#69360b", "#f2bb8e", "|", SOLID),
 }
 _OTHER_COLOURS = (("#661100", "#cc7766"), ("#6699cc", "#7fb0e0"), ("#888800", "#bbbb44"), ("#996677", "#bf8f9f"))
 _OTHER_MARKERS = ("4", "+", "d", "H", "8")
