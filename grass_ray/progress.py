@@ -176,7 +176,7 @@ class TrialView:
     failure: str | None = None
     started: float | None = None
     seconds: float | None = None
-    earlier: bool = False
+    earlier: str = ""
 
     def describe(self) -> str:
         """One line about the trial."""
@@ -185,7 +185,7 @@ class TrialView:
             if self.accuracy is None and self.loss is not None:
                 result = f"{self.loss[0]} {self.loss[1]:.4f}"
             took = "" if self.seconds is None else f" in {describe_seconds(self.seconds)}"
-            return f"finished{took}  {result}" + ("  (before this resume)" if self.earlier else "")
+            return f"finished{took}  {result}" + (f"  ({self.earlier})" if self.earlier else "")
         if self.state in ENDED:
             return f"{self.state}: {self.failure or 'no reason known'}"
         if self.state == "evaluating" and self.values.get("task"):
@@ -271,9 +271,9 @@ class SweepProgress:
         accuracy: float | None,
         failure: str | None,
         loss: tuple[str, float] | None = None,
-        earlier: bool = False,
+        earlier: str = "",
     ) -> None:
-        """A trial ended; ``earlier``: before this process began, so that it took no time now."""
+        """A trial ended; ``earlier`` says when, if it was before this process began, so that it took no time now."""
         trial = self.trials[key]
         trial.loss = loss
         trial.state, trial.accuracy, trial.failure, trial.earlier = state, accuracy, failure, earlier

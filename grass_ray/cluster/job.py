@@ -57,6 +57,11 @@ class SweepContext(BaseModel):
         """Whether a trial is one process from its beginning to its end, and so needs no Ray Train."""
         return self.resources.workers == 1 and self.parallel == "replicate"
 
+    def describe(self, machine: str) -> str:
+        """A machine in words; speed and memory of shards, or of a changing number of workers, are not comparable."""
+        suffix = ", model sharded" if self.parallel == "shard" else ""
+        return machine + suffix + (f", elastic from {self.resources.min_workers}" if self.resources.elastic else "")
+
 
 class Job(BaseModel):
     """One trial, or one generation of a population's member.
@@ -119,10 +124,8 @@ class Job(BaseModel):
 
     @property
     def hardware(self) -> str:
-        """This machine in words; speed and memory of shards, or of a changing number of workers, are not comparable."""
-        resources = self.context.resources
-        suffix = ", model sharded" if self.context.parallel == "shard" else ""
-        return hardware() + suffix + (f", elastic from {resources.min_workers}" if resources.elastic else "")
+        """This machine in words, as the record says it."""
+        return self.context.describe(hardware())
 
     @property
     def run_context(self) -> RunContext:

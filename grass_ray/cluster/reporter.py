@@ -176,7 +176,7 @@ class TrialStore:
             accuracy=record.metrics.get("eval/average"),
             loss=_loss(record),
             failure=record.failure,
-            earlier=earlier,
+            earlier=_earlier(record) if earlier else "",
         )
         if not earlier:  # a resumed sweep begins with many at once
             self.overview.show(list(self.records.values()))
@@ -312,6 +312,10 @@ def _last_error(trial: Any) -> str:
 
 def _key(trial: Any) -> str:
     return str(trial.config["job"]["key"])
+
+
+def _earlier(record: RunRecord) -> str:
+    return "before this resume" if record.reused_from is None else f"taken over from {record.reused_from}"
 
 
 def _loss(record: RunRecord) -> tuple[str, float] | None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,11 +20,12 @@ from rich.console import Console
 from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.resources import ClusterInfo, TrialResources
+from grass_ray.cluster.reuse import Reuse, machine_of_trials
 from grass_ray.cluster.search import Final, MethodSearch
 from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
-from grass_ray.config import installed_code
+from grass_ray.config import RunConfig, installed_code
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
@@ -31,7 +33,7 @@ from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.pages import is_server, run_page
 from grass_ray.results.provenance import redact
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
 from grass_ray.results.tracker import Tracker
@@ -134,20 +136,41 @@ class SweepRunner:
             if uses_train and plan is not None and plan.scheduler != "none":
                 cluster.check_dashboard()
             context = self._context(cluster)
+            reuse = self._reuse(cluster, context)
             with self.progress:
+                if reuse is not None:
+                    known = [trial for search in searches for trial in search.known()]
+                    self._take_over(reuse, [*((config, None) for config in self.plan.trials), *known], trial_store)
                 for search in searches:
                     if search.is_left():
                         run_trials(search.tune_run(context, cluster.memories), context, trial_store)
                 for search in searches:
                     if not search.finals():
                         self._say(f"no trial of {search.spec.method} came to its end: it has no winner", always=True)
+                finals = self._finals(trial_store, searches)
+                if reuse is not None and searches:
+                    self._take_over(reuse, [(final.config, final.search) for final in finals], trial_store)
                 jobs = [
                     Job.of(final.config, context, search=final.search, start_from=final.start_from)
-                    for final in self._finals(trial_store, searches)
+                    for final in finals
                     if not trial_store.has_ended(final.config)
                 ]
                 if jobs:
                     run_trials(TuneRun(name="tune", jobs=jobs), context, trial_store)
+
+    def _reuse(self, cluster: ClusterInfo, context: SweepContext) -> Reuse | None:
+        if not self.options.reuse:
+            return None
+        machine = machine_of_trials(cluster, context)
+        return Reuse(self.plan, self.storage, context, machine, self.progress.note)
+
+    def _take_over(
+        self, reuse: Reuse, trials: Sequence[tuple[RunConfig, SearchPart | None]], trial_store: TrialStore
+    ) -> None:
+        """Take over what has run before, of the trials that are left."""
+        left = [(config, search) for config, search in trials if not trial_store.has_ended(config)]
+        for config in reuse.take_over(left):
+            trial_store.end(config.fingerprint, None, earlier=True)
 
     def _context(self, cluster: ClusterInfo) -> SweepContext:
         """Divide the cluster among trials, and say how."""

@@ -87,6 +87,10 @@ class MethodSearch:
         more = self.plan.adaptive and len(self.trials) < (self.plan.num_samples or 0)
         return len(self.ended()) < len(self.trials) or (more and not self.exhausted)
 
+    def known(self) -> list[tuple[RunConfig, SearchPart]]:
+        """The trials that are known, with what their records say of the search."""
+        return [(config, self._search_part(number, "search")) for number, config in enumerate(self.trials)]
+
     def records(self) -> list[RunRecord]:
         """The trials' records, in the order of the trials."""
         records = self._trial_store.records

@@ -26,9 +26,10 @@ from grass_ray.experiment.flags import lm_eval_settings
 from grass_ray.paths import absolute, find_model, with_absolute_paths
 from grass_ray.process import INTERRUPTED
 from grass_ray.progress import RunProgress
-from grass_ray.results.provenance import git_state, hardware, versions, write_examples
+from grass_ray.results.environment import compare_environments, environment_of
+from grass_ray.results.provenance import write_examples
 from grass_ray.results.record import RunRecord
-from grass_ray.results.reproduction import Check, Environment, ExtractedAnswers, compare_environments, compare_records
+from grass_ray.results.reproduction import Check, ExtractedAnswers, compare_records
 from grass_ray.results.store import download, is_run_id
 from grass_ray.tasks.dataset_rows import find_dataset
 from grass_ray.tasks.scores import EvaluationResult
@@ -151,11 +152,11 @@ def reproduce(
         say(f"original  {record.name}, {record.status} on {record.started_at[:10]}, from {original.where}")
         say(f"runs      {_steps(record, config)}")
         say(f"writes    {output or 'nothing'}")
-    warnings = compare_environments(record, _environment(config))
+    warnings = compare_environments(record, environment_of(config))
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if not warnings and not quiet:
-        say("same      versions, hardware, commit, model and data as recorded")
+        say("same      versions, hardware, code, model and data as recorded")
     if dry_run:
         return 0
     try:
@@ -286,24 +287,6 @@ def _steps(record: RunRecord, config: RunConfig) -> str:
 
 def _last_step(record: RunRecord) -> int:
     return max((points[-1][0] for points in record.series.values() if points), default=0)
-
-
-def _environment(config: RunConfig) -> Environment:
-    from grass_ray.tasks.sources import load_test_rows, load_train_rows
-    from grass_ray.training.metrics import default_device
-    from grass_ray.training.weights import base_model_sha256
-
-    git = git_state()
-    tests = {task: load_test_rows(task, config.data).provenance for task in config.data.tasks}
-    return Environment(
-        versions=versions(),
-        hardware=hardware(default_device().type),
-        git_commit=git.commit,
-        git_dirty=git.dirty,
-        model_sha256=base_model_sha256(config.model),
-        train_sha256=load_train_rows(config.data).provenance["rows_sha256"],
-        test_sha256={task: provenance["files"][0]["sha256"] for task, provenance in tests.items()},
-    )
 
 
 class _Retrace(Listener):

@@ -112,6 +112,8 @@ class SweepOptions:
     """memory in GiB that each worker may take; default: that of its device"""
     memory_check: bool = True
     """refuse trials that cannot fit into their device's memory, before they start"""
+    reuse: bool = False
+    """take over trials that have run in this store before, where neither configuration, data, model nor code changed"""
     resume: bool = False
     """finish this sweep's newest interrupted run"""
     dry_run: bool = False
@@ -163,6 +165,11 @@ class SweepOptions:
         if self.search == "grid" and self.num_samples is not None:
             mistakes.append(
                 "--search grid takes every point of the grid; leave --num-samples out, or use --search random"
+            )
+        if self.reuse and self.scheduler != "none":
+            mistakes.append(
+                f"--reuse takes over whole trials, and those of --scheduler {self.scheduler} depend on each other; "
+                "leave one of them out"
             )
         if self.data is not None and self.tasks:
             mistakes.append(f"--tasks {' '.join(self.tasks)} has no effect: --data {self.data} is a task of its own")

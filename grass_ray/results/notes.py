@@ -181,6 +181,8 @@ def comparison_notes(rows: Sequence[LeaderboardRow]) -> list[str]:
     if len(texts := sorted({text for row in rows for text in row.forgetting_texts})) > 1:
         notes.append(f"forgot: measured on different texts, which cannot be compared: {', '.join(texts)}")
     notes += _contamination(rows)
+    if reused := [f"{row.label} ({', '.join(row.reused_from)})" for row in rows if row.reused_from]:
+        notes.append(f"taken over from earlier runs, not run again: {', '.join(reused)}")
     return notes
 
 

@@ -164,6 +164,7 @@ class RunRecord(RecordPart):
     threads: int | None = Field(default=None, description="CPU threads that torch used")
     weights_sha256: str | None = Field(default=None, description="of the trained parameters at the end")
     search: SearchPart | None = None
+    reused_from: str | None = Field(default=None, description="id of the earlier run whose results were taken over")
     code: dict[str, str] = Field(
         default_factory=dict, description="text of the modules, by path, of a method of the user's own"
     )

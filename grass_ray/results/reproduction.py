@@ -4,7 +4,6 @@
 
     checks = compare_records(recorded, rerun)
     reproduced = all(check.agrees is not False for check in checks)
-    warnings = compare_environments(recorded, Environment(...))
 
 Losses, learning rates, gradient norms, what the sampler did, accuracies and every example's answer must be equal in
 every bit. Seconds, tokens per second and memory depend on the machine's other work: they are shown only.
@@ -16,7 +15,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from grass_ray.results.record import LmEvalScore, RunRecord, TaskScore
@@ -37,19 +36,6 @@ class Check:
     what: str
     agrees: bool | None
     detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """What this process would rerun a record with. Hashes are None if the files are not here."""
-
-    versions: Mapping[str, str]
-    hardware: str
-    git_commit: str | None
-    git_dirty: bool | None
-    model_sha256: str | None
-    train_sha256: str | None
-    test_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare_records(
@@ -254,41 +240,3 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         return len(old) == len(new) and all(_same(a, b) for a, b in zip(old, new, strict=True))
     return bool(old == new)
-
-
-# --------------------------------------------------------------------------------------------------------- environment
-
-
-def compare_environments(recorded: RunRecord, now: Environment) -> list[str]:
-    """What differs here from where the record was made, one sentence each."""
-    found = []
-    for package in sorted(recorded.versions.keys() | now.versions.keys()):
-        old, new = recorded.versions.get(package, "not installed"), now.versions.get(package, "not installed")
-        if old != new:
-            found.append(f"{package} was {old}, is {new}")
-    if recorded.hardware != now.hardware:
-        found.append(f"hardware was {recorded.hardware}, is {now.hardware}")
-    found += _commits(recorded, now)
-    found += _hash("the base model's weights", recorded.model_sha256, now.model_sha256)
-    found += _hash("the training rows", recorded.data.get("train", {}).get("rows_sha256"), now.train_sha256)
-    for task, score in recorded.tasks.items():
-        found += _hash(f"the test rows of {task}", score.protocol.get("test_sha256"), now.test_sha256.get(task))
-    return found
-
-
-def _commits(recorded: RunRecord, now: Environment) -> list[str]:
-    old, new = (None if commit is None else commit[:9] for commit in (recorded.git_commit, now.git_commit))
-    found = [] if old == new else [f"the commit was {old or 'not recorded'}, is {new or 'unknown: no checkout'}"]
-    if recorded.git_dirty:
-        found.append(f"the original ran with uncommitted changes on top of {old}")
-    if now.git_dirty:
-        found.append(f"this checkout has uncommitted changes on top of {new}")
-    return found
-
-
-def _hash(what: str, old: str | None, new: str | None) -> list[str]:
-    if old == new:
-        return [] if old is not None else [f"{what} were not hashed in the record and cannot be checked"]
-    if old is None:
-        return [f"{what} were not hashed in the record and cannot be checked"]
-    return [f"{what} are others: sha256 was {old[:12]}, is {'unknown' if new is None else new[:12]}"]

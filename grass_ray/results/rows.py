@@ -61,6 +61,7 @@ class LeaderboardRow:
             were.
         pareto: whether no other row has both more accuracy and less peak memory.
         learning_rates_tried: how many this method's runs in the table tried, whatever became of them.
+        reused_from: runs whose results were taken over (``--reuse``).
         train_rows: rows that were trained on; ``train_rows_dropped`` were too long.
         test: names what the row was tested on; rows with another name answered other questions, or were judged by
             other rules.
@@ -105,6 +106,7 @@ class LeaderboardRow:
     commit: str | None
     date: str
     run_ids: list[str]
+    reused_from: list[str] = field(default_factory=list)
     train_rows: int | None = None
     train_rows_dropped: int | None = None
     test: str | None = None
@@ -238,6 +240,7 @@ def _row(group: Sequence[RunRecord], variant: str, learning_rates: int) -> Leade
         commit=_commit(group),
         date=max(record.finished_at for record in group)[:10],
         run_ids=[record.run_id for record in group],
+        reused_from=[record.reused_from for record in group if record.reused_from is not None],
         train_rows=min(_counts(group, "train_rows_used"), default=None),
         train_rows_dropped=max(_counts(group, "train_rows_dropped"), default=None),
         ranked_by=ranked_by(config["evaluation"].get("scoring")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,6 +119,43 @@ def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
     with store_errors(uri):
         experiments = [item.experiment_id for item in client.search_experiments()]
         return list({key: _listed(key, run) for key, run in _child_runs(client, experiments)}.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlierRun:
+    """A finished trial in MLflow. ``folder`` is where it wrote its files; None if the run does not say."""
+
+    run_id: str
+    sweep_id: str
+    trial_key: str
+    folder: str | None
+
+
+def earlier_runs(tracking_uri: str, keys: Collection[str]) -> list[EarlierRun]:
+    """List the finished trials of all experiments with one of these keys, oldest first.
+
+    Raises:
+        ConfigError: the store does not exist.
+    """
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        experiments = [item.experiment_id for item in client.search_experiments()]
+        return [
+            EarlierRun(
+                run_id=str(run.info.run_id), sweep_id=sweep_id, trial_key=key, folder=run.data.tags.get("folder")
+            )
+            for (sweep_id, key), run in _child_runs(client, experiments)
+            if key in keys and run.data.tags.get("status") == "finished"
+        ]
+
+
+def download_files(tracking_uri: str, run_id: str, folder: Path) -> None:
+    """Download all artifacts of a run into ``folder``."""
+    uri = _existing(tracking_uri)
+    client = connect(uri)
+    with store_errors(uri):
+        client.download_artifacts(run_id, "", str(folder))
 
 
 def download(tracking_uri: str, run_id: str, names: Sequence[str], folder: Path) -> dict[str, Path]:

@@ -226,6 +226,8 @@ class Tracker:
             "git_commit": record.git_commit or "-",
             "git_dirty": "-" if record.git_dirty is None else str(record.git_dirty).lower(),
         }
+        if record.reused_from:
+            tags["reused_from"] = record.reused_from
         if record.failure:
             tags["failure"] = record.failure[:5000]
 

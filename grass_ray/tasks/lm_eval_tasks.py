@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -90,6 +90,12 @@ def _cannot_run(name: str, task: Any) -> str | None:
     if getattr(task, "MULTIMODAL", False):
         return f"the task {name} of lm-eval asks about pictures; give a task about text"
     return None
+
+
+def leaves(found: Iterable[Any]) -> Iterator[Any]:
+    """The tasks themselves, those of groups too."""
+    for item in found:
+        yield from item.get_all_tasks() if hasattr(item, "get_all_tasks") else (item,)
 
 
 def _parts(found: list[Any]) -> dict[str, tuple[str, ...]]:

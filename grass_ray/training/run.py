@@ -25,7 +25,6 @@ from grass_ray.optim.sharded import reshard
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.lm_eval_run import evaluate_lm_eval
 from grass_ray.tasks.lm_eval_scores import LmEvalResult, lm_eval_metrics
-from grass_ray.tasks.lm_eval_tasks import load_lm_eval
 from grass_ray.tasks.readback import check_answers
 from grass_ray.tasks.rows import AnyRow, hash_rows
 from grass_ray.tasks.scores import EvaluationResult, contaminated_tasks, score_metrics, workload_metrics
@@ -37,6 +36,7 @@ from grass_ray.training.built_in import cache_folder
 from grass_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from grass_ray.training.checks import check_run
 from grass_ray.training.forgetting import Forgetting
+from grass_ray.training.inputs import hash_inputs
 from grass_ray.training.loop import TrainState, fit
 from grass_ray.training.lost_rows import describe_lost_rows
 from grass_ray.training.metrics import MemoryMeter, default_device
@@ -97,12 +97,12 @@ class Run:
         torch.manual_seed(config.seed)
         device = device or default_device()
         training = config.training
-        if config.evaluation.test and config.evaluation.lm_eval.tasks:
-            load_lm_eval(config.evaluation.lm_eval)  # their data may have to be downloaded: now, not after hours
         loaded = load_model(config.model)
+        inputs = hash_inputs(config)  # lm-eval's data may have to be downloaded: now, not after hours
         if config.data.source.downloads and config.evaluation.test:
             check_answers(config.data, config.evaluation, loaded.tokenizer, online=True)
         batches, held_out, data = _load_data(config, loaded.tokenizer)
+        data["inputs"] = inputs
         model = add_adapter(loaded.model, config.method.adapter)
         size = checkpoint_bytes(model)
         if parallel == "replicate" and config.method.weights == "streamed":

@@ -39,12 +39,20 @@ def base_model_sha256(config: ModelConfig) -> str | None:
     """
     if config.name == "tiny":
         return _tiny_sha256()
-    folder = cache_folder() / config.name if config.name == "smollm2-135m" else find_folder(config)
+    folder = model_folder(config)
     for pattern in _WEIGHTS:
         files = sorted(folder.glob(pattern)) if folder is not None else []
         if files:
             return _sha256_of(files)
     return None
+
+
+def model_folder(config: ModelConfig) -> Path | None:
+    """The folder with a model's files; None for the built-in ``tiny``, and if they are not on this machine."""
+    if config.name == "tiny":
+        return None
+    folder = cache_folder() / config.name if config.name == "smollm2-135m" else find_folder(config)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _sha256_of(files: Sequence[Path]) -> str:

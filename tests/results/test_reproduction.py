@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from result_records import make_history, make_record, make_series
 
+from grass_ray.results.environment import Environment, compare_environments
 from grass_ray.results.record import RunRecord
-from grass_ray.results.reproduction import Environment, compare_environments, compare_records
+from grass_ray.results.reproduction import compare_records
 
 
 def record(**changes: object) -> RunRecord:
@@ -140,3 +142,31 @@ def test_a_record_of_an_older_version_says_what_cannot_be_checked() -> None:
     said = compare_environments(recorded, now)
     assert "the original ran with uncommitted changes on top of 012345678" in said
     assert sum("were not hashed in the record" in sentence for sentence in said) == 3
+
+
+def test_the_code_is_compared_by_its_files_where_the_record_hashed_them() -> None:
+    recorded = make_record()
+    recorded.data["inputs"] = {"package": "a" * 64, "tasks of lm-eval": "b" * 64}
+    recorded.git_commit, recorded.git_dirty = "1" * 40, True
+    same: dict[str, Any] = {
+        "versions": recorded.versions,
+        "hardware": recorded.hardware,
+        "git_commit": "2" * 40,
+        "git_dirty": True,
+        "model_sha256": recorded.model_sha256,
+        "train_sha256": recorded.data.get("train", {}).get("rows_sha256"),
+        "test_sha256": {task: score.protocol.get("test_sha256") for task, score in recorded.tasks.items()},
+    }
+
+    def said(**inputs: str) -> list[str]:
+        here = Environment(**same, inputs={name.replace("_", " "): value for name, value in inputs.items()})
+        return [line for line in compare_environments(recorded, here) if "cannot be checked" not in line]
+
+    tasks = {"tasks of lm-eval": "b" * 64}
+    assert said(package="a" * 64, **tasks) == [], "another commit of the same files"
+    assert said(package="c" * 64, **tasks)[:2] == [
+        f"the files of grass_ray are others: sha256 was {'a' * 12}, is {'c' * 12}",
+        f"the commit was {'1' * 9}, is {'2' * 9}",
+    ]
+    changed = f"the tasks of lm-eval are others: sha256 was {'b' * 12}, is {'d' * 12}"
+    assert said(package="a" * 64, **{"tasks of lm-eval": "d" * 64}) == [changed]
