@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +86,18 @@ def memory_table() -> str:
         sizes = (row["predicted"]["peak_bytes"], row["predicted"]["host_bytes"])
         cells = [", ".join([f"`{row['method']}`", *settings]), "" if settings else smollm2[row["method"]]]
         lines.append(f"| {' | '.join([*cells, *(f'{size / 2**30:.1f}' for size in sizes)])} |")
+    return "\n".join(lines)
+
+
+def method_costs() -> str:
+    """What a step of every method takes beside one of full fine-tuning, from the recorded results."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text(encoding="utf-8"))["costs"]
+    lines = ["| method | step / step of full fine-tuning | peak GiB | of full's peak |", "|---|---|---|---|"]
+    peaks = {name: max(cost["peak_allocated_gib"] for cost in costs) for name, costs in recorded.items()}
+    for name in sorted(recorded, key=peaks.__getitem__):
+        pairs = zip(recorded[name], recorded["full"], strict=True)
+        ratio = median(own["step_s"] / full["step_s"] for own, full in pairs)
+        lines.append(f"| {name} | {ratio:.2f} | {peaks[name]:.2f} | {peaks[name] / peaks['full']:.2f} |")
     return "\n".join(lines)
 
 

@@ -175,6 +175,7 @@ def test_the_predictions_of_memory_are_the_recorded_ones() -> None:
 
 def test_the_front_page_has_the_recorded_memory() -> None:
     assert GENERATED["memory_table"]() in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert "| full | 1.00 |" in GENERATED["method_costs"]()
 
 
 def test_the_front_page_is_short() -> None:
