@@ -44,7 +44,7 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str, sweep
         (["--machines", "0"], "--machines 0: give 1 or more"),
         (["--gpu-memory", "0.5"], "--gpu-memory 0.5: give more than the 0.5 GiB of a process"),
         (["--parallel", "shard"], "--parallel shard needs --workers-per-trial 2 or more"),
-        (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore projects whole matrices"),
+        (["--parallel", "shard", "--workers-per-trial", "2", "--methods", "galore"], "galore updates whole matrices"),
         (["--min-workers-per-trial", "0"], "--min-workers-per-trial 0: give 1 or more"),
         (["--min-workers-per-trial", "2"], "--min-workers-per-trial 2: give at most --workers-per-trial, which is 1"),
         (

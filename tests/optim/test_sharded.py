@@ -708,8 +708,8 @@ def test_a_gradient_that_is_not_finite_on_one_worker_changes_nothing_on_any(work
 
 
 REFUSED = {
-    "galore": "GaLore projects whole matrices, and FSDP2 leaves a worker some rows of each",
-    "apollo": "Apollo projects whole matrices",
+    "galore": "GaLore updates whole matrices, and FSDP2 leaves a worker some rows of each",
+    "apollo": "Apollo updates whole matrices",
     "hybrid": "mesh of shape (2, 1), one of 1 layouts; layer-wise training works with FSDP2 over one mesh",
     "columns": "one of 2 layouts; layer-wise training works with FSDP2 over one mesh of one dimension, sharded by rows",
     "partly": "1 parameters that train are not sharded (lm_head.weight), while others are; give the whole model to",
