@@ -168,7 +168,9 @@ def test_the_predictions_of_memory_are_the_recorded_ones() -> None:
     rows = json.loads((REPOSITORY / "benchmarks" / "results" / "memory_plan.json").read_text(encoding="utf-8"))["rows"]
     ratios = [row["ratio"] for row in rows]
     assert f"| all | {len(rows)} | {min(ratios):.3f} to {max(ratios):.3f} |" in table
-    assert all(abs(ratio - 1) <= 0.035 for ratio in ratios), "the guide says so"
+    assert all(abs(row["ratio"] - 1) <= (0.035 if row["method"] in ("c3a", "fourierft") else 0.018) for row in rows), (
+        "the guide says so"
+    )
     for setting in ("gradient_checkpointing all", "states lazy", "weights streamed", "bfloat16", "precision int8"):
         assert f"| {setting} |" in table
 

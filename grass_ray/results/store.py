@@ -117,8 +117,7 @@ def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
     uri = _existing(tracking_uri)
     client = connect(uri)
     with store_errors(uri):
-        experiments = [item.experiment_id for item in client.search_experiments()]
-        return list({key: _listed(key, run) for key, run in _child_runs(client, experiments)}.values())
+        return list({key: _listed(key, run) for key, run in _every_child_run(client)}.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,12 +139,11 @@ def earlier_runs(tracking_uri: str, keys: Collection[str]) -> list[EarlierRun]:
     uri = _existing(tracking_uri)
     client = connect(uri)
     with store_errors(uri):
-        experiments = [item.experiment_id for item in client.search_experiments()]
         return [
             EarlierRun(
                 run_id=str(run.info.run_id), sweep_id=sweep_id, trial_key=key, folder=run.data.tags.get("folder")
             )
-            for (sweep_id, key), run in _child_runs(client, experiments)
+            for (sweep_id, key), run in _every_child_run(client)
             if key in keys and run.data.tags.get("status") == "finished"
         ]
 
@@ -246,6 +244,11 @@ def _listed(key: tuple[str, str], run: Any) -> TrackedRun:
         loss=metrics.get("eval/loss"),
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
     )
+
+
+def _every_child_run(client: MlflowClient) -> Iterator[tuple[tuple[str, str], Any]]:
+    """Those of all experiments."""
+    return _child_runs(client, [item.experiment_id for item in client.search_experiments()])
 
 
 def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[tuple[str, str], Any]]:

@@ -459,7 +459,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_sharded as t\nt.work(int(sys.argv[3]), sys.argv[4])"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(here), str(here.parent), str(rank), str(folder)],
+            [sys.executable, "-X", "faulthandler", "-c", code, str(here), str(here.parent), str(rank), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
