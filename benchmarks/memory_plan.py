@@ -242,7 +242,6 @@ def planned_cases() -> Iterator[Case]:
         ("grass", {"offload": "resident"}),
         ("grass", {"offload": "resident", "precision": "int8"}),
         ("grass", {"offload": "lazy"}),
-        ("grass", {"offload": "lazy", "in_backward": True}),
         ("grass", {"offload": "resident", "weights": "streamed"}),
         ("grass", {"offload": "lazy", "weights": "streamed"}),
         ("grass", {"offload": "lazy", "weights": "streamed", "shape": short}),
