@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
-from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, text_of
+from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, read_yaml, text_of
 from grass_ray.config.base import explain
 from grass_ray.methods import METHODS, Method
 
@@ -67,12 +66,7 @@ def methods_with(path: Path | None) -> Mapping[str, Method]:
 
 def read_rows(path: Path) -> list[Method]:
     """Read the rows of a method file, without their code. Raises :class:`ConfigError` that lists all mistakes."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the method file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the method file {path} is not YAML: {error}") from None
+    values = read_yaml(path, "the method file")
     if not isinstance(values, list) or not values:
         raise ConfigError(f"the method file {path} must be a list of methods, such as - {{name: ..., summary: ...}}")
     rows: list[Method] = []

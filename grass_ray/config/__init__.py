@@ -33,7 +33,7 @@ from grass_ray.config.data import (
     Shape,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, read_text, to_json, whole_file
+from grass_ray.config.files import from_json, read_text, read_yaml, to_json, whole_file
 from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
@@ -150,6 +150,7 @@ __all__ = [
     "from_json",
     "installed_code",
     "read_text",
+    "read_yaml",
     "recomputed_layers",
     "slug",
     "text_of",

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import pydantic_core
+import yaml
+
+from grass_ray.errors import ConfigError
 
 
 @contextmanager
@@ -64,3 +67,23 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(inner) for inner in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Read a file that a user wrote.
+
+    Args:
+        path: of the file, in UTF-8.
+        what: the words for it in messages, such as "the method file".
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {what} {path}: it is no text in UTF-8 ({error.reason})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None

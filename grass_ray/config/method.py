@@ -73,7 +73,7 @@ class SGDConfig(ProjectionConfig):
 
 
 class MuonConfig(ProjectionConfig):
-    """Muon, of the layers' weight matrices: makes each moment orthogonal. AdamW trains all else. Needs torch 2.9."""
+    """Muon, of the layers' weight matrices: makes each moment orthogonal. AdamW trains all else."""
 
     builds: ClassVar[str] = "grass_ray.optim.momentum.Muon"
     kind: Literal["muon"] = "muon"

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ValidationError, field_serializer, model_v
 
 from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
 from grass_ray.config.data import DataConfig
-from grass_ray.config.files import whole_file
+from grass_ray.config.files import read_yaml, whole_file
 from grass_ray.config.method import MethodConfig
 from grass_ray.errors import ConfigError
 from grass_ray.overrides import Changes, apply, flatten
@@ -164,12 +164,7 @@ class RunConfig(ConfigPart):
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a configuration file. Raises :class:`ConfigError` on a missing or malformed one."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
+        values = read_yaml(path, "the configuration")
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of keys")
         return cls.parse(values)
