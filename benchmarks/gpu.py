@@ -155,6 +155,8 @@ def peak_items(options: Options) -> Iterator[Item]:
                 case = Case(model=model, method=method, offload=offload, dtype=dtype_of(model), shape=shape, **extra)
                 words = (model, method, f"{shape.rows}x{shape.tokens}", str(shape.checkpointing), *extra.values())
                 yield Item(part="peaks", name="-".join(words), values={"case": asdict(case)})
+        inside = Case(model=model, method="full", offload="lazy", dtype=dtype_of(model), shape=saving, in_backward=True)
+        yield Item(part="peaks", name=f"{model}-full-in-backward", values={"case": asdict(inside)})
 
 
 def dtype_of(model: str) -> Literal["float32", "bfloat16"]:
