@@ -217,7 +217,7 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
     Keys that came later are left out at their defaults: runs of an earlier version are still found.
     """
     later: dict[str, dict[str, Any]] = {
-        "method": {"weights": "resident", "update_in_backward": False},
+        "method": {"weights": "resident", "update_in_backward": False, "inactive_updates": None},
         "evaluation": {"lm_eval": LmEvalConfig().model_dump(mode="json")},
     }
     old = {
