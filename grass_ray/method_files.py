@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, text_of
 from grass_ray.config.base import explain
 from grass_ray.methods import METHODS, Method
+from grass_ray.reading import parse_yaml, read_file
 
 STEPS = 100  # length of the training for which parts are built to see that they can be
 
@@ -67,12 +67,7 @@ def methods_with(path: Path | None) -> Mapping[str, Method]:
 
 def read_rows(path: Path) -> list[Method]:
     """Read the rows of a method file, without their code. Raises :class:`ConfigError` that lists all mistakes."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the method file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the method file {path} is not YAML: {error}") from None
+    values = parse_yaml(read_file(path, "method file"), f"the method file {path}")
     if not isinstance(values, list) or not values:
         raise ConfigError(f"the method file {path} must be a list of methods, such as - {{name: ..., summary: ...}}")
     rows: list[Method] = []

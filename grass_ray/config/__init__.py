@@ -33,7 +33,7 @@ from grass_ray.config.data import (
     Shape,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, read_text, to_json, whole_file
+from grass_ray.config.files import from_json, part_folder, read_text, sync, to_json, whole_file
 from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
@@ -147,9 +147,11 @@ __all__ = [
     "fingerprint_of",
     "from_json",
     "installed_code",
+    "part_folder",
     "read_text",
     "recomputed_layers",
     "slug",
+    "sync",
     "text_of",
     "to_json",
     "whole_file",

@@ -18,6 +18,7 @@ from grass_ray.config.files import whole_file
 from grass_ray.config.method import MethodConfig
 from grass_ray.errors import ConfigError
 from grass_ray.overrides import Changes, apply, flatten
+from grass_ray.reading import parse_yaml, read_file
 
 # what each data-parallel worker holds: the whole model, or a shard of it (FSDP2); changes memory, not the numbers
 Parallel = Literal["replicate", "shard"]
@@ -164,12 +165,7 @@ class RunConfig(ConfigPart):
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a configuration file. Raises :class:`ConfigError` on a missing or malformed one."""
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
+        values = parse_yaml(read_file(Path(path), "configuration"), str(path))
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of keys")
         return cls.parse(values)

@@ -31,6 +31,7 @@ from grass_ray.method_files import methods_with
 from grass_ray.methods import Method, get_method
 from grass_ray.overrides import Changes, flatten, has, merge, parse
 from grass_ray.paths import find_model, with_absolute_paths
+from grass_ray.reading import parse_yaml
 from grass_ray.results.searches import read_settings
 from grass_ray.tasks.readback import choose_evaluation
 
@@ -79,9 +80,7 @@ class SweepPlan(ConfigPart):
     def from_yaml(cls, text: str, where: str) -> SweepPlan:
         """Read a plan. Raises :class:`ConfigError` that names ``where`` if the text is no plan."""
         try:
-            return cls.model_validate(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
+            return cls.model_validate(parse_yaml(text, where))
         except ValidationError as error:
             raise ConfigError(f"{where} is not a sweep's plan: {explain(error)}") from None
 

@@ -22,6 +22,7 @@ import yaml
 from grass_ray.config import ConfigError
 from grass_ray.methods import METHODS, Method, unknown
 from grass_ray.overrides import assignment, flatten
+from grass_ray.reading import parse_yaml, read_file
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import VALIDATION
 
@@ -198,12 +199,7 @@ def read_settings(path: Path, known: Mapping[str, Method] = METHODS) -> dict[str
         ConfigError: the file cannot be read, is of another form, or names a method that does not exist.
     """
     form = "methods: {NAME: [dotted.key=value, ...], ...}"
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the settings {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the settings {path} are not YAML: {error}") from None
+    values = parse_yaml(read_file(path, "settings"), f"the settings file {path}")
     methods = values.get("methods") if isinstance(values, dict) and set(values) == {"methods"} else None
     if not isinstance(methods, dict) or not all(
         isinstance(own, list) and all(isinstance(text, str) for text in own) for own in methods.values()
