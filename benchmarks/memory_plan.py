@@ -26,13 +26,14 @@ import tyro
 from torch import Tensor
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights, recomputed_layers
-from grass_ray.memory.fit import TOLERANCE, needed_bytes, plan_decided
+from grass_ray.memory.fit import TOLERANCE, plan_decided
 from grass_ray.memory.plan import MemoryPlan, Mode, Planner
+from grass_ray.memory.settings import IN_BACKWARD, needed_bytes
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
 from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.recompute import Recompute
-from grass_ray.overrides import parse
+from grass_ray.overrides import assignment, parse
 from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
@@ -71,6 +72,7 @@ class Case:
     shape: StepShape
     weights: Weights = "resident"
     precision: str | None = None  # of the states; None is the method's own
+    in_backward: bool = False  # each unit is updated inside backward, and nothing clipped
     probing: bool = False  # the steps that only measure, in place of those that train
     limit: float | None = None  # with checkpointing "auto": of the peak without checkpointing
 
@@ -79,7 +81,8 @@ class Case:
         """The offload mode, what differs from the method's row, and the steps unless they train."""
         streamed = ", weights streamed" if self.weights == "streamed" else ""
         precision = f", {self.precision}" if self.precision else ""
-        return self.offload + streamed + precision + (", probing" if self.probing else "")
+        inside = ", updates in backward" if self.in_backward else ""
+        return self.offload + streamed + precision + inside + (", probing" if self.probing else "")
 
     @property
     def config(self) -> RunConfig:
@@ -99,6 +102,8 @@ class Case:
             settings.append("method.optimizer.projection.rank=16")
         if self.precision is not None:
             settings.append(f"method.optimizer.precision={self.precision}")
+        if self.in_backward:
+            settings += [assignment(key, value) for key, value in IN_BACKWARD.items()]
         config = RunConfig(method=row, model=ModelConfig(name=self.model, dtype=self.dtype)).override(parse(settings))
         placed = {"offload": self.offload, "weights": self.weights}
         return config.model_copy(update={"method": config.method.model_copy(update=placed)})
@@ -184,6 +189,19 @@ def cpu_cases() -> Iterator[Case]:
         yield Case(model="tiny", method="grass", offload=mode, dtype="bfloat16", shape=small, precision=precision)
     for method, mode in (("grass", "resident"), ("full", "none")):
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="bfloat16", shape=few, precision="int8")
+    several = replace(small, micro_batches=2, checkpointing="all")
+    inside: tuple[tuple[str, str, Mode, Dtype, StepShape], ...] = (
+        ("tiny", "full", "none", "float32", small),
+        ("tiny", "full", "lazy", "float32", small),
+        ("tiny", "full", "lazy", "bfloat16", several),
+        ("tiny", "grass", "lazy", "float32", small),
+        ("tiny", "galore", "none", "float32", several),
+        ("smollm2-135m", "full", "none", "float32", few),
+        ("smollm2-135m", "full", "lazy", "float32", replace(few, checkpointing="all")),
+        ("smollm2-135m", "grass", "lazy", "float32", few),
+    )
+    for model, method, mode, dtype, shape in inside:
+        yield Case(model=model, method=method, offload=mode, dtype=dtype, shape=shape, in_backward=True)
     # what is on the host is not counted: as on a device, though a CPU has one memory for both
     for method, mode in (("grass", "resident"), ("grass", "lazy"), ("lisa", "none"), ("lora", "none")):
         yield Case(model="smollm2-135m", method=method, offload=mode, dtype="float32", shape=few, weights="streamed")
@@ -212,21 +230,24 @@ def cuda_cases() -> Iterator[Case]:
 def planned_cases() -> Iterator[Case]:
     """LLaMA2-7B in settings of which the README speaks: planned whatever the device is, never run on a CPU."""
     shape = StepShape(rows=4, tokens=512, checkpointing="all")
-    settings: tuple[tuple[str, Mode, Weights, str | None], ...] = (
-        ("full", "none", "resident", None),
-        ("galore", "none", "resident", None),
-        ("lisa", "none", "resident", None),
-        ("lora", "none", "resident", None),
-        ("badam", "none", "resident", None),
-        ("grass", "resident", "resident", None),
-        ("grass", "resident", "resident", "int8"),
-        ("grass", "lazy", "resident", None),
-        ("grass", "resident", "streamed", None),
-        ("grass", "lazy", "streamed", None),
+    short = StepShape(rows=1, tokens=1024, checkpointing="all")
+    settings: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("full", {}),
+        ("full", {"offload": "lazy", "in_backward": True}),
+        ("full", {"offload": "lazy", "precision": "int8", "in_backward": True}),
+        ("galore", {}),
+        ("lisa", {}),
+        ("lora", {}),
+        ("badam", {}),
+        ("grass", {"offload": "resident"}),
+        ("grass", {"offload": "resident", "precision": "int8"}),
+        ("grass", {"offload": "lazy"}),
+        ("grass", {"offload": "resident", "weights": "streamed"}),
+        ("grass", {"offload": "lazy", "weights": "streamed"}),
+        ("grass", {"offload": "lazy", "weights": "streamed", "shape": short}),
     )
-    for method, mode, weights, precision in settings:
-        placed = {"offload": mode, "weights": weights, "precision": precision}
-        yield Case(model="llama2-7b", method=method, dtype="bfloat16", shape=shape, **placed)  # type: ignore[arg-type]
+    for method, placed in settings:
+        yield Case(model="llama2-7b", method=method, dtype="bfloat16", **{"offload": "none", "shape": shape} | placed)
 
 
 # ----------------------------------------------------------------------------------------------------- one measurement
@@ -298,7 +319,7 @@ def measure(case: Case, plan: MemoryPlan, active: tuple[int, ...], num_units: in
 
     def step(of: list[Batch], closely: bool) -> None:
         with meter.watch(alive(), closely=closely):
-            accumulate_gradients(model, of, device)
+            accumulate_gradients(model, of, device, optimizer=optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -83,6 +83,8 @@ def memory_table() -> str:
         settings = ["offload lazy"] if row["offload"] == "lazy" else []
         settings += [f"precision {row['precision']}"] if row["precision"] else []
         settings += ["weights streamed"] if row["weights"] == "streamed" else []
+        settings += ["updates in backward"] if row["in_backward"] else []
+        settings += ["1 x 1,024 tokens"] if row["shape"]["rows"] == 1 else []
         sizes = (row["predicted"]["peak_bytes"], row["predicted"]["host_bytes"])
         cells = [", ".join([f"`{row['method']}`", *settings]), "" if settings else smollm2[row["method"]]]
         lines.append(f"| {' | '.join([*cells, *(f'{size / 2**30:.1f}' for size in sizes)])} |")

@@ -57,7 +57,8 @@ class Plan:
 
     def run(self) -> int:
         """Print the plan and return the exit code."""
-        from grass_ray.memory.report import make_report, make_request, render_report
+        from grass_ray.memory.report import make_report, make_request
+        from grass_ray.memory.report_text import render_report
 
         known = methods_with(self.method_file)
         request = make_request(

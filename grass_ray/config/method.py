@@ -150,6 +150,10 @@ class MethodConfig(ConfigPart):
     identical weights."""
     inactive_states: Literal["keep", "reset"] = "keep"
     """Whether to keep or reset the optimizer states of a layer that becomes inactive."""
+    update_in_backward: bool = False
+    """Whether to update each layer inside the backward pass and free its gradients, so that those of all layers are
+    never held. Needs one worker and ``optimizer.max_grad_norm: null``, since clipping has to see all gradients first.
+    The weights become the same."""
     train_embeddings: bool = False
     """Whether to train the embeddings (and a head tied to them) at every step."""
     train_head: bool = False
@@ -178,6 +182,11 @@ class MethodConfig(ConfigPart):
             )
         if self.weights == "streamed" and not self.can_stream_weights:
             raise ValueError("weights streamed: every layer trains at every step, so none can be kept on the host")
+        if self.update_in_backward and self.optimizer.max_grad_norm is not None:
+            raise ValueError(
+                f"update_in_backward: clipping (optimizer.max_grad_norm {self.optimizer.max_grad_norm:g}) has to see "
+                "all gradients first; set method.optimizer.max_grad_norm=null"
+            )
         if self.granularity == "block" and (self.train_embeddings or self.train_head or self.train_norm):
             raise ValueError("granularity block samples embeddings, head and norm; the train_* flags must be false")
         if self.adapter is not None and self.adapter.virtual_tokens and not self.sampler.trains_all:

@@ -215,11 +215,10 @@ class RunConfig(ConfigPart):
 def fingerprint_of(values: Mapping[str, Any]) -> str:
     """The fingerprint of a configuration's plain values, also of a version with other keys than this one's.
 
-    ``method.weights`` and ``evaluation.lm_eval`` came later, and are left out at their defaults: runs of an earlier
-    version are still found.
+    Keys that came later are left out at their defaults: runs of an earlier version are still found.
     """
     later: dict[str, dict[str, Any]] = {
-        "method": {"weights": "resident"},
+        "method": {"weights": "resident", "update_in_backward": False},
         "evaluation": {"lm_eval": LmEvalConfig().model_dump(mode="json")},
     }
     old = {

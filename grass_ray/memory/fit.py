@@ -1,6 +1,6 @@
-"""Check whether a run fits into memory, and find settings with which it does.
+"""Check whether a run fits into memory before it starts.
 
-Used before a run starts and by ``grass-ray plan``::
+::
 
     config = fit_to_memory(config)      # raises if the run cannot fit; offload "auto" becomes the mode that fits
 
@@ -9,21 +9,19 @@ A run is refused only if its prediction exceeds the memory by more than the tole
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from grass_ray.config import ConfigError, GradientCheckpointing, MethodConfig, RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.memory.allocations import DeviceKind
 from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Mode, Planner, applicable_modes
+from grass_ray.memory.settings import Fit, fewest_recomputed, find_fit, needed_bytes, own_mode
 from grass_ray.memory.step import StepShape
 from grass_ray.memory.trained_units import TrainedUnits
 from grass_ray.optim.host_memory import available_bytes
-from grass_ray.overrides import Changes, apply, assignment
 from grass_ray.tasks.sources import load_train_rows
 from grass_ray.training.batches import Batches
 from grass_ray.training.metrics import default_device
@@ -40,56 +38,6 @@ class MemoryRefusalError(ConfigError):
     """A run that cannot fit into memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """Changes to a configuration with which a method fits, by dotted key, and the plan with them.
-
-    No changes if it fits as it is.
-    """
-
-    changes: Changes
-    plan: MemoryPlan
-
-    @property
-    def settings(self) -> list[str]:
-        """The changes as ``--set`` reads them."""
-        return [assignment(key, value) for key, value in self.changes.items()]
-
-
-def needed_bytes(plan: MemoryPlan, device: DeviceKind) -> int:
-    """Memory of the device that a plan needs. On a CPU, states on the host are in the same memory."""
-    return plan.peak_bytes + (plan.host_bytes if device == "cpu" else 0)
-
-
-def fewest_recomputed(
-    planner: Planner, trained: TrainedUnits, shape: StepShape, mode: Mode, memory: float
-) -> MemoryPlan | None:
-    """The plan with as few recomputed layers as bring a step into ``memory`` bytes; None if all of them do not.
-
-    Layers are taken from the first one up: backward stops at the lowest active layer, so they are the ones that seldom
-    need to be recomputed, while they save as much as others where the lowest layer is active.
-    """
-
-    def plan(setting: GradientCheckpointing) -> tuple[MemoryPlan, int]:
-        found = planner.plan(trained, replace(shape, checkpointing=setting), mode)
-        return found, needed_bytes(found, planner.device)
-
-    (without, most), (fitting, least) = plan("none"), plan("all")
-    if most <= memory or least > memory:
-        return without if most <= memory else None
-    too_few, enough = 0, trained.num_layers
-    while enough - too_few > 1:
-        # each layer saves about as much as any other
-        guess = too_few + math.ceil((enough - too_few) * (most - memory) / (most - least))
-        layers = min(max(guess, too_few + 1), enough - 1)
-        found, needed = plan(layers)
-        if needed <= memory:
-            fitting, enough, least = found, layers, needed
-        else:
-            too_few, most = layers, needed
-    return fitting
-
-
 def plan_decided(planner: Planner, trained: TrainedUnits, shape: StepShape, mode: Mode, memory: float) -> MemoryPlan:
     """The plan of a step; where ``auto`` shall say which layers are recomputed, with as few as fit into ``memory``.
 
@@ -102,88 +50,6 @@ def plan_decided(planner: Planner, trained: TrainedUnits, shape: StepShape, mode
         return planner.plan(trained, shape, mode)
     fewest = fewest_recomputed(planner, trained, shape, mode, memory / (1 + TOLERANCE))
     return fewest or planner.plan(trained, replace(shape, checkpointing="all"), mode)
-
-
-def find_fit(
-    planner: Planner, method: MethodConfig, shape: StepShape, memory: int, train_steps: int = 1000
-) -> Fit | None:
-    """Find settings with which ``method`` fits into ``memory`` bytes.
-
-    Tried in this order, so that what changes and costs least comes first: another offload mode, gradient checkpointing
-    of as few layers as fit, smaller micro-batches of the same step, one active layer, frozen embeddings and head; then
-    the same with streamed weights.
-
-    Returns:
-        The first that fits; None if none does.
-
-    Raises:
-        ConfigError: the method cannot train this model.
-    """
-    for of_method in _method_changes(method):
-        changed = _changed(method, of_method)
-        trained = planner.apply(changed, train_steps)
-        modes = [mode for mode in _preferred_modes(changed) if planner.min_bytes(trained, mode) <= memory]
-        for smaller in _smaller_shapes(shape) if modes else ():
-            for mode in modes:
-                if smaller.checkpointing == "auto":
-                    plan = fewest_recomputed(planner, trained, smaller, mode, memory)
-                else:
-                    plan = planner.plan(trained, smaller, mode)
-                if plan is not None and needed_bytes(plan, planner.device) <= memory:
-                    of_mode = {} if mode == _own_mode(method) else {"method.offload": mode}
-                    return Fit(changes={**of_method, **of_mode, **_shape_changes(shape, plan.shape)}, plan=plan)
-    return None
-
-
-def _own_mode(method: MethodConfig) -> Mode:
-    """The mode that a method asks for, or ``none`` if that mode is not applicable."""
-    mode: Mode = "resident" if method.offload == "auto" else method.offload
-    return mode if mode in applicable_modes(method) else "none"
-
-
-def _preferred_modes(method: MethodConfig) -> list[Mode]:
-    """The method's own mode, then others, fast ones first."""
-    possible = applicable_modes(method)
-    preferred: tuple[Mode, ...] = (_own_mode(method), "resident", "lazy")
-    return list(dict.fromkeys(mode for mode in preferred if mode in possible))
-
-
-def _method_changes(method: MethodConfig) -> Iterator[Changes]:
-    """The method as it is, with less that trains, then both with streamed weights, which cost most time."""
-    found: list[Changes] = [{}]
-    if getattr(method.sampler, "num_active_layers", 1) != 1 and method.granularity == "layer":
-        found.append({"method.sampler.num_active_layers": 1})
-    if not method.sampler.trains_all and (method.train_embeddings or method.train_head):
-        found.append({**found[-1], "method.train_embeddings": False, "method.train_head": False})
-    yield from found
-    if method.weights == "resident" and method.can_stream_weights:
-        yield from ({**changes, "method.weights": "streamed"} for changes in found)
-
-
-def _changed(method: MethodConfig, changes: Changes) -> MethodConfig:
-    return MethodConfig.model_validate(apply({"method": method.model_dump()}, changes)["method"])
-
-
-def _smaller_shapes(shape: StepShape) -> Iterator[StepShape]:
-    """The shape as it is, with as few layers recomputed as fit, and in micro-batches halved down to one row."""
-    if shape.checkpointing != "auto":
-        yield shape
-    if shape.checkpointing != "all":
-        yield replace(shape, checkpointing="auto")
-        shape = replace(shape, checkpointing="all")
-    while shape.rows > 1 and shape.rows % 2 == 0:
-        shape = replace(shape, rows=shape.rows // 2, micro_batches=shape.micro_batches * 2)
-        yield shape
-
-
-def _shape_changes(shape: StepShape, changed: StepShape) -> Changes:
-    """The settings of the training that make ``shape`` the ``changed`` one."""
-    changes: dict[str, Any] = {}
-    if changed.checkpointing != shape.checkpointing:
-        changes["training.gradient_checkpointing"] = changed.checkpointing
-    if changed.micro_batches != shape.micro_batches:
-        changes["training.accumulation_steps"] = changed.micro_batches
-    return changes
 
 
 # ------------------------------------------------------------------------------------------------ before a run starts
@@ -229,7 +95,7 @@ def fit_to_memory(
 def _fit_to(config: RunConfig, planner: Planner, memory: int) -> RunConfig:
     method, training, device = config.method, config.training, planner.device
     trained = planner.apply(method, training.steps)
-    own = _own_mode(method)
+    own = own_mode(method)
     automatic = method.offload == "auto" and "lazy" in applicable_modes(method)
     modes: tuple[Mode, ...] = (own, "lazy") if automatic else (own,)
     # rows as long as the configuration allows; only if these do not fit, the rows are read to find the longest one

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig, recomputed_layers
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
-from grass_ray.memory.step import FollowedStep, StepProfile, StepShape, profile_step
+from grass_ray.memory.step import FollowedStep, InBackward, StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.placement import Footprint, placement_class
@@ -154,7 +154,8 @@ class Planner:
         shape = StepShape(rows=1, tokens=1)
         plans = []
         for active in trained.active_sets():
-            gradients = storages_bytes(p for unit in trained.trained(active) for p in unit.parameters)
+            each = [storages_bytes(unit.parameters) for unit in trained.trained(active)]
+            gradients = max(each, default=0) if trained.method.update_in_backward else sum(each)
             plans.append(self._compose(trained, shape, mode, "update", active, Parts(gradients=gradients)))
         return max(plan.peak_bytes for plan in plans)
 
@@ -171,17 +172,19 @@ class Planner:
         sets = trained.active_sets(recomputed_layers(shape.checkpointing, trained.num_layers))
         plans = [plan for active in sets for plan in self._plan_active(trained, shape, mode, active)]
         if trained.sampler.probing_steps:
-            profile = self._profile(trained, shape, tuple(range(len(trained.units))), probing=True)
+            profile = self._profile(trained, shape, tuple(range(len(trained.units))))
             plans.append(self._compose(trained, shape, mode, "probing", (), profile.peak))
         return plans
 
     def _plan_active(
         self, trained: TrainedUnits, shape: StepShape, mode: Mode, active: tuple[int, ...]
     ) -> Iterator[MemoryPlan]:
-        profile = self._profile(trained, shape, active)
+        profile = self._profile(trained, shape, active, mode=mode)
         units = trained.trained(active)
         update = Parts(gradients=profile.gradients, workspace=trained.update_bytes(units, self.device))
         yield self._compose(trained, shape, mode, "backward", active, profile.peak)
+        if trained.method.update_in_backward:
+            return
         yield self._compose(trained, shape, mode, "update", active, update)
         if self.workers > 1:
             # the reduced gradients are copies that replace the gradients, one unit at a time
@@ -190,20 +193,38 @@ class Planner:
             yield self._compose(trained, shape, mode, "exchange", active, exchange)
 
     def _profile(
-        self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, probing: bool = False
+        self, trained: TrainedUnits, shape: StepShape, active: tuple[int, ...], *, mode: Mode | None = None
     ) -> StepProfile:
-        parameters = {p for unit in trained.trained(active) for p in unit.parameters}
+        """A step with updates of the offload mode; None measures only."""
+        units = trained.trained(active)
+        parameters = {p for unit in units for p in unit.parameters}
+        updates: InBackward | None = None
+        if mode is not None and trained.method.update_in_backward:
+            workspace = trained.update_bytes(units, self.device)
+            behind = placement_class(mode).updates_behind
+            updates = InBackward(units=[unit.parameters for unit in units], behind=behind, workspace=workspace)
         names = tuple(sorted(trained.names[p] for p in parameters))
-        # of each worker's micro-batches, the second and all later ones are added to gradients that exist already
-        shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), 2))
+        # of each worker's micro-batches, the second and all later ones are added to gradients that exist already; the
+        # last one differs if it frees them
+        different = 2 if updates is None else 3
+        shape = replace(shape, micro_batches=min(-(-shape.micro_batches // self.workers), different))
         adapter = _adapter_key(trained.method)
-        key = (adapter, shape, names, probing)
+        probing = mode is None
+        told = None if updates is None else (updates.behind, updates.workspace, trained.method.granularity)
+        key = (adapter, shape, names, probing, told)
         if key not in self._profiles:
             for parameter in trained.model.parameters():
                 parameter.requires_grad_(parameter in parameters)
             try:
                 followed = self._followed.setdefault(adapter, {})
-                profile = profile_step(trained.model, shape, device=self.device, probing=probing, followed=followed)
+                profile = profile_step(
+                    trained.model,
+                    shape,
+                    device=self.device,
+                    probing=probing,
+                    in_backward=updates,
+                    followed=followed,
+                )
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(
                     f"cannot predict the memory of a step of {type(trained.model).__name__}: "

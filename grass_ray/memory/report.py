@@ -2,35 +2,30 @@
 
 ::
 
-    print(render_report(make_report(request), "table"))
+    report = make_report(request)
+    print(render_report(report, "table"))       # grass_ray.memory.report_text
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
-from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, RunConfig, to_json
+from grass_ray.config import ConfigError, GradientCheckpointing, ModelConfig, RunConfig
 from grass_ray.memory.allocations import DeviceKind
-from grass_ray.memory.fit import TOLERANCE, Fit, find_fit, needed_bytes, plan_decided, total_bytes
-from grass_ray.memory.plan import CannotPlanError, MemoryPlan, Planner, applicable_modes
+from grass_ray.memory.fit import TOLERANCE, plan_decided, total_bytes
+from grass_ray.memory.plan import DEFAULT_TRAIN_STEPS, CannotPlanError, MemoryPlan, Planner, applicable_modes
+from grass_ray.memory.settings import Fit, find_fit, least_bytes, needed_bytes, plan_in_backward
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS, Method
 from grass_ray.overrides import parse
 from grass_ray.paths import find_model
 from grass_ray.training.checks import check_recomputed
 from grass_ray.training.metrics import default_device
-from grass_ray.training.report import GIB, RESERVE_BYTES, first_layers
+from grass_ray.training.report import GIB, RESERVE_BYTES
 
 Verdict = Literal["yes", "tight", "no"]
-HEADER: tuple[str, ...] = (
-    *("method", "offload", "weights", "gradients", "states", "staging", "activations", "logits", "other"),
-    *("peak", "host", "peak in", "fits"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +57,10 @@ class MemoryReport:
         request: the request.
         plans: one per method and offload mode.
         fits: by method, the first settings that fit; None if no setting that was tried does.
-        min_bytes: by method, the memory that weights, gradients and states need at least.
+        min_bytes: by method, the memory that weights, gradients and states need at least with any setting tried.
         refused: by method, why it has no plan.
+        unclipped: by method, the smallest of its plans and what that would be with updates inside backward, for methods
+            that clip gradients and would need less without.
     """
 
     request: PlanRequest
@@ -71,6 +68,7 @@ class MemoryReport:
     fits: dict[str, Fit | None]
     min_bytes: dict[str, int]
     refused: dict[str, str]
+    unclipped: dict[str, tuple[MemoryPlan, MemoryPlan]]
 
     @property
     def usable_bytes(self) -> int:
@@ -182,6 +180,7 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
     fits: dict[str, Fit | None] = {}
     smallest: dict[str, int] = {}
     refused: dict[str, str] = {}
+    unclipped: dict[str, tuple[MemoryPlan, MemoryPlan]] = {}
     for name, config in configs.items():
         on_method(name)
         try:
@@ -190,8 +189,11 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
             check_recomputed(request.shape.checkpointing, trained.num_layers)
             usable = request.memory_bytes - RESERVE_BYTES
             own = [plan_decided(planner, trained, request.shape, mode, usable) for mode in modes]
-            smallest[name] = min(planner.min_bytes(trained, mode) for mode in modes)
             fits[name] = find_fit(planner, config.method, request.shape, usable)
+            smallest[name] = least_bytes(planner, config.method)
+            least = min(reversed(own), key=lambda plan: needed_bytes(plan, request.device))
+            if (other := plan_in_backward(planner, config.method, least, DEFAULT_TRAIN_STEPS)) is not None:
+                unclipped[name] = least, other
         except CannotPlanError:
             raise
         except ConfigError as error:
@@ -200,7 +202,9 @@ def make_report(request: PlanRequest, on_method: Callable[[str], None] = lambda 
         plans += own
     if not plans:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
-    return MemoryReport(request=request, plans=tuple(plans), fits=fits, min_bytes=smallest, refused=refused)
+    return MemoryReport(
+        request=request, plans=tuple(plans), fits=fits, min_bytes=smallest, refused=refused, unclipped=unclipped
+    )
 
 
 def _configure(request: PlanRequest) -> dict[str, RunConfig]:
@@ -221,121 +225,3 @@ def _configure(request: PlanRequest) -> dict[str, RunConfig]:
     if not configs:
         raise ConfigError(f"{', '.join(request.methods)}: nothing trains, so there is nothing to plan")
     return configs
-
-
-# --------------------------------------------------------------------------------------------------------- as text
-
-
-def render_report(report: MemoryReport, format: Literal["table", "json", "markdown"] = "table") -> str:
-    """Render the report as a table, as Markdown, or as JSON with all sizes in bytes."""
-    if format == "json":
-        return to_json(_values(report), indent=1)
-    header, rows = HEADER, [_cells(report, plans) for plans in _grouped(report.plans)]
-    if report.request.shape.checkpointing not in ("none", "all"):
-        header += ("recomputed",)
-        rows = [(*row, _recomputed(plans[0])) for row, plans in zip(rows, _grouped(report.plans), strict=True)]
-    if format == "markdown":
-        lines = [f"**{_heading(report)}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([*lines, "", *(f"- {line}" for line in _advice(report)), "", _note(report)])
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in header:
-        words = column in ("method", "offload", "peak in", "fits", "recomputed")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    text = "\n".join(line.rstrip() for line in capture.get().splitlines())
-    return "\n".join([_heading(report), "", text, "", *_advice(report), "", _note(report)])
-
-
-def _values(report: MemoryReport) -> dict[str, object]:
-    request = report.request
-    return {
-        "model": request.model.name,
-        "dtype": request.model.dtype,
-        "device": request.device,
-        "memory_bytes": request.memory_bytes,
-        "usable_bytes": report.usable_bytes,
-        "tolerance": TOLERANCE,
-        "plans": [plan.to_dict() | {"fits": report.verdict(plan)} for plan in report.plans],
-        "advice": {
-            name: None if fit is None else {"settings": fit.settings, "plan": fit.plan.to_dict()}
-            for name, fit in report.fits.items()
-        },
-        "refused": report.refused,
-    }
-
-
-def _grouped(plans: Sequence[MemoryPlan]) -> list[list[MemoryPlan]]:
-    """Group the modes of a method that need the same memory, to be shown in one row."""
-    groups: dict[tuple[object, ...], list[MemoryPlan]] = {}
-    for plan in plans:
-        groups.setdefault((plan.method, plan.peak_bytes, plan.states, plan.host_bytes), []).append(plan)
-    return list(groups.values())
-
-
-def _cells(report: MemoryReport, plans: Sequence[MemoryPlan]) -> tuple[str, ...]:
-    plan = plans[0]
-    sizes = (plan.weights, plan.gradients, plan.states, plan.staging, plan.activations, plan.logits, plan.workspace)
-    return (
-        plan.method,
-        " ".join(plan.offload for plan in plans) + (", weights streamed" if plan.host_weights else ""),
-        *(_gib(size) for size in sizes),
-        _gib(plan.peak_bytes),
-        _gib(plan.host_bytes),
-        plan.phase,
-        report.verdict(plan),
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size else "-"
-
-
-def _heading(report: MemoryReport) -> str:
-    request, shape = report.request, report.request.shape
-    words = [f"{request.model.name} in {request.model.dtype} on {request.device}: {shape.rows} rows x {shape.tokens}"]
-    if shape.label_positions < shape.tokens:
-        words.append(f"{shape.label_positions} of them labelled")
-    if shape.micro_batches > 1:
-        words.append(f"{shape.micro_batches} micro-batches")
-    if shape.checkpointing != "none":
-        words.append(f"gradient checkpointing: {shape.checkpointing}")
-    words[0] += " tokens"
-    return ", ".join(words) + f"; {request.memory_bytes / GIB:.4g} GiB (all sizes in GiB)"
-
-
-def _advice(report: MemoryReport) -> list[str]:
-    """One line per method: the first settings that fit."""
-    width = max(map(len, report.fits), default=0)
-    lines = [f"what fits {report.request.memory_bytes / GIB:.4g} GiB, the least change first:"]
-    for name, fit in report.fits.items():
-        if fit is None:
-            said = f"no setting tried: weights, gradients and states take at least {_gib(report.min_bytes[name])} GiB"
-        else:
-            size = f"{needed_bytes(fit.plan, report.request.device) / GIB:.2f} GiB"
-            said = f"{size}  " + (f"--set {' '.join(fit.settings)}" if fit.settings else "as it is")
-            if "training.gradient_checkpointing" in fit.changes:
-                said += f" ({_recomputed(fit.plan)})"
-        lines.append(f"  {name:{width}}  {said}")
-    lines += [f"  {name:{width}}  not possible: {reason}" for name, reason in report.refused.items()]
-    return lines
-
-
-def _recomputed(plan: MemoryPlan) -> str:
-    """Which layers are recomputed, and how much of the layers' forward that is where the lowest layer is active."""
-    if not plan.recomputed_layers:
-        return "none"
-    share = f"{plan.recomputed_layers / plan.num_layers:.0%}"
-    return f"{first_layers(plan.recomputed_layers, plan.num_layers)}: at most {share} of forward again"
-
-
-def _note(report: MemoryReport) -> str:
-    return (
-        f"tight: within {100 * TOLERANCE:.0f} % of the limit; {RESERVE_BYTES / GIB:g} GiB are left to what a process "
-        "takes besides tensors. The worst case: the lowest layer active, every layer visited, every row full. "
-        f"host: states and streamed weights in {'pinned ' if report.request.device == 'cuda' else ''}host memory"
-    )

@@ -12,6 +12,7 @@ formulas::
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,21 @@ class StepShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InBackward:
+    """Updates inside the backward pass of the last micro-batch.
+
+    Attributes:
+        units: the parameters of each unit; it is updated, and its gradients can go, when all of them are there.
+        behind: how many updates still hold their gradients when the next one begins.
+        workspace: bytes that an update takes for itself.
+    """
+
+    units: Sequence[Sequence[Tensor]]
+    behind: int
+    workspace: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepProfile:
     """Memory of a step.
 
@@ -80,6 +96,7 @@ def profile_step(
     *,
     device: DeviceKind,
     probing: bool = False,
+    in_backward: InBackward | None = None,
     followed: dict[Hashable, FollowedStep] | None = None,
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
@@ -90,23 +107,29 @@ def profile_step(
         device: whose kernels and allocator to assume.
         probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
             recomputed.
+        in_backward: the updates, if they are not left to the end of the step.
         followed: earlier steps of the same model on the same device. One that differs only in the number of equal
             layers is not run again. None runs through every layer.
     """
     stack = find_decoder_stack(model)
     recomputed = stack.num_layers if probing else recomputed_layers(shape.checkpointing, stack.num_layers)
+
+    def follow(runs: Sequence[Run]) -> FollowedStep:
+        return _follow(model, shape, stack, runs, recomputed, device=device, probing=probing, in_backward=in_backward)
+
     if followed is None:
         runs = [Run(index, 1, None) for index in range(stack.num_layers)]
-        return _follow(model, shape, stack, runs, recomputed, device=device, probing=probing).profile(runs)
+        return follow(runs).profile(runs)
     runs = equal_runs(stack.modules, recomputed)
     inside = {p for layer in stack.layers for p in layer}
     others = tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in inside)
-    key = (replace(shape, checkpointing="none"), probing, others, *(run.key for run in runs))
+    updates = None if in_backward is None else (in_backward.behind, in_backward.workspace)
+    key = (replace(shape, checkpointing="none"), probing, updates, others, *(run.key for run in runs))
     step = followed.get(key)
     if step is None:
-        step = followed[key] = _follow(model, shape, stack, runs, recomputed, device=device, probing=probing)
+        step = followed[key] = follow(runs)
     if not step.repeats:
-        return profile_step(model, shape, device=device, probing=probing)
+        return profile_step(model, shape, device=device, probing=probing, in_backward=in_backward)
     return step.profile(runs)
 
 
@@ -144,11 +167,16 @@ def _follow(
     *,
     device: DeviceKind,
     probing: bool,
+    in_backward: InBackward | None,
 ) -> FollowedStep:
     log = AllocationLog(device, logits=_head_shape(model))
+    reactions: list[Callable[[Tensor], None]] = [_drop if probing else log.mark_gradient]
+    if in_backward is not None and not probing:
+        reactions.append(_Updates(in_backward, log, shape.micro_batches))
     handles: list[Any] = [
-        p.register_post_accumulate_grad_hook(_drop if probing else log.mark_gradient)  # type: ignore[no-untyped-call]
+        p.register_post_accumulate_grad_hook(react)  # type: ignore[no-untyped-call]
         for p in model.parameters()
+        for react in reactions
         if p.requires_grad
     ]
     recompute = Recompute(stack.modules[:recomputed])
@@ -226,6 +254,34 @@ class _PlannedBatch(Batch):
     def labelled_tokens(self) -> Tensor:
         """Places of all labels in the flattened rows, shape (labels,), on the meta device."""
         return torch.empty(self.num_labels, dtype=torch.long, device="meta")
+
+
+class _Updates:
+    """Frees the gradients of a unit when the last micro-batch's backward has brought them all."""
+
+    def __init__(self, told: InBackward, log: AllocationLog, micro_batches: int) -> None:
+        self._told = told
+        self._log = log
+        self._unit_of = {p: index for index, unit in enumerate(told.units) for p in unit}
+        self._missing = [len(unit) * micro_batches for unit in told.units]
+        self._held: deque[Sequence[Tensor]] = deque()
+
+    def __call__(self, parameter: Tensor) -> None:
+        unit = self._unit_of[parameter]
+        self._missing[unit] -= 1
+        if self._missing[unit]:
+            return
+        # an update that begins waits for all but so many before it
+        self._free(down_to=max(self._told.behind - 1, 0))
+        with self._log.workspace():
+            torch.empty(self._told.workspace, dtype=torch.uint8, device="meta")
+        self._held.append(self._told.units[unit])
+        self._free(down_to=self._told.behind)
+
+    def _free(self, *, down_to: int) -> None:
+        while len(self._held) > down_to:
+            for parameter in self._held.popleft():
+                parameter.grad = None
 
 
 class _MaskAnswers(TorchFunctionMode):

@@ -28,13 +28,17 @@ class Uninterrupted:
         self._broken = False
 
     def __enter__(self) -> None:
-        self._broken = True
+        self.begin()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._broken = kind is not None
 
+    def begin(self) -> None:
+        """From here on, until :meth:`reset`, everything counts as interrupted."""
+        self._broken = True
+
     def reset(self) -> None:
-        """Forget an interruption: weights and states were loaded and belong together again."""
+        """Forget an interruption: weights and states belong together again, since all was done or they were loaded."""
         self._broken = False
 
     def check(self) -> None:
@@ -182,6 +186,11 @@ class ActiveSet:
         """Tell the proof, if any, which units a step has trained; ``skipped`` is above 0 if nothing was updated."""
         if self.proof is not None:
             self.proof.note(trained, skipped)
+
+    def note_unit(self, unit: Unit, skipped: Tensor) -> None:
+        """Tell the proof, if any, that one unit was updated inside backward; ``skipped`` as in :meth:`note_step`."""
+        if self.proof is not None and unit in self.parts.units:
+            self.proof.note([self.parts.units.index(unit)], skipped, steps=0)
 
     def _check_proof(self) -> None:
         if self.proof is not None and self.proof.due:

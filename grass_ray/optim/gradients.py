@@ -7,7 +7,7 @@ collector does not see what a tensor's hooks hold, and neither optimizer nor mod
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.optim.active_set import ActiveSet
+from grass_ray.optim.in_backward import BackwardUpdates
 from grass_ray.optim.loss_scaling import LossScale
 from grass_ray.optim.sync import GradientSync
 from grass_ray.optim.units import Unit
@@ -36,6 +37,7 @@ class Gradients:
         sync: how gradients become those of all workers.
         watch: is told of units that got no gradient.
         handles: takes up the handles of all hooks.
+        backward: updates units inside backward; None leaves all gradients to ``step``.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Gradients:
         sync: GradientSync,
         watch: Watch,
         handles: list[Any],
+        backward: BackwardUpdates | None = None,
     ) -> None:
         self._owner = weakref.ref(owner)
         self._units = units = active.parts.units
@@ -56,6 +59,9 @@ class Gradients:
         self._sync = sync
         self._watch = watch
         self._handles = handles
+        self._backward = backward
+        # norms of the gradients that are freed already, by unit
+        self._norms: dict[str, list[Tensor]] = {}
         # whether backward brought a gradient that probing did not keep
         self._dropped = False
         managed = active.parts.managed
@@ -68,9 +74,9 @@ class Gradients:
             self._meter.dropping = sampler.probing
             handles.extend(self._meter.handles)
         handles.extend(sync.watch(managed, weakref.WeakMethod(self._watch_seen)))
-        if sync.workers.count > 1:
+        if sync.workers.count > 1 or backward is not None:
             for parameter in managed:
-                self._after(parameter, Gradients._reduce)
+                self._after(parameter, Gradients._complete)
 
     @property
     def witness(self) -> nn.Parameter | None:
@@ -104,16 +110,35 @@ class Gradients:
             parameter.grad = None
             self._dropped = True
 
-    def _reduce(self, parameter: Tensor) -> None:
+    def _complete(self, parameter: Tensor) -> None:
+        """Give a gradient to its reduction over the workers, or to its unit's update."""
         owner = self._owner()
         last = owner is not None and owner.last_micro_batch and not self._sampler.probing
-        self._sync.arrived(parameter, self._unit_of[parameter], self._active.units, last=last)
+        if self._backward is None:
+            self._sync.arrived(parameter, self._unit_of[parameter], self._active.units, last=last)
+        elif last:
+            self._backward.arrived(self._unit_of[parameter])
 
     # ------------------------------------------------------------------------------------------------- during a step
 
+    @property
+    def under_way(self) -> frozenset[str]:
+        """Names of the units whose gradients backward has given to a reduction, or to an update."""
+        return self._sync.under_way if self._backward is None else self._backward.updated
+
+    @property
+    def waiting(self) -> list[Unit]:
+        """The active units whose update is left to ``step``."""
+        return self._active.units if self._backward is None else []
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError if an earlier step was interrupted; one that backward has begun is not."""
+        if self._backward is None or not self._backward.updated:
+            self._active.uninterrupted.check()
+
     def nothing_arrived(self) -> bool:
         """Whether no backward reached the active units; several workers go through a step together."""
-        if self._sync.workers.count > 1 or not self._active.units:
+        if self._sync.workers.count > 1 or not self._active.units or self.under_way:
             return False
         if self._sampler.probing:
             return not self._dropped
@@ -128,10 +153,11 @@ class Gradients:
             Shape (units,), on the device; NaN where nothing was measured.
 
         Raises:
-            RuntimeError: a loss scaler was used with gradients that are reduced already, whose scales may differ.
+            RuntimeError: a loss scaler was used with gradients that are reduced already, whose scales may differ, or
+                that were used inside backward.
         """
         if scale is not None:
-            self._sync.check_scalable()
+            self._check_scalable()
             scale.unscale(self._active.parameters)
         if self._meter is None:
             return self._never_seen
@@ -146,12 +172,27 @@ class Gradients:
             norms = norms * scale.inverse
         return self._sync.workers.average(norms, summed=self._sync.workers.reduction == "sum")
 
+    def _check_scalable(self) -> None:
+        if self._sync.sharded or self.under_way:
+            raise RuntimeError(
+                "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
+                "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
+            )
+
     def finish(self) -> Tensor:
-        """Make the active units' gradients those of all workers; their global norm, a scalar on the device."""
-        active, under_way = self._active.units, self._sync.under_way
+        """Make the active units' gradients those of all workers; their global norm, a scalar on the device.
+
+        Where updates belong to backward, this does those that it left out.
+        """
+        active, under_way = self._active.units, self.under_way
         self._watch.without_gradient(
             [unit for unit in active if unit.name not in under_way and not has_gradient(unit.parameters)]
         )
+        if self._backward is not None:
+            if not under_way:
+                self._watch.not_in_backward()
+            self._norms = self._backward.finish()
+            return self._total(norm for of_unit in self._norms.values() for norm in of_unit)
         self._sync.finish(active)
         (norm,) = self._sync.norms([self._active.parameters])
         return norm
@@ -160,10 +201,18 @@ class Gradients:
         """RMS of each active unit's gradient as it is now, shape (units,), NaN elsewhere."""
         norms = self._never_seen.clone()
         active = [self._units[index] for index in self._active.indices]
-        found = self._sync.norms([unit.parameters for unit in active])
+        if self._backward is None:
+            found = self._sync.norms([unit.parameters for unit in active])
+        else:
+            found = [self._total(self._norms.get(unit.name, ())) for unit in active]
         for index, unit, norm in zip(self._active.indices, active, found, strict=True):
             norms[index] = norm.float() / unit.size**0.5
         return norms
+
+    def _total(self, norms: Iterable[Tensor]) -> Tensor:
+        """The norm of everything whose parts have these norms; 0 of nothing."""
+        parts = [norm.to(self._active.parts.device) for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
     def total_norm(self, norms: Tensor) -> Tensor:
         """Global gradient norm of the units from their RMS values, shape (units,); NaN if none was measured."""
@@ -172,11 +221,15 @@ class Gradients:
 
     def next_step(self) -> None:
         """The sampler has observed a step, or was loaded: it may have ended its probing, or be at it again."""
+        if self._backward is not None:
+            self._backward.forget()
         if self._meter is not None:
             self._meter.dropping = self._sampler.probing
 
     def clear(self) -> None:
         """Gradients were thrown away: forget what was measured of them."""
         self._dropped = False
+        if self._backward is not None:
+            self._backward.forget()
         if self._meter is not None:
             self._meter.clear()

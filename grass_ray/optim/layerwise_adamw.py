@@ -28,10 +28,11 @@ from grass_ray.layerwise.sampler import Measure, Sampler, check_complete
 from grass_ray.optim.active_set import ActiveSet
 from grass_ray.optim.gradients import Gradients
 from grass_ray.optim.hooks import handles_of, remove
+from grass_ray.optim.in_backward import BackwardUpdates, moves
 from grass_ray.optim.kernels import Precision
 from grass_ray.optim.loss_scaling import LossScale
-from grass_ray.optim.options import LayerwiseOptions, check_adamw, refuse_keywords
-from grass_ray.optim.ownership import Takeover, check_sampler, claim_sampler
+from grass_ray.optim.options import LayerwiseOptions, check_adamw, check_in_backward, refuse_keywords
+from grass_ray.optim.ownership import Takeover, check_not_retired, check_sampler, claim_sampler
 from grass_ray.optim.parts import take_apart
 from grass_ray.optim.placement import check_offload, placement_class, resolve_offload
 from grass_ray.optim.proof import Proof
@@ -85,8 +86,8 @@ class LayerwiseAdamW(OneModelOptimizer):
         weights: where the layers' weights live (:mod:`grass_ray.optim.weights`).
         workers: the data-parallel workers.
         sharded: whether each worker has some rows of each parameter (FSDP2), and not all.
-        last_micro_batch: set it before a step's last backward, and gradients travel to the other workers while
-            backward goes on; ``step`` sets it back. Left alone, they travel when ``step`` begins.
+        last_micro_batch: set it before a step's last backward, and gradients travel to the other workers (or are used)
+            while backward goes on; ``step`` sets it back. Left alone, that waits for ``step``.
 
     Raises:
         ValueError: no decoder stack, no trainable layer, more active layers than trainable ones, a setting out of
@@ -130,6 +131,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         self.last_micro_batch = False
         self._sync = make_sync(parts, options)
         self.workers, self.sharded = self._sync.workers, self._sync.sharded
+        check_in_backward(options, max_grad_norm, self.workers.count)
         index = {p: place for place, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._retired = False
         self._watch = Watch(model, parts.unmanaged, None if options.weights == "resident" else parts.device)
@@ -142,7 +144,8 @@ class LayerwiseAdamW(OneModelOptimizer):
         placement = self._placement = placement_class(self.offload)(states, parts.device, stats, options)
         self._handles += placement.hooks(model, self.stack.modules, self.units, self._sync.before_forward)
         self._active = ActiveSet(parts, sampler, placement, self.weights, self._watch, self.workers, stats, options)
-        self._gradients = Gradients(self, self._active, self._sync, self._watch, self._handles)
+        backward = BackwardUpdates(self._active, placement, self.param_groups) if options.update_in_backward else None
+        self._gradients = Gradients(self, self._active, self._sync, self._watch, self._handles, backward)
         self._saver = StateSaver(self._active, states, placement, self._sync, index)
         if self._gradients.witness is not None:
             # last, so that the places of all others stay: a scaler unscales what is in a group
@@ -196,10 +199,9 @@ class LayerwiseAdamW(OneModelOptimizer):
                 was sharded, wrapped, frozen, moved or cast after the optimizer was built, or another optimizer has
                 taken over the model or the sampler.
         """
-        self._active.uninterrupted.check()
+        self._gradients.check_whole()
         refuse_checkpoint_api()
-        if self._retired:
-            raise RuntimeError("another LayerwiseAdamW was built on this model after this one; step that one")
+        check_not_retired(self._retired)
         check_sampler(self.sampler, self)
         self._active.check_drawn()
         self._sync.check_model(next(self.stack.modules[0].parameters()), self._watch, self._active.units)
@@ -241,13 +243,11 @@ class LayerwiseAdamW(OneModelOptimizer):
             clip(self.active_parameters(), self.max_grad_norm, norm)
         if self.sampler.grad_norms == "clipped":
             norms = self._gradients.accumulated_norms()
-        skip = ~torch.isfinite(norm)
-        if scale is not None:
-            skip = skip | (scale.found_inf > 0)
+        skip = ~torch.isfinite(norm) if scale is None else ~torch.isfinite(norm) | (scale.found_inf > 0)
+        waiting = self._gradients.waiting
         with self._active.uninterrupted:
-            self._placement.update(in_order_of_forward(self._active.units), self.param_groups, skip.to(torch.float32))
-        moves = any(float(group["lr"]) > 0 for group in self.param_groups)
-        self._active.note_step(self.active_units if moves else (), skip)
+            self._placement.update(in_order_of_forward(waiting), self.param_groups, skip.to(torch.float32))
+        self._active.note_step(self.active_units if waiting and moves(self.param_groups) else (), skip)
         return norms.masked_fill(skip, torch.nan)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

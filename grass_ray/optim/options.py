@@ -37,6 +37,10 @@ class LayerwiseOptions:
             layers that do not train in host memory, brought to the device ahead of each pass
             (:mod:`grass_ray.optim.weights`). The weights are the same bits.
         weight_slots: number of layers whose streamed weights are on the device at once.
+        update_in_backward: update each unit as soon as the last backward of a step has brought its gradients, and free
+            them, so that a step never holds those of all units; set ``last_micro_batch`` before that backward. A unit
+            whose gradients are not finite stays as it is, the others are updated. Needs ``max_grad_norm=None``, one
+            worker, and no loss scaler.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: number of slots of the ring.
         streams: where streamed work runs; None takes CUDA streams, or runs one thing after another on a CPU.
@@ -56,6 +60,7 @@ class LayerwiseOptions:
     gradient_reduction: Reduction = "mean"
     weights: Weights = "resident"
     weight_slots: int = 2
+    update_in_backward: bool = False
     chunk_bytes: int = CHUNK_BYTES
     ring_slots: int = 4
     streams: Streams | None = None
@@ -99,6 +104,22 @@ def check_adamw(
     mistakes = [message for holds, message in rules if not holds]
     if mistakes:
         raise ValueError("; ".join(mistakes))
+
+
+def check_in_backward(options: LayerwiseOptions, max_grad_norm: float | None, workers: int) -> None:
+    """Raise ValueError if updates shall happen inside backward, but something has to see all gradients first."""
+    if not options.update_in_backward:
+        return
+    if max_grad_norm is not None:
+        raise ValueError(
+            f"update_in_backward needs max_grad_norm None, not {max_grad_norm}: the norm of all gradients is known "
+            "only after backward"
+        )
+    if workers > 1:
+        raise ValueError(
+            f"update_in_backward needs one worker, and there are {workers}: gradients are those of all workers only "
+            "after backward"
+        )
 
 
 def refuse_keywords(names: Collection[str]) -> None:

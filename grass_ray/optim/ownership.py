@@ -69,6 +69,12 @@ class Takeover:
             _OWNERS[parameter] = weakref.ref(owner)
 
 
+def check_not_retired(retired: bool) -> None:
+    """Raise RuntimeError if another optimizer has taken over the model."""
+    if retired:
+        raise RuntimeError("another LayerwiseAdamW was built on this model after this one; step that one")
+
+
 def claim_sampler(sampler: object, owner: Owner) -> None:
     """Let ``sampler`` serve ``owner`` from now on, and no other optimizer."""
     _SERVED[sampler] = weakref.ref(owner)

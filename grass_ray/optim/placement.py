@@ -57,11 +57,13 @@ class OnDevice:
     Attributes:
         has_blocks: states of units live in host blocks, at times or always.
         streams_states: the states of active units are on the host, too.
+        updates_behind: how many updates may still read their gradients while backward goes on to the next unit.
         host: the host blocks.
     """
 
     has_blocks: ClassVar[bool] = False
     streams_states: ClassVar[bool] = False
+    updates_behind: ClassVar[int] = 0
 
     def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
         self._states = states

@@ -48,14 +48,15 @@ class Proof:
         """Whether enough steps were taken for another check at a switch."""
         return self._steps_since_check >= STEPS_BETWEEN_CHECKS
 
-    def note(self, trained: Iterable[int], skipped: Tensor | None = None) -> None:
+    def note(self, trained: Iterable[int], skipped: Tensor | None = None, *, steps: int = 1) -> None:
         """One step was taken.
 
         Args:
             trained: units that were updated.
             skipped: above 0 where the update was called off on the device.
+            steps: 0 for a part of a step.
         """
-        self._steps_since_check += 1
+        self._steps_since_check += steps
         for unit in trained:
             if self._units[unit].parameters:
                 self._trained.setdefault(unit, []).extend(() if skipped is None else (skipped,))

@@ -92,7 +92,8 @@ class Streamed(OnDevice):
         super().update(units, groups, skip)
         streamed = [unit for unit in units if self.offloaded(unit)]
         trained = [p for unit in streamed for p in unit.parameters if p.grad is not None]
-        self.streamer.update(streamed, {p: self._states.held[p][STEP] for p in trained}, groups, skip)
+        steps: dict[Tensor, Tensor] = {p: self._states.held[p][STEP] for p in trained}
+        self.streamer.update(streamed, steps, groups, skip, in_backward=self._options.update_in_backward)
 
     def wait_for(self, names: Sequence[str]) -> None:
         """Let the current stream wait for updates of these units that are under way."""
@@ -136,10 +137,13 @@ class Lazy(Streamed):
     """Chunks are fetched during backward, and updates go on under the next forward (``offload="lazy"``)."""
 
     mode: ClassVar[StreamMode] = "lazy"
+    updates_behind: ClassVar[int] = 1
 
     def __init__(self, states: States, device: torch.device, stats: OffloadStats, options: LayerwiseOptions) -> None:
         super().__init__(states, device, stats, options)
         self.room = Room(device)
+        self._in_backward = options.update_in_backward
+        self._active: list[Unit] = []
         self._coming: list[Unit] = []
         self._constant: list[Unit] = []
 
@@ -163,13 +167,22 @@ class Lazy(Streamed):
         super().activate(units)
         self.streamer.drop_prefetched()
         self.room.forget()
-        self._coming = in_order_of_forward(units)
+        self._active = in_order_of_forward(units)
+        self._expect_all()
 
     def update(self, units: Sequence[Unit], groups: Sequence[dict[str, Any]], skip: Tensor) -> None:
-        """AdamW on all units; see :meth:`Streamed.update`."""
-        self._constant = [unit for unit in units if not self.offloaded(unit)]
+        """AdamW on all units; see :meth:`Streamed.update`. Inside backward, without any at the end of the step."""
         super().update(units, groups, skip)
+        if self._in_backward and units:
+            self._coming = [unit for unit in self._coming if unit not in units]
+            return
+        self._constant = [unit for unit in units if not self.offloaded(unit)]
+        self._expect_all()
         self.room.end_step()
+
+    def _expect_all(self) -> None:
+        """The units whose states the next updates need, in their order."""
+        self._coming = self._active[::-1] if self._in_backward else self._active
 
     def _forward_begins(self, layer: int) -> None:
         if in_backward():
@@ -187,6 +200,8 @@ class Lazy(Streamed):
         return sum(slot.memory.nbytes for slot in self.streamer.borrowed)
 
     def _slots_to_borrow(self) -> int:
+        if self._in_backward:
+            return 0  # what backward frees would be lent for chunks that are needed at once
         parameters = (p for unit in (*self._coming, *self._constant) for p in unit.parameters)
         to_come = sum(p.nbytes for p in parameters if p.grad is None)
         return self.room.bytes(to_come=to_come) // self._options.chunk_bytes

@@ -207,6 +207,8 @@ class Streamer:
         steps: Mapping[Tensor, Tensor],
         groups: Sequence[Mapping[str, Any]],
         skip: Tensor | None,
+        *,
+        in_backward: bool = False,
     ) -> None:
         """Update every unit from its parameters' gradients, which are taken away from them.
 
@@ -215,7 +217,11 @@ class Streamer:
             steps: for every parameter with a gradient how many updates it has had, this one included.
             groups: the optimizer's parameter groups.
             skip: see :func:`grass_ray.optim.kernels.adamw`.
+            in_backward: backward goes on: gradients that earlier updates have read are freed first, so that no more
+                than those of two updates are ever held.
         """
+        if in_backward and units:
+            self._free_gradients()
         ready = self._streams.record("compute")
         self._streams.wait("update", ready, "gradients are complete before an update reads them")
         for unit in units:
@@ -230,6 +236,13 @@ class Streamer:
                 parameter.grad = None
         if self.mode != "lazy":
             self.synchronize()
+
+    def _free_gradients(self) -> None:
+        for name, gate in self._gates.items():
+            if gate.gradients:
+                self._streams.wait("compute", gate.updated, "gradients are freed after their update")
+                with self._streams.on("compute", writes=[("gradients", name)]):
+                    gate.gradients.clear()
 
     def _update_chunk(
         self,

@@ -72,14 +72,6 @@ class GradientSync:
         """The norm of each group's gradients."""
         return [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
 
-    def check_scalable(self) -> None:
-        """Raise RuntimeError if a loss scaler cannot work with these gradients: they are reduced already."""
-        if self.sharded or self.under_way:
-            raise RuntimeError(
-                "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
-                "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
-            )
-
     def check_model(self, parameter: nn.Parameter, watch: Watch, active: Sequence[Unit]) -> None:
         """Raise RuntimeError, or warn, if the model changed after the optimizer was built.
 

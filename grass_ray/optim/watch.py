@@ -88,6 +88,14 @@ class Watch:
         """Warn that ``step`` was called and nothing has a gradient."""
         self._say("nothing", f"step() was called, but no parameter has a gradient, so nothing was done. {CAUSES}")
 
+    def not_in_backward(self) -> None:
+        """Warn that updates should happen inside backward, and none did."""
+        self._say(
+            "in_backward",
+            "update_in_backward is set, but backward updated nothing, so all gradients were kept until step(): set "
+            "optimizer.last_micro_batch = True before the last backward of every step",
+        )
+
     def without_gradient(self, units: Sequence[Unit]) -> None:
         """Warn of units that should have trained or been measured in this step and got no gradient."""
         names = [unit.name for unit in units if unit.parameters]

@@ -80,6 +80,11 @@ def check_run(
 def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
     # workers take whole micro-batches, so that importance is measured on the same gradients whatever their number
     training = config.training
+    if config.method.update_in_backward and most > 1:
+        raise ConfigError(
+            f"method.update_in_backward needs one worker, not {most}: the gradients of several are complete only after "
+            "backward"
+        )
     shares = math.lcm(*range(fewest, most + 1))
     if training.steps and training.accumulation_steps % shares:
         number = f"{most}" if fewest == most else f"{fewest} to {most}"

@@ -43,6 +43,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
             train_norm=method.train_norm,
             granularity=method.granularity,
             weights=method.weights,
+            update_in_backward=method.update_in_backward,
             # the loop divides by the labels of all workers
             gradient_reduction="sum",
         ),

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grass_ray.cli import main
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.memory import fit as memory_fit
+from grass_ray.memory import settings as memory_settings
 from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shape, real_shape
 from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
 from grass_ray.memory.step import StepShape, profile_step
@@ -105,6 +106,30 @@ def test_weights_and_states_are_exact_and_the_peak_is_close(
     assert row.plan.weights == row.weights
     assert row.plan.states + row.plan.staging == row.states
     assert row.plan.host_bytes == row.host
+    assert row.plan.peak_bytes == pytest.approx(row.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "offload", "dtype"),
+    [
+        ("full", "none", "float32"),
+        ("full", "none", "bfloat16"),
+        ("full", "lazy", "float32"),
+        ("full", "blocking", "bfloat16"),
+        ("grass", "lazy", "float32"),
+        ("misa", "none", "float32"),
+        ("hift", "resident", "float32"),
+        ("muon", "none", "float32"),
+        ("lora", "none", "float32"),
+    ],
+)
+@pytest.mark.parametrize("shape", [SHAPE, StepShape(rows=2, tokens=64, micro_batches=3, checkpointing="all")], ids=str)
+def test_updates_in_backward_take_what_is_planned(
+    benchmark: ModuleType, method: str, offload: str, dtype: str, shape: StepShape
+) -> None:
+    case = benchmark.Case(model="tiny", method=method, offload=offload, dtype=dtype, shape=shape, in_backward=True)
+    row = benchmark.run_case(case, CPU)
+    assert row.plan.phase in ("backward", "probing")
     assert row.plan.peak_bytes == pytest.approx(row.peak, rel=0.02)
 
 
@@ -429,7 +454,8 @@ def test_auto_recomputes_nothing_on_a_cpu_without_a_limit(monkeypatch: pytest.Mo
 
 def test_another_offload_mode_comes_before_recomputing(tiny: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grass_ray.memory.plan.RING_BYTES", MIB // 16)
-    monkeypatch.setattr(memory_fit, "needed_bytes", lambda plan, device: plan.peak_bytes)
+    for module in (memory_fit, memory_settings):  # a device of its own: what is on the host is not in its memory
+        monkeypatch.setattr(module, "needed_bytes", lambda plan, device: plan.peak_bytes)
     config = short_run("grass", "method.offload=auto", "training.gradient_checkpointing=auto")
     shape = replace(real_shape(config), checkpointing="none")
     plans = tiny.plan_modes(config.method, shape, modes=["resident", "lazy"])
@@ -539,7 +565,10 @@ def test_the_command_plans_seven_billion_parameters_in_little_memory() -> None:
     assert all(plan["weights"] == pytest.approx(weights, rel=1e-4) for plan in plans.values())
     assert plans["full", "none"]["states"] == 6_738_415_616 * 6
     assert plans["grass", "none"]["fits"] == "no"
-    assert values["advice"]["full"] is None
+    advice = values["advice"]["full"]
+    assert {"method.optimizer.max_grad_norm=null", "method.update_in_backward=true"} < set(advice["settings"])
+    # a layer's gradients and those of the embeddings or the head, in place of all
+    assert advice["plan"]["gradients"] < weights / 15
     advice = values["advice"]["grass"]
     layers = advice["plan"]["recomputed_layers"]
     assert 0 < layers < advice["plan"]["num_layers"] == 32
@@ -567,6 +596,20 @@ def test_table_and_markdown_say_what_fits(capsys: pytest.CaptureFixture[str]) ->
     code, markdown, _ = run_verb(capsys, *flags, "--format", "markdown")
     assert code == 0
     assert "| method | offload | weights |" in markdown
+
+
+def test_the_plan_says_what_clipping_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "tiny", "--device", "cpu", "--batch-size", "1", "--seq-len", "8", "--methods", "full")
+    _, out, _ = run_verb(capsys, *flags)
+    said = next(line for line in out.splitlines() if line.startswith("clipping keeps the gradients"))
+    assert "--set method.optimizer.max_grad_norm=null method.update_in_backward=true: full none " in said
+    _, out, _ = run_verb(
+        capsys, *flags, "--set", "method.optimizer.max_grad_norm=null", "method.update_in_backward=true"
+    )
+    assert "clipping" not in out
+    code, _, err = run_verb(capsys, *flags, "--set", "method.update_in_backward=true")
+    assert code == 2
+    assert "clipping (optimizer.max_grad_norm 1) has to see all gradients first" in err
 
 
 def test_the_plan_says_which_layers_are_recomputed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ from small import short_run
 
 from grass_ray.config import ConfigError, ModelConfig, fingerprint_of
 from grass_ray.execute import execute
-from grass_ray.memory.fit import find_fit
 from grass_ray.memory.plan import Planner
+from grass_ray.memory.settings import find_fit
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
