@@ -7,6 +7,7 @@ import webbrowser
 from dataclasses import dataclass
 
 from grass_ray.commands.flags import tracking_store
+from grass_ray.errors import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,6 @@ class Ui:
         return 0
 
     def _show(self, address: str) -> None:
-        print(address, flush=True)
+        print(redact(address), flush=True)
         if self.browser:
             webbrowser.open(address)

@@ -22,6 +22,7 @@ from pydantic import AliasChoices, Field, ValidationError
 
 from grass_ray.config import ConfigError, ConfigPart, DataConfig, RunConfig
 from grass_ray.config.base import explain
+from grass_ray.errors import redact
 from grass_ray.experiment.algorithms import ALGORITHMS, Search, known_points
 from grass_ray.experiment.flags import SweepOptions, choose_data
 from grass_ray.experiment.search import MUTABLE, SearchPlan, SearchSpec
@@ -73,8 +74,9 @@ class SweepPlan(ConfigPart):
         return saved == given
 
     def to_yaml(self) -> str:
-        """Return the plan as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return the plan as YAML, without the password of its store."""
+        values = self.model_dump(mode="json") | {"tracking_uri": redact(self.tracking_uri)}
+        return yaml.safe_dump(values, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> SweepPlan:

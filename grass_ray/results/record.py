@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -167,7 +167,7 @@ class RunRecord(RecordPart):
 
     schema_version: Literal[1, 2] = 2
     run_id: str
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]  # files are named after it
     sweep: str
     sweep_id: str
     status: Status
