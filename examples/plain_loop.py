@@ -34,6 +34,7 @@ def main() -> None:
     model.to(device).train()  # to its device first: the optimizer looks where the weights are
     if options.gradient_checkpointing:
         # non-reentrant, and inputs need no gradient: backward stops at the lowest active layer
+        # gradient_checkpointing_enable before transformers 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
 

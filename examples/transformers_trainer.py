@@ -53,6 +53,7 @@ def main() -> None:
     if options.gradient_checkpointing:
         # on the model and not in the arguments: Trainer would also make the inputs of the first layer require a
         # gradient, and backward would then run through every layer instead of stopping at the lowest active one
+        # gradient_checkpointing_enable before transformers 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
 

@@ -56,6 +56,7 @@ def main() -> None:
     model, tokenizer = load(options.model)
     model.to(config.device)  # before the optimizer is built, which looks where the weights are
     if options.gradient_checkpointing:
+        # gradient_checkpointing_enable before transformers 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
 

@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Fair experiments on memory-efficient LLM fine-tuning (GRASS, arXiv 2604.07808).",
         args=words,
         return_unknown_args=True,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.DisallowNone,
+        ),
     )
     quiet_libraries()
     leave(lambda: _run(at_home(verb), rest))

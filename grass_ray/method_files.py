@@ -17,10 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, text_of
+from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, read_yaml, text_of
 from grass_ray.config.base import explain
 from grass_ray.methods import METHODS, Method
-from grass_ray.reading import parse_yaml, read_file
 
 STEPS = 100  # length of the training for which parts are built to see that they can be
 
@@ -66,7 +65,7 @@ def methods_with(path: Path | None) -> Mapping[str, Method]:
 
 def read_rows(path: Path) -> list[Method]:
     """Read the rows of a method file, without their code. Raises :class:`ConfigError` that lists all mistakes."""
-    values = parse_yaml(read_file(path, "method file"), f"the method file {path}")
+    values = read_yaml(path, "the method file")
     if not isinstance(values, list) or not values:
         raise ConfigError(f"the method file {path} must be a list of methods, such as - {{name: ..., summary: ...}}")
     rows: list[Method] = []

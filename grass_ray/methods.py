@@ -22,6 +22,7 @@ from grass_ray.config import (
     FrequencySamplerConfig,
     GaLoreConfig,
     GradNormSamplerConfig,
+    InactiveSGDConfig,
     LoraConfig,
     MatrixNormSamplerConfig,
     MethodConfig,
@@ -180,6 +181,15 @@ _ROWS = (
         sampler=CyclicSamplerConfig(num_active_layers=1, period=50, order="random"),
         optimizer=OptimizerConfig(lr=3e-4),
         inactive_states="reset",
+    ),
+    _row(
+        "bread",
+        summary="badam, and a step of SGD on every other layer as backward passes it",
+        source="openreview zs6bRl05g8",
+        sampler=CyclicSamplerConfig(num_active_layers=1, period=100, order="random"),
+        optimizer=OptimizerConfig(lr=3e-4),
+        inactive_states="reset",
+        inactive_updates=InactiveSGDConfig(lr_scale=5.0),
     ),
     _row(
         "misa",

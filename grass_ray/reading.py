@@ -2,7 +2,7 @@
 
 ::
 
-    values = parse_yaml(read_file(path, "method file"), f"the method file {path}")
+    values = read_yaml(path, "the method file")
 
 A file may come from anywhere. It can be no text, broken, nested without end, or small and describe gigabytes: YAML that
 repeats itself by aliases, a compressed file of zeros. YAML tags that make objects are refused, and nothing is executed.
@@ -35,7 +35,7 @@ def read_file(path: Path, what: str) -> str:
 
     Args:
         path: the file.
-        what: what it is, for messages.
+        what: the words for it in messages, such as "the method file".
 
     Raises:
         ConfigError: it cannot be read, is no text, or larger than ``MOST_BYTES``.
@@ -44,13 +44,18 @@ def read_file(path: Path, what: str) -> str:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the {what} {path}: {reason(error)}") from None
+        raise ConfigError(f"cannot read {what} {path}: {reason(error)}") from None
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"cannot read the {what} {path}: it has more than {MOST_BYTES // 1024**2} MiB")
+        raise ConfigError(f"cannot read {what} {path}: it has more than {MOST_BYTES // 1024**2} MiB")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read the {what} {path}: it is not UTF-8 text ({reason(error)})") from None
+        raise ConfigError(f"cannot read {what} {path}: it is no text in UTF-8 ({error.reason})") from None
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Return the plain values of a YAML file; raises what :func:`read_file` and :func:`parse_yaml` raise."""
+    return parse_yaml(read_file(Path(path), what), f"{what} {path}")
 
 
 def parse_yaml(text: str, where: str) -> Any:

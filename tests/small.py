@@ -44,6 +44,15 @@ def make_optimizer(model: torch.nn.Module, sampler: Sampler, **settings: Any) ->
     return LayerwiseAdamW(model, sampler, options=LayerwiseOptions(**options), **settings)
 
 
+def recompute_layers(model: Any, *, reentrant: bool = False) -> None:
+    """Turn on the model's own activation checkpointing, which had another name before transformers 5.23."""
+    settings = {"use_reentrant": reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 def make_batch(step: int, *, rows: int = 4, tokens: int = 12, vocabulary: int = 64) -> torch.Tensor:
     """Random token ids that depend on ``step`` alone, shape (rows, tokens)."""
     return torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(step))

@@ -11,6 +11,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -182,3 +183,11 @@ def test_the_front_page_has_the_recorded_memory() -> None:
 
 def test_the_front_page_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_versions_that_are_asked_for_are_those_of_the_package() -> None:
+    package = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    asked = {name: rule for name, _, rule in (re.split(r"(\[.*\])?(?=[<>=]|$)", line, maxsplit=1) for line in package)}
+    page = (REPOSITORY / "docs" / "limits.md").read_text("utf-8")
+    table = dict(re.findall(r"^\| ([\w-]+) \| `(.+)` \|", page, re.MULTILINE))
+    assert table == {name: rule for name, rule in asked.items() if "<" in rule or "==" in rule}

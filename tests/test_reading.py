@@ -90,14 +90,14 @@ def test_a_file_is_text_and_has_an_end(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a").write_bytes(b"\xff\xfe")
     monkeypatch.setattr(reading, "MOST_BYTES", 1000)
     for path, words in (
-        (tmp_path / "a", "it is not UTF-8 text"),
+        (tmp_path / "a", "it is no text in UTF-8"),
         (tmp_path / "none", "No such file"),
         (tmp_path, "Is a directory"),
         (Path("/dev/zero"), "it has more than"),
         (Path("a\0b"), "null byte"),
     ):
         with pytest.raises(ConfigError, match=f"cannot read the list .*{words}"):
-            read_file(path, "list")
+            read_file(path, "the list")
 
 
 @pytest.mark.parametrize(

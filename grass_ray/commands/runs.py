@@ -40,7 +40,7 @@ class Train:
     """Name of a method; see `grass-ray ls methods`."""
     model: str | None = None
     """Built-in model, hub id or folder. Defaults to smollm2-135m."""
-    task: tuple[str, ...] | None = None
+    task: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """A suite, tasks of one suite, or the YAML file of a custom task."""
     data: str | None = None
     """A data set of your own: a file, a save_to_disk folder or a hub id."""
@@ -56,7 +56,7 @@ class Train:
     """Seed of data order, layer sampling and adapters. Defaults to 0."""
     limit: int | None = None
     """Maximum number of evaluated examples per task."""
-    eval_tasks: tuple[str, ...] | None = None
+    eval_tasks: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """Tasks of lm-eval to evaluate, too: its names (mmlu,ifeval), folders (mine/) or YAML files."""
     num_fewshot: int | None = None
     """Number of examples before each question of --eval-tasks. Defaults to what each task says."""
@@ -159,6 +159,8 @@ class SweepFile:
         if not self.file.is_file():
             near = sorted(str(path) for path in Path("sweeps").glob("*.py"))
             raise ConfigError(f"there is no sweep file {self.file}; available: {', '.join(near) or 'none in ./sweeps'}")
+        if self.file.suffix != ".py":
+            raise ConfigError(f"{self.file} is not a Python file; a sweep file is one, such as sweeps/quickstart.py")
         sys.argv = [str(self.file), *rest]
         runpy.run_path(str(self.file), run_name="__main__")
         return 0
@@ -176,7 +178,7 @@ class Eval:
 
     model: str = "smollm2-135m"
     """Built-in model, hub id, folder of a model, or folder of a run."""
-    task: tuple[str, ...] | None = None
+    task: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """A suite, tasks of one suite, or the YAML file of a custom task."""
     data: str | None = None
     """A data set of your own: a file, a save_to_disk folder or a hub id."""
@@ -184,7 +186,7 @@ class Eval:
     """Folder with dataset/<Name>/test.json. Defaults to the Hub."""
     limit: int | None = None
     """Maximum number of examples per task."""
-    eval_tasks: tuple[str, ...] | None = None
+    eval_tasks: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """Tasks of lm-eval to evaluate: its names (mmlu,ifeval), folders (mine/) or YAML files."""
     num_fewshot: int | None = None
     """Number of examples before each question of --eval-tasks. Defaults to what each task says."""
@@ -246,7 +248,7 @@ class Reproduce:
     """Where the data folder is on this machine. Defaults to the recorded place."""
     data: str | None = None
     """Where the data set of your own is on this machine. Defaults to the recorded place."""
-    eval_tasks: tuple[str, ...] | None = None
+    eval_tasks: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None
     """The tasks of lm-eval with folders and files as they are on this machine. Defaults to those recorded."""
     method_file: Path | None = None
     """Method file with the code that the run was made with; the code is run."""

@@ -7,6 +7,7 @@ import webbrowser
 from dataclasses import dataclass
 
 from grass_ray.commands.flags import tracking_store
+from grass_ray.config import ConfigError
 from grass_ray.errors import redact
 
 
@@ -33,6 +34,8 @@ class Ui:
         """Serve the page until Ctrl-C, or print where a server shows it; returns the exit code."""
         from grass_ray.results.pages import find_page, is_server, serve
 
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port} is no port; give 1 to 65535")
         uri = tracking_store(self.tracking_uri)
         page = find_page(uri, self.experiment)
         if is_server(uri):

@@ -41,6 +41,7 @@ from grass_ray.config.method import (
     ApolloConfig,
     GaLoreConfig,
     ImportedProjectionConfig,
+    InactiveSGDConfig,
     MethodConfig,
     MuonConfig,
     Offload,
@@ -84,6 +85,7 @@ from grass_ray.config.schedules import (
     StepScheduleConfig,
 )
 from grass_ray.errors import ConfigError
+from grass_ray.reading import read_yaml
 
 __all__ = [
     "PLACEMENTS",
@@ -117,6 +119,7 @@ __all__ = [
     "ImportedPart",
     "ImportedProjectionConfig",
     "ImportedSamplerConfig",
+    "InactiveSGDConfig",
     "LinearScheduleConfig",
     "LmEvalConfig",
     "LoraConfig",
@@ -149,6 +152,7 @@ __all__ = [
     "installed_code",
     "part_folder",
     "read_text",
+    "read_yaml",
     "recomputed_layers",
     "slug",
     "sync",

@@ -75,7 +75,7 @@ class AdapterConfig(ConfigPart):
             del settings["init_lora_weights"]  # decomposes weights, and here are none
         try:
             return peft.get_peft_model(model, peft.get_peft_config(settings))
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # each adapter checks its settings in its own way, or fails at them
             raise ConfigError(self._refusal(type(model).__name__, error)) from error
 
     def _refusal(self, model_name: str, error: Exception) -> str:
@@ -154,7 +154,7 @@ class PeftConfig(AdapterConfig):
 
     kind: Literal["peft"] = "peft"
     peft_type: str  # type: ignore[misc]
-    """Name of the adapter in ``peft.PeftType``, such as ``VERA``."""
+    """Name of the adapter in ``peft.PeftType``, such as ``VERA``, in letters of either case."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -190,6 +190,7 @@ class PeftConfig(AdapterConfig):
     @field_validator("peft_type")
     @classmethod
     def _is_an_adapter_of_layers(cls, name: str) -> str:
+        name = name.upper()
         if name in _VIRTUAL_TOKENS:
             raise ValueError(f"{name} adds virtual tokens; use an adapter of kind prefix or prompt")
         if name in _NEED_MORE:

@@ -73,7 +73,7 @@ class SGDConfig(ProjectionConfig):
 
 
 class MuonConfig(ProjectionConfig):
-    """Muon, of the layers' weight matrices: makes each moment orthogonal. AdamW trains all else. Needs torch 2.9."""
+    """Muon, of the layers' weight matrices: makes each moment orthogonal. AdamW trains all else."""
 
     builds: ClassVar[str] = "grass_ray.optim.momentum.Muon"
     kind: Literal["muon"] = "muon"
@@ -103,6 +103,18 @@ class ImportedProjectionConfig(ProjectionConfig, ImportedPart):
 AnyProjectionConfig = Annotated[
     GaLoreConfig | ApolloConfig | SGDConfig | MuonConfig | ImportedProjectionConfig, Field(discriminator="kind")
 ]
+
+
+class InactiveSGDConfig(BuildablePart):
+    """Small steps of SGD on layers that are not active, made in the backward pass (BREAD)."""
+
+    builds: ClassVar[str] = "grass_ray.optim.inactive.InactiveSGD"
+    lr_scale: PositiveFloat = 1.0
+    """Their learning rate, as a multiple of that of the active layers."""
+    sign: bool = False
+    """Whether to step along the signs of the gradient."""
+    layers: Literal["all", "above"] = "all"
+    """``all`` inactive layers, or those ``above`` the lowest active one, which the backward pass reaches anyway."""
 
 
 class OptimizerConfig(ConfigPart):
@@ -150,6 +162,9 @@ class MethodConfig(ConfigPart):
     identical weights."""
     inactive_states: Literal["keep", "reset"] = "keep"
     """Whether to keep or reset the optimizer states of a layer that becomes inactive."""
+    inactive_updates: InactiveSGDConfig | None = None
+    """Small updates of the layers that are not active. Needs one worker, ``inactive_states: reset`` and resident
+    weights."""
     update_in_backward: bool = False
     """Whether to update each layer inside the backward pass and free its gradients, so that those of all layers are
     never held. Needs one worker and ``optimizer.max_grad_norm: null``, since clipping has to see all gradients first.
@@ -164,7 +179,7 @@ class MethodConfig(ConfigPart):
     @property
     def can_stream_weights(self) -> bool:
         """Whether there are decoder layers whose weights do not train at every step."""
-        return self.adapter is not None or not self.sampler.trains_all
+        return self.inactive_updates is None and (self.adapter is not None or not self.sampler.trains_all)
 
     @property
     def imported_parts(self) -> list[ImportedPart]:
@@ -180,6 +195,13 @@ class MethodConfig(ConfigPart):
                 f"offload {self.offload}: the states of projection {self.optimizer.projection.kind} are not streamed; "
                 "use none or resident"
             )
+        if self.inactive_updates is not None and (self.inactive_states == "keep" or self.sampler.trains_all):
+            raise ValueError(
+                "inactive_updates: they are for layers that a sampler leaves out, whose states begin anew; set "
+                "method.inactive_states=reset, and a sampler that draws"
+            )
+        if self.weights == "streamed" and self.inactive_updates is not None:
+            raise ValueError("weights streamed: inactive_updates change weights of layers that would be on the host")
         if self.weights == "streamed" and not self.can_stream_weights:
             raise ValueError("weights streamed: every layer trains at every step, so none can be kept on the host")
         if self.update_in_backward and self.optimizer.max_grad_norm is not None:

@@ -18,7 +18,7 @@ from grass_ray.config.files import whole_file
 from grass_ray.config.method import MethodConfig
 from grass_ray.errors import ConfigError
 from grass_ray.overrides import Changes, apply, flatten
-from grass_ray.reading import parse_yaml, read_file
+from grass_ray.reading import read_yaml
 
 # what each data-parallel worker holds: the whole model, or a shard of it (FSDP2); changes memory, not the numbers
 Parallel = Literal["replicate", "shard"]
@@ -165,7 +165,7 @@ class RunConfig(ConfigPart):
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a configuration file. Raises :class:`ConfigError` on a missing or malformed one."""
-        values = parse_yaml(read_file(Path(path), "configuration"), str(path))
+        values = read_yaml(path, "the configuration")
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}; a configuration is a mapping of keys")
         return cls.parse(values)
@@ -218,7 +218,7 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
     Keys that came later are left out at their defaults: runs of an earlier version are still found.
     """
     later: dict[str, dict[str, Any]] = {
-        "method": {"weights": "resident", "update_in_backward": False},
+        "method": {"weights": "resident", "update_in_backward": False, "inactive_updates": None},
         "evaluation": {"lm_eval": LmEvalConfig().model_dump(mode="json")},
     }
     old = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from grass_ray.contract.broken import demand
 from grass_ray.export.model import export_adapter, export_run, is_mergeable
 from grass_ray.overrides import Changes
 from grass_ray.training.models import load_model
+from grass_ray.training.report import StepReport
 from grass_ray.training.run import Run
 
 # parameters at both ends of a model, which granularity "block" trains in turn with the layers
@@ -58,6 +59,14 @@ def learning_rate(method: MethodConfig) -> float:
     return 0.1 if method.optimizer.lr >= 0.01 else 0.02  # adapters of few numbers learn slowly
 
 
+def _moving(run: Run, report: StepReport) -> Collection[int]:
+    """The layers in which something may change at a step: the active ones, and those that get small updates."""
+    small = run.config.method.inactive_updates
+    if small is None:
+        return report.active_layers
+    return range(0 if small.layers == "all" else min(report.active_layers), run.state.optimizer.stack.num_layers)
+
+
 def check_trains_what_is_active(config: RunConfig, allowed: str = ".*", *, exactly: bool = False) -> set[str]:
     """At every step the parameters that change are those that are active, and may train at all.
 
@@ -84,7 +93,7 @@ def check_trains_what_is_active(config: RunConfig, allowed: str = ".*", *, exact
         active = {
             name
             for name, p in now.items()
-            if p in always or any(f".layers.{layer}." in name for layer in report.active_layers)
+            if p in always or any(f".layers.{layer}." in name for layer in _moving(run, report))
         }
         if optimizer.units[0].name == "embeddings":
             active |= {name for name in now if re.fullmatch(ENDS, name)}

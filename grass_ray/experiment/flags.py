@@ -213,7 +213,7 @@ def parse_options(script: str, question: str, argv: Sequence[str] | None) -> Swe
         prog=script,
         description=examples,
         args=argv,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
     )
     return at_home(options)
 

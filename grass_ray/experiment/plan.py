@@ -82,7 +82,9 @@ class SweepPlan(ConfigPart):
     def from_yaml(cls, text: str, where: str) -> SweepPlan:
         """Read a plan. Raises :class:`ConfigError` that names ``where`` if the text is no plan."""
         try:
-            return cls.model_validate(parse_yaml(text, where))
+            return cls.model_validate(parse_yaml(text, "it"))
+        except ConfigError as error:
+            raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
         except ValidationError as error:
             raise ConfigError(f"{where} is not a sweep's plan: {explain(error)}") from None
 
@@ -100,6 +102,8 @@ def plan_trials(sweep: Sweep, options: SweepOptions) -> tuple[tuple[RunConfig, .
     sweep = _with_flags(sweep, options)
     methods = methods_with(options.method_file)
     templates = _templates(sweep, options, methods)
+    if not sweep.seeds and any(methods[name].trains for name in templates):
+        raise ConfigError(f"the sweep {sweep.name} has no seeds; name one or more in its file or with --seeds")
     _check_space(sweep.space, methods)
     search = _plan_search(sweep, options, {name: own for name, own in templates.items() if methods[name].trains})
     _check_keys(sweep, options, templates.values())

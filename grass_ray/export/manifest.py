@@ -84,7 +84,7 @@ def read_delta(folder: Path) -> Delta:
         ConfigError: there is no ``delta.json`` of this format.
     """
     try:
-        values = parse_json(read_file(folder / MANIFEST, "description"), MANIFEST)
+        values = parse_json(read_file(folder / MANIFEST, "its description"), MANIFEST)
     except ConfigError as error:
         raise ConfigError(f"{folder} is not a readable delta: {error}") from None
     given = values.get("format") if isinstance(values, dict) else None

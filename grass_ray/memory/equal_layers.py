@@ -16,7 +16,7 @@ followed through all layers. The sizes are the same to the byte::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,9 +59,15 @@ class Run:
         return self.kind, len(self.followed)
 
 
-def equal_runs(layers: Sequence[nn.Module], recomputed: int) -> list[Run]:
-    """The runs of equal neighbours in ``layers``, the first ``recomputed`` of which are recomputed in backward."""
-    kinds = [(_kind(layer), index < recomputed) for index, layer in enumerate(layers)]
+def equal_runs(layers: Sequence[nn.Module], recomputed: int, dropped: Collection[Tensor] = ()) -> list[Run]:
+    """The runs of equal neighbours in ``layers``.
+
+    Args:
+        layers: all of a model's.
+        recomputed: how many of them, from the first, are recomputed in backward.
+        dropped: parameters whose gradients are freed as soon as they are there.
+    """
+    kinds = [(_kind(layer, dropped), index < recomputed) for index, layer in enumerate(layers)]
     runs: list[Run] = []
     for kind, own in groupby(kinds):
         first = runs[-1].first + runs[-1].count if runs else 0
@@ -69,13 +75,13 @@ def equal_runs(layers: Sequence[nn.Module], recomputed: int) -> list[Run]:
     return runs
 
 
-def _kind(layer: nn.Module) -> Hashable:
+def _kind(layer: nn.Module, dropped: Collection[Tensor]) -> Hashable:
     """What decides what a layer allocates: how it is built, and what trains in it."""
     built = tuple(
         (name, type(module), *((key, value) for key, value in sorted(vars(module).items()) if _is_setting(key, value)))
         for name, module in layer.named_modules()
     )
-    held = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    held = tuple((name, p.shape, p.dtype, p.requires_grad, p in dropped) for name, p in layer.named_parameters())
     return built, held
 
 

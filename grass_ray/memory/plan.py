@@ -197,7 +197,9 @@ class Planner:
     ) -> StepProfile:
         """A step with updates of the offload mode; None measures only."""
         units = trained.trained(active)
-        parameters = {p for unit in units for p in unit.parameters}
+        corrected = [] if mode is None else trained.corrected(active)
+        dropped = frozenset(p for unit in corrected for p in unit.parameters)
+        parameters = {p for unit in units for p in unit.parameters} | dropped
         updates: InBackward | None = None
         if mode is not None and trained.method.update_in_backward:
             workspace = trained.update_bytes(units, self.device)
@@ -211,7 +213,8 @@ class Planner:
         adapter = _adapter_key(trained.method)
         probing = mode is None
         told = None if updates is None else (updates.behind, updates.workspace, trained.method.granularity)
-        key = (adapter, shape, names, probing, told)
+        corrects = None if mode is None else trained.method.inactive_updates
+        key = (adapter, shape, names, probing, told, corrects and (corrects.layers, active))
         if key not in self._profiles:
             for parameter in trained.model.parameters():
                 parameter.requires_grad_(parameter in parameters)
@@ -223,6 +226,7 @@ class Planner:
                     device=self.device,
                     probing=probing,
                     in_backward=updates,
+                    dropped=dropped,
                     followed=followed,
                 )
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device

@@ -97,6 +97,7 @@ def profile_step(
     device: DeviceKind,
     probing: bool = False,
     in_backward: InBackward | None = None,
+    dropped: frozenset[Tensor] = frozenset(),
     followed: dict[Hashable, FollowedStep] | None = None,
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
@@ -108,19 +109,22 @@ def profile_step(
         probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
             recomputed.
         in_backward: the updates, if they are not left to the end of the step.
+        dropped: parameters whose gradients are freed as soon as they are there.
         followed: earlier steps of the same model on the same device. One that differs only in the number of equal
             layers is not run again. None runs through every layer.
     """
     stack = find_decoder_stack(model)
     recomputed = stack.num_layers if probing else recomputed_layers(shape.checkpointing, stack.num_layers)
 
+    dropped = frozenset(model.parameters()) if probing else dropped
+
     def follow(runs: Sequence[Run]) -> FollowedStep:
-        return _follow(model, shape, stack, runs, recomputed, device=device, probing=probing, in_backward=in_backward)
+        return _follow(model, shape, stack, runs, recomputed, device=device, dropped=dropped, in_backward=in_backward)
 
     if followed is None:
         runs = [Run(index, 1, None) for index in range(stack.num_layers)]
         return follow(runs).profile(runs)
-    runs = equal_runs(stack.modules, recomputed)
+    runs = equal_runs(stack.modules, recomputed, dropped)
     inside = {p for layer in stack.layers for p in layer}
     others = tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in inside)
     updates = None if in_backward is None else (in_backward.behind, in_backward.workspace)
@@ -129,7 +133,7 @@ def profile_step(
     if step is None:
         step = followed[key] = follow(runs)
     if not step.repeats:
-        return profile_step(model, shape, device=device, probing=probing, in_backward=in_backward)
+        return profile_step(model, shape, device=device, probing=probing, in_backward=in_backward, dropped=dropped)
     return step.profile(runs)
 
 
@@ -166,17 +170,17 @@ def _follow(
     recomputed: int,
     *,
     device: DeviceKind,
-    probing: bool,
+    dropped: frozenset[Tensor],
     in_backward: InBackward | None,
 ) -> FollowedStep:
     log = AllocationLog(device, logits=_head_shape(model))
-    reactions: list[Callable[[Tensor], None]] = [_drop if probing else log.mark_gradient]
-    if in_backward is not None and not probing:
-        reactions.append(_Updates(in_backward, log, shape.micro_batches))
+    kept: list[Callable[[Tensor], None]] = [log.mark_gradient]
+    if in_backward is not None:
+        kept.append(_Updates(in_backward, log, shape.micro_batches))
     handles: list[Any] = [
         p.register_post_accumulate_grad_hook(react)  # type: ignore[no-untyped-call]
         for p in model.parameters()
-        for react in reactions
+        for react in ([_drop] if p in dropped else kept)
         if p.requires_grad
     ]
     recompute = Recompute(stack.modules[:recomputed])

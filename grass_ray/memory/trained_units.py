@@ -20,6 +20,7 @@ from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
 from grass_ray.optim.host_weights import streamable_weights
+from grass_ray.optim.inactive import InactiveSGD
 from grass_ray.optim.kernels import StateLayout, adamw, state_layout
 from grass_ray.optim.options import LayerwiseOptions
 from grass_ray.optim.projection import Projection, projected_parameters
@@ -67,6 +68,13 @@ class TrainedUnits:
             first = [size + heavy * (layer == recomputed) for size, layer in zip(kept, layers, strict=True)]
             sets += self.sampler.largest_active_sets(first)
         return list(dict.fromkeys(sets))
+
+    def corrected(self, active: tuple[int, ...]) -> list[Unit]:
+        """The units that get small updates in backward while the units with the indices ``active`` are active."""
+        if self.method.inactive_updates is None:
+            return []
+        updates: InactiveSGD = self.method.inactive_updates.make()
+        return [self.units[index] for index in updates.units(len(self.units), active)]
 
     def trained(self, active: Iterable[int]) -> list[Unit]:
         """The units that train while the units with the indices ``active`` are active."""

@@ -67,6 +67,7 @@ class ActiveSet:
         parts: the model taken apart.
         sampler: draws the active sets.
         indices: of the units that train, ascending.
+        corrected: of the inactive units that get small updates in backward.
         recompute: computes the layers again in backward while the sampler is probing. Then all of them train, and what
             they keep for backward would be more than any active set keeps.
         switches: active sets drawn after the first one.
@@ -93,6 +94,8 @@ class ActiveSet:
         self._workers = workers
         self._stats = stats
         self._reset = options.inactive_states == "reset"
+        self.inactive_updates = options.inactive_updates
+        self.corrected: tuple[int, ...] = ()
         self.indices: tuple[int, ...] = ()
         self.recompute = Recompute(parts.stack.modules)
         self.switches = 0
@@ -103,6 +106,11 @@ class ActiveSet:
     def units(self) -> list[Unit]:
         """The units that train: the active ones, and those that train at every step."""
         return [self.parts.units[index] for index in self.indices] + self.parts.constant
+
+    @property
+    def with_gradients(self) -> list[Unit]:
+        """The units that backward brings gradients for."""
+        return self.units + [self.parts.units[index] for index in self.corrected]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -150,9 +158,11 @@ class ActiveSet:
         """Let exactly these units and the constant ones require gradients; frozen ones hold none."""
         self.indices = tuple(indices)
         self._watch.new_active_set()
+        corrects = None if self.sampler.probing else self.inactive_updates
+        self.corrected = () if corrects is None else corrects.units(len(self.parts.units), self.indices)
         for index, unit in enumerate(self.parts.units):
             for parameter in unit.parameters:
-                parameter.requires_grad_(index in self.indices)
+                parameter.requires_grad_(index in self.indices or index in self.corrected)
                 if index not in self.indices:
                     parameter.grad = None
         self._settle_weights(self.indices)
@@ -186,6 +196,7 @@ class ActiveSet:
         """Tell the proof, if any, which units a step has trained; ``skipped`` is above 0 if nothing was updated."""
         if self.proof is not None:
             self.proof.note(trained, skipped)
+            self.proof.excuse(self.corrected)
 
     def note_unit(self, unit: Unit, skipped: Tensor) -> None:
         """Tell the proof, if any, that one unit was updated inside backward; ``skipped`` as in :meth:`note_step`."""

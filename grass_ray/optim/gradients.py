@@ -26,6 +26,7 @@ class Owner(Protocol):
     """The optimizer. ``last_micro_batch``: the next backward is the last one before its ``step``."""
 
     last_micro_batch: bool
+    param_groups: list[dict[str, Any]]
 
 
 class Gradients:
@@ -54,12 +55,15 @@ class Gradients:
         self._unit_of: dict[Tensor, Unit] = {
             p: unit for unit in (*units, *active.parts.constant) for p in unit.parameters
         }
+        self._index_of = {unit.name: index for index, unit in enumerate(units)}
         self._sampler = sampler = active.sampler
         self._active = active
         self._sync = sync
         self._watch = watch
         self._handles = handles
         self._backward = backward
+        # whether this step's backward has moved an inactive unit
+        self._corrected = False
         # norms of the gradients that are freed already, by unit
         self._norms: dict[str, list[Tensor]] = {}
         # whether backward brought a gradient that probing did not keep
@@ -74,6 +78,9 @@ class Gradients:
             self._meter.dropping = sampler.probing
             handles.extend(self._meter.handles)
         handles.extend(sync.watch(managed, weakref.WeakMethod(self._watch_seen)))
+        if active.inactive_updates is not None:
+            for parameter in (p for unit in units for p in unit.parameters):
+                self._after(parameter, Gradients._correct)
         if sync.workers.count > 1 or backward is not None:
             for parameter in managed:
                 self._after(parameter, Gradients._complete)
@@ -110,13 +117,27 @@ class Gradients:
             parameter.grad = None
             self._dropped = True
 
+    def _correct(self, parameter: Tensor) -> None:
+        """Use the gradient of a parameter that is not active, and free it."""
+        unit, owner = self._unit_of[parameter], self._owner()
+        if owner is None or self._index_of[unit.name] not in self._active.corrected:
+            return
+        self.check_whole()
+        self._active.uninterrupted.begin()
+        self._corrected = True
+        group = next(index for index, parameters in unit.groups if any(p is parameter for p in parameters))
+        assert self._active.inactive_updates is not None
+        self._active.inactive_updates.update(parameter, float(owner.param_groups[group]["lr"]))
+        parameter.grad = None
+
     def _complete(self, parameter: Tensor) -> None:
         """Give a gradient to its reduction over the workers, or to its unit's update."""
         owner = self._owner()
         last = owner is not None and owner.last_micro_batch and not self._sampler.probing
         if self._backward is None:
             self._sync.arrived(parameter, self._unit_of[parameter], self._active.units, last=last)
-        elif last:
+        elif last and parameter.grad is not None:  # not freed after a small update
+            self.check_whole()
             self._backward.arrived(self._unit_of[parameter])
 
     # ------------------------------------------------------------------------------------------------- during a step
@@ -133,8 +154,13 @@ class Gradients:
 
     def check_whole(self) -> None:
         """Raise RuntimeError if an earlier step was interrupted; one that backward has begun is not."""
-        if self._backward is None or not self._backward.updated:
+        if not self.begun:
             self._active.uninterrupted.check()
+
+    @property
+    def begun(self) -> bool:
+        """Whether backward has updated weights since the last step."""
+        return self._corrected or (self._backward is not None and bool(self._backward.updated))
 
     def nothing_arrived(self) -> bool:
         """Whether no backward reached the active units; several workers go through a step together."""
@@ -173,10 +199,11 @@ class Gradients:
         return self._sync.workers.average(norms, summed=self._sync.workers.reduction == "sum")
 
     def _check_scalable(self) -> None:
-        if self._sync.sharded or self.under_way:
+        if self._sync.sharded or self.under_way or self._active.inactive_updates is not None:
             raise RuntimeError(
                 "a loss scaler (GradScaler) works with whole gradients that wait for step(): not with a model sharded "
-                "by FSDP2, and not with last_micro_batch; train in bfloat16, which needs no scaler, or leave them out"
+                "by FSDP2, with inactive_updates, or with last_micro_batch; train in bfloat16, which needs no scaler, "
+                "or leave them out"
             )
 
     def finish(self) -> Tensor:
@@ -188,6 +215,9 @@ class Gradients:
         self._watch.without_gradient(
             [unit for unit in active if unit.name not in under_way and not has_gradient(unit.parameters)]
         )
+        if self._corrected:
+            self._corrected = False
+            self._active.uninterrupted.reset()
         if self._backward is not None:
             if not under_way:
                 self._watch.not_in_backward()
@@ -221,6 +251,7 @@ class Gradients:
 
     def next_step(self) -> None:
         """The sampler has observed a step, or was loaded: it may have ended its probing, or be at it again."""
+        self._corrected = False
         if self._backward is not None:
             self._backward.forget()
         if self._meter is not None:
@@ -228,7 +259,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Gradients were thrown away: forget what was measured of them."""
-        self._dropped = False
+        self._dropped = self._corrected = False
         if self._backward is not None:
             self._backward.forget()
         if self._meter is not None:

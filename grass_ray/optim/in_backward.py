@@ -44,7 +44,7 @@ class BackwardUpdates:
         """One more of the unit's gradients is complete in the step's last backward: update it if it was the last one.
 
         Raises:
-            RuntimeError: the unit was updated already, or an earlier step was interrupted.
+            RuntimeError: the unit was updated already.
         """
         if unit.name in self._norms:
             raise RuntimeError(
@@ -53,8 +53,6 @@ class BackwardUpdates:
             )
         self._arrived[unit.name] += 1
         if self._arrived[unit.name] == len(unit.parameters):
-            if not self._norms:
-                self._active.uninterrupted.check()
             self._update(unit)
 
     @torch.no_grad()

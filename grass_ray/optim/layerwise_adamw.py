@@ -204,7 +204,7 @@ class LayerwiseAdamW(OneModelOptimizer):
         check_not_retired(self._retired)
         check_sampler(self.sampler, self)
         self._active.check_drawn()
-        self._sync.check_model(next(self.stack.modules[0].parameters()), self._watch, self._active.units)
+        self._sync.check_model(next(self.stack.modules[0].parameters()), self._watch, self._active.with_gradients)
         loss = None
         if closure is not None:
             with torch.enable_grad():

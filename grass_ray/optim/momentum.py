@@ -70,7 +70,7 @@ class Muon:
             2502.16982); ``"original"`` scales it by the root of rows over columns, if that is above 1.
 
     Raises:
-        ValueError: a setting is out of range, or this torch has no Muon.
+        ValueError: a setting is out of range.
     """
 
     every_parameter: ClassVar[bool] = False
@@ -86,8 +86,6 @@ class Muon:
             raise ValueError(f"newton_schulz_steps is {self.newton_schulz_steps}; it must be from 1 to 99")
         if self.adjust_lr not in ("match_rms_adamw", "original"):
             raise ValueError(f"adjust_lr is {self.adjust_lr!r}; available: match_rms_adamw, original")
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"muon needs torch 2.9 or later, and this is {torch.__version__}; update torch")
 
     def start(self, parameter: Tensor) -> dict[str, Tensor]:
         """Step counter and moment, zero."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from grass_ray.config import Weights
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.data_parallel import Reduction
+from grass_ray.optim.inactive import InactiveSGD
 from grass_ray.optim.kernels import Precision
 from grass_ray.optim.projection import Projection
 from grass_ray.optim.streams import Streams
@@ -41,6 +42,9 @@ class LayerwiseOptions:
             them, so that a step never holds those of all units; set ``last_micro_batch`` before that backward. A unit
             whose gradients are not finite stays as it is, the others are updated. Needs ``max_grad_norm=None``, one
             worker, and no loss scaler.
+        inactive_updates: small updates of units that are not active, made in backward
+            (:class:`~grass_ray.optim.inactive.InactiveSGD`; BREAD). Needs ``inactive_states="reset"``, resident
+            weights, one worker, and no loss scaler.
         chunk_bytes: size of a slot of the ring and of a full host block, a power of two.
         ring_slots: number of slots of the ring.
         streams: where streamed work runs; None takes CUDA streams, or runs one thing after another on a CPU.
@@ -61,6 +65,7 @@ class LayerwiseOptions:
     weights: Weights = "resident"
     weight_slots: int = 2
     update_in_backward: bool = False
+    inactive_updates: InactiveSGD | None = None
     chunk_bytes: int = CHUNK_BYTES
     ring_slots: int = 4
     streams: Streams | None = None
@@ -74,6 +79,11 @@ class LayerwiseOptions:
             raise ValueError(f"weight_slots is {self.weight_slots}; it must be at least 1")
         if self.inactive_states not in ("keep", "reset"):
             raise ValueError(f"inactive_states is {self.inactive_states!r}; available: keep, reset")
+        if self.inactive_updates is not None and (self.inactive_states == "keep" or self.weights == "streamed"):
+            raise ValueError(
+                "inactive_updates move weights whose states nobody updates, and that must be on the device; they need "
+                "inactive_states='reset' and weights='resident'"
+            )
         if self.granularity == "block" and self.always_trained:
             raise ValueError("granularity 'block' samples embeddings, head and norm; train_* flags cannot hold them")
 
@@ -108,6 +118,10 @@ def check_adamw(
 
 def check_in_backward(options: LayerwiseOptions, max_grad_norm: float | None, workers: int) -> None:
     """Raise ValueError if updates shall happen inside backward, but something has to see all gradients first."""
+    if workers > 1 and options.inactive_updates is not None:
+        raise ValueError(
+            f"inactive_updates need one worker, and there are {workers}: they use gradients as they arrive"
+        )
     if not options.update_in_backward:
         return
     if max_grad_norm is not None:

@@ -40,6 +40,7 @@ class Proof:
         self._fingerprints = [self._fingerprint(unit.parameters) for unit in units]
         self._frozen_fingerprint = self._fingerprint(frozen)
         self._trained: dict[int, list[Tensor]] = {}
+        self._excused: set[int] = set()
         self._steps_since_check = 0
         self.mistakes: list[str] = []
 
@@ -61,6 +62,10 @@ class Proof:
             if self._units[unit].parameters:
                 self._trained.setdefault(unit, []).extend(() if skipped is None else (skipped,))
 
+    def excuse(self, units: Iterable[int]) -> None:
+        """These units may have changed without being active: they got small updates."""
+        self._excused.update(units)
+
     def check(self, *, last: bool = False) -> None:
         """Compare the weights with those of the last check; updates must have ended (``optimizer.synchronize()``).
 
@@ -70,12 +75,14 @@ class Proof:
         now = [self._fingerprint(unit.parameters) for unit in self._units]
         changed = {unit for unit, (old, new) in enumerate(zip(self._fingerprints, now, strict=True)) if old != new}
         expected = {unit for unit, skipped in self._trained.items() if not skipped or not all(bool(s) for s in skipped)}
-        for units, what in ((changed - expected, "changed while frozen"), (expected - changed, "trained unchanged")):
+        strange = changed - expected - self._excused
+        for units, what in ((strange, "changed while frozen"), (expected - changed, "trained unchanged")):
             self.mistakes += [f"{self._units[unit].name} {what}" for unit in sorted(units)]
         if last and self._fingerprint(self._frozen) != self._frozen_fingerprint:
             self.mistakes.append("parameters outside the optimizer changed")
         self._fingerprints = now
         self._trained = {}
+        self._excused = set()
         self._steps_since_check = 0
 
     def _fingerprint(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -87,6 +94,7 @@ class Proof:
         """Plain values, for a checkpoint."""
         return {
             "expected": sorted(self._trained),
+            "excused": sorted(self._excused),
             "steps_since_check": self._steps_since_check,
             "fingerprints": self._fingerprints,
             "frozen_fingerprint": self._frozen_fingerprint,
@@ -95,6 +103,7 @@ class Proof:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._trained = {unit: [] for unit in state["expected"]}
+        self._excused = set(state.get("excused", ()))
         self._steps_since_check = state["steps_since_check"]
         self._fingerprints = state["fingerprints"]
         self._frozen_fingerprint = state["frozen_fingerprint"]

@@ -19,10 +19,9 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, read_yaml
 from grass_ray.methods import METHODS, Method, unknown
 from grass_ray.overrides import assignment, flatten
-from grass_ray.reading import parse_yaml, read_file
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import VALIDATION
 
@@ -199,7 +198,7 @@ def read_settings(path: Path, known: Mapping[str, Method] = METHODS) -> dict[str
         ConfigError: the file cannot be read, is of another form, or names a method that does not exist.
     """
     form = "methods: {NAME: [dotted.key=value, ...], ...}"
-    values = parse_yaml(read_file(path, "settings"), f"the settings file {path}")
+    values = read_yaml(path, "the file of settings")
     methods = values.get("methods") if isinstance(values, dict) and set(values) == {"methods"} else None
     if not isinstance(methods, dict) or not all(
         isinstance(own, list) and all(isinstance(text, str) for text in own) for own in methods.values()

@@ -21,9 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from grass_ray.config import ConfigError, CustomSource, DatasetSource, SourceConfig
-from grass_ray.reading import parse_yaml
-from grass_ray.reading import read_file as read_text_file
+from grass_ray.config import ConfigError, CustomSource, DatasetSource, SourceConfig, read_yaml
 from grass_ray.tasks.row_files import read_file
 from grass_ray.tasks.row_source import LoadedRows, RowSource
 from grass_ray.tasks.rows import Row, RowError, hash_file, row_from_record, write_answer
@@ -38,7 +36,7 @@ def read_task_file(path: Path) -> CustomSource:
         ConfigError: the file is missing or malformed, its name is taken, or a data file is missing.
     """
     path = Path(os.path.expanduser(path))
-    values = parse_yaml(read_text_file(path, "task file"), f"the task file {path}")
+    values = read_yaml(path, "the task file")
     if not isinstance(values, dict):
         raise ConfigError(
             f"the task file {path} holds {type(values).__name__}; it must be a mapping with name and test"

@@ -205,16 +205,19 @@ def _ask_hub(path: str, ask: Any) -> Any:
 
 
 class _quiet:  # noqa: N801
-    """No progress bars of datasets in the block."""
+    """No progress bars of datasets in the block, and no lines of its log: what is wrong is raised, too."""
 
     def __init__(self, datasets: Any) -> None:
         self._datasets = datasets
         self._were_off = datasets.are_progress_bars_disabled()
+        self._level = datasets.logging.get_verbosity()
 
     def __enter__(self) -> None:
         self._datasets.disable_progress_bars()
+        self._datasets.logging.set_verbosity(self._datasets.logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
+        self._datasets.logging.set_verbosity(self._level)
         if not self._were_off:
             self._datasets.enable_progress_bars()
 

@@ -99,6 +99,10 @@ class DatasetRows(RowSource[DatasetSource]):
             raise ConfigError(
                 f"{source.path} has no split {source.split!r} (data.source.split); it has {', '.join(splits)}"
             )
+        local = is_local(source.path)
+        given = {"split": not splits and source.split != "train", "subset": source.subset, "revision": source.revision}
+        for key in (key for key, value in given.items() if local and value):
+            raise ConfigError(f"data.source.{key}={getattr(source, key)} has no effect on {source.path}; leave it out")
         return self._read(source.path, source.split if splits else None)
 
     def _test(self) -> tuple[_Part, str]:

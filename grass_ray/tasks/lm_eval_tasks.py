@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from grass_ray.config import ConfigError, LmEvalConfig
 from grass_ray.paths import is_path
 
@@ -154,12 +156,21 @@ def _load_own(name: str) -> list[Any]:
         return _load(str(path), _index(), name, path.parent)
     if not path.is_dir():
         raise ConfigError(f"there is no folder or file of tasks {name}")
+    _check_files(path)
     index = _index(str(path))
     entries = {key: entry for key, entry in index.task_index.items() if entry.yaml_path is not None}
-    members = {member for entry in entries.values() for member in _members(entry.cfg)}
+    listed = {key: _listed(entry.cfg) for key, entry in entries.items()}
+    members = {
+        str(item if isinstance(item, str) else item.get("task") or item.get("group"))
+        for items in listed.values()
+        for item in items
+    }
     if not members <= index.task_index.keys():  # a group may have tasks of the registry
         for key, entry in _registry().task_index.items():
             index.task_index.setdefault(key, entry)
+    for key, items in listed.items():
+        if unknown := [item for item in items if isinstance(item, str) and item not in index.task_index]:
+            raise ConfigError(f"the group {key} in {name} has tasks that are unknown: {', '.join(unknown)}")
     chosen = [key for key in entries if key not in members]
     if not chosen:
         raise ConfigError(
@@ -168,10 +179,23 @@ def _load_own(name: str) -> list[Any]:
     return [part for key in chosen for part in _load(key, index, name, Path(entries[key].yaml_path).parent)]
 
 
-def _members(cfg: dict[str, Any]) -> Iterator[str]:
-    listed = cfg.get("task") if "group" in cfg else ()
-    for member in listed if isinstance(listed, list) else ():
-        yield str(member if isinstance(member, str) else member.get("task") or member.get("group"))
+def _check_files(folder: Path) -> None:
+    """Refuse files that cannot be read, which lm-eval would leave out without a word."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            load_yaml(file, resolve_func=False)
+        except (yaml.YAMLError, OSError) as error:
+            raise ConfigError(f"the task file {file} cannot be read: {' '.join(str(error).split())}") from None
+        except ValueError:
+            continue  # no mapping, so no task
+
+
+def _listed(cfg: dict[str, Any]) -> list[Any]:
+    """What a group lists: names of tasks, and mappings that change or define one."""
+    listed = cfg.get("task") if "group" in cfg else None
+    return listed if isinstance(listed, list) else []
 
 
 def _load(key: str, manager: Any, name: str, folder: Path | None = None) -> list[Any]:
@@ -206,7 +230,10 @@ def _said(load: Callable[[], list[Any]], what: str, hint: str = "") -> list[Any]
         raise ConfigError(f"{what} cannot be loaded: {error}; install what it needs") from None
     except Exception as error:  # whatever data sets, YAML files and the tasks' own code raise
         said = " ".join(str(error).split()) or type(error).__name__
-        hint = hint if isinstance(error, OSError) else ""
+        if isinstance(error, TypeError) and "NoneType" in said:
+            hint = "; is a key missing, such as dataset_path?"
+        elif not isinstance(error, OSError):
+            hint = ""
         raise ConfigError(f"{what} cannot be loaded: {said}{hint}") from error
 
 

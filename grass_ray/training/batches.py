@@ -118,6 +118,8 @@ class Batches:
             raise ConfigError(
                 f"none of {len(rows)} training rows has an answer within {data.max_length_tokens} tokens; "
                 "raise data.max_length_tokens"
+                if self.dropped_rows or self.refused_rows
+                else f"all of {len(rows)} training rows are empty"
             )
 
     def __getitem__(self, step: int) -> list[Batch]:

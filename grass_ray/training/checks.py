@@ -80,10 +80,11 @@ def check_run(
 def _check_workers(config: RunConfig, fewest: int, most: int) -> None:
     # workers take whole micro-batches, so that importance is measured on the same gradients whatever their number
     training = config.training
-    if config.method.update_in_backward and most > 1:
+    method = config.method
+    in_backward = {"update_in_backward": method.update_in_backward, "inactive_updates": method.inactive_updates}
+    if most > 1 and (named := [name for name, value in in_backward.items() if value]):
         raise ConfigError(
-            f"method.update_in_backward needs one worker, not {most}: the gradients of several are complete only after "
-            "backward"
+            f"method.{named[0]} needs one worker, not {most}: the gradients of several are complete only after backward"
         )
     shares = math.lcm(*range(fewest, most + 1))
     if training.steps and training.accumulation_steps % shares:

@@ -26,13 +26,17 @@ MOST_ROWS = 20_000  # larger data sets are sampled at regular intervals, so that
 def check_some_row_fits(config: RunConfig, tokenizer: Any) -> None:
     """Raise :class:`ConfigError` unless a training row has its answer within the maximum length.
 
-    Conversations must also be accepted by the chat template.
+    Conversations must also be accepted by the chat template, and rows be left beside those held out for validation.
 
     Rows on the Hub are not checked, because they would have to be downloaded.
     """
     if config.data.source.downloads:
         return
     loaded = load_train_rows(config.data).rows
+    if config.data.validation_rows is not None:
+        from grass_ray.training.validation import hold_out  # loads torch, which tables of records do not need
+
+        hold_out(loaded, config.data.validation_rows)
     if isinstance(config.data.source, DatasetSource):  # every row may be one that the chat template refuses
         _batches(config, tokenizer, _sampled(loaded))
         return

@@ -44,6 +44,7 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
             granularity=method.granularity,
             weights=method.weights,
             update_in_backward=method.update_in_backward,
+            inactive_updates=None if method.inactive_updates is None else method.inactive_updates.make(),
             # the loop divides by the labels of all workers
             gradient_reduction="sum",
         ),

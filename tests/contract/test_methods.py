@@ -55,6 +55,7 @@ TRAINS = {
     "lift": LAYERS,
     "hift": f"{LAYERS}|{ENDS}",
     "badam": LAYERS,
+    "bread": LAYERS,
     "misa": MATRICES,
     "galore": f"{LAYERS}|{ENDS}",
     "apollo": f"{LAYERS}|{ENDS}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_batch, make_llama
+from small import make_batch, make_llama, recompute_layers
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from grass_ray import GradNormSampler, LayerwiseAdamW
@@ -69,7 +69,7 @@ def test_checkpointing_set_on_the_model_stops_at_the_lowest_active_layer(tmp_pat
     """Trainer leaves it as it was set; its own switch would let backward run through every layer."""
     trainer = make_trainer(tmp_path)
     model: Any = trainer.model
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    recompute_layers(model)
     model.disable_input_require_grads()
     optimizer: Any = trainer.optimizer
     needed: dict[int, bool] = {}

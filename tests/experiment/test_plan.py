@@ -118,6 +118,14 @@ def test_a_setting_reaches_the_methods_that_have_it_and_the_last_word_wins() -> 
     assert by_method["grass"].method.sampler.period == 6  # type: ignore[union-attr]
 
 
+def test_a_sweep_without_seeds_is_refused_if_it_trains() -> None:
+    sweep = Sweep(name="mini", question="?", models=("tiny",), methods=("full",), tasks=("generated",))
+    with pytest.raises(ConfigError, match="the sweep mini has no seeds; name one or more in its file or with --seeds"):
+        plan_trials(sweep, SweepOptions())
+    assert len(plan_trials(sweep, SweepOptions(seeds=(3,)))[0]) == 2
+    assert len(plan_trials(sweep, SweepOptions(methods=("base",)))[0]) == 1
+
+
 def test_a_setting_that_no_method_has_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no method .* 'method.sampler.perod'; available: .*method.sampler.period"):
         expand(set=("method.sampler.perod=5",))

@@ -83,6 +83,8 @@ def tinyllama() -> Planner:
         ("ows-galore", "resident", "float32"),
         ("hift", "resident", "float32"),
         ("badam", "none", "bfloat16"),
+        ("bread", "none", "float32"),
+        ("bread", "none", "bfloat16"),
         ("misa", "none", "float32"),
         ("adagradselect", "resident", "float32"),
         ("last-third", "none", "float32"),

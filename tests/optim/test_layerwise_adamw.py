@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import backward, make_batch, make_llama, make_optimizer
+from small import backward, make_batch, make_llama, make_optimizer, recompute_layers
 from torch import nn
 
 from grass_ray import AllLayersSampler, GradNormSampler, LayerwiseAdamW, UniformSampler
@@ -261,7 +261,7 @@ def test_backward_stops_at_the_lowest_active_layer(checkpointing: bool) -> None:
     model = make_llama()
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
         model.disable_input_require_grads()
     optimizer = LayerwiseAdamW(model, UniformSampler(1, 1, seed=2))
     needed: dict[int, bool] = {}

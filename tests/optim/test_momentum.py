@@ -12,10 +12,9 @@ from small import backward, make_llama, make_optimizer, short_run
 from torch import Tensor, nn
 
 from grass_ray import SGD, AllLayersSampler, LayerwiseAdamW, Muon, UniformSampler
-from grass_ray.config import ConfigError, MuonConfig
+from grass_ray.config import ConfigError
 from grass_ray.optim.kernels import join
 from grass_ray.optim.projection import Projection
-from grass_ray.training.checks import check_run
 from grass_ray.training.sharding import check_shardable
 from grass_ray.training.without_effect import settings_without_effect
 
@@ -176,14 +175,6 @@ def test_streaming_is_refused_before_anything_is_loaded(kind: str, offload: str)
 def test_shards_are_refused_before_anything_is_loaded(method: str) -> None:
     with pytest.raises(ConfigError, match=f"{method} updates whole matrices, of which a worker has some rows"):
         check_shardable(short_run(method), 2)
-
-
-def test_an_older_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"muon needs torch 2\.9 or later, and this is"):
-        MuonConfig().build()
-    with pytest.raises(ConfigError, match=r"tiny: muon needs torch 2\.9 or later"):
-        check_run(short_run("muon"))
 
 
 def test_a_precision_that_sgd_does_not_look_at_is_told() -> None:

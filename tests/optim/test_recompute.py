@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small import make_batch, make_llama
+from small import make_batch, make_llama, recompute_layers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -93,7 +93,7 @@ def llama(*, lora: bool = False, autocast: bool = False, **settings: Any) -> tup
 
 def llama_with_its_own(reentrant: bool) -> tuple[nn.Module, Callable[[int], Tensor]]:
     model, loss = llama()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    recompute_layers(model, reentrant=reentrant)
     if reentrant:  # inputs must require a gradient there
         model.enable_input_require_grads()
     return model, loss

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small import make_batch, make_llama, make_optimizer
+from small import make_batch, make_llama, make_optimizer, recompute_layers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -355,7 +355,7 @@ def mixed_precision(share: Callable[[Any, int], float]) -> dict[str, Any]:
 def checkpointed(share: Callable[[Any, int], float]) -> list[torch.Tensor]:
     """Activations computed again in backward."""
     model, optimizer = make("grass-resident", sharded=True)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    recompute_layers(model)
     model.train()
     train(model, optimizer, share, range(STEPS))
     return weights_of(model)

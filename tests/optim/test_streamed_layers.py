@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from recording import RecordingStreams
-from small import backward, make_batch, make_llama, make_optimizer
+from small import backward, make_batch, make_llama, make_optimizer, recompute_layers
 from torch import Tensor, nn
 
 from grass_ray import AllLayersSampler, CyclicSampler, GaLore, GradNormSampler, LayerwiseAdamW, UniformSampler
@@ -163,7 +163,7 @@ def test_projected_states() -> None:
 def test_gradient_checkpointing(mode: str, reentrant: bool) -> None:
     def make() -> Any:
         model = make_model()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        recompute_layers(model, reentrant=reentrant)
         if reentrant:
             model.enable_input_require_grads()
         return model.train()
@@ -494,7 +494,7 @@ def record(mode: Any, slots: int, *, checkpointing: bool = False, without: str |
     """A short training with probing and switches, in which every read of a weight is noted, by where it lies."""
     model = make_model()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
         model.train()
     streams = RecordingStreams(without=without)
     sampler = GradNormSampler(2, 2, probing_steps=2, refresh_period=3, seed=3)
@@ -590,7 +590,7 @@ def test_gpu_streamed_weights_give_the_same_bits_whatever_the_streams_do(mode: A
     for kind in ("resident", "streamed"):
         model = models[kind] = make_model(dtype=torch.bfloat16)
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(model)
         model.train()
         if kind == "resident":
             model.to(device)

@@ -72,7 +72,7 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
     (tmp_path / "best.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_settings(tmp_path / "best.yaml")
-    with pytest.raises(ConfigError, match="cannot read the settings"):
+    with pytest.raises(ConfigError, match="cannot read the file of settings"):
         read_settings(tmp_path / "absent.yaml")
 
 
