@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # two processes, each with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast slow-test lint docs setup
+.PHONY: demo test test-fast slow-test reliability audit lint docs setup
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -30,6 +30,18 @@ test-fast: setup
 
 slow-test: setup
 	$(BIN)/python -m pytest --slow
+
+# what docs/reliability.md promises, with thousands of broken files and every point of a kill
+reliability: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz tests/test_killed_writes.py tests/test_security.py \
+		--hypothesis-profile=long --hypothesis-show-statistics
+
+# licences.md and sbom.json: what is installed, by tools in an environment of their own
+audit: setup
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet 'pip-licenses>=5,<6' 'cyclonedx-bom>=7,<8'
+	$(VENV)-audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-urls --format=markdown --output-file=licences.md
+	$(VENV)-audit/bin/cyclonedx-py environment $(VENV) --of JSON -o sbom.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
@@ -31,6 +31,7 @@ from grass_ray.config import ConfigError
 from grass_ray.paths import at_home
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
+from grass_ray.reading import is_plain
 
 VERBS: Mapping[str, type] = {
     "train": Train,
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_output()
     words = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if odd := [word for word in words if not is_plain(word)]:
+        leave(lambda: _refuse(odd))
     if words[:1] == ["sweep"] and len(words) > 1 and not words[1].startswith("-"):
         # everything after the file is the script's, --help too
         leave(lambda: _run(at_home(SweepFile(file=Path(words[1]))), words[2:]))
@@ -74,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     quiet_libraries()
     leave(lambda: _run(at_home(verb), rest))
+
+
+def _refuse(words: Sequence[str]) -> NoReturn:
+    raise ConfigError(f"not UTF-8 text, which no record could hold: {', '.join(map(repr, words))}")
 
 
 def _parsed_types(words: Sequence[str]) -> Any:

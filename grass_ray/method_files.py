@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from grass_ray.config import ConfigError, ImportedPart, MethodConfig, find_code, read_yaml, text_of
 from grass_ray.config.base import explain
@@ -27,7 +27,6 @@ STEPS = 100  # length of the training for which parts are built to see that they
 class _Row(MethodConfig):
     """A method of the file: the keys of a method, and what the table says of it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     summary: str
     source: str = "-"
 

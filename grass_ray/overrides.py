@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from grass_ray.errors import ConfigError
+from grass_ray.reading import parse_yaml
 
 Changes = Mapping[str, Any]  # dotted key -> new value, applied in order
 
@@ -97,10 +98,7 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         key, separator, value = text.partition("=")
         if not separator or not key:
             raise ConfigError(f"cannot read the override {text!r}; write it as dotted.key=value")
-        try:
-            changes.append({key: yaml.safe_load(value)})
-        except yaml.YAMLError:
-            raise ConfigError(f"cannot read the override {text!r}; the value is not YAML") from None
+        changes.append({key: parse_yaml(value, f"cannot read the override {text!r}: the value")})
     return merge(*changes)
 
 

@@ -28,6 +28,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 from grass_ray.config import ConfigError
+from grass_ray.errors import redact
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 CLEANING_S = 5.0  # a key that is hit again and again must not interrupt the cleaning up
@@ -147,7 +148,7 @@ def leave(act: Callable[[], int], stopped: Callable[[], str] = lambda: "stopped"
             _check_current_folder()
             code = act()
     except ConfigError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {redact(str(mistake))}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         print(stopped(), file=sys.stderr)
@@ -156,7 +157,7 @@ def leave(act: Callable[[], int], stopped: Callable[[], str] = lambda: "stopped"
         reason = describe_failure(error)
         if reason is None:
             raise
-        print(f"error: {reason}", file=sys.stderr)
+        print(f"error: {redact(reason)}", file=sys.stderr)
         code = FAILED
     if lost := _lost_output():
         print(f"error: {lost}", file=sys.stderr)

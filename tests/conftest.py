@@ -8,9 +8,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from small import REPOSITORY
+
+# the same few examples in every ordinary run; `make reliability` takes long, thousands of new ones
+_ANY = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("short", max_examples=25, derandomize=True, **_ANY)
+hypothesis.settings.register_profile("long", max_examples=500, print_blob=True, **_ANY)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)

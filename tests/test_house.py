@@ -17,6 +17,7 @@ PACKAGE = REPOSITORY / "grass_ray"
 ROOMS = [
     *(
         "errors",
+        "reading",
         "overrides",
         "config",
         "paths",

@@ -216,7 +216,7 @@ class TrialStore:
         if trial.run_id is None:
             config = trial.config
             stage = "trial" if trial.search is None else trial.search.stage
-            folder = f"{self.storage.uri}/{config.folder}"
+            folder = f"{self.storage.shown}/{config.folder}"
             tags = trial_tags(config, sweep=self.plan.name, stage=stage, folder=folder)
             trial.run_id = self.tracker.start_trial(
                 self.plan.sweep_id, trial.config.fingerprint, config.name, tags, config.flatten()

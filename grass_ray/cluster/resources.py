@@ -88,7 +88,7 @@ class ClusterInfo:
         storage.remove(PROBE_FILE)
         if blind:
             raise ConfigError(
-                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.uri} "
+                f"{len(blind)} of {len(self.machines)} machines do not see the storage path {storage.shown} "
                 f"({', '.join(blind)}); give --storage-path a folder that every machine mounts, or a URI (s3://, gs://)"
             )
 

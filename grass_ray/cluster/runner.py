@@ -26,13 +26,13 @@ from grass_ray.cluster.session import ray_cluster
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.tuner import TuneRun, run_trials
 from grass_ray.config import RunConfig, installed_code
+from grass_ray.errors import redact
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.pages import is_server, run_page
-from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
@@ -76,7 +76,7 @@ class SweepRunner:
         sweep_run = self.tracker.start_sweep(
             self.plan.sweep_id,
             {"sweep": self.plan.name, "question": self.plan.question},
-            {"trials": str(self.plan.num_trials), "storage": self.storage.uri},
+            {"trials": str(self.plan.num_trials), "storage": self.storage.shown},
         )
         with tempfile.TemporaryDirectory(prefix="grass_ray-sweep-") as scratch:
             overview = Overview(
@@ -113,7 +113,7 @@ class SweepRunner:
         """Return what the system refused, if that is the reason of ``error``."""
         local = self.storage.local_folder
         free = None if local is None or not local.is_dir() else shutil.disk_usage(local).free / 1024**2
-        where = self.storage.uri + ("" if free is None else f": {free:.1f} MiB are free there")
+        where = self.storage.shown + ("" if free is None else f": {free:.1f} MiB are free there")
         reason = describe_failure(error)
         if reason is None and free is not None and free < FULL_MIB:  # a file that was cut off fails in its own way
             reason = os.strerror(errno.ENOSPC)
@@ -229,9 +229,9 @@ class SweepRunner:
         for record in failed:
             self._say(f"{record.status}: {record.name}: {record.failure}", always=True)
         self._say(f"sweep:    {self.progress.summary()}")
-        self._say(f"files:    {self.storage.uri}\nplots:    {self.storage.uri}/{SUMMARY_FOLDER}")
+        self._say(f"files:    {self.storage.shown}\nplots:    {self.storage.shown}/{SUMMARY_FOLDER}")
         if best:
-            self._say(f"settings: {self.storage.uri}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
+            self._say(f"settings: {self.storage.shown}/{SUMMARY_FOLDER}/{BEST_FILE}, by {VALIDATION}; for --settings")
         for line in left_out(records):
             self._say(f"settings: {line}")
         uri, page = self.plan.tracking_uri, run_page(self.tracker, sweep_run)
@@ -253,7 +253,7 @@ class SweepRunner:
         if self.tracker.waiting:
             self._say(
                 f"MLflow at {redact(self.plan.tracking_uri)} lacks the last {self.tracker.waiting} messages of this "
-                f"sweep; all of it is in {self.storage.uri}; to send them once it answers:  {resume_command}",
+                f"sweep; all of it is in {self.storage.shown}; to send them once it answers:  {resume_command}",
                 always=True,
             )
 

@@ -17,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import fs
 
 from grass_ray.config import ConfigError
+from grass_ray.errors import redact
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Storage:
                 f"cannot use the storage path {place!r}: {error}; give a folder or an s3:// URI"
             ) from None
         return storage
+
+    @property
+    def shown(self) -> str:
+        """The URI without keys and tokens, for people and records."""
+        return redact(self.uri)
 
     @property
     def local_folder(self) -> Path | None:

@@ -182,8 +182,8 @@ def ray_cluster() -> Finding:
 
 def store(uri: str) -> Finding:
     """Whether the MLflow store answers; a database that is not there yet is not made."""
+    from grass_ray.errors import redact
     from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path
-    from grass_ray.results.provenance import redact
 
     if uri.startswith(SQLITE):
         path = sqlite_path(absolute_uri(uri))

@@ -28,6 +28,9 @@ class Checkpoints(Listener):
 
     @override
     def on_start(self, run: Run) -> None:
+        from grass_ray.training.checkpoint import restore_previous
+
+        restore_previous(self._folder)
         if self._folder.is_dir():
             run.restore(self._folder)
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, CustomSource, RunConfig
+from grass_ray.errors import MASK, redact
 from grass_ray.experiment.flags import SweepOptions, parse_options
 from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
 from grass_ray.experiment.space import at_random, sample
@@ -28,7 +29,6 @@ from grass_ray.method_files import methods_with
 from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
 from grass_ray.results.connection import default_tracking_uri
-from grass_ray.results.provenance import redact
 
 PLAN_FILE = "sweep.yaml"
 # Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
@@ -81,7 +81,7 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
         try:
             storage.write_text(plan.to_yaml(), PLAN_FILE)
         except OSError as error:
-            raise ConfigError(f"cannot write to the storage path {root.uri}: {error}") from None
+            raise ConfigError(f"cannot write to the storage path {root.shown}: {error}") from None
     return runner.run(resume_command())
 
 
@@ -103,12 +103,12 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
     saved = [sweep_id for sweep_id in folder.folders() if folder.exists(sweep_id, PLAN_FILE)]
     if not saved:
         raise ConfigError(
-            f"nothing to resume: no {sweep.name!r} sweep under {root.uri}; leave --resume out to start one, "
+            f"nothing to resume: no {sweep.name!r} sweep under {root.shown}; leave --resume out to start one, "
             "or give the --storage-path it was started with"
         )
     methods_with(options.method_file)
     where = folder.join(saved[-1])
-    plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.uri}/{PLAN_FILE}")
+    plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.shown}/{PLAN_FILE}")
     for part in (part for config in plan.configs for part in config.method.imported_parts):
         part.check_code()
     chosen = options.chosen()
@@ -117,7 +117,12 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
             f"{' '.join(chosen)} would make other trials than the sweep {plan.sweep_id} that --resume continues "
             "with its saved plan; leave these flags out, or leave --resume out to start a new sweep"
         )
-    uri = options.tracking_uri
+    uri = options.tracking if MASK in plan.tracking_uri else options.tracking_uri
+    if uri is None and MASK in plan.tracking_uri:
+        raise ConfigError(
+            f"the sweep's store is {plan.tracking_uri}, and its password was not written down; give the whole address "
+            "with --tracking-uri or MLFLOW_TRACKING_URI"
+        )
     return plan.model_copy(update={"tracking_uri": uri}) if uri else plan
 
 
@@ -163,7 +168,7 @@ def _embedded_store(root: Storage) -> str:
 def resume_command() -> str:
     """Return the command that continues this process's sweep: the same line with ``--resume``."""
     words = [word for word in sys.argv[1:] if word != "--resume"]
-    return shlex.join(["python", script_name(), *words, "--resume"])
+    return redact(shlex.join(["python", script_name(), *words, "--resume"]))
 
 
 def script_name() -> str:
@@ -190,7 +195,7 @@ def _print_head(console: Console, plan: SweepPlan, storage: Storage) -> None:
         "methods": distinct(config.method.name for config in configs),
         "suite": distinct(config.data.suite for config in configs),
         "tasks": distinct(task for config in configs for task in config.data.tasks),
-        "trials": f"{plan.num_trials}, plan in {storage.uri}/{PLAN_FILE}",
+        "trials": f"{plan.num_trials}, plan in {storage.shown}/{PLAN_FILE}",
         "tracking": f"{redact(plan.tracking_uri)}, experiment {plan.name}",
     }
     own = [config for config in configs if isinstance(config.data.source, CustomSource)]

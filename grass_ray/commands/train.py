@@ -17,6 +17,7 @@ from typing_extensions import override
 from grass_ray.commands.listeners import Checkpoints, CtrlC, StepLog
 from grass_ray.commands.output import check_folder, claimed, describe_lost_test_rows, render_row
 from grass_ray.config import ConfigError, CustomSource, RunConfig
+from grass_ray.errors import redact
 from grass_ray.execute import Ending, Listener, RunContext, RunResult, execute
 from grass_ray.experiment.flags import choose_data
 from grass_ray.methods import METHODS, Method, get_method
@@ -25,7 +26,7 @@ from grass_ray.paths import with_absolute_paths
 from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import RunProgress
 from grass_ray.results.connection import default_tracking_uri
-from grass_ray.results.provenance import hardware, redact
+from grass_ray.results.provenance import hardware
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import trial_tags
 from grass_ray.results.tracker import Tracker
@@ -282,7 +283,7 @@ class _LocalRun(Listener):
             self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
         if self._resumable:
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            self._say(f"go on     {shlex.join(['grass-ray', *words, '--resume'])}", always=True)
+            self._say(f"go on     {redact(shlex.join(['grass-ray', *words, '--resume']))}", always=True)
         return {"finished": 0, "stopped": INTERRUPTED}.get(record.status, FAILED)
 
     def _say(self, text: str, *, always: bool = False) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from grass_ray.commands.flags import tracking_store
 from grass_ray.config import ConfigError
+from grass_ray.errors import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,6 @@ class Ui:
         return 0
 
     def _show(self, address: str) -> None:
-        print(address, flush=True)
+        print(redact(address), flush=True)
         if self.browser:
             webbrowser.open(address)

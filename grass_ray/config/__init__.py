@@ -33,7 +33,7 @@ from grass_ray.config.data import (
     Shape,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, read_text, read_yaml, to_json, whole_file
+from grass_ray.config.files import from_json, part_folder, read_text, sync, to_json, whole_file
 from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
@@ -85,6 +85,7 @@ from grass_ray.config.schedules import (
     StepScheduleConfig,
 )
 from grass_ray.errors import ConfigError
+from grass_ray.reading import read_yaml
 
 __all__ = [
     "PLACEMENTS",
@@ -149,10 +150,12 @@ __all__ = [
     "fingerprint_of",
     "from_json",
     "installed_code",
+    "part_folder",
     "read_text",
     "read_yaml",
     "recomputed_layers",
     "slug",
+    "sync",
     "text_of",
     "to_json",
     "whole_file",

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+_MOST_SHOWN = 200  # characters of a wrong value
+
 
 def _not_zero(value: float) -> float:
     if value == 0:
@@ -16,8 +18,9 @@ def _not_zero(value: float) -> float:
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+MOST = 2**63 - 1  # of torch's and the system's whole numbers
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonZeroFloat = Annotated[float, AfterValidator(_not_zero)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -28,7 +31,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class ConfigPart(BaseModel):
     """Base class of every configuration: immutable, unknown keys are refused, docstrings describe the keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class BuildablePart(ConfigPart):
@@ -61,9 +66,13 @@ def explain(error: ValidationError) -> str:
     for mistake in error.errors():
         where = ".".join(str(key) for key in mistake["loc"] if key not in alternatives)
         given = mistake.get("input")
-        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        shown = "" if isinstance(given, dict) else f" (given: {_shortened(repr(given))})"
         lines.append(f"{where or 'configuration'}: {mistake['msg']}{shown}")
     return "; ".join(lines)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _kinds(base: type[ConfigPart]) -> Iterator[str]:

@@ -1,22 +1,26 @@
-"""Text files that are never half written, and JSON that strict readers accept.
+"""Files and folders that are never half written, and JSON that strict readers accept.
 
 Files whose names end with ``.gz`` are written and read with gzip.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import gzip
 import io
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic_core
-import yaml
 
-from grass_ray.errors import ConfigError
+from grass_ray.reading import unpack
 
 
 @contextmanager
@@ -32,15 +36,50 @@ def whole_file(path: str | Path) -> Iterator[IO[str]]:
             packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if is_compressed(path) else raw
             with io.TextIOWrapper(packed, encoding="utf-8") as file:
                 yield file
+        sync(part)  # else the name may be on the disk before the text
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def part_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``, to be filled and then renamed; what is left of it is deleted at the end.
+
+    What killed processes left of theirs is deleted, too. Those that are being written are locked.
+    """
+    prefix = f"{folder.name}.part-"
+    for stale in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError), _handle(stale) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as name, _handle(Path(name)) as handle:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        part = Path(name) / "whole"
+        part.mkdir()
+        yield part
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    with _handle(path) as handle:
+        os.fsync(handle)
+
+
+@contextmanager
+def _handle(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def read_text(path: str | Path) -> str:
-    """What :func:`whole_file` wrote."""
+    """What :func:`whole_file` wrote. Raises OSError, and ValueError if it is not whole or no text."""
     content = Path(path).read_bytes()
-    return (gzip.decompress(content) if is_compressed(path) else content).decode()
+    return (unpack(content) if is_compressed(path) else content).decode()
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -67,23 +106,3 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(inner) for inner in value]
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
-
-
-def read_yaml(path: str | Path, what: str) -> Any:
-    """Read a file that a user wrote.
-
-    Args:
-        path: of the file, in UTF-8.
-        what: the words for it in messages, such as "the method file".
-
-    Raises:
-        ConfigError: it cannot be read, or is not YAML.
-    """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {what} {path}: it is no text in UTF-8 ({error.reason})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None

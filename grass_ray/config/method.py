@@ -142,7 +142,7 @@ class OptimizerConfig(ConfigPart):
 class MethodConfig(ConfigPart):
     """A fine-tuning method: adapter, sampler, optimizer, and what happens to the states of inactive layers."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the method in tables and records."""
     adapter: AnyAdapterConfig | None = None
     """Adapter that is trained in place of the model's own weights."""

@@ -14,10 +14,11 @@ from pydantic import BeforeValidator, ValidationError, field_serializer, model_v
 
 from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
 from grass_ray.config.data import DataConfig
-from grass_ray.config.files import read_yaml, whole_file
+from grass_ray.config.files import whole_file
 from grass_ray.config.method import MethodConfig
 from grass_ray.errors import ConfigError
 from grass_ray.overrides import Changes, apply, flatten
+from grass_ray.reading import read_yaml
 
 # what each data-parallel worker holds: the whole model, or a shard of it (FSDP2); changes memory, not the numbers
 Parallel = Literal["replicate", "shard"]

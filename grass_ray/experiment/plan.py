@@ -22,6 +22,7 @@ from pydantic import AliasChoices, Field, ValidationError
 
 from grass_ray.config import ConfigError, ConfigPart, DataConfig, RunConfig
 from grass_ray.config.base import explain
+from grass_ray.errors import redact
 from grass_ray.experiment.algorithms import ALGORITHMS, Search, known_points
 from grass_ray.experiment.flags import SweepOptions, choose_data
 from grass_ray.experiment.search import MUTABLE, SearchPlan, SearchSpec
@@ -31,6 +32,7 @@ from grass_ray.method_files import methods_with
 from grass_ray.methods import Method, get_method
 from grass_ray.overrides import Changes, flatten, has, merge, parse
 from grass_ray.paths import find_model, with_absolute_paths
+from grass_ray.reading import parse_yaml
 from grass_ray.results.searches import read_settings
 from grass_ray.tasks.readback import choose_evaluation
 
@@ -72,15 +74,16 @@ class SweepPlan(ConfigPart):
         return saved == given
 
     def to_yaml(self) -> str:
-        """Return the plan as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return the plan as YAML, without the password of its store."""
+        values = self.model_dump(mode="json") | {"tracking_uri": redact(self.tracking_uri)}
+        return yaml.safe_dump(values, sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> SweepPlan:
         """Read a plan. Raises :class:`ConfigError` that names ``where`` if the text is no plan."""
         try:
-            return cls.model_validate(yaml.safe_load(text))
-        except yaml.YAMLError as error:
+            return cls.model_validate(parse_yaml(text, "it"))
+        except ConfigError as error:
             raise ConfigError(f"{where} is not a sweep's plan: {error}") from None
         except ValidationError as error:
             raise ConfigError(f"{where} is not a sweep's plan: {explain(error)}") from None

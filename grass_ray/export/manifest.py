@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from grass_ray.config import ConfigError, ConfigPart
+from grass_ray.reading import parse_json, read_file
 
 FORMAT = 1
 MANIFEST = "delta.json"
@@ -84,9 +84,9 @@ def read_delta(folder: Path) -> Delta:
         ConfigError: there is no ``delta.json`` of this format.
     """
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a readable delta: {error}") from error
+        values = parse_json(read_file(folder / MANIFEST, "its description"), MANIFEST)
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is not a readable delta: {error}") from None
     given = values.get("format") if isinstance(values, dict) else None
     if given != FORMAT:
         raise ConfigError(f"{folder} has delta format {given}; this version reads {FORMAT}")

@@ -7,7 +7,6 @@ that changed.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grass_ray.config import ConfigError, DatasetSource, RunConfig
+from grass_ray.config import ConfigError, DatasetSource, RunConfig, part_folder, sync
 from grass_ray.paths import BUILT_IN
 from grass_ray.tasks.conversations import own_template
 from grass_ray.training.adapters import add_adapter
@@ -105,10 +104,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as name:
-        part = Path(name) / "whole"
-        part.mkdir()
+    with part_folder(folder) as part:
         yield part
+        for path in part.rglob("*"):
+            sync(path)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

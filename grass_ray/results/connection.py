@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from grass_ray.config import ConfigError
+from grass_ray.errors import redact
 from grass_ray.process import environment
-from grass_ray.results.provenance import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

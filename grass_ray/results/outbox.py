@@ -14,8 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from grass_ray.errors import redact
 from grass_ray.results.connection import failures, impatient
-from grass_ray.results.provenance import redact
 
 log = logging.getLogger(__name__)
 

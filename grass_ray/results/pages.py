@@ -19,8 +19,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from grass_ray.config import ConfigError
+from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, quoted, sqlite_path, store_errors
-from grass_ray.results.provenance import redact
 from grass_ray.results.tracker import SWEEP_KEY, Tracker
 
 START_WITHIN_S = 180.0  # mlflow is slow to import on a busy machine

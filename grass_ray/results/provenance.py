@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from grass_ray.config import RunConfig, to_json, whole_file
+from grass_ray.errors import redact
 from grass_ray.method_files import code_of
 from grass_ray.results.record import LmEvalScore, RunRecord, SearchPart, Status, TaskScore
 from grass_ray.tasks.lm_eval_scores import LmEvalResult
@@ -31,7 +31,6 @@ from grass_ray.training.report import GIB, LayerTrace, RunOutcome
 
 Value = TypeVar("Value")
 PACKAGES = ("torch", "transformers", "peft", "ray", "mlflow", "lm_eval", "grass_ray")
-_SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
 
 
 class GitState(NamedTuple):
@@ -44,11 +43,6 @@ class GitState(NamedTuple):
 def now() -> str:
     """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def redact(text: str) -> str:
-    """Replace access tokens and passwords in URLs with ``***``."""
-    return _SECRETS.sub("***", text)
 
 
 def versions() -> dict[str, str]:

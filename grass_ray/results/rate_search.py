@@ -13,17 +13,18 @@ maps each rate that was tried to that loss in nats, infinite where training fail
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import yaml
 
 from grass_ray.config import ConfigError, read_text
+from grass_ray.reading import parse_json, reason
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import VALIDATION
 
@@ -73,11 +74,16 @@ def search_files(folder: Path) -> list[Path]:
 
 def is_record(path: Path) -> bool:
     """Whether a file of a search is the record of one run; else it maps rates to losses."""
-    try:
-        values = json.loads(read_text(path))
-    except (OSError, EOFError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    values = _values(path)
     return isinstance(values, dict) and "run_id" in values
+
+
+def _values(path: Path) -> Any:
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {reason(error)}") from None
+    return parse_json(text, str(path))
 
 
 def load_rate_searches(folder: Path) -> list[RateSearch]:
@@ -93,7 +99,7 @@ def load_rate_searches(folder: Path) -> list[RateSearch]:
             records.append(RunRecord.load(path))
             continue
         try:
-            losses = {float(rate): float(loss) for rate, loss in json.loads(read_text(path)).items()}
+            losses = {float(rate): float(loss) for rate, loss in _values(path).items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{path} is no search of learning rates: {error}; it maps rates to losses") from None
         if losses:

@@ -12,17 +12,16 @@ has: speed, learning rate, and running totals.
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grass_ray.config import ConfigError, read_text, whole_file
+from grass_ray.config.base import explain
 from grass_ray.tasks.scores import TextLoss, text_loss
 from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
 
@@ -133,12 +132,42 @@ class SearchPart(RecordPart):
     lineage: list[LineageStep] = Field(default_factory=list, description="history of a member of a population")
 
 
+class _Known(BaseModel):
+    """The keys of a configuration that every version's records have, and that leaderboards are made of."""
+
+    class _Named(BaseModel):
+        name: str
+
+    class _Method(_Named):
+        class _Optimizer(BaseModel):
+            lr: float
+
+        optimizer: _Optimizer
+        sampler: dict[str, Any]
+
+    class _Data(BaseModel):
+        suite: str
+        tasks: list[str]
+        source: dict[str, Any]
+
+    class _Training(BaseModel):
+        steps: int
+        batch_size: int
+
+    method: _Method
+    model: _Named
+    data: _Data
+    training: _Training
+    evaluation: dict[str, Any]
+    seed: int
+
+
 class RunRecord(RecordPart):
     """One trial: its configuration, what was measured, and what it ran on."""
 
     schema_version: Literal[1, 2] = 2
     run_id: str
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]  # files are named after it
     sweep: str
     sweep_id: str
     status: Status
@@ -169,6 +198,15 @@ class RunRecord(RecordPart):
         default_factory=dict, description="text of the modules, by path, of a method of the user's own"
     )
 
+    @field_validator("config")
+    @classmethod
+    def _config_has_what_tables_need(cls, config: dict[str, Any]) -> dict[str, Any]:
+        try:
+            _Known.model_validate(config, strict=True)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from None
+        return config
+
     @property
     def is_tested(self) -> bool:
         """Whether it was evaluated, on the tasks of its data or on lm-eval's own."""
@@ -184,14 +222,19 @@ class RunRecord(RecordPart):
         """Read a record. Raises :class:`ConfigError` when it cannot be read."""
         try:
             return cls.model_validate_json(read_text(path))
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            raise ConfigError(f"{path} is not a run record: it is not compressed by gzip, or cut short") from None
         except OSError as error:
             raise ConfigError(f"cannot read the record {path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigError(f"{path} is not a run record: it is not text") from None
         except ValidationError as error:
-            raise ConfigError(f"{path} is not a run record of schema 1 or 2: {error.error_count()} mistakes") from None
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"{path} is not a run record of schema 1 or 2: {error.error_count()} mistakes, the first in "
+                f"{where or 'the file'}: {first['msg'][:200]}"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not a run record: {error}") from None
 
     # What happened at each step. A record of schema 1 says it by other names; a run that began under schema 1 and was
     # resumed under schema 2 has the series of schema 2 from there on.

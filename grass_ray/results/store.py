@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from grass_ray.config import ConfigError, RunConfig
+from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
-from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord
 from grass_ray.training.report import TOKENS
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grass_ray.config import ConfigError, to_json
+from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
 from grass_ray.results.outbox import Outbox
-from grass_ray.results.provenance import redact
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import PARENT_TAG
 

@@ -42,7 +42,10 @@ DATE = "26 Jul 2024"
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # what a template raises for messages that it was not written for
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+_REFUSALS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
 
 Encoded = tuple[list[int], list[int]]  # token ids, and 1 for those that are learned
 

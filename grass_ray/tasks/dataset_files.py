@@ -110,7 +110,7 @@ def _existing(path: str) -> Path:
         files = sorted(child.name for child in place.iterdir() if is_data_file(child.name))
         there = f"; it has {', '.join(files[:5])}: name one of them" if files else ""
         raise ConfigError(f"the folder {path} was not written by save_to_disk of datasets{there}")
-    if place.is_file() and not is_data_file(place.name):
+    if not place.is_dir() and not (place.is_file() and is_data_file(place.name)):  # a device or a pipe never ends
         raise ConfigError(f"{path} is no data file that is known; give {KNOWN}")
     if place.suffix == ".gz" and data_suffix(place) == ".parquet":
         raise ConfigError(f"{path} is compressed twice: Parquet is compressed in itself; unpack it with gunzip")

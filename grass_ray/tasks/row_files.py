@@ -11,17 +11,16 @@ error.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from grass_ray.config import ConfigError
+from grass_ray.reading import unpack
 from grass_ray.tasks.rows import Row, RowError, check_answer, check_text, row_from_record
 from grass_ray.tasks.suites import Task
 
@@ -120,9 +119,11 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"cannot read {path}: it is not a file")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        data = unpack(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except ValueError as error:
         raise ConfigError(f"cannot read {path}: it is not a whole gzip file ({error})") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None

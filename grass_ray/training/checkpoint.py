@@ -1,13 +1,17 @@
 """Save a run and resume it bit for bit: weights, optimizer, sampler, schedule, position in the data, random states.
 
 A checkpoint is a folder with ``weights.safetensors`` (the parameters that can train), ``optimizer.pt`` (tensors and
-plain values, read with ``weights_only=True``) and ``state.json``. It is written next to its place and then renamed.
+plain values, read with ``weights_only=True``), ``state.json``, and the hashes of these files in ``SHA256SUMS``, which
+``sha256sum --check`` reads. It is written next to its place and then renamed: at any moment, of a kill or a power cut,
+the last one or the new one is there whole.
 """
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,11 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grass_ray.config import ConfigError, from_json, to_json
+from grass_ray.config import ConfigError, from_json, part_folder, sync, to_json
 from grass_ray.optim.sharded import assign, reshard, whole
+from grass_ray.reading import reason
 from grass_ray.training.loop import TrainState
 
 FORMAT = 2
+_FILES = {"weights.safetensors", "optimizer.pt", "state.json"}
+_SUMS = "SHA256SUMS"
+# what a file that is no checkpoint's can make its readers raise
+_UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError),
+    *(OverflowError, SafetensorError, UnpicklingError),
+)
 
 
 def save_checkpoint(state: TrainState, folder: Path | None) -> None:
@@ -42,17 +54,28 @@ def save_checkpoint(state: TrainState, folder: Path | None) -> None:
     if folder is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as name:
-        temporary, before = Path(name) / "whole", Path(name) / "before"
-        temporary.mkdir()
-        _write(state, weights, states, temporary)
+    restore_previous(folder)
+    with part_folder(folder) as part:
+        _write(state, weights, states, part)
         try:
             if folder.exists():
-                folder.rename(before)
-            temporary.rename(folder)
+                folder.rename(_previous(folder))
+            part.rename(folder)
+            sync(folder.parent)
         finally:
-            if before.exists() and not folder.exists():  # interrupted between the two
-                before.rename(folder)
+            restore_previous(folder)
+
+
+def restore_previous(folder: Path) -> None:
+    """Put the last checkpoint back if its replacement was cut off between taking it away and bringing the new one."""
+    before = _previous(folder)
+    if before.is_dir() and not folder.exists():
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.previous")
 
 
 def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], temporary: Path) -> None:
@@ -72,6 +95,26 @@ def _write(state: TrainState, weights: dict[str, Any], states: dict[str, Any], t
         "series": state.series,
     }
     (temporary / "state.json").write_text(to_json(values, keep=True), encoding="utf-8")
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir())]
+    (temporary / _SUMS).write_text("".join(sums), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sums(folder: Path) -> None:
+    """Raise ``ValueError`` if a file is not what was written; checkpoints of earlier versions have no sums."""
+    if (folder / _SUMS).exists():
+        sums = dict(line.split("  ")[::-1] for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines())
+        if sums.keys() != _FILES:
+            raise ValueError(f"{_SUMS} names {', '.join(sums) or 'no files'}, not {', '.join(sorted(_FILES))}")
+        for name, expected in sums.items():
+            if _sha256(folder / name) != expected:
+                raise ValueError(f"{name} is not the file that was written; its hash in {_SUMS} is another")
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> None:
@@ -81,12 +124,15 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
         ConfigError: the folder is not a readable checkpoint, or belongs to another model or method.
     """
     try:
+        _check_sums(folder)
         values = from_json((folder / "state.json").read_text(encoding="utf-8"))
         with safe_open(folder / "weights.safetensors", framework="pt") as file:
             names = set(file.keys())
         tensors = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is not a readable checkpoint: {error}") from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"{folder} is not a readable checkpoint: {reason(error)}") from error
+    if not isinstance(values, dict) or not isinstance(tensors, dict):
+        raise ConfigError(f"{folder} is not a readable checkpoint: its files hold something else")
     if values.get("format") != FORMAT:
         raise ConfigError(f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}")
     reshard(state.model)
@@ -94,7 +140,16 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     expected = _trained_parameters(state)
     if names != expected.keys():
         raise ConfigError(f"{folder} belongs to another model or method: {len(names)} tensors, not {len(expected)}")
-    load_weights(state.model, folder)
+    try:
+        _copy_weights(state.model, folder)
+        _restore(state, values, tensors)
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
+        raise ConfigError(f"{folder} does not fit this run: {reason(error)}") from error
+
+
+def _restore(state: TrainState, values: dict[str, Any], tensors: dict[str, Any]) -> None:
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.schedule.load_state_dict(values["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)})
     state.tracer.load_state_dict(values["engagement"])
@@ -112,9 +167,16 @@ def load_weights(model: Any, folder: Path) -> None:
         ConfigError: the folder is not a readable checkpoint, or belongs to another model or method.
     """
     try:
-        weights = load_file(folder / "weights.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is not a readable checkpoint: {error}") from error
+        _check_sums(folder)
+        _copy_weights(model, folder)
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
+        raise ConfigError(f"{folder} is not a readable checkpoint: {reason(error)}") from error
+
+
+def _copy_weights(model: Any, folder: Path) -> None:
+    weights = load_file(folder / "weights.safetensors")
     own = dict(model.named_parameters())
     foreign = [name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape]
     if foreign:

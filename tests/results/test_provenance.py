@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from grass_ray.config import RunConfig
+from grass_ray.errors import redact
 from grass_ray.methods import METHODS
 from grass_ray.results.provenance import (
     build_record,
     git_state,
     hardware,
     now,
-    redact,
     versions,
     write_examples,
     write_layer_trace,

@@ -11,6 +11,7 @@ The answer first, then ranking, figures, layers drawn, environment, and the comm
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -89,7 +90,16 @@ def _templates() -> Environment:
 
 
 def _render(template: str, **values: object) -> str:
-    return _templates().get_template(template).render(values)
+    return _templates().get_template(template).render(values | {"policy": _policy()})
+
+
+@cache
+def _policy() -> str:
+    """What the page may do: nothing but its own style and its one script, whatever slipped into its texts."""
+    script = _templates().get_template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    own = f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
 def _lead(tables: Sequence[LeaderboardTable]) -> str:

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy
 
+_STALE_S = 3600.0  # a file takes seconds to write
 MIN_TEXTS = 8  # as many texts or fewer are tokenized faster than their file is read
 
 
@@ -85,13 +87,20 @@ def _write(path: Path, tokens: Sequence[Sequence[int]]) -> None:
     """Write a file completely or not at all; errors are ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        for stale in path.parent.glob("*.part"):  # of processes that were killed
+            if stale.stat().st_mtime < time.time() - _STALE_S:
+                stale.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    except OSError:
+        return
+    temporary = Path(name)
+    try:
         with os.fdopen(handle, "wb") as file:
             numpy.savez_compressed(
                 file,
                 ids=numpy.fromiter(itertools.chain.from_iterable(tokens), dtype=numpy.int32),
                 lengths=numpy.array([len(ids) for ids in tokens], dtype=numpy.int64),
             )
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError:
-        return
+        temporary.unlink(missing_ok=True)  # a full disk

@@ -82,7 +82,7 @@ def page(sweep: list[RunRecord]) -> tuple[str, Page]:
 def test_it_is_well_formed_and_loads_nothing(page: tuple[str, Page]) -> None:
     text, read = page
     assert read.mistakes == []
-    assert "http" not in text.lower()
+    assert "http" not in text.lower().replace("http-equiv", "")
     assert "//" not in re.sub(r"base64,\s*[A-Za-z0-9+/=\s]+", "", text).replace("</", ""), "no address without a scheme"
     assert "url(" not in re.sub(r"url\(#f\d+-[\w-]+\)", "", text), "figures refer to themselves alone"
     assert not {"link", "iframe", "object"} & set(read.tags)
