@@ -78,7 +78,7 @@ STYLES: Mapping[str, Style] = {
     "lift": Style("#332288", "#9486e0", "1", DASH_DOT),
     "hift": Style("#7a6ad8", "#b3a8f5", "2", DOTTED),
     "badam": Style("#882255", "#cc6699", "*", LONG),
-    "bread": Style("#6b1f47", "#b85a8c", "8", DASHED),
+    "bread": Style("#704785", "#ba9cc9", "8", LONG),
     "misa": Style("#aa4499", "#cc70bd", "X", DASH_DOT_DOT),
     "grass": Style("#d55e00", "#f07f2a", "o", SOLID),
     "grass-static": Style("#cc79a7", "#dd94bb", "3", DASH_DOT),
