@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import recording
 import torch
 import tyro
 
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.report import WARM_UP_STEPS
 
 ENVIRONMENTS = {
@@ -173,44 +173,43 @@ def measure_all(options: Options) -> dict[str, dict[str, list[Cost]]]:
 
 def table(costs: dict[str, dict[str, list[Cost]]]) -> str:
     """The result in Markdown."""
-    lines = ["| | a step, plain | in a sweep | ratio: median (min-max) | from start to end, plain | in a sweep |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    header = ["", "a step, plain", "in a sweep", "ratio: median (min-max)", "from start to end, plain", "in a sweep"]
+    rows = []
     for name, taken in costs.items():
         plain_ones, inside = taken["plain"], taken["sweep"]
         ratios = [b.step_s / a.step_s for a, b in zip(plain_ones, inside, strict=True)]
-        cells = [f"{statistics.median(cost.step_s for cost in ones):.2f} s" for ones in (plain_ones, inside)]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-        cells += [f"{statistics.median(cost.wall_s for cost in ones):.0f} s" for ones in (plain_ones, inside)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                name,
+                *(f"{statistics.median(cost.step_s for cost in ones):.2f} s" for ones in (plain_ones, inside)),
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                *(f"{statistics.median(cost.wall_s for cost in ones):.0f} s" for ones in (plain_ones, inside)),
+            ]
+        )
+    return recording.table(header, rows)
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    commit, dirty = git_state()
     costs = measure_all(options)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key != "output"},
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
-    values = {
-        name: {way: [asdict(cost) for cost in ones] for way, ones in ways.items()} for name, ways in costs.items()
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(facts | {"costs": values}, indent=1) + "\n")
     heading = (
         f"# A step inside a sweep and in a plain process\n\n{options.method} on {options.model}, batch "
         f"{options.batch_size}, generated problems; {options.rounds} interleaved rounds, median of "
-        f"{options.steps} steps a trial; {hardware()}; torch "
-        f"{torch.__version__}; commit {(commit or '-')[:10]}{' (modified)' if dirty else ''}. Made by "
-        "`python benchmarks/contention.py`. From start to end: with imports, loading the model, evaluation, and, in a "
-        "sweep, Ray's and MLflow's own start.\n\n"
+        f"{options.steps} steps a trial; {recording.made_on()}. Made by `python -m benchmarks run contention`. From start to end: with "
+        "imports, loading the model, evaluation, and, in a sweep, Ray's and MLflow's own start.\n\n"
     )
-    options.output.with_suffix(".md").write_text(heading + table(costs) + "\n")
-    print("\n" + table(costs))
+    values = {
+        name: {way: [asdict(cost) for cost in ones] for way, ones in ways.items()} for name, ways in costs.items()
+    }
+    measures = [
+        measure
+        for name, ways in costs.items()
+        for way, ones in ways.items()
+        for measure in recording.costs(ones, f"{name}, {way}", {"step_s": "s", "wall_s": "s"})
+    ]
+    recording.write(
+        options.output, recording.facts(options) | {"costs": values}, heading + table(costs), measures=measures
+    )
 
 
 if __name__ == "__main__":

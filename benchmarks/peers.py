@@ -38,8 +38,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import psutil
+import recording
 import torch
 import tyro
+from matplotlib.figure import Figure
+
+from grass_ray.results.provenance import versions
 
 PAIRS = {
     "full": ("trainer-full",),
@@ -91,6 +95,7 @@ class Cost:
     """One contender in one round. Memory in GiB; ``peak_resident_gib`` is the process's, of the host."""
 
     first_step_s: float
+    step_s: float
     tokens_per_s: float
     tokens_per_cpu_s: float
     peak_allocated_gib: float
@@ -122,6 +127,7 @@ class Stopwatch:
         tokens = self._job.batch_size * json.loads(Path(self._job.folder, "rows.json").read_text())["tokens"]
         return Cost(
             first_step_s=self._first_step_s,
+            step_s=statistics.median(seconds),
             tokens_per_s=tokens / statistics.median(seconds),
             tokens_per_cpu_s=tokens / statistics.median(cpu_seconds),
             peak_allocated_gib=peak_allocated_gib,
@@ -408,27 +414,25 @@ def measure_all(options: Options, folder: Path, threads: int) -> dict[str, list[
 
 def table(costs: dict[str, list[Cost]]) -> str:
     """The result in Markdown: each of our rows above what it is compared with."""
-    lines = [
-        "| | tokens a second: median (min-max) | ours / it | tokens a second of CPU | peak allocated GiB "
-        "| resident GiB | first step after s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for own, peers in PAIRS.items():
-        for name in (own, *peers):
-            if name not in costs:
-                continue
-            taken = costs[name]
-            speeds = [cost.tokens_per_s for cost in taken]
-            ratio = "" if name == own or own not in costs else f"{ratio_of(costs[own], taken):.2f}"
-            lines.append(
-                f"| {f'**{name}**' if name == own else name} "
-                f"| {statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f}) | {ratio} "
-                f"| {statistics.median(cost.tokens_per_cpu_s for cost in taken):,.0f} "
-                f"| {max(cost.peak_allocated_gib for cost in taken):.2f} "
-                f"| {max(cost.peak_resident_gib for cost in taken):.2f} "
-                f"| {statistics.median(cost.first_step_s for cost in taken):.1f} |"
-            )
-    return "\n".join(lines)
+    header = ["", "tokens a second: median (min-max)", "ours / it", "tokens a second of CPU"]
+    header += ["peak allocated GiB", "resident GiB", "first step after s"]
+    rows = []
+    pairs = [(own, name) for own, peers in PAIRS.items() for name in (own, *peers) if name in costs]
+    for own, name in pairs:
+        taken = costs[name]
+        speeds = [cost.tokens_per_s for cost in taken]
+        rows.append(
+            [
+                f"**{name}**" if name == own else name,
+                f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})",
+                "" if name == own or own not in costs else f"{ratio_of(costs[own], taken):.2f}",
+                f"{statistics.median(cost.tokens_per_cpu_s for cost in taken):,.0f}",
+                f"{max(cost.peak_allocated_gib for cost in taken):.2f}",
+                f"{max(cost.peak_resident_gib for cost in taken):.2f}",
+                f"{statistics.median(cost.first_step_s for cost in taken):.1f}",
+            ]
+        )
+    return recording.table(header, rows)
 
 
 def ratio_of(own: list[Cost], other: list[Cost]) -> float:
@@ -451,36 +455,55 @@ def main() -> None:
         raise SystemExit(
             f"not installed: {', '.join(absent)}; install it, or leave its contender out with --contenders"
         )
-    from grass_ray.results.provenance import git_state, hardware, versions
-
-    threads = options.threads or torch.get_num_threads()
-    commit, dirty = git_state()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         tokens = write_inputs(Path(folder), options)
-        costs = measure_all(options, Path(folder), threads)
+        taken = measure_all(options, Path(folder), torch.get_num_threads())
     packages = [name for name in ("trl", "badam", "galore-torch") if find_spec(name.replace("-", "_"))]
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key != "output"},
-        "threads": threads,
-        "tokens_a_row": tokens,
-        "hardware": hardware(),
-        "versions": versions() | {name: metadata.version(name) for name in packages},
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
-    values = {name: [asdict(cost) for cost in taken] for name, taken in costs.items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(facts | {"costs": values}, indent=1) + "\n")
-    named = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", *packages))
+    found = versions() | {name: metadata.version(name) for name in packages}
+    named = ", ".join(f"{name} {found[name]}" for name in ("transformers", "peft", *packages))
     heading = (
         f"# The same training by what people use\n\n{options.model}, {options.dtype}, {options.batch_size} rows of "
         f"{tokens} tokens a step, loss on the answer, {options.rounds} interleaved rounds of {options.steps} steps, "
-        f"each contender in a process of its own, {threads} threads on {hardware()}; {named}; "
-        f"commit {(commit or '-')[:10]}"
-        f"{' (modified)' if dirty else ''}. Made by `python benchmarks/peers.py`.\n\n"
+        f"each contender in a process of its own, {torch.get_num_threads()} threads on {recording.made_on()}; {named}. "
+        "Made by `python -m benchmarks run peers`.\n\n"
     )
-    options.output.with_suffix(".md").write_text(heading + table(costs) + "\n")
-    print("\n" + table(costs))
+    units = {"first_step_s": "s", "step_s": "s", "peak_allocated_gib": "GiB", "peak_resident_gib": "GiB"}
+    recording.write(
+        options.output,
+        recording.facts(options)
+        | {
+            "tokens_a_row": tokens,
+            "versions": found,
+            "costs": {k: [asdict(one) for one in v] for k, v in taken.items()},
+        },
+        heading + table(taken),
+        measures=[measure for name, own in taken.items() for measure in recording.costs(own, name, units)],
+        draw=lambda path: draw(taken, path),
+    )
+
+
+def draw(taken: dict[str, list[Cost]], path: Path) -> None:
+    """Speed against peak memory: each of our rows joined with what it is compared with."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (own, peers) in enumerate(PAIRS.items()):
+        for name in (one for one in (own, *peers) if one in taken):
+            x = max(cost.peak_allocated_gib for cost in taken[name])
+            y = statistics.median(cost.tokens_per_s for cost in taken[name])
+            marker = "o" if name == own else "x"
+            axes.plot(x, y, marker, color=f"C{number}", markersize=8)
+            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize="small")
+            if name != own and own in taken:
+                start = max(cost.peak_allocated_gib for cost in taken[own])
+                axes.plot(
+                    [start, x], [statistics.median(c.tokens_per_s for c in taken[own]), y], color=f"C{number}", lw=0.8
+                )
+    axes.set_xlabel("peak allocated, GiB")
+    axes.set_ylabel("tokens a second")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
