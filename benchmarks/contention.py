@@ -195,7 +195,8 @@ def main() -> None:
     heading = (
         f"# A step inside a sweep and in a plain process\n\n{options.method} on {options.model}, batch "
         f"{options.batch_size}, generated problems; {options.rounds} interleaved rounds, median of "
-        f"{options.steps} steps a trial; {recording.made_on()}. Made by `python -m benchmarks run contention`. From start to end: with "
+        f"{options.steps} steps a trial; {recording.made_on()}. Made by `python -m benchmarks run contention`. "
+        "From start to end: with "
         "imports, loading the model, evaluation, and, in a sweep, Ray's and MLflow's own start.\n\n"
     )
     values = {
