@@ -48,6 +48,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "leaderboard": _script("leaderboard", "--records 200 --rounds 1"),
     "orchestration": _script("orchestration", "--trials 2 --steps 10 --saves 2"),
     "contention": _script("contention", "--model tiny --rounds 1 --steps 8 --environments default"),
+    "step_profile": _script("step_profile", "--model tiny --steps 4 --no-flame"),
     "peers": _script("peers", needs="trl, badam, galore-torch and bitsandbytes"),
     "evaluation": _script("evaluation", needs="--data-dir with the published data"),
     "base_scores": _script("base_scores", needs="--data-dir with the published data"),
