@@ -34,6 +34,7 @@ slow-test: setup
 # what docs/reliability.md promises, with thousands of broken files and every point of a kill
 reliability: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz tests/test_killed_writes.py tests/test_security.py \
+		tests/contract/test_numbers.py tests/test_determinism.py --slow \
 		--hypothesis-profile=long --hypothesis-show-statistics
 
 # licences.md and sbom.json: what is installed, by tools in an environment of their own
