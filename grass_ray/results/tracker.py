@@ -252,7 +252,7 @@ class Tracker:
             files = [folder / name for name in _FILES if name != "record.json"]
             files += [path for pattern in _PICTURES for path in sorted(folder.glob(pattern))]
             for path in files:
-                if path.is_file():
+                if path.is_file() and not path.is_symlink():  # a link may lead out of the run's folder
                     inside = path.parent.relative_to(folder).as_posix()
                     client.log_artifact(known, str(path), None if inside == "." else inside)
 
