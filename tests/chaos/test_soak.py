@@ -191,12 +191,8 @@ def test_hundreds_of_trials_under_faults_leave_nothing_behind(monkeypatch: pytes
 def training(folder: Path, log: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     words = ["train", "grass", "--model", "tiny", "--task", "generated", "--output", str(folder), *flags]
     with log.open("a") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from grass_ray.cli import main; main()", *words],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [sys.executable, "-c", "from grass_ray.cli import main; main()", *words]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
         try:
             yield process
         finally:
