@@ -62,11 +62,11 @@ def sync_run(tracker: Tracker, record: RunRecord, folder: Path) -> int | None:
     tags = trial_tags(
         record.config, sweep=record.sweep, stage="training" if is_alone else stage, folder=str(folder.absolute())
     )
-    before = tracker.numbers
+    before = tracker.filled
     run_id = tracker.start_trial(record.sweep_id, key, record.name, tags, as_text(record.config))
     tracker.finish(run_id, record, folder)
     _close(tracker)
-    return tracker.numbers - before
+    return tracker.filled - before
 
 
 def sync_sweep(tracker: Tracker, records: Sequence[RunRecord], *, question: str, folder: Path) -> bool:

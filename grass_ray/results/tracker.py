@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 from grass_ray.config import ConfigError, to_json
 from grass_ray.errors import redact
-from grass_ray.results.connection import SQLITE, absolute_uri, connect, metric_name, quoted, sqlite_path, store_errors
-from grass_ray.results.outbox import Outbox, is_refusal
+from grass_ray.results.connection import SQLITE, absolute_uri, connect, quoted, sqlite_path, store_errors
+from grass_ray.results.outbox import Outbox
 from grass_ray.results.record import RunRecord, Status
 from grass_ray.results.store import PARENT_TAG
+from grass_ray.results.waiting import Numbers
 from grass_ray.results.writes import (
     COMPLETE_TAG,
     RUN_STATUS,
@@ -44,8 +45,6 @@ from grass_ray.results.writes import (
     final_metrics,
     find_runs,
     log_metrics,
-    logged_steps,
-    missing_steps,
     set_tags,
     split_table,
     upload_files,
@@ -53,7 +52,6 @@ from grass_ray.results.writes import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 SWEEP_KEY = "(sweep)"  # the trial_key of a parent run, so that it is found among its children
 RANKING_FILE = "ranking.json"
@@ -61,7 +59,6 @@ _NOTE_TAG = "mlflow.note.content"  # MLflow's page shows it as the run's descrip
 _TABLES_TAG = "mlflow.loggedArtifacts"  # and what this names as tables
 _PLACEHOLDER = "waiting-"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages open on runs, not on chats
-_MOST_WAITING = 200_000  # numbers, some 50 MB; those beyond are taken from the record at the run's end
 
 
 class Tracker:
@@ -74,7 +71,7 @@ class Tracker:
             decides this itself.
 
     Attributes:
-        numbers: values of metrics that were sent at the ends of runs because the store lacked them.
+        filled: how many numbers were sent at the ends of runs because the store lacked them.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: Path | None = None) -> None:
@@ -86,10 +83,8 @@ class Tracker:
         self._outbox = Outbox(redact(self.tracking_uri))
         self._run_ids: dict[str, str] = {}
         self._params: dict[str, Mapping[str, str]] = {}
-        self._reopened: set[str] = set()
-        self._rows: dict[str, list[Metric]] = {}  # steps that wait, by run
-        self._logged: dict[tuple[str, str], int] = {}  # the last step of each metric
-        self.numbers = 0
+        self._numbers = Numbers()
+        self.filled = 0
         self._shown: dict[str, tuple[str, list[Mapping[str, Any]], list[Path], dict[str, str]]] = {}
 
     def __reduce__(self) -> tuple[type[Tracker], tuple[str, str, Path | None]]:
@@ -198,8 +193,7 @@ class Tracker:
             return create_run(client, self._experiment_id, every, run_name)
         run_id = str(found[0].info.run_id)
         if tags is not None:  # started anew, not merely looked up as somebody's parent
-            self._reopened.add(run_id)
-            self._logged = {known: step for known, step in self._logged.items() if known[0] != run_id}
+            self._numbers.reopen(run_id)
             client.update_run(run_id, status="RUNNING")
             set_tags(client, run_id, every)
         return run_id
@@ -208,42 +202,11 @@ class Tracker:
 
     def log_steps(self, run_id: str, points: list[tuple[int, dict[str, float]]]) -> None:
         """Log the metrics of (step, metrics) points. Steps that the run already has are not logged again."""
-        from mlflow.entities import Metric
-
-        moment = int(time.time() * 1000)  # fixed here: MLflow drops exact repetitions, so a retry adds nothing
-        rows = self._rows.setdefault(run_id, [])
-        if sum(map(len, self._rows.values())) > _MOST_WAITING:
+        if not self._numbers.add(run_id, points):
             self._outbox.has_failed = True  # so that the end of the run looks for what is left out here
-            return
-        rows += [
-            Metric(metric_name(key), float(value), moment, step)
-            for step, values in points
-            for key, value in values.items()
-        ]
         what = f"steps of run {run_id}"
         if what not in self._outbox:  # else the call that waits sends these, too
-            self._do(what, lambda: self._log_rows(run_id))
-
-    def _log_rows(self, run_id: str) -> None:
-        known, rows = self._known(run_id), self._rows[run_id]
-        try:
-            if known is not None:
-                new = [row for row in rows if row.step > self._last_step(known, row.key)]
-                log_metrics(self._opened(), known, new)
-                for row in new:
-                    self._logged[known, row.key] = max(row.step, self._last_step(known, row.key))
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            rows.clear()
-            raise
-        rows.clear()
-
-    def _last_step(self, run_id: str, key: str) -> int:
-        if (run_id, key) not in self._logged:
-            steps = logged_steps(self._opened(), run_id, key) if run_id in self._reopened else set()
-            self._logged[run_id, key] = max(steps, default=-1)
-        return self._logged[run_id, key]
+            self._do(what, lambda: self._numbers.send(self._opened(), run_id, self._known(run_id)))
 
     def finish(self, run_id: str, record: RunRecord, folder: Path) -> None:
         """End a trial: what its record has and the run lacks, artifacts (record, pictures ...), tags, status.
@@ -260,9 +223,9 @@ class Tracker:
             if record.status != "finished":
                 set_tags(client, known, tags)
                 client.set_terminated(known, status, ended_at(record))
-            missing = self._missing(known, record)
+            missing = self._numbers.missing(client, known, record, look_up=self._outbox.has_failed)
             log_metrics(client, known, [*missing, *final_metrics(record)])
-            self.numbers += len(missing)
+            self.filled += len(missing)
             whole = upload_files(client, known, record, folder)
             set_tags(client, known, tags | ({COMPLETE_TAG: digest(record)} if whole else {}))
             client.set_terminated(known, status, ended_at(record))
@@ -273,19 +236,6 @@ class Tracker:
             self._outbox.refused.discard(f"steps of run {run_id}")  # they are there now
 
         self._do(f"end of {record.name}", act)
-
-    def _missing(self, run_id: str, record: RunRecord) -> list[Metric]:
-        """What a record's series have and the run lacks."""
-        from mlflow.entities import Metric
-
-        if run_id in self._reopened or self._outbox.has_failed:
-            return missing_steps(self._opened(), run_id, record.series, ended_at(record))
-        return [
-            Metric(metric_name(key), float(value), ended_at(record), step)
-            for key, points in record.series.items()
-            for step, value in points
-            if step > self._last_step(run_id, metric_name(key))
-        ]
 
     def show_sweep(
         self,

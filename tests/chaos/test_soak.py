@@ -36,6 +36,7 @@ CHECKPOINTS = int(os.environ.get("GRASS_RAY_SOAK_CHECKPOINTS", "480"))
 OUTPUT = os.environ.get("GRASS_RAY_SOAK_OUTPUT")
 COMPARED = 10  # records that are compared with undisturbed runs
 KINDS = ("kill", "kill", "stop", "kill", "kill", "driver")
+SEGMENTS = ("torch", "psm", "plasma", "ray", "sem")  # as torch, Python and Ray name them; others use /dev/shm, too
 MIB = 1024**2
 
 LEFT = """
@@ -160,7 +161,7 @@ def test_hundreds_of_trials_under_faults_leave_nothing_behind(monkeypatch: pytes
         left = left_over(machines)
     records = records_of(soak.storage)
     files = [str(path) for path in scratch.rglob("*") if path.is_file()]
-    segments = sorted(set(os.listdir("/dev/shm")) - memory_before)
+    segments = sorted(name for name in set(os.listdir("/dev/shm")) - memory_before if name.startswith(SEGMENTS))
     values = {
         "trials": TRIALS, "faults": dict(soak.faults), "seconds": round(took),
         "records": len(records), "keys": len({record.run_id for record in records}),
@@ -177,8 +178,9 @@ def test_hundreds_of_trials_under_faults_leave_nothing_behind(monkeypatch: pytes
     assert not files
     assert not segments
     assert not list(soak.storage.glob("chaos/*/*/checkpoint*")), "checkpoints of finished trials"
-    assert values["growth_mib_per_100_trials"]["driver"] < 100
-    assert values["growth_mib_per_100_trials"]["trial"] < 50
+    if TRIALS >= 100:
+        assert values["growth_mib_per_100_trials"]["driver"] < 100
+        assert values["growth_mib_per_100_trials"]["trial"] < 50
     assert_tracked_once(soak.storage, records)
     for record in random.Random(0).sample(records, min(COMPARED, len(records))):
         assert_as_undisturbed(record)

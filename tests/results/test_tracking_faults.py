@@ -205,7 +205,7 @@ def test_a_parameter_longer_than_mlflow_takes(new_tracker: Opener, folder: Path)
 def test_a_backlog_has_a_limit_and_the_record_fills_the_gap(
     new_tracker: Opener, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grass_ray.results.tracker._MOST_WAITING", 20)
+    monkeypatch.setattr("grass_ray.results.waiting._MOST_WAITING", 20)
     tracker = new_tracker()
     record, waiting = a_record(tracker.experiment), list[int]()
     database = sqlite3.connect(sqlite_path(tracker.tracking_uri), isolation_level=None)
@@ -214,7 +214,7 @@ def test_a_backlog_has_a_limit_and_the_record_fills_the_gap(
         if step == 5:
             database.execute("BEGIN EXCLUSIVE")
         if step == 35:
-            waiting.append(sum(map(len, tracker._rows.values())))
+            waiting.append(len(tracker._numbers))
             database.execute("ROLLBACK")
 
     train(tracker, record, folder, between)
