@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -37,11 +38,18 @@ def trial_processes(machines: Machines) -> list[psutil.Process]:
     return found
 
 
+def hear_interrupts() -> None:
+    """As in a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(HERE / "chaos_sweep.py"), "--storage-path", str(storage), "--cpus-per-trial", "1"]
     command += ["--max-failures", "1000", *flags]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=machines.environment)
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, text=True, env=machines.environment, preexec_fn=hear_interrupts
+    )
     try:
         yield process
     finally:
