@@ -36,6 +36,8 @@ reliability: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz tests/test_killed_writes.py tests/test_security.py \
 		tests/contract/test_numbers.py tests/test_determinism.py --slow \
 		--hypothesis-profile=long --hypothesis-show-statistics
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/results/test_tracking_faults.py \
+		tests/results/test_tracking_outage.py tests/results/test_store_versions.py tests/results/test_sync.py
 
 # licences.md and sbom.json: what is installed, by tools in an environment of their own
 audit: setup audit-tools

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lm_eval
+import recording
 import torch
 import tyro
 import yaml
@@ -31,7 +32,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from grass_ray.config import DataConfig, EvaluationConfig, FolderSource, ModelConfig
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.statistics import wilson_interval
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.inference.harness import quiet, undisturbed
@@ -236,7 +236,6 @@ def table(scores: Sequence[dict[str, Any]], agreement: Sequence[dict[str, Any]])
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(options.threads)
-    commit, dirty = git_state()
     started = time.perf_counter()
     loaded = load_model(ModelConfig(name=options.model))
     loaded.model.to(default_device())
@@ -244,30 +243,20 @@ def main() -> None:
     with undisturbed(loaded.model, loaded.tokenizer), quiet():
         agreement = compare_with_lm_eval(loaded, sets, options)
     scores = score_sets(loaded, sets, options)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key not in ("output", "data_dir")},
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "seconds": time.perf_counter() - started,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    values = facts | {"scores": scores, "option_texts": agreement}
-    options.output.with_suffix(".json").write_text(json.dumps(values, indent=1))
+    facts = recording.facts(options) | {"seconds": time.perf_counter() - started}
     absent = [task for suite in ("commonsense", "arithmetic") for task in SUITES[suite].tasks if task not in sets]
     heading = (
         f"# What the untrained model scores\n\n{options.model}, float32, clean template, published extraction, greedy; "
-        f"random questions of each test file, the same in every run; {hardware()}; lm-eval {version('lm-eval')}, torch "
-        f"{torch.__version__}, commit {(commit or '-')[:10]}{' (modified)' if dirty else ''}. Not there: "
+        f"random questions of each test file, the same in every run; {recording.made_on()}, lm-eval "
+        f"{version('lm-eval')}. Not there: "
         f'{", ".join(absent) or "nothing"}.\n`loglikelihood` compares the labels the rows name (such as "the correct '
         f'answer is answer2"); numbers have no options and are only generated. `option texts`: the rows in the form of '
         f"the original data sets, scored by lm-eval's own tasks and model, and by this project in the same words; "
         f"`acc_norm` divides by the text's characters in both. It is another question than `loglikelihood` asks: the "
         f"options are not listed, and their texts compete instead of their labels.\n\n"
     )
-    options.output.with_suffix(".md").write_text(heading + table(scores, agreement) + "\n")
-    print("\n" + table(scores, agreement))
+    values = facts | {"scores": scores, "option_texts": agreement}
+    recording.write(options.output, values, heading + table(scores, agreement))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ the machine do not touch; on a GPU those of the clock. Needs neither ray nor mlf
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import random
 import statistics
@@ -26,12 +25,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import recording
 import torch
 import tyro
 from lm_eval.models.huggingface import HFLM
+from recording import Measure
 
 from grass_ray.config import DataConfig, FolderSource, ModelConfig
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.tasks.inference.harness import ObservedLM, quiet, undisturbed
 from grass_ray.tasks.questions import ask, options_of, select_examples
 from grass_ray.tasks.sources import load_test_rows, load_train_rows
@@ -306,37 +306,27 @@ def table(found: dict[str, Any], batches: dict[str, Any]) -> str:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(options.threads)
-    commit, dirty = git_state()
     device = default_device()
     loaded = load_model(ModelConfig(name=options.model))
     model = loaded.model.to(device)
     with tempfile.TemporaryDirectory() as cache, undisturbed(model, loaded.tokenizer), quiet():
         found = compare_engines(make_engines(model, loaded.tokenizer, Path(cache)), options, device)
     batches = compare_batches(model, loaded.tokenizer, options, device)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key not in ("output", "data_dir")},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(facts | {"engines": found, "batches": batches}, indent=1))
     clock = "seconds of the process" if device.type == "cpu" else "seconds of the clock"
-    machine = f"{torch.get_num_threads()} threads on {hardware()}; torch {torch.__version__}"
     heading = (
         f"# How fast evaluation is\n\n{options.model}, float32, {options.choices} questions of each of "
         f"{len(CHOICE_SETS)} sets by option log-likelihood ({', '.join(CHOICE_SETS)}) and {options.texts} of each of "
         f"{len(TEXT_SETS)} sets by generation of up to {options.new_tokens} tokens ({', '.join(TEXT_SETS)}), in random "
-        f"order; {options.rounds} interleaved rounds, {clock}, {machine}, commit {(commit or '-')[:10]}"
-        f"{' (modified)' if dirty else ''}.\n"
+        f"order; {options.rounds} interleaved rounds, {clock}, {torch.get_num_threads()} threads on "
+        f"{recording.made_on()}.\n"
         f"`plain`: {PLAIN} at a time as they come, one row an option; `lm-eval`: its defaults, one at a time; "
         f"`lm-eval 16`: batches of {PLAIN}, sorted by length; `grass_ray`: batch size `auto`. Training batches: 8 rows "
         f"of {', '.join(TRAIN_SETS)}; tokens trained: forward and backward of all weights, padding not counted.\n\n"
     )
-    options.output.with_suffix(".md").write_text(heading + table(found, batches) + "\n")
-    print("\n" + table(found, batches))
+    values = recording.facts(options) | {"engines": found, "batches": batches}
+    own = {way: found[way]["examples_per_second"]["grass_ray"] for way in found}
+    measures = [Measure(f"{way} of a question", "s", [1 / rate for rate in rates]) for way, rates in own.items()]
+    recording.write(options.output, values, heading + table(found, batches), measures=measures)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import recording
 import torch
 import tyro
 from memory_plan import Case, describe, make_batches, run_case
@@ -38,7 +39,6 @@ from grass_ray.config.files import whole_file
 from grass_ray.memory.step import StepShape
 from grass_ray.methods import METHODS
 from grass_ray.optim.host_weights import move_outside_of_layers
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.metrics import default_device
@@ -310,8 +310,7 @@ def carry_out(item: Item, options: Options, seconds: float) -> dict[str, Any] | 
 def measure_all(options: Options) -> None:
     """Every measurement that has no file yet, as long as there is time."""
     deadline = time.monotonic() + 60 * options.minutes
-    commit, dirty = git_state()
-    facts = {"hardware": hardware(), "versions": versions(), "git_commit": commit, "git_dirty": dirty}
+    facts = recording.facts()
     wanted = list(items(options))
     for item in wanted:
         path, left = item.path(options.out), deadline - time.monotonic()

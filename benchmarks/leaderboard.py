@@ -25,13 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import recording
 import tyro
+from recording import Measure
 
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.results.connection import connect, default_tracking_uri
 from grass_ray.results.leaderboard import build_leaderboard
-from grass_ray.results.provenance import git_state, hardware, now, versions
+from grass_ray.results.provenance import versions
 from grass_ray.results.record import RunRecord, TaskScore
 from grass_ray.results.rendering import render
 from grass_ray.results.store import PARENT_TAG, iter_records, load_records
@@ -68,11 +70,12 @@ def main(options: Options) -> None:
         kinds: tuple[Work, ...] = ("import", "read", "build", "build-with-steps")
         rounds = [{kind: measure(kind, store) for kind in kinds} for _ in range(options.rounds)]
     result = summarise(options, rounds, filled_s)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = describe(result)
-    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    measures = [
+        Measure(f"{kind} {key}", unit, [once[kind][key] for once in rounds])
+        for kind in kinds[1:]
+        for key, unit in (("seconds", "s"), ("peak_mib", "MiB"))
+    ]
+    recording.write(options.output, result, describe(result), measures=measures)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -110,8 +113,7 @@ def summarise(options: Options, rounds: list[dict[Work, dict[str, float]]], fill
 
     baseline = median("import", "peak_mib")
     ratios = [once["build"]["seconds"] / once["read"]["seconds"] for once in rounds]
-    git = git_state()
-    return {
+    return recording.facts() | {
         "records": options.records,
         "questions_a_record": options.questions,
         "steps_a_record": options.steps,
@@ -127,11 +129,6 @@ def summarise(options: Options, rounds: list[dict[Work, dict[str, float]]], fill
         "read_peak_mib_above_import": median("read", "peak_mib") - baseline,
         "build_peak_mib_above_import": median("build", "peak_mib") - baseline,
         "build_with_steps_peak_mib_above_import": median("build-with-steps", "peak_mib") - baseline,
-        "hardware": hardware("cpu"),
-        "versions": versions(),
-        "git_commit": git.commit,
-        "git_dirty": git.dirty,
-        "measured_at": now(),
     }
 
 
@@ -158,7 +155,7 @@ Building it takes **{result["ratio"]:.2f} times** the time of only reading the r
 
 Made-up records of {result["questions_a_record"]} questions and {result["steps_a_record"]} steps in a SQLite store,
 each piece of work in a process of its own, in turn; medians. {result["hardware"]}, commit
-{(result["git_commit"] or "unknown")[:9]}{" with uncommitted changes" if result["git_dirty"] else ""},
+{recording.commit()},
 {result["measured_at"][:10]}.
 """
 

@@ -21,8 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import recording
 import torch
 import tyro
+from recording import Measure
 from torch import Tensor
 
 from grass_ray.config import ConfigError, ModelConfig, RunConfig, Weights, recomputed_layers
@@ -34,7 +36,7 @@ from grass_ray.methods import METHODS
 from grass_ray.optim.host_weights import move_outside_of_layers
 from grass_ray.optim.recompute import Recompute
 from grass_ray.overrides import assignment, parse
-from grass_ray.results.provenance import git_state, hardware, versions
+from grass_ray.results.provenance import git_state
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.batches import IGNORED, Batch
 from grass_ray.training.loss import accumulate_gradients
@@ -416,7 +418,7 @@ def main() -> None:
     for case in cases:
         if any(row.asked == case for row in rows):
             continue
-        name = f"{case.model} {case.dtype} {case.method} {case.placing} {describe(case.shape)}"
+        name = _name(case)
         try:
             rows.append(run_case(case, device))
         except (ConfigError, torch.OutOfMemoryError) as error:
@@ -426,6 +428,10 @@ def main() -> None:
             continue
         print(f"{name}: {rows[-1].ratio:.3f} of {rows[-1].peak / 2**20:.1f} MiB", flush=True)
     write(options, rows, skipped)
+
+
+def _name(case: Case) -> str:
+    return f"{case.model} {case.dtype} {case.method} {case.placing} {describe(case.shape)}"
 
 
 def recorded(output: Path) -> list[Row]:
@@ -456,13 +462,8 @@ def read_case(values: dict[str, Any]) -> Case:
 
 def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
     """The results as JSON and Markdown."""
-    commit, dirty = git_state()
     worst = max((abs(row.ratio - 1) for row in rows), default=0.0)
-    facts = {
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
+    facts = recording.facts() | {
         "largest_error": worst,
         "skipped": skipped,
         "planned": [predict(case) for case in planned_cases()],
@@ -474,17 +475,15 @@ def write(options: Options, rows: list[Row], skipped: list[str]) -> None:
             for row in rows
         ],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(facts, indent=1))
     commits = ", ".join(dict.fromkeys(row.commit[:10] for row in rows))
     text = (
-        f"# The memory plan against measurements\n\n{hardware()}; torch {torch.__version__}, commit {commits}"
-        f"{' (modified)' if dirty else ''}. All sizes in MiB; largest error {100 * worst:.1f} % of the measured peak. "
+        f"# The memory plan against measurements\n\n{recording.hardware()}; torch {torch.__version__}, commit "
+        f"{commits}. All sizes in MiB; largest error {100 * worst:.1f} % of the measured peak. "
         f"Columns from weights to other are parts of the predicted peak.\n\n{table(rows)}\n"
     )
     text += "".join(f"\nnot run: {line}\n" for line in skipped)
-    options.output.with_suffix(".md").write_text(text)
-    print("\n" + table(rows))
+    peaks = [Measure(f"{_name(row.case)} peak", "MiB", [row.peak / 2**20]) for row in rows]
+    recording.write(options.output, facts, text, measures=peaks)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Needs neither ray nor mlflow.
 from __future__ import annotations
 
 import gc
-import json
 import random
 import statistics
 import time
@@ -22,13 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import recording
 import torch
 import tyro
+from recording import Measure, costs
 
 from grass_ray.config import ModelConfig, RunConfig
 from grass_ray.methods import METHODS
 from grass_ray.overrides import parse
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.loss import accumulate_gradients
 from grass_ray.training.report import GIB, WARM_UP_STEPS
 from grass_ray.training.run import Run
@@ -141,7 +141,7 @@ def measure_all(options: Options) -> tuple[dict[str, list[Cost]], list[float]]:
     """Every method in every round, and the bare loop's seconds a step."""
     order = [*options.methods, "bare"]
     shuffler = random.Random(0)
-    costs: dict[str, list[Cost]] = {method: [] for method in options.methods}
+    taken: dict[str, list[Cost]] = {method: [] for method in options.methods}
     bare: list[float] = []
     for index in range(options.rounds):
         shuffler.shuffle(order)
@@ -149,14 +149,14 @@ def measure_all(options: Options) -> tuple[dict[str, list[Cost]], list[float]]:
             if name == "bare":
                 bare.append(measure_bare(options, index))
             else:
-                costs[name].append(measure(name, options, index))
+                taken[name].append(measure(name, options, index))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-        done = "  ".join(f"{name} {taken[-1].step_s:.2f}" for name, taken in costs.items())
+        done = "  ".join(f"{name} {own[-1].step_s:.2f}" for name, own in taken.items())
         print(f"round {index + 1}/{options.rounds}, seconds a step: {done}  bare {bare[-1]:.2f}", flush=True)
-    return costs, bare
+    return taken, bare
 
 
 def table(costs: dict[str, list[Cost]], bare: list[float]) -> str:
@@ -185,28 +185,23 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    commit, dirty = git_state()
-    costs, bare = measure_all(options)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key != "output"},
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: [asdict(cost) for cost in taken] for name, taken in costs.items()}
-    options.output.with_suffix(".json").write_text(json.dumps(facts | {"costs": values, "bare_step_s": bare}, indent=1))
+    taken, bare = measure_all(options)
     heading = (
         f"# What every method costs\n\n{options.model}, {options.dtype}, batch {options.batch_size}, generated "
         f"problems, {options.rounds} interleaved rounds of {options.steps} steps, {torch.get_num_threads()} threads on "
-        f"{hardware()}; torch {torch.__version__}, commit {(commit or '-')[:10]}{' (modified)' if dirty else ''}.\n"
+        f"{recording.made_on()}.\n"
         f"`bare`: a plain loop over torch's fused AdamW on two layers in the middle. Host states are those of layers "
         f"drawn so far. `measuring`: extra passes before a step, as a share of its time.\n\n"
     )
-    options.output.with_suffix(".md").write_text(heading + table(costs, bare) + "\n")
-    print("\n" + table(costs, bare))
+    values = {name: [asdict(cost) for cost in own] for name, own in taken.items()}
+    units = {"step_s": "s", "peak_allocated_gib": "GiB", "resident_state_gib": "GiB", "host_state_gib": "GiB"}
+    measures = [one for name, own in taken.items() for one in costs(own, name, units)]
+    recording.write(
+        options.output,
+        recording.facts(options) | {"costs": values, "bare_step_s": bare},
+        heading + table(taken, bare),
+        measures=[*measures, Measure("bare step_s", "s", bare)],
+    )
 
 
 if __name__ == "__main__":

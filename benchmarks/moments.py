@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import recording
 import torch
 import tyro
 from torch import Tensor
@@ -29,7 +29,6 @@ from grass_ray.optim.kernels import REMAINDER, join
 from grass_ray.optim.quantized import BLOCK, SPANS, pack, unpack
 from grass_ray.optim.rounding import hash_bits, round_stochastically
 from grass_ray.overrides import parse
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.run import Run
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,18 +65,16 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
     return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(left, right, strict=True)))
 
 
-def compare_trainings(steps: int, save: Callable[[list[dict[str, Any]]], None]) -> Iterator[dict[str, Any]]:
+def compare_trainings(steps: int) -> Iterator[dict[str, Any]]:
     """How far each training ends from the exact one, as a share of the way, and the losses at its end."""
-    rows: list[dict[str, Any]] = []
     for training in TRAININGS:
         start, end, losses = follow(training, steps)
         if training == "exact":
             exact, way = end, distance(end, start)
         tail = losses[-max(1, steps // 10) :]
-        rows.append({"training": training, "apart": distance(end, exact) / way, "loss": fmean(tail)})
-        print(rows[-1], flush=True)
-        save(rows)
-    yield from rows
+        row = {"training": training, "apart": distance(end, exact) / way, "loss": fmean(tail)}
+        print(row, flush=True)
+        yield row
 
 
 # --------------------------------------------------------------------------------------------------- updates, simulated
@@ -157,21 +154,12 @@ def main(
 ) -> None:
     """Train, simulate, and write the tables."""
     torch.set_num_threads(1)
-    commit, dirty = git_state()
-    facts = {"steps": steps, "commit": commit, "dirty": dirty, "hardware": hardware(), "versions": versions()}
-
-    def save(trainings: list[dict[str, Any]], simulated: dict[str, dict[str, float]] | None = None) -> None:
-        found = facts | {"trainings": trainings, "simulated": simulated or {}}
-        output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-
-    trainings = list(compare_trainings(steps, save))
+    trainings = list(compare_trainings(steps))
     simulated = {name: simulate(level, steps) for name, level in LEVELS.items()}
-    save(trainings, simulated)
     lines = [
         "# Moments of fewer bits",
         "",
-        f"`python benchmarks/moments.py --steps {steps}`, commit {str(commit)[:10]}{' (modified)' if dirty else ''}, "
-        "bfloat16 weights, CPU.",
+        f"`python benchmarks/moments.py --steps {steps}`, commit {recording.commit()}, bfloat16 weights, CPU.",
         "",
         f"The tiny model on generated problems, all layers, {steps} steps. Distance: of the master weights from those "
         "of `exact`, as a share of the way that these went. Loss: mean of the last tenth of the steps.",
@@ -189,7 +177,8 @@ def main(
             for name, row in simulated.items()
         ),
     ]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    values = recording.facts() | {"steps": steps, "trainings": trainings, "simulated": simulated}
+    recording.write(output, values, "\n".join(lines))
 
 
 if __name__ == "__main__":

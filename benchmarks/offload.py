@@ -15,7 +15,6 @@ torch, transformers and peft only; torchao and bitsandbytes are measured where t
 from __future__ import annotations
 
 import gc
-import json
 import random
 import statistics
 import time
@@ -24,15 +23,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import recording
 import torch
 import torch.nn.functional as functional
 import tyro
+from recording import Measure
 from torch import Tensor, nn
 
 from grass_ray import LayerwiseAdamW, LayerwiseOptions, UniformSampler
 from grass_ray.config import LoraConfig, ModelConfig
 from grass_ray.layerwise.stack import find_decoder_stack
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.built_in import SMOLLM2_SHAPE
 from grass_ray.training.shapes import build_shape
@@ -351,12 +351,12 @@ def _has(entry: Entry | None) -> bool:
     return entry is not None and bool(entry.step_s or entry.switch_step_s)
 
 
-def draw(entries: list[Entry], path: Path) -> bool:
-    """Bars of step time, the floor's part grey; False where matplotlib is not installed."""
+def draw(entries: list[Entry], path: Path) -> None:
+    """Bars of step time, the floor's part grey; nothing where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     models = list(dict.fromkeys(entry.model for entry in entries))
     figure = Figure(figsize=(8, 1 + 3 * len(models)), layout="constrained")
     for axes, model in zip(figure.subplots(len(models), squeeze=False)[:, 0], models, strict=True):
@@ -370,7 +370,6 @@ def draw(entries: list[Entry], path: Path) -> bool:
         axes.set(title=model, xlabel="step, ms")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    return True
 
 
 def main() -> None:
@@ -379,34 +378,25 @@ def main() -> None:
     if options.gpu_memory and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.gpu_memory / total))
-    commit, dirty = git_state()
     machine = measure_machine(device)
     print("  ".join(f"{name} {value:.2f}" for name, value in machine.items()), flush=True)
     entries = measure_all(options, device)
-    facts = {
-        "options": {key: str(value) for key, value in vars(options).items() if key != "output"},
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "git_commit": commit,
-        "git_dirty": dirty,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(
-        json.dumps(facts | {"entries": [asdict(entry) for entry in entries]}, indent=1)
-    )
-    drawn = draw(entries, options.output.with_suffix(".png"))
     heading = (
-        f"# Offloading\n\n{hardware()}; torch {torch.__version__}, commit {(commit or '-')[:10]}"
-        f"{' (modified)' if dirty else ''}. {options.repeats} shuffled repeats of {options.steps} steps, layers "
+        f"# Offloading\n\n{recording.made_on()}. {options.repeats} shuffled repeats of {options.steps} steps, layers "
         f"switch every {options.period} steps. Machine: "
         + ", ".join(f"{name} {value:.2f}" for name, value in machine.items())
         + ".\n\n"
     )
-    picture = f"\n\n![step time]({options.output.with_suffix('.png').name})\n" if drawn else "\n"
-    options.output.with_suffix(".md").write_text(heading + table(entries) + picture)
-    print("\n" + table(entries))
+    measured = [entry for entry in entries if not entry.note and _has(entry)]
+    measures = [Measure(f"{e.model} {e.name} step", "s", e.step_s or e.switch_step_s) for e in measured]
+    measures += [Measure(f"{e.model} {e.name} peak", "GiB", [e.peak_allocated_gib]) for e in measured]
+    recording.write(
+        options.output,
+        recording.facts(options) | {"machine": machine, "entries": [asdict(entry) for entry in entries]},
+        f"{heading}{table(entries)}\n\n![step time]({options.output.with_suffix('.png').name})",
+        measures=measures,
+        draw=lambda path: draw(entries, path),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Where the processor's seconds go is sampled from the process tree of the sweep, 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -26,15 +25,16 @@ from pathlib import Path
 from typing import Annotated
 
 import psutil
+import recording
 import torch
 import tyro
 from matplotlib.figure import Figure
+from recording import Measure
 
 from grass_ray.commands import sweep as sweep_command
 from grass_ray.experiment import EvaluationConfig, Sweep, TrainingConfig
 from grass_ray.experiment.flags import SweepOptions
 from grass_ray.experiment.plan import plan_trials
-from grass_ray.results.provenance import git_state, hardware, versions
 from grass_ray.results.record import RunRecord
 from grass_ray.results.tracker import Tracker
 from grass_ray.training.run import Run
@@ -216,11 +216,6 @@ def draw(values: dict[str, float], path: Path) -> None:
 
 
 def write(options: Options, values: dict[str, float]) -> None:
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    git = git_state()
-    about = {"trials": options.trials, "steps": options.steps, "hardware": hardware(), "versions": versions()}
-    about |= {"cpus_per_trial": options.cpus_per_trial, "git_commit": git.commit, "git_dirty": git.dirty}
-    options.output.with_suffix(".json").write_text(json.dumps({"about": about, "values": values}, indent=1) + "\n")
     rows = {
         "trials one after another in a loop": f"{values['loop_s']:.1f} s",
         "the same trials as a sweep": f"{values['sweep_s']:.1f} s, {values['trials_at_once']:.0f} at once",
@@ -237,7 +232,7 @@ def write(options: Options, values: dict[str, float]) -> None:
         "# What orchestration costs",
         "",
         f"{options.trials} trials of {options.steps} steps of the tiny model, {options.cpus_per_trial} CPU(s) a trial; "
-        f"{about['hardware']}; commit {git.commit}. Made by `python benchmarks/orchestration.py`.",
+        f"{recording.made_on()}. Made by `python benchmarks/orchestration.py`.",
         "",
         "| | |",
         "|---|---|",
@@ -245,9 +240,13 @@ def write(options: Options, values: dict[str, float]) -> None:
         "",
         f"![Where the processor's seconds go]({options.output.with_suffix('.png').name})",
     ]
-    draw(values, options.output.with_suffix(".png"))
-    options.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    recording.write(
+        options.output,
+        {"about": recording.facts(options), "values": values},
+        "\n".join(lines),
+        measures=[Measure(name, "s", [value]) for name, value in values.items() if name != "trials_at_once"],
+        draw=lambda path: draw(values, path),
+    )
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
+import recording
 import tyro
 from numpy.typing import NDArray
 
-from grass_ray.config import to_json
 from grass_ray.results.paired import Answers, Comparison, TaskAnswers, compare_answers
 from grass_ray.results.power import SeedSpread, Spread, questions_needed
-from grass_ray.results.provenance import git_state, hardware, now
 from grass_ray.results.statistics import wilson_interval
 
 DIFFERENCE = 0.02
@@ -166,11 +165,9 @@ def main(options: Options) -> None:
     for number, case in enumerate(CASES, start=1):
         outcomes.append(run(case, options.pilots if case.pilot else options.experiments))
         print(f"{number} of {len(CASES)}: {outcomes[-1]}", flush=True)
-    git = git_state()
-    facts = {"difference": DIFFERENCE, "hardware": hardware(), "commit": git.commit, "dirty": git.dirty, "date": now()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(to_json(facts | {"outcomes": outcomes}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(describe(outcomes, str(facts["commit"])[:9], str(facts["date"])[:10]))
+    values = recording.facts(options) | {"difference": DIFFERENCE, "outcomes": outcomes}
+    page = describe(outcomes, recording.commit(), str(values["measured_at"])[:10])
+    recording.write(options.output, values, page)
 
 
 def describe(outcomes: list[Outcome], commit: str, date: str) -> str:

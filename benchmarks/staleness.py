@@ -15,13 +15,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
+import recording
 import torch
 import tyro
 from tyro.conf import arg
 
 from grass_ray.layerwise.grad_norm import TEMPERATURE, GradNormSampler
 from grass_ray.methods import METHODS
-from grass_ray.results.provenance import git_state
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, STEPS = 22, 1000
@@ -73,25 +73,27 @@ def simulate(trend: str, sampler: GradNormSampler, seed: int, noise: float = 0.1
 
 def main(
     seeds: Annotated[int, arg(help="runs of each case")] = 10,
-    output: Annotated[Path, arg(help="file to write")] = RESULTS / "staleness.md",
+    output: Annotated[Path, arg(help="written with .json and .md")] = RESULTS / "staleness",
 ) -> None:
     """Simulate every trend with every setting and write the table."""
-    commit, dirty = git_state()
+    found: dict[str, dict[str, tuple[float, float]]] = {}
     rows = ["| gradients | " + " | ".join(SETTINGS) + " |", "|---" * (len(SETTINGS) + 1) + "|"]
     for trend in TRENDS:
         cells = []
         for setting in SETTINGS:
             runs = [simulate(trend, make_sampler(setting, seed), seed) for seed in range(seeds)]
-            cells.append(f"{fmean(never for never, _ in runs):.1f} / {fmean(distance for _, distance in runs):.2f}")
+            mean = fmean(never for never, _ in runs), fmean(distance for _, distance in runs)
+            found.setdefault(trend, {})[setting] = mean
+            cells.append(f"{mean[0]:.1f} / {mean[1]:.2f}")
         rows.append(f"| {trend} | " + " | ".join(cells) + " |")
         print(rows[-1])
     head = (
         "# Old importance, and what corrects it\n\n"
-        f"`python benchmarks/staleness.py --seeds {seeds}`, commit {str(commit)[:10]}{' (modified)' if dirty else ''}. "
+        f"`python benchmarks/staleness.py --seeds {seeds}`, commit {recording.commit()}. "
         f"Each cell: layers of {LAYERS} never drawn in {STEPS} steps / total variation between the probabilities and "
         f"those of the true norms, means of {seeds} seeds. Simulated samplers, no model is trained.\n\n"
     )
-    output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    recording.write(output, recording.facts() | {"seeds": seeds, "found": found}, head + "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import recording
 import tyro
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from grass_ray.config import to_json
 from grass_ray.results.paired import Answers, TaskAnswers, compare_answers
-from grass_ray.results.provenance import git_state, hardware, now
 from grass_ray.results.statistics import sign_flip
 
 EASE, LUCK = 1.5, 0.5
@@ -111,11 +110,8 @@ def main(options: Options) -> None:
     for number, case in enumerate(cases, start=1):
         outcomes.append(simulate(case, options.tables))
         print(f"{number} of {len(cases)}: {outcomes[-1]}", flush=True)
-    git = git_state()
-    facts = {"tables": options.tables, "hardware": hardware(), "commit": git.commit, "dirty": git.dirty, "date": now()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(to_json(facts | {"outcomes": outcomes}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(describe(outcomes, options.tables))
+    values = recording.facts(options) | {"outcomes": outcomes}
+    recording.write(options.output, values, describe(outcomes, options.tables))
 
 
 def describe(outcomes: list[Outcome], tables: int) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from small import REPOSITORY
+
+from benchmarks import gpu
 
 # as if these were not installed; not a plain function, which would become a method where others keep it
 BLOCKED = """
@@ -29,14 +28,7 @@ PathFinder.find_spec = FindSpec()
 """
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module("gpu")
-    sys.path.remove(str(REPOSITORY / "benchmarks"))
-
-
-def test_parts_come_in_order_of_value_and_each_has_a_file_of_its_own(gpu: ModuleType, tmp_path: Path) -> None:
+def test_parts_come_in_order_of_value_and_each_has_a_file_of_its_own(tmp_path: Path) -> None:
     options = gpu.Options(device="cuda", out=tmp_path, data_dir=tmp_path)
     items = list(gpu.items(options))
     assert list(dict.fromkeys(item.part for item in items)) == list(gpu.PARTS)
@@ -47,7 +39,7 @@ def test_parts_come_in_order_of_value_and_each_has_a_file_of_its_own(gpu: Module
     assert not any(name.startswith("llama2-7b-full") and name.endswith("streamed") for name in peaks)
 
 
-def test_the_report_has_what_was_measured_and_names_the_rest(gpu: ModuleType, tmp_path: Path) -> None:
+def test_the_report_has_what_was_measured_and_names_the_rest(tmp_path: Path) -> None:
     items = list(gpu.items(gpu.Options(device="cuda", out=tmp_path, models=("tinyllama-1.1b",))))
     results = {
         "tests": {"status": "done", "said": "12 passed in 3.21s"},

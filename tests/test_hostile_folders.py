@@ -22,6 +22,7 @@ from grass_ray.export.delta import apply_delta, save_delta
 from grass_ray.results.record import RunRecord
 from grass_ray.results.recorded import find_results, take_records
 from grass_ray.results.verification.verify import verify
+from grass_ray.results.writes import files_of
 from grass_ray.training.run import Run
 
 SECONDS = 60  # a reader that waits for a pipe waits for ever
@@ -111,6 +112,22 @@ def test_links_are_not_followed_out_of_a_folder_of_results(tmp_path: Path) -> No
     assert find_results(folder) == []
     with pytest.raises(ConfigError, match="no run records"):
         verify(folder)
+
+
+def test_files_that_links_take_from_elsewhere_are_not_uploaded(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    secret.mkdir()
+    (secret / "key.png").write_text("secret")
+    (folder / "examples.jsonl").symlink_to(secret / "key.png")
+    (folder / "plots").symlink_to(secret)
+    (folder / "config.yaml").write_text("mine")
+    assert [path.name for path in files_of(folder)] == ["config.yaml"]
+    (folder / "plots").unlink()
+    (folder / "plots").mkdir()
+    (folder / "plots" / "own.png").write_text("mine")
+    (folder / "plots" / "key.png").symlink_to(secret / "key.png")
+    assert sorted(path.name for path in files_of(folder)) == ["config.yaml", "own.png"]
 
 
 def test_a_kept_record_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:

@@ -39,4 +39,4 @@ def test_a_recipe_is_a_run_of_grass(shape: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_figures_are_those_of_the_plan(shape: str) -> None:
-    assert path_of(shape).read_text(encoding="utf-8") == RECIPES["text_of"](shape), "python benchmarks/recipes.py"
+    assert path_of(shape).read_text(encoding="utf-8") == RECIPES["text_of"](shape), "python -m benchmarks run recipes"

@@ -187,10 +187,7 @@ class RunConfig(ConfigPart):
 
     def flatten(self) -> dict[str, str]:
         """Return dotted keys and their values as text, as MLflow params want them."""
-        flat = flatten(self.to_dict())
-        return {
-            key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat.items()
-        }
+        return as_text(self.to_dict())
 
     def override(self, changes: Changes) -> RunConfig:
         """Return a copy with the values of dotted keys changed. Raises :class:`ConfigError`."""
@@ -229,6 +226,12 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
         for part, keys in later.items()
     }
     return hashlib.sha256(json.dumps({**values, **old}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def as_text(config: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration's dotted keys and their values as text."""
+    flat = flatten(config)
+    return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in flat.items()}
 
 
 def slug(name: str) -> str:

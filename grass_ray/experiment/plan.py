@@ -36,6 +36,7 @@ from grass_ray.reading import parse_yaml
 from grass_ray.results.searches import read_settings
 from grass_ray.tasks.readback import choose_evaluation
 
+PLAN_FILE = "sweep.yaml"  # in the sweep's folder
 BASE_METHOD = "base"
 _OWN_FLAGS = {"model.name": "--models", "seed": "--seeds"}
 

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from statistics import fmean
-from types import ModuleType
 
 import pytest
-from small import REPOSITORY
+
+from benchmarks import staleness as benchmark
 
 SEEDS = range(3)
 TRENDS = ["stationary", "rises three times", "falls to a third", "three times larger after probing"]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("staleness_benchmark", REPOSITORY / "benchmarks" / "staleness.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def simulated(benchmark: ModuleType, trend: str, setting: str, noise: float = 0.1) -> tuple[float, float]:
+def simulated(trend: str, setting: str, noise: float = 0.1) -> tuple[float, float]:
     """Layers never drawn of 22, and the distance of the probabilities from those of the true norms; means of seeds."""
     runs = [benchmark.simulate(trend, benchmark.make_sampler(setting, seed), seed, noise) for seed in SEEDS]
     return fmean(never for never, _ in runs), fmean(distance for _, distance in runs)
@@ -33,16 +20,14 @@ def simulated(benchmark: ModuleType, trend: str, setting: str, noise: float = 0.
 
 @pytest.mark.parametrize("trend", TRENDS)
 @pytest.mark.parametrize("noise", [0.1, 0.5])
-def test_fresh_importance_draws_as_the_true_one_would(benchmark: ModuleType, trend: str, noise: float) -> None:
-    never, distance = simulated(benchmark, trend, "grass-fresh", noise)
+def test_fresh_importance_draws_as_the_true_one_would(trend: str, noise: float) -> None:
+    never, distance = simulated(trend, "grass-fresh", noise)
     assert never <= 5
     assert distance < 0.12
 
 
 @pytest.mark.parametrize(("trend", "least"), [("rises three times", 5), ("three times larger after probing", 8)])
-def test_without_the_correction_age_decides_as_much_as_importance(
-    benchmark: ModuleType, trend: str, least: float
-) -> None:
-    never, distance = simulated(benchmark, trend, "grass")
+def test_without_the_correction_age_decides_as_much_as_importance(trend: str, least: float) -> None:
+    never, distance = simulated(trend, "grass")
     assert never >= least
     assert distance > 0.25

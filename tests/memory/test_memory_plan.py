@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from small import REPOSITORY, make_llama, short_run
+from small import make_llama, short_run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import memory_plan as benchmark
 from grass_ray.cli import main
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.memory import fit as memory_fit
@@ -42,19 +40,6 @@ from grass_ray.training.shapes import SHAPES, build_shape
 MIB = 2**20
 CPU = torch.device("cpu")
 SHAPE = StepShape(rows=4, tokens=48)
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """benchmarks/memory_plan.py, whose measurements the recorded table holds."""
-    spec = importlib.util.spec_from_file_location("memory_benchmark", REPOSITORY / "benchmarks" / "memory_plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +84,7 @@ def tinyllama() -> Planner:
         ("grass", "lazy", "float32"),
     ],
 )
-def test_weights_and_states_are_exact_and_the_peak_is_close(
-    benchmark: ModuleType, method: str, offload: str, dtype: str
-) -> None:
+def test_weights_and_states_are_exact_and_the_peak_is_close(method: str, offload: str, dtype: str) -> None:
     row = benchmark.run_case(
         benchmark.Case(model="tiny", method=method, offload=offload, dtype=dtype, shape=SHAPE), CPU
     )
@@ -126,9 +109,7 @@ def test_weights_and_states_are_exact_and_the_peak_is_close(
     ],
 )
 @pytest.mark.parametrize("shape", [SHAPE, StepShape(rows=2, tokens=64, micro_batches=3, checkpointing="all")], ids=str)
-def test_updates_in_backward_take_what_is_planned(
-    benchmark: ModuleType, method: str, offload: str, dtype: str, shape: StepShape
-) -> None:
+def test_updates_in_backward_take_what_is_planned(method: str, offload: str, dtype: str, shape: StepShape) -> None:
     case = benchmark.Case(model="tiny", method=method, offload=offload, dtype=dtype, shape=shape, in_backward=True)
     row = benchmark.run_case(case, CPU)
     assert row.plan.phase in ("backward", "probing")
@@ -147,9 +128,7 @@ def test_updates_in_backward_take_what_is_planned(
         ("lora", "none", SHAPE),
     ],
 )
-def test_streamed_weights_take_what_is_planned(
-    benchmark: ModuleType, method: str, offload: str, shape: StepShape
-) -> None:
+def test_streamed_weights_take_what_is_planned(method: str, offload: str, shape: StepShape) -> None:
     """Counted as on a device: what is on the host is not."""
     row = benchmark.run_case(
         benchmark.Case(model="tiny", method=method, offload=offload, dtype="bfloat16", shape=shape, weights="streamed"),
@@ -175,7 +154,7 @@ def test_streamed_weights_take_what_is_planned(
     ids=str,
 )
 @pytest.mark.parametrize("method", ["full", "grass"])
-def test_peaks_are_close_in_every_shape(benchmark: ModuleType, method: str, shape: StepShape) -> None:
+def test_peaks_are_close_in_every_shape(method: str, shape: StepShape) -> None:
     offload = METHODS[method].config.offload
     row = benchmark.run_case(
         benchmark.Case(model="tiny", method=method, offload=offload, dtype="bfloat16", shape=shape), CPU
@@ -194,7 +173,7 @@ def test_peaks_are_close_in_every_shape(benchmark: ModuleType, method: str, shap
     ],
     ids=str,
 )
-def test_probing_takes_less_than_training(benchmark: ModuleType, tiny: Planner, shape: StepShape) -> None:
+def test_probing_takes_less_than_training(tiny: Planner, shape: StepShape) -> None:
     """Predicted in every mode, and measured step by step."""
     method = METHODS["grass"].config
     assert {plan.phase for plan in tiny.plan_modes(method, shape)} <= {"backward", "update"}
@@ -261,7 +240,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_other_families_is_followed_too(benchmark: ModuleType, family: str, rows: int) -> None:
+def test_a_step_of_other_families_is_followed_too(family: str, rows: int) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(family, vocab_size=300, **({} if family == "gpt2" else sizes), **FAMILIES[family])
     shape = StepShape(rows=rows, tokens=80)
@@ -275,7 +254,7 @@ def test_a_step_of_other_families_is_followed_too(benchmark: ModuleType, family:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_tied_head_adds_two_gradients_in_place(benchmark: ModuleType, micro_batches: int) -> None:
+def test_a_tied_head_adds_two_gradients_in_place(micro_batches: int) -> None:
     """The head's and the embeddings', which are nearly all that this model has."""
     shape = StepShape(rows=1, tokens=4, micro_batches=micro_batches)
     model = make_llama(layers=1, vocabulary=4000, tied=True)

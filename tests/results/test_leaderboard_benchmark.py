@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from small import REPOSITORY
+
+from benchmarks import leaderboard as benchmark
 
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("leaderboard_benchmark", REPOSITORY / "benchmarks" / "leaderboard.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_it_fills_a_store_once_and_reads_and_ranks_all_of_it(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_it_fills_a_store_once_and_reads_and_ranks_all_of_it(tmp_path: Path) -> None:
     options = benchmark.Options(records=30, questions=6, steps=4)
     assert benchmark.fill(tmp_path / "store", options) > 0
     assert benchmark.fill(tmp_path / "store", options) == 0

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 import pytest
 from result_records import make_record
 from scipy.stats import nct, t
-from small import REPOSITORY
 
+from benchmarks import power as benchmark
 from grass_ray.results.columns import row_values
 from grass_ray.results.leaderboard import LeaderboardTable, build_leaderboard
 from grass_ray.results.power import Design, Spread, power, questions_needed, seeds_needed, smallest_difference
@@ -22,18 +19,6 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import render
 
 SPREAD = Spread(seeds=0.01**2, questions=0.2**2, disagreement=0.1**2)
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """benchmarks/power.py, whose simulation is used here with fewer experiments."""
-    spec = importlib.util.spec_from_file_location("power_benchmark", REPOSITORY / "benchmarks" / "power.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -87,9 +72,7 @@ def test_what_is_needed_is_the_fewest_that_is_enough() -> None:
 
 
 @pytest.mark.parametrize("index", [1, 3, 4], ids=["five seeds", "four tasks", "two seeds that do not vary"])
-def test_a_planned_experiment_finds_its_difference_and_nothing_where_nothing_is(
-    index: int, benchmark: ModuleType
-) -> None:
+def test_a_planned_experiment_finds_its_difference_and_nothing_where_nothing_is(index: int) -> None:
     """0.02 nats, planned for 80 %; with 400 experiments three standard errors are 6 points, and four at 5 % are 4.4."""
     found = benchmark.run(benchmark.CASES[index], 400)
     assert 0.74 <= found.found <= 0.86
@@ -97,7 +80,7 @@ def test_a_planned_experiment_finds_its_difference_and_nothing_where_nothing_is(
     assert found.covered >= 0.906
 
 
-def test_a_smaller_experiment_finds_less(benchmark: ModuleType) -> None:
+def test_a_smaller_experiment_finds_less() -> None:
     """What is simulated depends on the size: the plan for twice the difference finds it seldom."""
     case = benchmark.CASES[3]
     needed = questions_needed(2 * benchmark.DIFFERENCE, case.spread, seeds=case.seeds, tasks=case.tasks)
@@ -109,7 +92,7 @@ def test_a_smaller_experiment_finds_less(benchmark: ModuleType) -> None:
     assert np.mean(np.array(p_values) < 0.05) < 0.5
 
 
-def test_the_parts_are_found_again_in_answers(benchmark: ModuleType) -> None:
+def test_the_parts_are_found_again_in_answers() -> None:
     case = benchmark.Case(seed_sd=0.05, question_sd=0.2, interaction_sd=0.1, seeds=40, tasks=2)
     comparison, seeds = benchmark.experiment(case, np.random.default_rng(0), 40, 3000, 0.0)
     spread = seeds.spread([comparison])
