@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
-from grass_ray.cluster.listeners import passed_file, steps_of
+from grass_ray.cluster.listeners import passed_file
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import RunConfig
@@ -166,9 +166,7 @@ class TrialStore:
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
-        run_id = self._open_run(trial)
-        self._log_new_steps(trial, steps_of(record.series))  # a driver that died may not have heard of all
-        self.tracker.finish(run_id, record, files)
+        self.tracker.finish(self._open_run(trial), record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -217,7 +215,7 @@ class TrialStore:
             config = trial.config
             stage = "trial" if trial.search is None else trial.search.stage
             folder = f"{self.storage.shown}/{config.folder}"
-            tags = trial_tags(config, sweep=self.plan.name, stage=stage, folder=folder)
+            tags = trial_tags(config.to_dict(), sweep=self.plan.name, stage=stage, folder=folder)
             trial.run_id = self.tracker.start_trial(
                 self.plan.sweep_id, trial.config.fingerprint, config.name, tags, config.flatten()
             )

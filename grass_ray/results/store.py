@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError
 from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.record import RunRecord
@@ -33,13 +33,16 @@ PARENT_TAG = "mlflow.parentRunId"
 RECORD_FILE = "record.json"
 
 
-def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
-    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
+def trial_tags(config: Mapping[str, Any], *, sweep: str, stage: str, folder: str) -> dict[str, str]:
+    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are.
+
+    ``config`` is the configuration as a record holds it, of any version.
+    """
     return {
-        "method": config.method.name,
-        "model": config.model.name,
-        "suite": config.data.suite,
-        "seed": str(config.seed),
+        "method": str(config["method"]["name"]),
+        "model": str(config["model"]["name"]),
+        "suite": str(config["data"]["suite"]),
+        "seed": str(config["seed"]),
         "sweep": sweep,
         "stage": stage,
         "folder": folder,
