@@ -143,7 +143,7 @@ class Planner:
         """The model with a method's adapter, one for all methods that have it."""
         adapter = _adapter_key(method)
         if adapter not in self._models:
-            with _no_permutations():
+            with _without_values():
                 model = add_adapter(copy.deepcopy(self._skeleton), method.adapter)
             self._models[adapter] = PlannedModel(model)
         return self._models[adapter]
@@ -270,18 +270,19 @@ def applicable_modes(method: MethodConfig) -> tuple[Mode, ...]:
 
 
 @contextmanager
-def _no_permutations() -> Iterator[None]:
-    """In the block, draw no permutations: zeros in their place, without memory.
+def _without_values() -> Iterator[None]:
+    """In the block, an adapter's first values are not drawn: none matters on the meta device.
 
     FourierFT has its places from a permutation of all weights of each matrix, which takes minutes for a model of 7B
-    parameters. No value matters on the meta device.
+    parameters, and peft starts matrices on the CPU.
     """
-    drawn = torch.randperm
+    permutation, uniform = torch.randperm, torch.nn.init.kaiming_uniform_
     torch.randperm = lambda n, **_: torch.zeros(1, dtype=torch.long).expand(n)
+    torch.nn.init.kaiming_uniform_ = lambda tensor, *_, **__: tensor
     try:
         yield
     finally:
-        torch.randperm = drawn
+        torch.randperm, torch.nn.init.kaiming_uniform_ = permutation, uniform
 
 
 def _adapter_key(method: MethodConfig) -> str:
