@@ -21,7 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 import recording
@@ -54,7 +54,7 @@ class Options:
     steps: Annotated[int, tyro.conf.arg(help="training steps of the recorded run")] = 100
     output: Path = Path("benchmarks/results/driver")
     folder: Annotated[Path | None, tyro.conf.arg(help="keep the sweep here; default: a temporary folder")] = None
-    resume: Annotated[bool, tyro.conf.arg(help="internal: only resume the sweep in the folder")] = False
+    part: Annotated[Literal["record", "resume"] | None, tyro.conf.arg(help="internal: only this, in the folder")] = None
 
 
 @dataclass(kw_only=True)
@@ -175,20 +175,22 @@ def run_sweep(options: Options, folder: Path) -> Notes:
     os.environ["RAY_ADDRESS"] = "local"
     notes.note()
     place = {"storage_path": str(folder), "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
-    asked = SweepOptions(base=False, quiet=True, cpus_per_trial=1, memory_check=False, resume=options.resume, **place)
+    asked = SweepOptions(
+        base=False, quiet=True, cpus_per_trial=1, memory_check=False, resume=options.part == "resume", **place
+    )
     code = sweep_command.run(make_sweep(options), asked)
     assert code == 0, "a trial failed"
     notes.note()
     return notes
 
 
-def resume_seconds(options: Options, folder: Path) -> float:
-    """The processor's seconds of ``--resume`` after the end."""
+def part(name: str, options: Options, folder: Path) -> float:
+    """The processor's seconds of a part in a process of its own."""
     words = ["--trials", str(options.trials), "--steps", str(options.steps), "--every", str(options.trials + 1)]
-    command = [sys.executable, __file__, *words, "--folder", str(folder), "--resume"]
-    with (folder / "resumed").open("wb") as said:
+    command = [sys.executable, __file__, *words, "--folder", str(folder), "--part", name]
+    with (folder / f"{name}.txt").open("wb") as said:
         ended = recording.run_process(command, stdout=said, stderr=said)
-    assert ended.code == 0, (folder / "resumed").read_text()
+    assert ended.code == 0, (folder / f"{name}.txt").read_text()
     return ended.processor_s
 
 
@@ -196,12 +198,15 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(prefix="grass_ray-driver-") as scratch:
         folder = (options.folder or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        if options.resume:
+        if options.part == "record":
+            record_run(options, folder)
+        elif options.part == "resume":
             run_sweep(options, folder)
+        if options.part is not None:
             return
-        record_run(options, folder)
+        part("record", options, folder)
         notes = run_sweep(options, folder)
-        resumed = resume_seconds(options, folder)
+        resumed = part("resume", options, folder)
     write(options, notes, resumed)
 
 
