@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +24,7 @@ from grass_ray.config import ConfigError, RunConfig
 from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.record import RunRecord
+from grass_ray.results.sqlite_runs import open_store, read_runs
 from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
@@ -115,9 +118,22 @@ def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
         ConfigError: the store does not exist.
     """
     uri = _existing(tracking_uri)
+    if uri.startswith(SQLITE):
+        with suppress(sqlite3.Error), closing(open_store(sqlite_path(uri))) as database:
+            return _latest(database)
     client = connect(uri)
     with store_errors(uri):
         return list({key: _listed(key, run) for key, run in _every_child_run(client)}.values())
+
+
+def _latest(database: sqlite3.Connection) -> list[TrackedRun]:
+    found: dict[tuple[str, str], TrackedRun] = {}
+    wanted = (PARENT_TAG, "sweep_id", "trial_key", "status")
+    for run in read_runs(database, tags=wanted, metrics=("eval/average", "eval/loss")):
+        if {PARENT_TAG, "sweep_id", "trial_key"} <= run.tags.keys():
+            key = run.tags["sweep_id"], run.tags["trial_key"]
+            found[key] = _tracked(key, run.name, run.status, run.started_ms, run.tags, run.metrics)
+    return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,14 +251,24 @@ def _check_run(client: MlflowClient, uri: str, run_id: str) -> Any:
 
 
 def _listed(key: tuple[str, str], run: Any) -> TrackedRun:
-    metrics, tags = run.data.metrics, run.data.tags
+    return _tracked(key, run.info.run_name, run.info.status, run.info.start_time, run.data.tags, run.data.metrics)
+
+
+def _tracked(
+    key: tuple[str, str],
+    name: str,
+    status: str,
+    started_ms: int,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+) -> TrackedRun:
     return TrackedRun(
-        name=run.info.run_name,
+        name=name,
         run_id="-".join(key),
-        status=tags.get("status", run.info.status.lower()),
+        status=tags.get("status", status.lower()),
         accuracy=metrics.get("eval/average"),
         loss=metrics.get("eval/loss"),
-        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        started=datetime.fromtimestamp(started_ms / 1000, UTC),
     )
 
 
