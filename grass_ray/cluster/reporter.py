@@ -10,6 +10,7 @@ when a sweep is resumed::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, descr
 from grass_ray.cluster.listeners import passed_file, steps_of
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.store import trial_tags
+from grass_ray.results.store import tracked_runs, trial_tags
 from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import VALIDATION
 
@@ -93,6 +94,7 @@ class TrialStore:
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
         self._scratch = scratch
+        self._complete: set[str] | None = None
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
@@ -166,9 +168,10 @@ class TrialStore:
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
-        run_id = self._open_run(trial)
-        self._log_new_steps(trial, steps_of(record.series))  # a driver that died may not have heard of all
-        self.tracker.finish(run_id, record, files)
+        if not (earlier and self._is_complete(record)):
+            run_id = self._open_run(trial)
+            self._log_new_steps(trial, steps_of(record.series))  # a driver that died may not have heard of all
+            self.tracker.finish(run_id, record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -203,6 +206,14 @@ class TrialStore:
                 self.tracker.finish(self._open_run(trial), record, self._fetch(trial))
 
     # -- MLflow and files
+
+    def _is_complete(self, record: RunRecord) -> bool:
+        """Whether MLflow has all of a trial that finished before this process began, which asks for all at once."""
+        if self._complete is None:
+            self._complete = set()
+            with suppress(ConfigError):  # a store that does not answer is told of every trial once it does
+                self._complete = {run.run_id for run in tracked_runs(self.plan.tracking_uri) if run.complete}
+        return record.status == "finished" and record.run_id in self._complete
 
     def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
         """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""

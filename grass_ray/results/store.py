@@ -101,6 +101,7 @@ class TrackedRun:
         accuracy: average over its tasks, from 0 to 1; None if none was measured.
         loss: of the right answers in nats; None if none was measured.
         started: when it began.
+        complete: whether it finished and everything of it is in MLflow.
     """
 
     name: str
@@ -109,6 +110,7 @@ class TrackedRun:
     accuracy: float | None
     loss: float | None
     started: datetime
+    complete: bool
 
 
 def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
@@ -269,6 +271,7 @@ def _tracked(
         accuracy=metrics.get("eval/average"),
         loss=metrics.get("eval/loss"),
         started=datetime.fromtimestamp(started_ms / 1000, UTC),
+        complete=(status, tags.get("status")) == ("FINISHED", "finished"),
     )
 
 
