@@ -25,6 +25,7 @@ from grass_ray.commands.plan import Plan
 from grass_ray.commands.plot import Plot
 from grass_ray.commands.power import Power
 from grass_ray.commands.runs import Eval, Reproduce, SweepFile, Train, train_with_flags
+from grass_ray.commands.sync import Sync
 from grass_ray.commands.ui import Ui
 from grass_ray.commands.verify import Verify
 from grass_ray.config import ConfigError
@@ -41,6 +42,7 @@ VERBS: Mapping[str, type] = {
     "power": Power,
     "plot": Plot,
     "ui": Ui,
+    "sync": Sync,
     "export": Export,
     "chat": Chat,
     "reproduce": Reproduce,

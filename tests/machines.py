@@ -8,7 +8,8 @@
 
 Each has one CPU, the head perhaps none. Run as a program it prints the cluster's address, and answers each line of its
 input with the number of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one
-(``lose NODE_ID`` that one), ``add`` adds one.
+(``lose NODE_ID`` that one), ``add`` adds one. ``head`` kills the head's control service and starts it again seconds
+later, which Ray survives if RAY_gcs_storage=rocksdb and RAY_gcs_storage_path were set.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+HEAD_AWAY_S = 5
 
 
 class Machines:
@@ -103,6 +107,10 @@ def main(number: int, head_cpus: int) -> None:
                 for process in node.all_processes["raylet"]:
                     os.kill(process.process.pid, signal.SIGKILL)
                 cluster.remove_node(node, allow_graceful=False)
+            if word == "head":
+                cluster.head_node.kill_gcs_server()
+                time.sleep(HEAD_AWAY_S)
+                cluster.head_node.start_gcs_server()
             if word in ("kill", "add"):
                 cluster.add_node(num_cpus=1)
             print(1 + len(cluster.worker_nodes), flush=True)

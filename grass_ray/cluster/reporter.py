@@ -19,7 +19,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, describe_death
-from grass_ray.cluster.listeners import passed_file, steps_of
+from grass_ray.cluster.listeners import passed_file
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, RunConfig
@@ -30,6 +30,7 @@ from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
 from grass_ray.results.store import tracked_runs, trial_tags
 from grass_ray.results.tracker import Tracker
+from grass_ray.results.writes import digest
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
@@ -94,7 +95,7 @@ class TrialStore:
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
         self._scratch = scratch
-        self._complete: set[str] | None = None
+        self._complete: dict[str, str | None] | None = None
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
@@ -169,9 +170,7 @@ class TrialStore:
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
         if not (earlier and self._is_complete(record)):
-            run_id = self._open_run(trial)
-            self._log_new_steps(trial, steps_of(record.series))  # a driver that died may not have heard of all
-            self.tracker.finish(run_id, record, files)
+            self.tracker.finish(self._open_run(trial), record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -208,12 +207,12 @@ class TrialStore:
     # -- MLflow and files
 
     def _is_complete(self, record: RunRecord) -> bool:
-        """Whether MLflow has all of a trial that finished before this process began, which asks for all at once."""
+        """Whether MLflow has all of a trial that ended before this process began; it is asked once for all trials."""
         if self._complete is None:
-            self._complete = set()
+            self._complete = {}
             with suppress(ConfigError):  # a store that does not answer is told of every trial once it does
-                self._complete = {run.run_id for run in tracked_runs(self.plan.tracking_uri) if run.complete}
-        return record.status == "finished" and record.run_id in self._complete
+                self._complete = {run.run_id: run.record_sha256 for run in tracked_runs(self.plan.tracking_uri)}
+        return self._complete.get(record.run_id) == digest(record)
 
     def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
         """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""
@@ -228,7 +227,7 @@ class TrialStore:
             config = trial.config
             stage = "trial" if trial.search is None else trial.search.stage
             folder = f"{self.storage.shown}/{config.folder}"
-            tags = trial_tags(config, sweep=self.plan.name, stage=stage, folder=folder)
+            tags = trial_tags(config.to_dict(), sweep=self.plan.name, stage=stage, folder=folder)
             trial.run_id = self.tracker.start_trial(
                 self.plan.sweep_id, trial.config.fingerprint, config.name, tags, config.flatten()
             )

@@ -36,6 +36,7 @@ from grass_ray.results.pages import is_server, run_page
 from grass_ray.results.record import RunRecord, SearchPart
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
+from grass_ray.results.sync import sync_command
 from grass_ray.results.tracker import Tracker
 from grass_ray.training.report import GIB, VALIDATION
 
@@ -222,7 +223,7 @@ class SweepRunner:
             write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
         failed = [record for record in records if record.status not in ("finished", "stopped")]
-        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished")
+        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished", records=records)
         if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
         print("\n" * (not self.options.quiet) + render(tables, "table", width=self._width()))
@@ -250,10 +251,12 @@ class SweepRunner:
                 self.tracker.close(wait_s=TRACKING_WITHIN_S)
         except KeyboardInterrupt:
             pass
-        if self.tracker.waiting:
+        if self.tracker.lacking:
+            local = self.storage.local_folder
+            command = resume_command if local is None else sync_command(local, self.plan.tracking_uri)
             self._say(
-                f"MLflow at {redact(self.plan.tracking_uri)} lacks the last {self.tracker.waiting} messages of this "
-                f"sweep; all of it is in {self.storage.shown}; to send them once it answers:  {resume_command}",
+                f"MLflow at {redact(self.plan.tracking_uri)} lacks {self.tracker.lacking} messages of this "
+                f"sweep; all of it is in {self.storage.shown}; to send them once it answers:  {command}",
                 always=True,
             )
 

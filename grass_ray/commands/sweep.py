@@ -22,7 +22,7 @@ from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.errors import MASK, redact
 from grass_ray.experiment.flags import SweepOptions, parse_options
-from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
+from grass_ray.experiment.plan import PLAN_FILE, SweepPlan, differences, plan_trials
 from grass_ray.experiment.space import at_random, sample
 from grass_ray.experiment.sweep import Sweep
 from grass_ray.method_files import methods_with
@@ -30,7 +30,6 @@ from grass_ray.process import leave, prepare_output
 from grass_ray.progress import quiet_libraries
 from grass_ray.results.connection import default_tracking_uri
 
-PLAN_FILE = "sweep.yaml"
 # Read when ray is imported or a sweep starts. Tune's own loggers would write every report three times, and its SIGINT
 # handler would swallow Ctrl-C; the raylet warns of the processes that every trial needs.
 DRIVER_ENVIRONMENT = {

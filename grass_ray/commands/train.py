@@ -29,6 +29,7 @@ from grass_ray.results.connection import default_tracking_uri
 from grass_ray.results.provenance import hardware
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import trial_tags
+from grass_ray.results.sync import sync_command
 from grass_ray.results.tracker import Tracker
 from grass_ray.tasks.readback import choose_evaluation
 from grass_ray.training.report import GIB, RESERVE_BYTES, TrainingFailure, first_layers
@@ -191,7 +192,7 @@ class _LocalRun(Listener):
         """Open the run in the store; from here on it must be closed."""
         config = self.config
         config.save(self.output / "config.yaml")
-        tags = trial_tags(config, sweep=EXPERIMENT, stage="training", folder=str(self.output.absolute()))
+        tags = trial_tags(config.to_dict(), sweep=EXPERIMENT, stage="training", folder=str(self.output.absolute()))
         self._steps.run_id = self.tracker.start_trial(
             EXPERIMENT, config.fingerprint, config.name, tags, config.flatten()
         )
@@ -270,7 +271,7 @@ class _LocalRun(Listener):
 
     def _report(self, record: RunRecord) -> int:
         """Print how the run ended and where everything is; returns the exit code."""
-        unsent = self.tracker.close()
+        self.tracker.close()
         if record.status == "finished":
             self._say(render_row(record), always=True)
         else:
@@ -279,8 +280,12 @@ class _LocalRun(Listener):
             self._say(line, always=True)
         self._say(f"record    {self.output / 'record.json'}")
         self._say(f"tracking  {redact(self.tracker.tracking_uri)}, experiment {EXPERIMENT}, run {self._steps.run_id}")
-        if unsent:
-            self._say(f"MLflow did not answer: it lacks the last {unsent} messages of this run", always=True)
+        if self.tracker.lacking:
+            command = sync_command(self.output, self.tracker.tracking_uri)
+            self._say(
+                f"MLflow lacks {self.tracker.lacking} messages of this run; to send them once it answers:  {command}",
+                always=True,
+            )
         if self._resumable:
             words = [word for word in sys.argv[1:] if word != "--resume"]
             self._say(f"go on     {redact(shlex.join(['grass-ray', *words, '--resume']))}", always=True)

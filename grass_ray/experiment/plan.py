@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AliasChoices, Field, ValidationError
@@ -36,6 +36,7 @@ from grass_ray.reading import parse_yaml
 from grass_ray.results.searches import read_settings
 from grass_ray.tasks.readback import choose_evaluation
 
+PLAN_FILE = "sweep.yaml"  # in the sweep's folder
 BASE_METHOD = "base"
 _OWN_FLAGS = {"model.name": "--models", "seed": "--seeds"}
 
@@ -44,7 +45,7 @@ class SweepPlan(ConfigPart):
     """A sweep's identity and trials; written as ``sweep.yaml`` first thing, read again by ``--resume``."""
 
     name: str
-    sweep_id: str
+    sweep_id: Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]  # a folder is named after it
     question: str
     tracking_uri: str
     trials: tuple[RunConfig, ...]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 _DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
+_OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)")
 _STILL_GROWING_S = 5.0  # a half-made database that somebody changed so recently may still be finished
 
 
@@ -169,12 +170,28 @@ def store_errors(uri: str) -> Iterator[None]:
         reason = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:300]
         if any(words in reason for words in ("disk is full", os.strerror(errno.ENOSPC))):  # no mistake of the user's
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), redact(uri)) from None
+        if (found := _OTHER_SCHEMA.search(str(error))) is not None:
+            raise ConfigError(_other_version(redact(uri), found[1])) from None
         if uri.startswith(("http://", "https://")):
             advice = "is it running (`mlflow server --backend-store-uri sqlite:///mlflow.db`) and reachable from here?"
             raise ConfigError(f"the MLflow server {redact(uri)} does not answer; {advice} ({reason})") from None
         raise ConfigError(
             f"cannot use the MLflow store {redact(uri)}; give sqlite:///<path>.db or a server's address ({reason})"
         ) from None
+
+
+def _other_version(uri: str, schema: str) -> str:
+    """What to do about a database whose tables another version of MLflow made."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    migrations = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    try:
+        migrations.get_revision(schema)
+    except CommandError:
+        return f"the MLflow store {uri} was made by a newer MLflow than {mlflow.__version__}; install that one"
+    return f"the MLflow store {uri} was made by an older MLflow; copy it, then run `mlflow db upgrade {uri}`"
 
 
 def failures() -> tuple[type[Exception], ...]:

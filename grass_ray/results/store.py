@@ -11,20 +11,21 @@ import logging
 import re
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from grass_ray.config import ConfigError, RunConfig
+from grass_ray.config import ConfigError
 from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sqlite_runs import open_store, read_runs
+from grass_ray.results.writes import COMPLETE_TAG, RUN_STATUS
 from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ PARENT_TAG = "mlflow.parentRunId"
 RECORD_FILE = "record.json"
 
 
-def trial_tags(config: RunConfig, *, sweep: str, stage: str, folder: str) -> dict[str, str]:
-    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are."""
+def trial_tags(config: Mapping[str, Any], *, sweep: str, stage: str, folder: str) -> dict[str, str]:
+    """Return the tags of a trial's run: what it is, its sweep and stage, and where its files are.
+
+    ``config`` is the configuration as a record holds it, of any version.
+    """
     return {
-        "method": config.method.name,
-        "model": config.model.name,
-        "suite": config.data.suite,
-        "seed": str(config.seed),
+        "method": str(config["method"]["name"]),
+        "model": str(config["model"]["name"]),
+        "suite": str(config["data"]["suite"]),
+        "seed": str(config["seed"]),
         "sweep": sweep,
         "stage": stage,
         "folder": folder,
@@ -101,7 +105,7 @@ class TrackedRun:
         accuracy: average over its tasks, from 0 to 1; None if none was measured.
         loss: of the right answers in nats; None if none was measured.
         started: when it began.
-        complete: whether it finished and everything of it is in MLflow.
+        record_sha256: of the record that it ended with, if all of that is in MLflow.
     """
 
     name: str
@@ -110,7 +114,7 @@ class TrackedRun:
     accuracy: float | None
     loss: float | None
     started: datetime
-    complete: bool
+    record_sha256: str | None
 
 
 def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
@@ -122,20 +126,26 @@ def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
     uri = _existing(tracking_uri)
     if uri.startswith(SQLITE):
         with suppress(sqlite3.Error), closing(open_store(sqlite_path(uri))) as database:
-            return _latest(database)
+            return _latest(_listed_in(database))
     client = connect(uri)
     with store_errors(uri):
-        return list({key: _listed(key, run) for key, run in _every_child_run(client)}.values())
+        return _latest(_listed(key, run) for key, run in _every_child_run(client))
 
 
-def _latest(database: sqlite3.Connection) -> list[TrackedRun]:
-    found: dict[tuple[str, str], TrackedRun] = {}
-    wanted = (PARENT_TAG, "sweep_id", "trial_key", "status")
+def _latest(runs: Iterable[TrackedRun]) -> list[TrackedRun]:
+    latest: dict[str, TrackedRun] = {}
+    for run in runs:
+        # one of several is not all there is of its trial
+        latest[run.run_id] = replace(run, record_sha256=None) if run.run_id in latest else run
+    return list(latest.values())
+
+
+def _listed_in(database: sqlite3.Connection) -> Iterator[TrackedRun]:
+    wanted = (PARENT_TAG, "sweep_id", "trial_key", "status", COMPLETE_TAG)
     for run in read_runs(database, tags=wanted, metrics=("eval/average", "eval/loss")):
         if {PARENT_TAG, "sweep_id", "trial_key"} <= run.tags.keys():
             key = run.tags["sweep_id"], run.tags["trial_key"]
-            found[key] = _tracked(key, run.name, run.status, run.started_ms, run.tags, run.metrics)
-    return list(found.values())
+            yield _tracked(key, run.name, run.status, run.started_ms, run.tags, run.metrics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,7 +281,7 @@ def _tracked(
         accuracy=metrics.get("eval/average"),
         loss=metrics.get("eval/loss"),
         started=datetime.fromtimestamp(started_ms / 1000, UTC),
-        complete=(status, tags.get("status")) == ("FINISHED", "finished"),
+        record_sha256=tags.get(COMPLETE_TAG) if status in RUN_STATUS.values() else None,
     )
 
 

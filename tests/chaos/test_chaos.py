@@ -1,10 +1,11 @@
-"""A sweep on three nodes whose workers, nodes and driver are killed again and again ends as if nothing had happened.
+"""A sweep on three nodes that is disturbed again and again ends as if nothing had happened.
 
-Real Ray, real MLflow, real training; every kill is SIGKILL, of processes this test started, by their ids::
+Real Ray, real MLflow, real training; what is killed, stopped or interrupted are processes this test started::
 
     python -m pytest --slow tests/chaos/test_chaos.py -s
 
-GRASS_RAY_CHAOS_KILLS (20) kills, but none after GRASS_RAY_CHAOS_S (480) seconds; what was done is printed.
+GRASS_RAY_CHAOS_KILLS (20) kills, but none after GRASS_RAY_CHAOS_S (480) seconds; GRASS_RAY_CHAOS_FAULTS (30) faults of
+all kinds, but none after GRASS_RAY_CHAOS_FAULTS_S (1200) seconds; what was done is printed.
 """
 
 from __future__ import annotations
@@ -14,112 +15,92 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import psutil
 import pytest
-import torch
+from disturbed import assert_as_undisturbed, assert_tracked_once, driver, living, records_of, wait_for_training
 from machines import Machines
-from mlflow import MlflowClient
 
-from grass_ray.config import RunConfig
-from grass_ray.results.record import RunRecord
-from grass_ray.training.run import Run
-
-HERE = Path(__file__).parent
 KILLS = int(os.environ.get("GRASS_RAY_CHAOS_KILLS", "20"))
-FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_S", "480"))
-PROCESS = "ray::ImplicitFunc"  # of a trial with one worker, as Ray Tune calls it
-KINDS = ("worker", "node", "worker", "driver")
+KILLS_FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_S", "480"))
+FAULTS = int(os.environ.get("GRASS_RAY_CHAOS_FAULTS", "30"))
+FAULTS_FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_FAULTS_S", "1200"))
+# "worker", "node", "driver": SIGKILL; "stopped": a trial's process stands still; "head": Ray's control service is away;
+# "early ...": the sweep is interrupted at any moment before a trial trains, else while one does
+KILL_KINDS = ("worker", "node", "worker", "driver")
+FAULT_KINDS = (
+    *("sigterm", "worker", "early sigint", "head", "node"),
+    *("sigint", "stopped", "early sigterm", "driver", "head"),
+)
+SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "driver": signal.SIGKILL}
 STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
-PATIENCE_S = 300
+STOPPED_S = 10
+ENDS_WITHIN_S = 120
+EARLY_S = 25  # about what it takes until a trial trains
 
 
-def trial_processes(machines: Machines) -> list[psutil.Process]:
-    """Those in which trials train."""
-    found = []
-    for process in psutil.Process(machines.process.pid).children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-        if title.startswith(PROCESS):
-            found.append(process)
-    return found
+class Chaos:
+    """A sweep and what is done to it."""
+
+    def __init__(self, machines: Machines, storage: Path, kinds: Sequence[str], number: int, for_s: float) -> None:
+        self.machines, self.storage = machines, storage
+        self.done = Counter[str]()
+        self._kinds, self._number, self._end = itertools.cycle(kinds), number, time.monotonic() + for_s
+        self._chance = random.Random(0)
+
+    def disturb(self, log: IO[str]) -> None:
+        """Run the sweep again and again until the faults are used up, or it ends."""
+        while self._goes_on():
+            known = ("--machines", "3", "--steps", str(STEPS_A_KILL * self._number))
+            flags = ("--resume",) if list(self.storage.glob("chaos/*/sweep.yaml")) else known
+            with driver(self.machines, self.storage, log, *flags) as process:
+                while self._goes_on() and process.poll() is None:
+                    kind = next(self._kinds)
+                    if kind.startswith("early "):
+                        time.sleep(self._chance.uniform(0, EARLY_S))
+                    elif not wait_for_training(self.machines, process):
+                        return
+                    else:
+                        time.sleep(self._chance.uniform(3, 12))
+                    self._do(kind, process)
+                    print(f"fault {sum(self.done.values())}: {kind}", flush=True)
+
+    def _goes_on(self) -> bool:
+        return sum(self.done.values()) < self._number and time.monotonic() < self._end
+
+    def _do(self, kind: str, process: subprocess.Popen[str]) -> None:
+        victims = living(self.machines)
+        if (number := SIGNALS.get(kind.removeprefix("early "))) is not None:
+            process.send_signal(number)
+            code = process.wait(timeout=ENDS_WITHIN_S)
+            assert code in (0, 130, -number), f"{kind}: exit code {code}"
+        elif kind in ("node", "head"):
+            assert self.machines.tell("kill" if kind == "node" else kind) == 3
+        elif not victims:
+            return
+        elif kind == "worker":
+            self._chance.choice(victims).kill()
+        else:
+            victim = self._chance.choice(victims)
+            victim.suspend()
+            time.sleep(STOPPED_S)
+            victim.resume()
+        self.done[kind] += 1
 
 
-@contextmanager
-def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(HERE / "chaos_sweep.py"), "--storage-path", str(storage), "--cpus-per-trial", "1"]
-    command += ["--max-failures", "1000", *flags]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=machines.environment)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def wait_for_training(machines: Machines, process: subprocess.Popen[str]) -> bool:
-    """Whether the sweep still runs once a trial has its process."""
-    deadline = time.monotonic() + PATIENCE_S
-    while process.poll() is None and not trial_processes(machines):
-        assert time.monotonic() < deadline, "no trial trains"
-        time.sleep(0.2)
-    return process.poll() is None
-
-
-def living(machines: Machines) -> list[psutil.Process]:
-    return [process for process in trial_processes(machines) if process.is_running()]
-
-
-def disturb(machines: Machines, storage: Path, log: IO[str]) -> Counter[str]:
-    """Run the sweep while killing what it consists of; returns how often what was killed."""
-    kinds, chance, kills = itertools.cycle(KINDS), random.Random(0), Counter[str]()
-    flags: tuple[str, ...] = ("--machines", "3", "--steps", str(STEPS_A_KILL * KILLS))
-    end = time.monotonic() + FOR_S
-    while sum(kills.values()) < KILLS and time.monotonic() < end:
-        with driver(machines, storage, log, *flags) as process:
-            flags = ("--resume",)
-            while sum(kills.values()) < KILLS and time.monotonic() < end:
-                if not wait_for_training(machines, process):
-                    return kills
-                time.sleep(chance.uniform(3, 12))
-                kind = next(kinds)
-                if kind == "driver":
-                    process.send_signal(signal.SIGKILL)
-                elif kind == "node":
-                    assert machines.tell("kill") == 3
-                elif victims := living(machines):
-                    chance.choice(victims).kill()
-                else:
-                    continue
-                kills[kind] += 1
-                print(f"kill {sum(kills.values())}: {kind}", flush=True)
-                if kind == "driver":
-                    break
-    return kills
-
-
-def records_of(storage: Path) -> list[RunRecord]:
-    return [RunRecord.load(path) for path in storage.glob("chaos/*/*/record.json")]
-
-
-@pytest.mark.slow
-def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbed_one() -> None:
+def survive(kinds: Sequence[str], number: int, for_s: float) -> None:
+    """Disturb a sweep, let it end, and compare it with one that was not disturbed."""
     with Machines(3) as machines:
         storage, log_file = machines.folder / "results", machines.folder / "driver.log"
+        chaos = Chaos(machines, storage, kinds, number, for_s)
         with log_file.open("w") as log:
-            kills = disturb(machines, storage, log)
-            print(f"{sum(kills.values())} kills: {dict(kills)}")
-            assert kills.keys() == set(KINDS), "too little time to kill each kind once"
+            chaos.disturb(log)
+            print(f"{sum(chaos.done.values())} faults: {dict(chaos.done)}")
+            assert chaos.done.keys() == set(kinds), "too little time for each kind once"
             for _ in range(3):
                 with driver(machines, storage, log, "--resume") as process:
                     code = process.wait(timeout=900)
@@ -139,35 +120,13 @@ def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbe
         assert_tracked_once(storage, records)
 
 
-def assert_as_undisturbed(record: RunRecord) -> None:
-    """The same configuration, run here from start to end without Ray, comes to the same bits."""
-    torch.set_num_threads(1)
-    run = Run.prepare(RunConfig.parse(record.config))
-    losses = [(report.step, report.loss) for report in run.fit()]
-    run.evaluate()
-    outcome = run.outcome()
-    assert record.status == "finished"
-    assert record.weights_sha256 == run.weights_sha256()
-    assert record.series.get("train/loss", []) == losses
-    assert {name: score.correct for name, score in record.tasks.items()} == {
-        name: [example.correct for example in result.examples] for name, result in outcome.tasks.items()
-    }
-    expected = {name: value for name, value in outcome.metrics.items() if name.startswith(("eval/", "train/"))}
-    assert {name: record.metrics[name] for name in expected} == expected
-    assert (record.layers is None) == (outcome.layers is None)
-    if record.layers is not None and outcome.layers is not None:
-        assert record.layers.intervals == outcome.layers.intervals
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbed_one() -> None:
+    survive(KILL_KINDS, KILLS, KILLS_FOR_S)
 
 
-def assert_tracked_once(storage: Path, records: list[RunRecord]) -> None:
-    """One parent, one finished child a trial, every step once."""
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    runs = list(client.search_runs([client.get_experiment_by_name("chaos").experiment_id]))
-    children = {run.data.tags["trial_key"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
-    assert len(runs) == 1 + len(records)
-    assert sorted(children) == sorted(record.run_id[-12:] for record in records)
-    for record in records:
-        run = children[record.run_id[-12:]]
-        assert run.info.status == "FINISHED"
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert sorted((metric.step, metric.value) for metric in history) == record.series.get("train/loss", [])
+@pytest.mark.slow
+def test_faults_of_all_kinds_change_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+    survive(FAULT_KINDS, FAULTS, FAULTS_FOR_S)

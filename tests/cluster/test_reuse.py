@@ -132,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     result.write_files(files)
     tracker = Tracker(default_tracking_uri(folder), "first", folder / "artifacts")
     tracker.open()
-    tags = trial_tags(config, sweep="first", stage="trial", folder=str(files))
+    tags = trial_tags(config.to_dict(), sweep="first", stage="trial", folder=str(files))
     tracker.finish(tracker.start_trial("1", config.fingerprint, config.name, tags, config.flatten()), record, files)
     return Place(folder=folder, config=config, record=record)
 

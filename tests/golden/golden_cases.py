@@ -270,7 +270,10 @@ def reproductions(folder: Path, run: Run) -> Files:
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-VERBS = ("train", "sweep", "eval", "leaderboard", "power", "plot", "export", "reproduce", "verify", "plan", "ls")
+VERBS = (
+    *("train", "sweep", "eval", "leaderboard", "power", "plot", "export", "reproduce", "verify", "sync"),
+    *("plan", "ls"),
+)
 
 
 def help_texts(folder: Path, run: Run) -> Files:

@@ -83,10 +83,10 @@ def test_while_the_store_is_away_only_the_latest_ranking_waits(tmp_path: Path) -
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "away")
     tracker.open()
     sweep = tracker.start_sweep("s1", {}, {})
-    tracker._outbox._not_before = float("inf")
+    tracker._outbox._spent_s = float("inf")
     for number in (1, 2, 3):
         tracker.show_sweep(sweep, note=f"{number} trials", table=[{"n": number}])
-    assert tracker.waiting == 1
+    assert tracker.lacking == 1
     assert tracker.close() == 0
     assert MlflowClient(tracker.tracking_uri).get_run(sweep).data.tags["mlflow.note.content"] == "3 trials"
 
