@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "moments": _script("moments", "--steps 60"),
     "commands": _script("commands", "--runs 200 --rounds 1"),
     "leaderboard": _script("leaderboard", "--records 200 --rounds 1"),
+    "driver": _script("driver", "--trials 50 --every 25 --steps 20"),
     "orchestration": _script("orchestration", "--trials 2 --steps 10 --saves 2"),
     "contention": _script("contention", "--model tiny --rounds 1 --steps 8 --environments default"),
     "step_profile": _script("step_profile", "--model tiny --steps 4 --no-flame"),
