@@ -59,9 +59,10 @@ def rss(process: psutil.Process) -> float:
 def size(folder: Path) -> float:
     """MiB of the files of a folder that something is writing to."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size
+    for place, _, names in os.walk(folder):  # unlike rglob, unmoved by a folder that has just been replaced
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total / MIB
 
 
