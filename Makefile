@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # two processes, each with one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast slow-test reliability audit lint docs setup
+.PHONY: demo test test-fast slow-test reliability audit audit-tools lint docs setup
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -34,16 +34,19 @@ slow-test: setup
 # what docs/reliability.md promises, with thousands of broken files and every point of a kill
 reliability: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz tests/test_killed_writes.py tests/test_security.py \
+		tests/contract/test_numbers.py tests/test_determinism.py --slow \
 		--hypothesis-profile=long --hypothesis-show-statistics
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/results/test_tracking_faults.py \
 		tests/results/test_tracking_outage.py tests/results/test_store_versions.py tests/results/test_sync.py
 
 # licences.md and sbom.json: what is installed, by tools in an environment of their own
-audit: setup
-	$(PYTHON) -m venv $(VENV)-audit
-	$(VENV)-audit/bin/pip install --quiet 'pip-licenses>=5,<6' 'cyclonedx-bom>=7,<8'
+audit: setup audit-tools
 	$(VENV)-audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-urls --format=markdown --output-file=licences.md
 	$(VENV)-audit/bin/cyclonedx-py environment $(VENV) --of JSON -o sbom.json
+
+audit-tools:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet 'pip-licenses>=5,<6' 'cyclonedx-bom>=7,<8'
 
 lint: setup
 	$(BIN)/ruff check .

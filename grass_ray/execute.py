@@ -171,6 +171,7 @@ def execute(
     """
     import torch
 
+    from grass_ray.training.determinism import deterministic_algorithms
     from grass_ray.training.run import Run
 
     started_at, threads_before = now(), torch.get_num_threads()
@@ -179,13 +180,14 @@ def execute(
     status: Status = "finished"
     failure = weights_sha256 = None
     try:
-        run = Run.prepare(config) if prepare is None else prepare()
-        if not _train(run, listeners, until):
-            status = "stopped"
-        else:
-            _evaluate(run, listeners)
-            if run.state.optimizer.workers.rank == 0 or run.state.optimizer.sharded:
-                weights_sha256 = run.weights_sha256()
+        with deterministic_algorithms(config.training.deterministic):
+            run = Run.prepare(config) if prepare is None else prepare()
+            if not _train(run, listeners, until):
+                status = "stopped"
+            else:
+                _evaluate(run, listeners)
+                if run.state.optimizer.workers.rank == 0 or run.state.optimizer.sharded:
+                    weights_sha256 = run.weights_sha256()
     except BaseException as error:
         ending = _explain(error, listeners)
         if ending is None:

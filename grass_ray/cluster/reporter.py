@@ -10,6 +10,7 @@ when a sweep is resumed::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, descr
 from grass_ray.cluster.listeners import passed_file
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.store import trial_tags
+from grass_ray.results.store import tracked_runs, trial_tags
 from grass_ray.results.tracker import Tracker
+from grass_ray.results.writes import digest
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
@@ -95,6 +97,7 @@ class TrialStore:
         self.records: dict[str, RunRecord] = {}
         self.lost: dict[str, tuple[str, str]] = {}
         self._scratch = scratch
+        self._complete: dict[str, str | None] | None = None
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
@@ -168,7 +171,8 @@ class TrialStore:
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
-        self.tracker.finish(self._open_run(trial), record, files)
+        if not (earlier and self._is_complete(record)):
+            self.tracker.finish(self._open_run(trial), record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -203,6 +207,14 @@ class TrialStore:
                 self.tracker.finish(self._open_run(trial), record, self._fetch(trial))
 
     # -- MLflow and files
+
+    def _is_complete(self, record: RunRecord) -> bool:
+        """Whether MLflow has all of a trial that ended before this process began; it is asked once for all trials."""
+        if self._complete is None:
+            self._complete = {}
+            with suppress(ConfigError):  # a store that does not answer is told of every trial once it does
+                self._complete = {run.run_id: run.record_sha256 for run in tracked_runs(self.plan.tracking_uri)}
+        return self._complete.get(record.run_id) == digest(record)
 
     def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
         """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""

@@ -9,14 +9,13 @@ Workers and the driver may run on different machines; both see a trial only thro
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import fs
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, write_whole
 from grass_ray.errors import redact
 
 
@@ -75,17 +74,12 @@ class Storage:
         """Write a file and create its folder; the file changes at once or, if the process dies, not at all."""
         filesystem, path = self._open(*parts)
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        # an object store shows an object once it is whole; moving one would copy it
-        written = f"{path}.part" if isinstance(filesystem, fs.LocalFileSystem) else path
-        try:
-            with filesystem.open_output_stream(written) as file:
-                file.write(text.encode("utf-8"))
-        except OSError:
-            with suppress(OSError):
-                filesystem.delete_file(written)
-            raise
-        if written != path:
-            filesystem.move(written, path)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            write_whole(path, text)
+            return
+        # an object store shows an object once it is whole
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(text.encode("utf-8"))
 
     def upload(self, folder: Path, *parts: str) -> None:
         """Copy the files of a local folder here."""

@@ -185,10 +185,11 @@ def write_code(record: RunRecord, folder: Path) -> int:
     if not record.code:
         raise ConfigError(f"{record.name} ran with a built-in method; its record keeps no code")
     check_new_folder(folder)
+    outside = [path for path in record.code if not (folder / path).resolve().is_relative_to(folder.resolve())]
+    if outside:
+        raise ConfigError(f"the record names the file {outside[0]}, which is not inside of {folder}")
     for path, text in record.code.items():
         file = folder / path
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"the record names the file {path}, which is not inside of {folder}")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     row = {"name": record.config["method"]["name"], "summary": f"method of {record.name}"} | record.config["method"]

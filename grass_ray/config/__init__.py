@@ -33,7 +33,16 @@ from grass_ray.config.data import (
     Shape,
     SourceConfig,
 )
-from grass_ray.config.files import from_json, part_folder, read_text, sync, to_json, whole_file
+from grass_ray.config.files import (
+    check_ordinary,
+    from_json,
+    part_folder,
+    read_text,
+    sync,
+    to_json,
+    whole_file,
+    write_whole,
+)
 from grass_ray.config.imported import ImportedPart
 from grass_ray.config.method import (
     PLACEMENTS,
@@ -148,6 +157,7 @@ __all__ = [
     "UniformSamplerConfig",
     "Weights",
     "as_text",
+    "check_ordinary",
     "find_code",
     "fingerprint_of",
     "from_json",
@@ -161,4 +171,5 @@ __all__ = [
     "text_of",
     "to_json",
     "whole_file",
+    "write_whole",
 ]

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ValidationError, field_serializer, model_v
 
 from grass_ray.config.base import ConfigPart, NonNegativeInt, PositiveInt, explain
 from grass_ray.config.data import DataConfig
-from grass_ray.config.files import whole_file
+from grass_ray.config.files import write_whole
 from grass_ray.config.method import MethodConfig
 from grass_ray.errors import ConfigError
 from grass_ray.overrides import Changes, apply, flatten
@@ -73,6 +73,9 @@ class TrainingConfig(ConfigPart):
     ``false`` where it is ``none``, as ``true`` where it is ``all``."""
     checkpoint_every_steps: PositiveInt | None = None
     """Number of steps between checkpoints. ``null`` saves only at the end."""
+    deterministic: bool = False
+    """Whether torch may use only algorithms that give the same bits at every run on a GPU, and refuses operations that
+    have none. They are slower. Without it a GPU may add in another order each time; on a CPU nothing changes."""
 
     @field_serializer("gradient_checkpointing")
     def _as_a_flag(self, value: GradientCheckpointing) -> bool | str | int:
@@ -176,8 +179,7 @@ class RunConfig(ConfigPart):
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML."""
-        with whole_file(path) as file:
-            file.write(self.to_yaml())
+        write_whole(path, self.to_yaml())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -216,6 +218,7 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
     """
     later: dict[str, dict[str, Any]] = {
         "method": {"weights": "resident", "update_in_backward": False, "inactive_updates": None},
+        "training": {"deterministic": False},
         "evaluation": {"lm_eval": LmEvalConfig().model_dump(mode="json")},
     }
     old = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AliasChoices, Field, ValidationError
@@ -45,7 +45,7 @@ class SweepPlan(ConfigPart):
     """A sweep's identity and trials; written as ``sweep.yaml`` first thing, read again by ``--resume``."""
 
     name: str
-    sweep_id: str
+    sweep_id: Annotated[str, Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$")]  # a folder is named after it
     question: str
     tracking_uri: str
     trials: tuple[RunConfig, ...]

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grass_ray.config import ConfigError, ModelConfig, to_json
+from grass_ray.config import ConfigError, ModelConfig, check_ordinary, to_json
 from grass_ray.export.manifest import FORMAT, MANIFEST, VALUES, BaseTensor, ChangedTensor, Delta, read_delta
 from grass_ray.export.model import check_output, find_run, is_mergeable, load_trained_model, whole_folder
 from grass_ray.layerwise.stack import find_decoder_stack
@@ -254,8 +254,9 @@ def _words(kind: dict[str, Any]) -> str:
 def _read_values(folder: Path, delta: Delta) -> dict[str, Tensor]:
     """The new values, checked against the hashes in ``delta``."""
     try:
+        check_ordinary(folder / VALUES)
         values = load_file(folder / VALUES)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} is not a readable delta: {VALUES}: {error}") from error
     if values.keys() != delta.changed.keys():
         name = min(values.keys() ^ delta.changed.keys())

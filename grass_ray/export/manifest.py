@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from grass_ray.config import ConfigError, ConfigPart
+from grass_ray.config import ConfigError, ConfigPart, check_ordinary
 from grass_ray.reading import parse_json, read_file
 
 FORMAT = 1
@@ -84,8 +84,9 @@ def read_delta(folder: Path) -> Delta:
         ConfigError: there is no ``delta.json`` of this format.
     """
     try:
+        check_ordinary(folder / MANIFEST)
         values = parse_json(read_file(folder / MANIFEST, "its description"), MANIFEST)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{folder} is not a readable delta: {error}") from None
     given = values.get("format") if isinstance(values, dict) else None
     if given != FORMAT:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grass_ray.config import write_whole
 from grass_ray.results.columns import METHOD, RANK, overview_rows
 from grass_ray.results.figures.registry import write_sweep_plots
 from grass_ray.results.figures.style import style_of
@@ -100,7 +101,7 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
 
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, form in _FORMS.items():
-        (folder / f"leaderboard.{suffix}").write_text(render(tables, form), encoding="utf-8")
+        write_whole(folder / f"leaderboard.{suffix}", render(tables, form))
     draw_ranking(tables, folder / "ranking.png")
     write_sweep_plots(Runs(tables, records), folder)
 
@@ -171,6 +172,7 @@ def draw_ranking(tables: Sequence[LeaderboardTable], path: Path) -> bool:
         _draw_bars(axes, table, rows[:MOST_BARS])
         if len(rows) > MOST_BARS:
             axes.set_xlabel(f"{axes.get_xlabel()}; the best {MOST_BARS} of {len(rows)} rows")
+    path.unlink(missing_ok=True)  # a link is replaced, not followed
     figure.savefig(path, dpi=_DPI)
     return True
 

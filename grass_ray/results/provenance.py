@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from grass_ray.config import RunConfig, to_json, whole_file
+from grass_ray.config import RunConfig, to_json, whole_file, write_whole
 from grass_ray.errors import redact
 from grass_ray.method_files import code_of
 from grass_ray.results.record import LmEvalScore, RunRecord, SearchPart, Status, TaskScore
@@ -223,8 +223,8 @@ def write_layer_trace(folder: str | Path, trace: LayerTrace | None) -> None:
     """Write which layers trained when, as ``engagement.json`` and ``engagement.txt``; nothing if it is None."""
     if trace is not None:
         values = to_json(trace.model_dump(), indent=1)
-        (Path(folder) / "engagement.json").write_text(values + "\n", encoding="utf-8")
-        (Path(folder) / "engagement.txt").write_text(trace.describe() + "\n", encoding="utf-8")
+        write_whole(Path(folder) / "engagement.json", values + "\n")
+        write_whole(Path(folder) / "engagement.txt", trace.describe() + "\n")
 
 
 def write_examples(path: str | Path, tasks: Mapping[str, EvaluationResult]) -> None:

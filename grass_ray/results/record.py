@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grass_ray.config import ConfigError, read_text, whole_file
+from grass_ray.config import ConfigError, read_text, write_whole
 from grass_ray.config.base import explain
 from grass_ray.tasks.scores import TextLoss, text_loss
 from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
@@ -214,8 +214,7 @@ class RunRecord(RecordPart):
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, compressed if the name ends with ``.gz``."""
-        with whole_file(path) as file:
-            file.write(self.model_dump_json(indent=1))
+        write_whole(path, self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from grass_ray.config import ConfigError, fingerprint_of
+from grass_ray.config import ConfigError, fingerprint_of, write_whole
 from grass_ray.results.rate_search import SEARCH, SETTINGS, load_rate_searches, render_settings
 from grass_ray.results.record import RunRecord
 
@@ -85,5 +85,5 @@ def take_records(source: Path, folder: Path) -> list[Path]:
             record.save(path)
             written.append(path)
     if searches := load_rate_searches(folder):
-        (folder / SETTINGS).write_text(render_settings(searches), encoding="utf-8")
+        write_whole(folder / SETTINGS, render_settings(searches))
     return written

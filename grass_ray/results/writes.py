@@ -193,10 +193,11 @@ def upload_files(client: MlflowClient, run_id: str, record: RunRecord, folder: P
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a run's folder that go into the store beside its record."""
+    """The files of a run's folder that go into the store beside its record; none that a link takes from elsewhere."""
     files = [folder / name for name in _FILES if name != "record.json"]
     files += [path for pattern in _PICTURES for path in sorted(folder.glob(pattern))]
-    return [path for path in files if path.is_file()]
+    own = folder.resolve()
+    return [path for path in files if path.is_file() and path.resolve().is_relative_to(own)]
 
 
 def split_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from grass_ray.config import ConfigError, from_json, part_folder, sync, to_json
+from grass_ray.config import ConfigError, check_ordinary, from_json, part_folder, read_text, sync, to_json
 from grass_ray.optim.sharded import assign, reshard, whole
 from grass_ray.reading import reason
 from grass_ray.training.loop import TrainState
@@ -71,6 +71,8 @@ def restore_previous(folder: Path) -> None:
     before = _previous(folder)
     if before.is_dir() and not folder.exists():
         before.rename(folder)
+    if before.is_symlink():  # what it points to stays
+        before.unlink()
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -108,8 +110,10 @@ def _sha256(path: Path) -> str:
 
 def _check_sums(folder: Path) -> None:
     """Raise ``ValueError`` if a file is not what was written; checkpoints of earlier versions have no sums."""
+    for name in (*_FILES, _SUMS):
+        check_ordinary(folder / name)
     if (folder / _SUMS).exists():
-        sums = dict(line.split("  ")[::-1] for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines())
+        sums = dict(line.split("  ")[::-1] for line in read_text(folder / _SUMS).splitlines())
         if sums.keys() != _FILES:
             raise ValueError(f"{_SUMS} names {', '.join(sums) or 'no files'}, not {', '.join(sorted(_FILES))}")
         for name, expected in sums.items():
@@ -125,7 +129,7 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     """
     try:
         _check_sums(folder)
-        values = from_json((folder / "state.json").read_text(encoding="utf-8"))
+        values = from_json(read_text(folder / "state.json"))
         with safe_open(folder / "weights.safetensors", framework="pt") as file:
             names = set(file.keys())
         tensors = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")

@@ -15,6 +15,7 @@ from grass_ray.tasks.inference.lm_head import Head, splits, with_head
 from grass_ray.training.adapters import leading_virtual_tokens
 from grass_ray.training.batches import IGNORED, Batch
 from grass_ray.training.chunked_loss import chunked_cross_entropy
+from grass_ray.training.report import TrainingFailure
 
 
 def accumulate_gradients(
@@ -37,8 +38,13 @@ def accumulate_gradients(
 
     Returns:
         The mean loss in nats over the labels of all micro-batches, the same on every worker.
+
+    Raises:
+        TrainingFailure: none of them has a label; one of several may be without.
     """
     num_labels = sum(batch.num_labels for batch in micro_batches)
+    if not num_labels:
+        raise TrainingFailure("failed", "no token of the batch has a label, so there is no loss")
     places = list(enumerate(micro_batches))
     own = places if optimizer is None else optimizer.workers.share(places)
     losses: list[Tensor] = []

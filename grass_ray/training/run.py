@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,7 +44,7 @@ from grass_ray.training.metrics import MemoryMeter, default_device
 from grass_ray.training.models import load_model
 from grass_ray.training.optimizer import build_optimizer, build_schedule
 from grass_ray.training.packing import check_packing
-from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport
+from grass_ray.training.report import MOST_UNITS_AS_SERIES, VALIDATION, RunOutcome, StepReport, TrainingFailure
 from grass_ray.training.sharding import shard_model
 from grass_ray.training.trace import LayerTracer
 from grass_ray.training.validation import answer_loss, hold_out
@@ -84,6 +85,7 @@ class Run:
         """Load the model and the data, and build the optimizer.
 
         Seeds torch's global generator with the run's seed: adapters' first weights and dropout draw from it.
+        ``training.deterministic`` is for :func:`grass_ray.execute.execute` to see to.
 
         Args:
             config: the run.
@@ -198,12 +200,15 @@ class Run:
 
         Args:
             on_progress: called with (task, finished requests, all requests) after each batch.
+
+        Raises:
+            TrainingFailure: a loss is NaN, so that the answers mean nothing either.
         """
         workers = self.state.optimizer.workers
         shares = workers.count > 1 and not self.state.optimizer.sharded
         self.state.optimizer.synchronize()
         if self._held_out is not None:
-            self._validation_loss = self._held_out_loss()
+            self._validation_loss = _a_number("validation loss", self._held_out_loss())
         if not self.config.evaluation.test:
             return
         shard = (workers.rank, workers.count) if shares else None
@@ -222,7 +227,10 @@ class Run:
         reshard(self.state.model)
         if self._forgetting is not None:
             self._forgotten = self._forgetting.metrics(self.state.model)
-        self._results = merge_shards(workers.gather(results)) if shares else results
+        merged = merge_shards(workers.gather(results)) if shares else results
+        for task, result in merged.items():
+            _a_number(f"loss of the answers of {task}", result.loss)
+        self._results = merged
 
     def lost_rows(self) -> list[str]:
         """One line per way in which training rows were lost."""
@@ -277,6 +285,12 @@ class Run:
             lm_eval=self._lm_eval,
             model_revision=self._revision,
         )
+
+
+def _a_number(what: str, loss: float | None) -> float | None:
+    if loss is not None and isnan(loss):
+        raise TrainingFailure("failed", f"{what} is {loss}: what the model computes are no numbers")
+    return loss
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | None, dict[str, Any]]:

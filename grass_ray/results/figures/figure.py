@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib.figure
 from matplotlib import rc_context
 
-from grass_ray.config import ConfigError
+from grass_ray.config import ConfigError, write_whole
 from grass_ray.results.figures.style import DPI, EDGE, HOLE, SOFT, dark_colours
 from grass_ray.results.leaderboard import LeaderboardRow, LeaderboardTable, build_leaderboard
 from grass_ray.results.record import RunRecord
@@ -87,12 +87,13 @@ class Figure:
         """
         check_suffix(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link is replaced, not followed
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             self.drawing.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
         if not with_csv:
             return [path]
         numbers = path.with_suffix(".csv")
-        numbers.write_text(self.csv(), encoding="utf-8")
+        write_whole(numbers, self.csv())
         return [path, numbers]
 
     def csv(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from grass_ray.config import from_json
+from grass_ray.config import from_json, write_whole
 from grass_ray.results.leaderboard import LeaderboardTable
 from grass_ray.results.overview import write_summary
 from grass_ray.results.rate_search import ANSWER_LOSS, SETTINGS, RateSearch, rate_table, search_of
@@ -73,7 +73,7 @@ def rewrite_tables(result: Recomputed) -> None:
     for path in _pages(result.folder):
         if path.name != f"{LEADERBOARD}.md":
             text = replace_tables(path.read_text(encoding="utf-8"), _all_tables(result))
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
 
 
 def _pages(folder: Path) -> list[Path]:
