@@ -77,6 +77,7 @@ class TrialStore:
 
     Attributes:
         records: of the trials that ended, by key.
+        lost: trials that Tune gave up though they may fail again: why, and all that is known of it, by key.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class TrialStore:
         self.progress = progress
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
+        self.lost: dict[str, tuple[str, str]] = {}
         self._scratch = scratch
         self._complete: dict[str, str | None] | None = None
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
@@ -247,7 +249,6 @@ class TrialStore:
         self.storage.write_text(record.model_dump_json(indent=1), trial.config.folder, RECORD_FILE)
 
     def _record_without_outcome(self, trial: _Trial, status: Status, failure: str) -> RunRecord:
-        assert trial.started_at is not None
         return build_record(
             run_id=f"{self.plan.sweep_id}-{trial.config.fingerprint}",
             sweep=self.plan.name,
@@ -256,7 +257,7 @@ class TrialStore:
             status=status,
             failure=failure,
             outcome=None,
-            started_at=trial.started_at,
+            started_at=trial.started_at or now(),
             **trial.machine,
             search=None if trial.search is None else trial.search.model_copy(),
         )
@@ -308,9 +309,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self.trial_store.end(key, self._crashes.get(key))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's own actor died."""
-        error = _last_error(trial)
-        self.trial_store.end(_key(trial), describe_death(error, trial.num_failures), error)
+        """The trial's own actor died too often; or once, after it was given the trial and before that began.
+
+        Tune does not try the latter again; it happens when a process dies that takes over from one trial to the next.
+        """
+        key, error = _key(trial), _last_error(trial)
+        failure = describe_death(error, trial.num_failures)
+        if trial.should_recover():
+            self.trial_store.lost[key] = failure, error
+        else:
+            self.trial_store.end(key, failure, error)
 
 
 def _last_error(trial: Any) -> str:
