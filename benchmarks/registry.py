@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "moments": _script("moments", "--steps 60"),
     "commands": _script("commands", "--runs 200 --rounds 1"),
     "leaderboard": _script("leaderboard", "--records 200 --rounds 1"),
+    "driver": _script("driver", "--trials 50 --every 25 --steps 20"),
     "orchestration": _script("orchestration", "--trials 2 --steps 10 --saves 2"),
     "evaluation": _script("evaluation", needs="--data-dir with the published data"),
     "base_scores": _script("base_scores", needs="--data-dir with the published data"),

@@ -10,6 +10,7 @@ when a sweep is resumed::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from grass_ray.cluster.job import HELD, RECORD_FILE, TIME, TRACEBACK_FILE, descr
 from grass_ray.cluster.listeners import passed_file
 from grass_ray.cluster.schedulers import Asha
 from grass_ray.cluster.storage import Storage
-from grass_ray.config import RunConfig
+from grass_ray.config import ConfigError, RunConfig
 from grass_ray.experiment.plan import SweepPlan
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.provenance import build_record, now
 from grass_ray.results.record import RunRecord, SearchPart, Status
-from grass_ray.results.store import trial_tags
+from grass_ray.results.store import tracked_runs, trial_tags
 from grass_ray.results.tracker import Tracker
+from grass_ray.results.writes import digest
 from grass_ray.training.report import VALIDATION
 
 Steps = Iterable[tuple[int, dict[str, float]]]
@@ -75,6 +77,7 @@ class TrialStore:
 
     Attributes:
         records: of the trials that ended, by key.
+        lost: trials that Tune gave up though they may fail again: why, and all that is known of it, by key.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class TrialStore:
         self.progress = progress
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
+        self.lost: dict[str, tuple[str, str]] = {}
         self._scratch = scratch
+        self._complete: dict[str, str | None] | None = None
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
@@ -166,7 +171,8 @@ class TrialStore:
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
-        self.tracker.finish(self._open_run(trial), record, files)
+        if not (earlier and self._is_complete(record)):
+            self.tracker.finish(self._open_run(trial), record, files)
         self.records[key] = record
         self.progress.end(
             key,
@@ -202,6 +208,14 @@ class TrialStore:
 
     # -- MLflow and files
 
+    def _is_complete(self, record: RunRecord) -> bool:
+        """Whether MLflow has all of a trial that ended before this process began; it is asked once for all trials."""
+        if self._complete is None:
+            self._complete = {}
+            with suppress(ConfigError):  # a store that does not answer is told of every trial once it does
+                self._complete = {run.run_id: run.record_sha256 for run in tracked_runs(self.plan.tracking_uri)}
+        return self._complete.get(record.run_id) == digest(record)
+
     def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
         """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""
         new = [(step, metrics) for step, metrics in steps if step > trial.logged]
@@ -235,7 +249,6 @@ class TrialStore:
         self.storage.write_text(record.model_dump_json(indent=1), trial.config.folder, RECORD_FILE)
 
     def _record_without_outcome(self, trial: _Trial, status: Status, failure: str) -> RunRecord:
-        assert trial.started_at is not None
         return build_record(
             run_id=f"{self.plan.sweep_id}-{trial.config.fingerprint}",
             sweep=self.plan.name,
@@ -244,7 +257,7 @@ class TrialStore:
             status=status,
             failure=failure,
             outcome=None,
-            started_at=trial.started_at,
+            started_at=trial.started_at or now(),
             **trial.machine,
             search=None if trial.search is None else trial.search.model_copy(),
         )
@@ -296,9 +309,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self.trial_store.end(key, self._crashes.get(key))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's own actor died."""
-        error = _last_error(trial)
-        self.trial_store.end(_key(trial), describe_death(error, trial.num_failures), error)
+        """The trial's own actor died too often; or once, after it was given the trial and before that began.
+
+        Tune does not try the latter again; it happens when a process dies that takes over from one trial to the next.
+        """
+        key, error = _key(trial), _last_error(trial)
+        failure = describe_death(error, trial.num_failures)
+        if trial.should_recover():
+            self.trial_store.lost[key] = failure, error
+        else:
+            self.trial_store.end(key, failure, error)
 
 
 def _last_error(trial: Any) -> str:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -54,13 +54,26 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
         context: what they share.
         trial_store: where their results go.
     """
+    for _ in range(1 + context.max_failures):
+        trial_store.lost.clear()
+        _tuner(tune_run, context, trial_store).fit()
+        lost = [job for job in tune_run.jobs if job.key in trial_store.lost]
+        if not lost or tune_run.scheduler is not None:
+            break
+        tune_run = replace(tune_run, jobs=lost)
+    for key, (failure, error) in trial_store.lost.items():
+        trial_store.end(key, failure, error)
+    trial_store.settle()
+
+
+def _tuner(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) -> tune.Tuner:
     resources, population = context.resources, tune_run.population
     alone = context.single_worker
     trial, member = (single_worker, single_member) if alone else (drive_trial, drive_member)
     # A driver claims memory alone, and mostly one byte: it must hold no CPU that its own workers wait for.
     own = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {}
     claims = {**own, "memory": tune_run.driver_memory}
-    tuner = tune.Tuner(
+    return tune.Tuner(
         tune.with_resources(member if population else trial, claims),
         param_space={"job": tune.grid_search([job.to_dict() for job in tune_run.jobs])} if tune_run.jobs else None,
         tune_config=tune.TuneConfig(
@@ -82,8 +95,6 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
             verbose=0,
         ),
     )
-    tuner.fit()
-    trial_store.settle()
 
 
 def _trial_name(trial: Any) -> str:

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
 
 from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig, recomputed_layers
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
 from grass_ray.memory.step import FollowedStep, InBackward, StepProfile, StepShape, profile_step
-from grass_ray.memory.trained_units import TrainedUnits, apply_method
+from grass_ray.memory.trained_units import PlannedModel, TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.placement import Footprint, placement_class
 from grass_ray.training.adapters import add_adapter
@@ -112,7 +113,7 @@ class Planner:
         self._skeleton = build_shape(model)
         self._profiles: dict[object, StepProfile] = {}
         self._followed: dict[str, dict[Hashable, FollowedStep]] = {}
-        self._models: dict[str, tuple[Any, set[Tensor]]] = {}
+        self._models: dict[str, PlannedModel] = {}
         self._applied: dict[tuple[str, int], TrainedUnits] = {}
 
     def plan_modes(
@@ -135,18 +136,16 @@ class Planner:
         """Apply a method to the model. Raises :class:`ConfigError` as :meth:`plan_modes`."""
         key = (method.model_dump_json(), train_steps)
         if key not in self._applied:
-            model, given = self._model_with(method)
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter in given)
-            self._applied[key] = apply_method(model, method, train_steps)
+            self._applied[key] = apply_method(self._model_with(method), method, train_steps)
         return self._applied[key]
 
-    def _model_with(self, method: MethodConfig) -> tuple[Any, set[Tensor]]:
-        """The model with a method's adapter, one for all methods that have it, and what an adapter lets train."""
+    def _model_with(self, method: MethodConfig) -> PlannedModel:
+        """The model with a method's adapter, one for all methods that have it."""
         adapter = _adapter_key(method)
         if adapter not in self._models:
-            model = add_adapter(copy.deepcopy(self._skeleton), method.adapter)
-            self._models[adapter] = model, {p for p in model.parameters() if p.requires_grad}
+            with _without_values():
+                model = add_adapter(copy.deepcopy(self._skeleton), method.adapter)
+            self._models[adapter] = PlannedModel(model)
         return self._models[adapter]
 
     def min_bytes(self, trained: TrainedUnits, mode: Mode) -> int:
@@ -205,7 +204,7 @@ class Planner:
             workspace = trained.update_bytes(units, self.device)
             behind = placement_class(mode).updates_behind
             updates = InBackward(units=[unit.parameters for unit in units], behind=behind, workspace=workspace)
-        names = tuple(sorted(trained.names[p] for p in parameters))
+        names = tuple(sorted(trained.whole.names[p] for p in parameters))
         # of each worker's micro-batches, the second and all later ones are added to gradients that exist already; the
         # last one differs if it frees them
         different = 2 if updates is None else 3
@@ -268,6 +267,22 @@ def applicable_modes(method: MethodConfig) -> tuple[Mode, ...]:
     keeps = method.inactive_states == "keep" and not method.sampler.trains_all
     small = method.optimizer.projection is not None or method.adapter is not None
     return tuple(mode for mode in PLACEMENTS if placement_class(mode).suits(keeps=keeps, small=small))
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """In the block, an adapter's first values are not drawn: none matters on the meta device.
+
+    FourierFT has its places from a permutation of all weights of each matrix, which takes minutes for a model of 7B
+    parameters, and peft starts matrices on the CPU.
+    """
+    permutation, uniform = torch.randperm, torch.nn.init.kaiming_uniform_
+    torch.randperm = lambda n, **_: torch.zeros(1, dtype=torch.long).expand(n)
+    torch.nn.init.kaiming_uniform_ = lambda tensor, *_, **__: tensor
+    try:
+        yield
+    finally:
+        torch.randperm, torch.nn.init.kaiming_uniform_ = permutation, uniform
 
 
 def _adapter_key(method: MethodConfig) -> str:

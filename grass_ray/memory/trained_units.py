@@ -6,8 +6,8 @@ device, so nothing is allocated. Sizes are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grass_ray.config import ConfigError, MethodConfig
 from grass_ray.layerwise.all_layers import AllLayersSampler
 from grass_ray.layerwise.sampler import Sampler
+from grass_ray.layerwise.stack import DecoderStack
 from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
@@ -30,11 +31,58 @@ from grass_ray.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """A model as an optimizer takes it apart: its layers, the units that a sampler picks from, and the others."""
+
+    stack: DecoderStack
+    units: Sequence[Unit]
+    constant: Sequence[Unit]
+
+
+class PlannedModel:
+    """A model on the meta device with the adapter of some methods, and what they have in common.
+
+    Args:
+        model: with the adapter.
+
+    Attributes:
+        names: of all parameters.
+        nbytes: of all parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.nbytes = storages_bytes((*model.parameters(), *model.buffers()))
+        self.num_parameters = sum(p.numel() for p in self.names)
+        self._given = {p for p in self.names if p.requires_grad}
+        self._parts: dict[str, _Parts] = {}
+
+    def parts(self, method: MethodConfig) -> _Parts:
+        """Take the model apart as the optimizer of ``method`` does, once for all methods with which it is the same.
+
+        Raises:
+            ValueError: the method cannot train this model.
+        """
+        # neither what is drawn nor where states and weights live changes the units
+        key = method.model_dump_json(exclude={"name": True, "sampler": True, "offload": True, "weights": True,
+                                              "optimizer": {"lr"}})  # fmt: skip
+        if key not in self._parts:
+            for parameter in self.names:
+                parameter.requires_grad_(parameter in self._given)
+            # built only for its units: nothing is moved and nothing is measured
+            resident = method.model_copy(update={"offload": "none", "weights": "resident"})
+            optimizer = build_optimizer(self.model, AllLayersSampler(), resident)
+            self._parts[key] = _Parts(stack=optimizer.stack, units=optimizer.units, constant=optimizer.constant_units)
+        return self._parts[key]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedUnits:
     """A method applied to a model on the meta device.
 
     Attributes:
-        model: the model with the method's adapter.
+        whole: the model with the method's adapter.
         num_layers: its decoder layers.
         units: what the sampler picks from.
         constant: what trains at every step.
@@ -45,7 +93,7 @@ class TrainedUnits:
         method: the method.
     """
 
-    model: nn.Module
+    whole: PlannedModel
     num_layers: int
     units: Sequence[Unit]
     constant: Sequence[Unit]
@@ -54,6 +102,12 @@ class TrainedUnits:
     projected: frozenset[Tensor]
     streamed: Sequence[Sequence[nn.Parameter]]
     method: MethodConfig
+    _known: dict[object, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the method's adapter."""
+        return self.whole.model
 
     def active_sets(self, recomputed: int = 0) -> list[tuple[int, ...]]:
         """The active sets one of which has the highest peak, if the first ``recomputed`` layers are recomputed."""
@@ -82,12 +136,12 @@ class TrainedUnits:
 
     def state_bytes(self, units: Iterable[Unit]) -> int:
         """Bytes of the optimizer states of ``units``."""
-        return sum(self._states_of(p) for unit in units for p in unit.parameters)
+        return sum(self._once("states", unit, self._states_of_unit) for unit in units)
 
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of the host blocks that hold the states of all sampled units."""
-        return sum(self._blocks_of(unit) for unit in self.units)
+        return sum(self._once("blocks", unit, self._blocks_of) for unit in self.units)
 
     @cached_property
     def host_weight_bytes(self) -> int:
@@ -103,30 +157,31 @@ class TrainedUnits:
         """Bytes of parameters and buffers on the device while the units with the indices ``active`` are active."""
         trained = {p for index in active for p in self.units[index].parameters}
         away = {p for layer in self.streamed for p in layer} - trained
-        return self._all_bytes - storages_bytes(away)
-
-    @cached_property
-    def names(self) -> dict[Tensor, str]:
-        """Names of all parameters of the model."""
-        return {p: name for name, p in self.model.named_parameters()}
-
-    @cached_property
-    def _all_bytes(self) -> int:
-        return storages_bytes((*self.model.parameters(), *self.model.buffers()))
-
-    @cached_property
-    def _updates(self) -> dict[object, int]:
-        return {}
+        return self.whole.nbytes - storages_bytes(away)
 
     def update_bytes(self, units: Iterable[Unit], device: DeviceKind) -> int:
         """Temporary memory of the update: the largest that any parameter of ``units`` needs, since they take turns."""
         most = 0
         for parameter in (p for unit in units for p in unit.parameters):
-            key = (parameter.shape, parameter.dtype, parameter in self.projected, device)
-            if key not in self._updates:
-                self._updates[key] = self._update_of(parameter, device)
-            most = max(most, self._updates[key])
+            key = (*self._kind(parameter), device)
+            if key not in self._known:
+                self._known[key] = self._update_of(parameter, device)
+            most = max(most, self._known[key])
         return most
+
+    def _kind(self, parameter: Tensor) -> tuple[object, ...]:
+        """Equal for parameters whose states and updates take the same."""
+        return parameter.shape, parameter.dtype, parameter in self.projected
+
+    def _once(self, what: str, unit: Unit, count: Callable[[Unit], int]) -> int:
+        """Count what a unit takes, once for all units with the same parameters."""
+        key = (what, *map(self._kind, unit.parameters))
+        if key not in self._known:
+            self._known[key] = count(unit)
+        return self._known[key]
+
+    def _states_of_unit(self, unit: Unit) -> int:
+        return sum(self._states_of(p) for p in unit.parameters)
 
     def _states_of(self, parameter: Tensor) -> int:
         if parameter in self.projected:
@@ -170,11 +225,11 @@ class TrainedUnits:
         )
 
 
-def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> TrainedUnits:
-    """Apply a method to a model on the meta device; changes what requires gradients in ``model``.
+def apply_method(whole: PlannedModel, method: MethodConfig, train_steps: int) -> TrainedUnits:
+    """Apply a method to a model on the meta device; changes what requires gradients in it.
 
     Args:
-        model: on the meta device, with the method's adapter.
+        whole: the model with the method's adapter.
         method: what to apply.
         train_steps: length of the training, which a sampler's schedules may depend on.
 
@@ -182,25 +237,23 @@ def apply_method(model: nn.Module, method: MethodConfig, train_steps: int) -> Tr
         ConfigError: the method cannot train this model.
     """
     try:
-        # built only for its units: nothing is moved and nothing is measured
-        resident = method.model_copy(update={"offload": "none", "weights": "resident"})
-        optimizer = build_optimizer(model, AllLayersSampler(), resident)
+        parts = whole.parts(method)
         sampler = method.sampler.build(seed=0, train_steps=train_steps)
-        sampler.start([unit.size for unit in optimizer.units], total=sum(p.numel() for p in model.parameters()))
+        sampler.start([unit.size for unit in parts.units], total=whole.num_parameters)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     settings = method.optimizer.projection
-    managed = [p for unit in (*optimizer.units, *optimizer.constant_units) for p in unit.parameters]
+    managed = [p for unit in (*parts.units, *parts.constant) for p in unit.parameters]
     streams = method.weights == "streamed"
     projection = None if settings is None else settings.build()
     return TrainedUnits(
-        model=model,
-        num_layers=optimizer.stack.num_layers,
-        units=optimizer.units,
-        constant=optimizer.constant_units,
+        whole=whole,
+        num_layers=parts.stack.num_layers,
+        units=parts.units,
+        constant=parts.constant,
         sampler=sampler,
         projection=projection,
-        projected=frozenset(projected_parameters(projection, optimizer.stack.layers, managed)),
-        streamed=streamable_weights(model, optimizer.stack, managed) if streams else [],
+        projected=frozenset(projected_parameters(projection, parts.stack.layers, managed)),
+        streamed=streamable_weights(whole.model, parts.stack, managed) if streams else [],
         method=method,
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ from grass_ray.config import ConfigError
 from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.record import RunRecord
+from grass_ray.results.sqlite_runs import open_store, read_runs
+from grass_ray.results.writes import COMPLETE_TAG, RUN_STATUS
 from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
@@ -101,6 +105,7 @@ class TrackedRun:
         accuracy: average over its tasks, from 0 to 1; None if none was measured.
         loss: of the right answers in nats; None if none was measured.
         started: when it began.
+        record_sha256: of the record that it ended with, if all of that is in MLflow.
     """
 
     name: str
@@ -109,6 +114,7 @@ class TrackedRun:
     accuracy: float | None
     loss: float | None
     started: datetime
+    record_sha256: str | None
 
 
 def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
@@ -118,9 +124,28 @@ def tracked_runs(tracking_uri: str) -> list[TrackedRun]:
         ConfigError: the store does not exist.
     """
     uri = _existing(tracking_uri)
+    if uri.startswith(SQLITE):
+        with suppress(sqlite3.Error), closing(open_store(sqlite_path(uri))) as database:
+            return _latest(_listed_in(database))
     client = connect(uri)
     with store_errors(uri):
-        return list({key: _listed(key, run) for key, run in _every_child_run(client)}.values())
+        return _latest(_listed(key, run) for key, run in _every_child_run(client))
+
+
+def _latest(runs: Iterable[TrackedRun]) -> list[TrackedRun]:
+    latest: dict[str, TrackedRun] = {}
+    for run in runs:
+        # one of several is not all there is of its trial
+        latest[run.run_id] = replace(run, record_sha256=None) if run.run_id in latest else run
+    return list(latest.values())
+
+
+def _listed_in(database: sqlite3.Connection) -> Iterator[TrackedRun]:
+    wanted = (PARENT_TAG, "sweep_id", "trial_key", "status", COMPLETE_TAG)
+    for run in read_runs(database, tags=wanted, metrics=("eval/average", "eval/loss")):
+        if {PARENT_TAG, "sweep_id", "trial_key"} <= run.tags.keys():
+            key = run.tags["sweep_id"], run.tags["trial_key"]
+            yield _tracked(key, run.name, run.status, run.started_ms, run.tags, run.metrics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,14 +263,25 @@ def _check_run(client: MlflowClient, uri: str, run_id: str) -> Any:
 
 
 def _listed(key: tuple[str, str], run: Any) -> TrackedRun:
-    metrics, tags = run.data.metrics, run.data.tags
+    return _tracked(key, run.info.run_name, run.info.status, run.info.start_time, run.data.tags, run.data.metrics)
+
+
+def _tracked(
+    key: tuple[str, str],
+    name: str,
+    status: str,
+    started_ms: int,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+) -> TrackedRun:
     return TrackedRun(
-        name=run.info.run_name,
+        name=name,
         run_id="-".join(key),
-        status=tags.get("status", run.info.status.lower()),
+        status=tags.get("status", status.lower()),
         accuracy=metrics.get("eval/average"),
         loss=metrics.get("eval/loss"),
-        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        started=datetime.fromtimestamp(started_ms / 1000, UTC),
+        record_sha256=tags.get(COMPLETE_TAG) if status in RUN_STATUS.values() else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""A trial whose only process is killed once too often: recorded with the reason, and tried again by ``--resume``."""
+"""A trial whose only process is killed: once too often, or when it takes over from the trial before."""
 
 from __future__ import annotations
 
@@ -69,3 +69,33 @@ def test_a_worker_that_dies_too_often_fails_its_trial_and_a_resumed_sweep_tries_
     assert "goes on from its checkpoint after step" in resumed.stdout
     assert RunRecord.load(path).status == "finished"
     assert not (path.parent / "traceback.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_between_two_trials_loses_neither(tmp_path: Path) -> None:
+    storage, log = tmp_path / "results", tmp_path / "driver.log"
+    command = [sys.executable, str(SWEEP), "--methods", "full", "grass", "--no-base", "--cpus-per-trial", "1"]
+    command += ["--max-concurrent-trials", "1", "--storage-path", str(storage), "--set", "training.steps=30"]
+    with log.open("wb") as output:
+        driver = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not re.search(r"finished", log.read_text()):  # the driver says so before it hands the process on
+                assert driver.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.02)
+            (worker,) = workers(driver)
+            worker.suspend()
+            time.sleep(3)
+            worker.kill()
+            assert driver.wait(timeout=PATIENCE_S) == 0, log.read_text()
+        finally:
+            driver.kill()
+            driver.wait()
+    records = [RunRecord.load(path) for path in storage.glob("mini/*/*/record.json")]
+    assert sorted((r.config["method"]["name"], r.status) for r in records) == [
+        ("full", "finished"),
+        ("grass", "finished"),
+    ]

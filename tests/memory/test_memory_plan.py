@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from benchmarks import memory_plan as benchmark
 from grass_ray.cli import main
 from grass_ray.config import ConfigError, ModelConfig, RunConfig
 from grass_ray.memory import fit as memory_fit
+from grass_ray.memory import plan as memory_plan
 from grass_ray.memory import settings as memory_settings
 from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shape, real_shape
 from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
@@ -662,3 +664,24 @@ def test_a_shape_is_not_a_model_to_train(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="cannot load model 'tinyllama-1"):
         describe_model(ModelConfig(name="tinyllama-1.1b"))
+
+
+# ------------------------------------------------------------------------------------------------ planned only once
+
+
+@pytest.mark.long
+def test_methods_that_share_a_planner_have_the_plans_of_their_own(
+    tiny: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the values that an adapter starts with, which a plan does without."""
+
+    def plans(planner: Planner, name: str) -> list[dict[str, Any]] | str:
+        try:
+            return [plan.to_dict() for plan in planner.plan_modes(METHODS[name].config, SHAPE)]
+        except ConfigError as error:
+            return str(error)
+
+    names = [name for name, row in METHODS.items() if row.trains]
+    shared = {name: plans(tiny, name) for name in names}
+    monkeypatch.setattr(memory_plan, "_without_values", contextlib.nullcontext)
+    assert {name: plans(Planner(ModelConfig(name="tiny"), "cpu"), name) for name in names} == shared

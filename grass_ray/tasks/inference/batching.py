@@ -23,6 +23,34 @@ MAX_TOKENS = {"cpu": 16_384, "cuda": 65_536}
 # where a pass over one token takes 60 ms and each further token about 3 ms.
 PASS_TOKENS = {"cpu": 25, "cuda": 2_048}
 
+
+def pass_tokens(device: str) -> int:
+    """Fixed cost of a forward pass on a type of device, in tokens."""
+    return PASS_TOKENS.get(device, PASS_TOKENS["cpu"])
+
+
+def similar_groups(lengths: Sequence[int], cost: int) -> list[int]:
+    """Cut rows into groups that cost least to read, each padded to its longest row.
+
+    Args:
+        lengths: numbers of tokens, longest first.
+        cost: of reading another group, in tokens.
+
+    Returns:
+        The number of rows of each group, in order.
+    """
+    best, first = [0], [0]  # of the first rows: what they cost, and where their last group begins
+    for end in range(1, len(lengths) + 1):
+        least = min((best[start] + cost + (end - start) * lengths[start], start) for start in range(end))
+        best.append(least[0])
+        first.append(least[1])
+    sizes, end = [], len(lengths)
+    while end:
+        sizes.append(end - first[end])
+        end = first[end]
+    return sizes[::-1]
+
+
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
@@ -41,7 +69,7 @@ class Batcher:
     def __init__(self, batch_size: int | Literal["auto"], device: str) -> None:
         self.rows = None if batch_size == "auto" else batch_size
         self.max_tokens = MAX_TOKENS.get(device, MAX_TOKENS["cpu"])
-        self.pass_tokens = PASS_TOKENS.get(device, PASS_TOKENS["cpu"])
+        self.pass_tokens = pass_tokens(device)
         self.halvings = 0
 
     def run(
@@ -51,6 +79,7 @@ class Batcher:
         answer: Callable[[list[Request]], list[Answer]],
         *,
         room: int = 0,
+        in_groups: bool = False,
     ) -> list[Answer]:
         """Answer all requests.
 
@@ -59,6 +88,8 @@ class Batcher:
             lengths: number of tokens of each request.
             answer: runs one forward pass, or one generation, on a batch.
             room: maximum number of tokens to generate, each of which is a forward pass.
+            in_groups: ``answer`` reads the requests of a batch in groups of similar length (:func:`similar_groups`), so
+                that their lengths do not limit an automatic batch.
 
         Returns:
             The answers in the order of the requests.
@@ -70,7 +101,7 @@ class Batcher:
         answers: dict[int, Answer] = {}
         while len(answers) < len(order):
             left = order[len(answers) :]
-            places = left[: self._count([lengths[place] for place in left], room)]
+            places = left[: self._count([lengths[place] for place in left], room, in_groups)]
             found = self._attempt([requests[place] for place in places], answer)
             if found is None:
                 self._halve(len(places), lengths[places[0]] + room)
@@ -78,7 +109,7 @@ class Batcher:
                 answers.update(zip(places, found, strict=True))
         return [answers[place] for place in range(len(requests))]
 
-    def _count(self, lengths: Sequence[int], room: int) -> int:
+    def _count(self, lengths: Sequence[int], room: int, in_groups: bool) -> int:
         """Return how many of the requests, longest first, share the next batch.
 
         With ``auto`` as many as fit, until their padding costs more than the passes of another batch.
@@ -86,6 +117,8 @@ class Batcher:
         if self.rows is not None:
             return self.rows
         most = max(1, self.max_tokens // max(lengths[0] + room, 1))
+        if in_groups:
+            return most
         worth, padding = self.pass_tokens * max(room, 1), 0
         for count, length in enumerate(lengths[:most]):
             padding += lengths[0] - length

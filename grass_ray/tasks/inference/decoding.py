@@ -1,7 +1,9 @@
 """Greedy and beam-search decoding with ``generate`` of transformers, a few tokens at a time.
 
 A batch takes as long as its longest answer. So greedy decoding stops every :data:`TOKENS_AT_A_TIME` tokens and
-continues with the unfinished rows and their keys and values. The answer of a row does not depend on other rows::
+continues with the unfinished rows and their keys and values. Prompts are read in groups of similar length, which need
+little padding, and the tokens with which all of them begin are read once; then all rows are answered together, since a
+pass over one token costs much the same for many rows. The answer of a row does not depend on other rows::
 
     decoder = Decoder(model, tokenizer, stop=["### Instruction:"])
     tokens = decoder.generate(prompts, attention_mask, max_new_tokens=256)       # (rows, prompt and answer)
@@ -9,14 +11,18 @@ continues with the unfinished rows and their keys and values. The answer of a ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from grass_ray.tasks.inference.keys_values import base_model, new_cache
+from grass_ray.tasks.inference.batching import pass_tokens, similar_groups
+from grass_ray.tasks.inference.keys_values import base_model, joined, new_cache
+from grass_ray.tasks.inference.likelihood import MIN_SHARED, call_head, shared_length
 
 TOKENS_AT_A_TIME = 16
 ENDLESS = 2**31
@@ -87,13 +93,21 @@ class Decoder:
         Returns:
             Prompts and answers, shape (rows, tokens + ``max_new_tokens``), right-padded.
         """
-        rows, width = prompts.shape
-        self.tokens += int(attention_mask.sum())
-        self.padding_tokens += int((attention_mask == 0).sum())
-        cache = new_cache(self._model) if self._num_beams == 1 else {}
+        rows = len(prompts)
         answers = torch.full((rows, max_new_tokens), int(self._tokenizer.pad_token_id), device=prompts.device)
         places = torch.arange(rows, device=prompts.device)
-        ids, mask, done = prompts, attention_mask, 0
+        ids, mask, done, width = prompts, attention_mask, 0, prompts.shape[1]
+        cache = new_cache(self._model, sliding=False) if self._num_beams == 1 else {}
+        if cache:
+            places = attention_mask.sum(1).argsort(descending=True, stable=True)
+            ids, mask, lengths, cache = self._read(prompts[places], attention_mask[places], next(iter(cache)))
+            width, done = ids.shape[1] - 1, 1
+            answers[places, 0] = ids[:, -1]
+            ids, mask, places = self._go_on(ids, mask, places, lengths, cache)
+        else:
+            self.tokens += int(attention_mask.sum())
+            self.padding_tokens += int((attention_mask == 0).sum())
+            cache = new_cache(self._model) if self._num_beams == 1 else {}
         while len(places) and done < max_new_tokens:
             count = min(TOKENS_AT_A_TIME, max_new_tokens - done) if cache else max_new_tokens
             ids, lengths = self._advance(ids, mask, cache, count, width)
@@ -103,12 +117,75 @@ class Decoder:
             if not cache:
                 break
             done += new.shape[1]
-            going = (lengths == ENDLESS).nonzero().squeeze(1)
-            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[going]
-            ids, places = ids[going], places[going]
-            if len(going) < len(lengths):
-                next(iter(cache.values())).batch_select_indices(going)
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+            ids, mask, places = self._go_on(ids, mask, places, lengths, cache)
         return torch.cat([prompts, answers], dim=1)
+
+    def _go_on(
+        self, ids: Tensor, mask: Tensor, places: Tensor, lengths: Tensor, cache: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Leave out the rows that have ended, in the cache as well."""
+        going = (lengths == ENDLESS).nonzero().squeeze(1)
+        if len(going) < len(lengths):
+            next(iter(cache.values())).batch_select_indices(going)
+        return ids[going], mask[going], places[going]
+
+    def _read(self, prompts: Tensor, mask: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Read prompts, longest first, and generate the first token of each answer.
+
+        Returns:
+            All tokens, left-padded; their mask; the length at which each row ended, or ENDLESS; and the cache of all
+            but the last token, under its ``name``.
+        """
+        rows = [prompt[own.bool()] for prompt, own in zip(prompts, mask, strict=True)]
+        shared, beginning = self._share_beginning(rows, name)
+        pad = int(self._tokenizer.pad_token_id)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        caches: list[Any] = []
+        lengths = [len(row) - shared for row in rows]
+        start = 0
+        for count in similar_groups(lengths, pass_tokens(prompts.device.type)):
+            own, width = rows[start : start + count], lengths[start]
+            # the padding is behind the shared beginning, whose keys are those of all rows
+            ids = torch.stack(
+                [
+                    torch.cat([row[:shared], row.new_full((width - len(row) + shared,), pad), row[shared:]])
+                    for row in own
+                ]
+            )
+            seen = torch.ones_like(ids)
+            for place, row in enumerate(own):
+                seen[place, shared : shared + width - (len(row) - shared)] = 0
+            cache = copy.deepcopy(beginning)
+            if shared:
+                cache.batch_repeat_interleave(count)
+            ids, ends = self._advance(ids, seen, {name: cache}, 1, shared + width)
+            self._count(ids[:, -1:], ends - shared - width)
+            self.tokens += int(seen[:, shared:].sum())
+            self.padding_tokens += int((seen == 0).sum())
+            parts.append((ids, torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1), ends))
+            caches.append(cache)
+            start += count
+        longest = max(ids.shape[1] for ids, _, _ in parts)
+        return (
+            torch.cat([functional.pad(ids, (longest - ids.shape[1], 0), value=pad) for ids, _, _ in parts]),
+            torch.cat([functional.pad(seen, (longest - seen.shape[1], 0)) for _, seen, _ in parts]),
+            torch.cat([ends for _, _, ends in parts]),
+            {name: joined(caches)},
+        )
+
+    def _share_beginning(self, rows: Sequence[Tensor], name: str) -> tuple[int, Any]:
+        """Read what all prompts begin with, if that is worth a pass; its length, and its cache."""
+        cache = new_cache(self._model, sliding=False)[name]
+        length = min(shared_length([row.tolist() for row in rows]), *(len(row) - 1 for row in rows), ENDLESS)
+        if length < MIN_SHARED or length * (len(rows) - 1) <= pass_tokens(rows[0].device.type):
+            return 0, cache
+        ids = rows[0][None, :length]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, name: cache}
+        call_head(self._model, 1, lambda states, head, chunk: None, inputs)
+        self.tokens += length
+        self.passes += 1
+        return length, cache
 
     def _advance(
         self, ids: Tensor, mask: Tensor, cache: dict[str, Any], count: int, width: int

@@ -32,6 +32,7 @@ from grass_ray.config import ConfigError
 from grass_ray.tasks.encoding import encode_pair, encode_prompt, without_end
 from grass_ray.tasks.inference.batching import Batcher
 from grass_ray.tasks.inference.decoding import Decoder
+from grass_ray.tasks.inference.keys_values import new_cache
 from grass_ray.tasks.inference.learned import Learned, summed_losses
 from grass_ray.tasks.inference.likelihood import Score, Scorer, TokenRow, share_rows
 from grass_ray.tasks.inference.token_cache import TokenCache
@@ -194,7 +195,9 @@ class ObservedLM(HFLM):  # type: ignore[misc]
             self.on_batch(len(batch))
             return texts
 
-        return self.batcher.run(requests, lengths, answer, room=room)
+        beams = max(request.args[1].get("num_beams", 1) for request in requests)
+        in_groups = beams == 1 and bool(new_cache(self.model, sliding=False))
+        return self.batcher.run(requests, lengths, answer, room=room, in_groups=in_groups)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Generate from ``context``, shape (rows, tokens), left-padded; its attention mask is in ``kwargs``."""

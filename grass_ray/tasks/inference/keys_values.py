@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as functional
 from transformers import DynamicCache
 
 
@@ -39,3 +42,19 @@ def new_cache(model: Any, *, sliding: bool = True) -> dict[str, DynamicCache]:
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     recurrent = any(getattr(cache, "is_linear", ()))
     return {} if recurrent or (any(cache.is_sliding) and not sliding) else {name: cache}
+
+
+def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """The first cache with the rows of all of them, filled up with zeros on the left to the longest.
+
+    Args:
+        caches: without layers that have a sliding window.
+    """
+    longest = max(cache.get_seq_length() for cache in caches)
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        if layers[0].is_initialized:
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in layers]
+                filled = [functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts]
+                setattr(layers[0], name, torch.cat(filled))
+    return caches[0]

@@ -77,7 +77,7 @@ class Scorer:
 
     @torch.no_grad()
     def _share_beginning(self, rows: Sequence[TokenRow]) -> None:
-        length = min(_shared_length([row.tokens for row in rows]), *(row.start for row in rows))
+        length = min(shared_length([row.tokens for row in rows]), *(row.start for row in rows))
         cache = new_cache(self._model, sliding=False)
         if length < MIN_SHARED or not cache:
             return
@@ -125,7 +125,7 @@ def call_head(
     return use(model(**inputs).logits[:, -length:], lambda logits: logits, CHUNK_POSITIONS)
 
 
-def _shared_length(rows: Sequence[list[int]]) -> int:
+def shared_length(rows: Sequence[list[int]]) -> int:
     """Return the length of the common beginning of all rows."""
     first, last = min(rows), max(rows)  # in lexicographic order, so all rows share what these two share
     pairs = enumerate(zip(first, last, strict=False))

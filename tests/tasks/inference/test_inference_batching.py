@@ -1,5 +1,6 @@
 """Batches by length, halved where memory runs out; nothing is lost, and nothing else is caught."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 from small import REPOSITORY
 
-from grass_ray.tasks.inference.batching import Batcher
+from grass_ray.tasks.inference.batching import Batcher, similar_groups
 
 GENERATOR = random.Random(0)
 MIXED = [GENERATOR.randint(5, 400) for _ in range(300)]
@@ -49,6 +50,22 @@ def test_auto_keeps_within_its_tokens_and_pads_no_more_than_another_batch_would_
     if (device, room) == ("cpu", 0):
         in_order = sum(len(part) * max(part) for part in (MIXED[at : at + 16] for at in range(0, 300, 16)))
         assert sum(len(batch) * max(batch) for batch in batches) < 1.05 * sum(MIXED) < 0.6 * in_order
+
+
+def test_groups_of_similar_length_cost_least():
+    lengths = [98, 95, 94, 85, 78, 74, 66, 63, 63, 60, 51, 51]
+
+    def cost(sizes):
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        return sum(25 + size * lengths[start] for start, size in zip(starts, sizes, strict=True))
+
+    found = similar_groups(lengths, 25)
+    cuts = (itertools.combinations(range(1, 12), count) for count in range(12))
+    every = [[b - a for a, b in itertools.pairwise((0, *at, 12))] for ats in cuts for at in ats]
+    assert sum(found) == 12
+    assert cost(found) == min(map(cost, every)) < cost([12])
+    assert similar_groups([], 25) == []
+    assert similar_groups([7, 7, 7], 25) == [3]
 
 
 def test_a_request_longer_than_the_most_goes_alone():
