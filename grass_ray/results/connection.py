@@ -173,6 +173,11 @@ def store_errors(uri: str) -> Iterator[None]:
         if (found := _OTHER_SCHEMA.search(str(error))) is not None:
             raise ConfigError(_other_version(redact(uri), found[1])) from None
         if uri.startswith(("http://", "https://")):
+            if re.search(r"error code 40[13]\b", str(error)):
+                raise ConfigError(
+                    f"the MLflow server {redact(uri)} refuses the user or the password; set MLFLOW_TRACKING_USERNAME "
+                    f"and MLFLOW_TRACKING_PASSWORD ({reason})"
+                ) from None
             advice = "is it running (`mlflow server --backend-store-uri sqlite:///mlflow.db`) and reachable from here?"
             raise ConfigError(f"the MLflow server {redact(uri)} does not answer; {advice} ({reason})") from None
         raise ConfigError(
