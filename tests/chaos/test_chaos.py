@@ -37,7 +37,7 @@ FAULT_KINDS = (
     *("sigint", "stopped", "early sigterm", "driver", "head"),
 )
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "driver": signal.SIGKILL}
-STEPS_A_KILL = 30  # of each trial, so that work is left at the last kill
+STEPS_A_KILL, STEPS_A_FAULT = 30, 70  # of each trial, so that work is left at the last one
 STOPPED_S = 10
 ENDS_WITHIN_S = 120
 EARLY_S = 25  # about what it takes until a trial trains
@@ -46,8 +46,10 @@ EARLY_S = 25  # about what it takes until a trial trains
 class Chaos:
     """A sweep and what is done to it."""
 
-    def __init__(self, machines: Machines, storage: Path, kinds: Sequence[str], number: int, for_s: float) -> None:
-        self.machines, self.storage = machines, storage
+    def __init__(
+        self, machines: Machines, storage: Path, kinds: Sequence[str], number: int, for_s: float, steps: int
+    ) -> None:
+        self.machines, self.storage, self.steps = machines, storage, steps
         self.done = Counter[str]()
         self._kinds, self._number, self._end = itertools.cycle(kinds), number, time.monotonic() + for_s
         self._chance = random.Random(0)
@@ -55,7 +57,7 @@ class Chaos:
     def disturb(self, log: IO[str]) -> None:
         """Run the sweep again and again until the faults are used up, or it ends."""
         while self._goes_on():
-            known = ("--machines", "3", "--steps", str(STEPS_A_KILL * self._number))
+            known = ("--machines", "3", "--steps", str(self.steps))
             flags = ("--resume",) if list(self.storage.glob("chaos/*/sweep.yaml")) else known
             with driver(self.machines, self.storage, log, *flags) as process:
                 while self._goes_on() and process.poll() is None:
@@ -92,11 +94,11 @@ class Chaos:
         self.done[kind] += 1
 
 
-def survive(kinds: Sequence[str], number: int, for_s: float) -> None:
+def survive(kinds: Sequence[str], number: int, for_s: float, steps: int) -> None:
     """Disturb a sweep, let it end, and compare it with one that was not disturbed."""
     with Machines(3) as machines:
         storage, log_file = machines.folder / "results", machines.folder / "driver.log"
-        chaos = Chaos(machines, storage, kinds, number, for_s)
+        chaos = Chaos(machines, storage, kinds, number, for_s, steps)
         with log_file.open("w") as log:
             chaos.disturb(log)
             print(f"{sum(chaos.done.values())} faults: {dict(chaos.done)}")
@@ -122,11 +124,11 @@ def survive(kinds: Sequence[str], number: int, for_s: float) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_has_the_numbers_of_an_undisturbed_one() -> None:
-    survive(KILL_KINDS, KILLS, KILLS_FOR_S)
+    survive(KILL_KINDS, KILLS, KILLS_FOR_S, KILLS * STEPS_A_KILL)
 
 
 @pytest.mark.slow
 def test_faults_of_all_kinds_change_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
     monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
-    survive(FAULT_KINDS, FAULTS, FAULTS_FOR_S)
+    survive(FAULT_KINDS, FAULTS, FAULTS_FOR_S, FAULTS * STEPS_A_FAULT)

@@ -128,17 +128,14 @@ class Soak:
             self.faults[kind] += 1
         self._due = time.monotonic() + self._chance.uniform(1, 10)
 
-    def growth(self) -> dict[str, float]:
-        """MiB that the longest-lived driver, and the largest process of a trial, gained per hundred trials."""
-        longest = Counter(sample[0] for sample in self.samples).most_common(1)[0][0]
-        mine = [sample for sample in self.samples if sample[0] == longest]
-        first, last = mine[len(mine) // 4 : len(mine) // 2], mine[3 * len(mine) // 4 :]
-        trials = statistics.mean(s[1] for s in last) - statistics.mean(s[1] for s in first)
-        gain = {
-            name: statistics.median(s[at] for s in last) - statistics.median(s[at] for s in first if s[at])
+    def most(self) -> dict[str, list[int]]:
+        """The most MiB of the driver, and of a trial's process, in the first and in the last tenth of the trials."""
+        first = [sample for sample in self.samples if sample[1] <= max(4, TRIALS / 10)]
+        last = [sample for sample in self.samples if sample[1] >= TRIALS * 9 / 10]
+        return {
+            name: [round(max(sample[at] for sample in part)) for part in (first, last)]
             for name, at in (("driver", 2), ("trial", 3))
         }
-        return {name: 100 * mib / max(1.0, trials) for name, mib in gain.items()}
 
 
 def left_over(machines: Machines) -> dict[str, list[str]]:
@@ -167,14 +164,12 @@ def test_hundreds_of_trials_under_faults_leave_nothing_behind(monkeypatch: pytes
         time.sleep(5)
         left = left_over(machines)
     records = records_of(soak.storage)
-    files = [str(path) for path in scratch.rglob("*") if path.is_file()]
+    files = sorted(path.name.rpartition("-")[0] for path in scratch.iterdir() if path.is_file() or any(path.iterdir()))
     segments = sorted(name for name in set(os.listdir("/dev/shm")) - memory_before if name.startswith(SEGMENTS))
     values = {
         "trials": TRIALS, "faults": dict(soak.faults), "seconds": round(took),
         "records": len(records), "keys": len({record.run_id for record in records}),
-        "driver_mib": [round(min(s[2] for s in soak.samples if s[2])), round(max(s[2] for s in soak.samples))],
-        "trial_mib": round(max(s[3] for s in soak.samples)),
-        "growth_mib_per_100_trials": {name: round(mib, 1) for name, mib in soak.growth().items()},
+        "most_mib": soak.most(),
         "left": left | {"temporary files": files, "shared memory": segments},
         "storage_mib": round(size(soak.storage), 1),
     }  # fmt: skip
@@ -182,12 +177,12 @@ def test_hundreds_of_trials_under_faults_leave_nothing_behind(monkeypatch: pytes
     assert values["records"] == values["keys"] == TRIALS
     assert {record.status for record in records} == {"finished"}
     assert not any(left.values()), left
-    assert not files
+    # a process that is killed outright cannot clear up behind itself; every other one does
+    assert len(files) <= soak.faults["kill"] + soak.faults["driver"], files
     assert not segments
     assert not list(soak.storage.glob("chaos/*/*/checkpoint*")), "checkpoints of finished trials"
-    if TRIALS >= 100:
-        assert values["growth_mib_per_100_trials"]["driver"] < 100
-        assert values["growth_mib_per_100_trials"]["trial"] < 50
+    for name, (first, last) in soak.most().items():
+        assert last < first + 150, name
     assert_tracked_once(soak.storage, records)
     for record in random.Random(0).sample(records, min(COMPARED, len(records))):
         assert_as_undisturbed(record)
@@ -243,6 +238,7 @@ def test_a_run_with_a_checkpoint_a_minute_for_eight_hours_keeps_to_its_disk(tmp_
             break
     assert process.returncode == 0, log.read_text()[-5000:]
     record = RunRecord.load(folder / "record.json")
+    assert len(memory) >= 8, "the last process trained for too short a time to compare its memory"
     early, late = (statistics.median(memory[at * len(memory) // 4 :][: len(memory) // 4]) for at in (1, 3))
     values = {
         "checkpoints": CHECKPOINTS, "steps": steps, "kills": kills, "seconds": round(time.monotonic() - started),
