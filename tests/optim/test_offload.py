@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from recording import RecordingStreams
+from recording_streams import RecordingStreams
 from small import backward, make_batch, make_llama, make_optimizer
 from torch import nn
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordingStreams
+from recording_streams import RecordingStreams
 from small import backward, make_batch, make_llama, make_optimizer, recompute_layers
 from torch import Tensor, nn
 
