@@ -31,7 +31,7 @@ from grass_ray.config import ConfigError, DataConfig, EvaluationConfig
 from grass_ray.tasks.custom import find_task
 from grass_ray.tasks.extraction import ANSWER_RULES, extract_answer, is_correct
 from grass_ray.tasks.held_out import OnProgress, Progress, measure_held_out
-from grass_ray.tasks.losses import AnswerLoss, loss_among, measure_losses, responses
+from grass_ray.tasks.losses import REFERENCE_RULES, AnswerLoss, loss_among, measure_losses, responses
 from grass_ray.tasks.questions import (
     LIMIT_SEED,
     Question,
@@ -234,6 +234,8 @@ def _protocol(
         "chance": chance(task, [question.row for question in questions]),
         "lm_eval": version("lm_eval"),
     }
+    if task.answer == "number":
+        protocol["reference_rules"] = REFERENCE_RULES
     if evaluation.scoring == "loglikelihood":
         protocol |= {
             "options": render_answer(task, "{option}"),

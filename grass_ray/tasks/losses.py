@@ -3,7 +3,8 @@
 A question with options has two: the negative log-likelihood of the response that states the right option, and the
 negative logarithm of its share among all options (what a softmax over their log-likelihoods gives it). A question for a
 number has the first alone, for the reference response of its row: with the worked solution, if the data have one.
-White space between prompt and response counts as part of the response, as in lm-eval.
+White space between prompt and option counts as part of the option, as in lm-eval; all options of a question begin with
+it. It is no part of a reference response: no run trains it, and after training it may cost more than all the rest.
 
 Accuracy counts a question as right or wrong; the loss also says by how much, and so tells methods apart with fewer
 questions.
@@ -21,6 +22,9 @@ from grass_ray.tasks.templates import render_answer, render_response
 
 if TYPE_CHECKING:
     from grass_ray.tasks.inference.harness import ObservedLM
+
+
+REFERENCE_RULES = 2  # version of what a reference response is; results of different versions are not ranked together
 
 
 class AnswerLoss(NamedTuple):
@@ -42,7 +46,7 @@ def measure_losses(lm: ObservedLM, task: Task, questions: Sequence[Question]) ->
     """Measure the loss of the right answer to each question of a task."""
     asked = [responses(task, question) for question in questions]
     pairs = [(question.text, text) for question, texts in zip(questions, asked, strict=True) for text in texts]
-    likelihoods = iter(lm.score_pairs(pairs))
+    likelihoods = iter(lm.score_pairs(pairs, with_space=task.answer != "number"))
     return [
         loss_among(lm, task, question, [next(likelihoods) for _ in texts])
         for question, texts in zip(questions, asked, strict=True)
@@ -53,8 +57,9 @@ def loss_among(lm: ObservedLM, task: Task, question: Question, likelihoods: Sequ
     """The loss, given the log-likelihood in nats of each of :func:`responses`."""
     texts = responses(task, question)
     if task.answer == "number":
-        return AnswerLoss(-likelihoods[0], lm.count_tokens(question.text, texts[0]), None)
+        return AnswerLoss(-likelihoods[0], lm.count_tokens(question.text, texts[0], with_space=False), None)
     right = options_of(task, question.row).index(question.row.answer)
     most = max(likelihoods)
     whole = most + math.log(sum(math.exp(value - most) for value in likelihoods))
-    return AnswerLoss(-likelihoods[right], lm.count_tokens(question.text, texts[right]), whole - likelihoods[right])
+    tokens = lm.count_tokens(question.text, texts[right], with_space=True)
+    return AnswerLoss(-likelihoods[right], tokens, whole - likelihoods[right])

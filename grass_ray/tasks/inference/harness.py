@@ -128,16 +128,28 @@ class ObservedLM(HFLM):  # type: ignore[misc]
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
-    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return the log-likelihood in nats of each (context, continuation), as for the options of a question."""
+    def score_pairs(self, pairs: Sequence[tuple[str, str]], *, with_space: bool) -> list[float]:
+        """Return the log-likelihood in nats of each (context, continuation).
+
+        Args:
+            pairs: texts.
+            with_space: whether white space at the end of a context belongs to the continuation, as it does for the
+                options of a question.
+        """
         wholes = [context + continuation for context, continuation in pairs]
         contexts = [context for context, _ in pairs]
         self._tokenize([*contexts, *(context.rstrip() for context in contexts), *wholes])
-        return [value for value, _ in self._loglikelihood_tokens([(pair, *self._encode_pair(*pair)) for pair in pairs])]
+        encoded = [(pair, *self._encode(*pair, with_space)) for pair in pairs]
+        return [value for value, _ in self._loglikelihood_tokens(encoded)]
 
-    def count_tokens(self, context: str, continuation: str) -> int:
+    def count_tokens(self, context: str, continuation: str, *, with_space: bool) -> int:
         """Return the number of tokens of a continuation whose log-likelihood was computed last."""
-        return len(self._encode_pair(context, continuation)[1])
+        return len(self._encode(context, continuation, with_space)[1])
+
+    def _encode(self, context: str, continuation: str, with_space: bool) -> tuple[list[int], list[int]]:
+        if with_space:
+            return self._encode_pair(context, continuation)
+        return encode_pair(self.tokenizer, context, continuation, self.tok_encode)
 
     def score_learned(self, rows: Sequence[Learned]) -> list[float]:
         """Return the loss in nats summed over the learned tokens of each row."""
