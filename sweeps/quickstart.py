@@ -22,7 +22,6 @@ SWEEP = Sweep(
     tasks=("generated",),
     seeds=(0,),
     training=TrainingConfig(steps=30, batch_size=8),
-    settings={"data.batching": "bucketed"},  # rows of similar length together: a seventh of the work is padding else
     evaluation=EvaluationConfig(limit=100),
     method_settings={
         "lisa": {"method.optimizer.lr": 1e-3, "method.sampler.period": 5},
