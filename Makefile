@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python sweeps/quickstart.py
+	$(BIN)/python sweeps/quickstart.py --cpus-per-trial 1
 
 test: setup
 	$(PYTEST)

@@ -7,12 +7,7 @@ from grass_ray.commands.sweep import main
 from grass_ray.experiment import EvaluationConfig, Preset, Sweep, TrainingConfig
 
 # Thirty steps are few: GRASS measures for three steps first, draws layers every five and measures again every ten.
-SHORT = {
-    "method.optimizer.lr": 1e-3,  # the best in a search over 50 steps of these problems
-    "method.sampler.period": 5,
-    "method.sampler.probing_steps": 3,
-    "method.sampler.refresh_period": 10,
-}
+SHORT = {"method.sampler.period": 5, "method.sampler.probing_steps": 3, "method.sampler.refresh_period": 10}
 
 SWEEP = Sweep(
     name="quickstart",
@@ -24,7 +19,7 @@ SWEEP = Sweep(
     training=TrainingConfig(steps=30, batch_size=8),
     evaluation=EvaluationConfig(limit=100),
     method_settings={
-        "lisa": {"method.optimizer.lr": 1e-3, "method.sampler.period": 5},
+        "lisa": {"method.sampler.period": 5},
         "grass": SHORT,
         "grass-static": {**SHORT, "method.sampler.refresh_period": None},
         "grass-fresh": SHORT,
