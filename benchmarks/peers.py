@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -131,7 +132,7 @@ class Stopwatch:
             tokens_per_s=tokens / statistics.median(seconds),
             tokens_per_cpu_s=tokens / statistics.median(cpu_seconds),
             peak_allocated_gib=peak_allocated_gib,
-            peak_resident_gib=psutil.Process().memory_info().rss / 1024**3,
+            peak_resident_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
         )
 
 
