@@ -38,6 +38,8 @@ reliability: setup
 		--hypothesis-profile=long --hypothesis-show-statistics
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/results/test_tracking_faults.py \
 		tests/results/test_tracking_outage.py tests/results/test_store_versions.py tests/results/test_sync.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -s tests/cluster/test_outage.py tests/chaos \
+		--ignore=tests/chaos/test_ray_submit.py
 
 # licences.md and sbom.json: what is installed, by tools in an environment of their own
 audit: setup audit-tools

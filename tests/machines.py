@@ -8,8 +8,9 @@
 
 Each has one CPU, the head perhaps none. Run as a program it prints the cluster's address, and answers each line of its
 input with the number of machines: ``kill`` ends one that is not the head (SIGKILL) and adds another, ``lose`` ends one
-(``lose NODE_ID`` that one), ``add`` adds one. ``head`` kills the head's control service and starts it again seconds
-later, which Ray survives if RAY_gcs_storage=rocksdb and RAY_gcs_storage_path were set.
+(``lose NODE_ID`` that one), ``add`` adds one (``add NAME=VALUE ...`` with these in its environment). ``head``
+kills the head's control service and starts it again seconds later, which Ray survives if RAY_gcs_storage=rocksdb and
+RAY_gcs_storage_path were set, or RAY_REDIS_ADDRESS.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from grass_ray.process import environment
 
 HEAD_AWAY_S = 5
 
@@ -36,27 +40,32 @@ class Machines:
     Attributes:
         folder: of its own, with a short name: Ray's sockets lie in it, and which cluster ``ray.init()`` joins.
         environment: makes a program join the cluster.
+        enter: words before a command that is to run on the head.
         process: has all of the cluster's processes as children.
     """
 
-    def __init__(self, number: int, head_cpus: int = 1) -> None:
+    enter: tuple[str, ...] = ()
+
+    def __init__(self, number: int, head_cpus: int = 1, before: Sequence[str] = ()) -> None:
+        """``before``: words of a program that runs the cluster, as ``env`` or ``unshare`` do."""
         self.folder = Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp"))
-        environment = {**os.environ, "RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
+        own = {**os.environ, "RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-            environment.pop(name, None)
+            own.pop(name, None)
         self._log = (self.folder / "machines.log").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(number), str(head_cpus)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
+            [*before, sys.executable, __file__, str(number), str(head_cpus)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=own,
         )  # fmt: skip
-        self.environment = environment | {"RAY_ADDRESS": self._answer()}
+        own.pop("RAY_REDIS_ADDRESS", None)  # the head's alone
+        self.environment = own | {"RAY_ADDRESS": self._answer()}
 
     def __enter__(self) -> Machines:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         """End the cluster; the folder stays where a test has failed."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = self.processes()
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -72,6 +81,10 @@ class Machines:
         self._log.close()
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the cluster's."""
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def tell(self, word: str) -> int:
         """Let it kill, lose or add a machine; the number of machines then."""
@@ -111,8 +124,9 @@ def main(number: int, head_cpus: int) -> None:
                 cluster.head_node.kill_gcs_server()
                 time.sleep(HEAD_AWAY_S)
                 cluster.head_node.start_gcs_server()
-            if word in ("kill", "add"):
-                cluster.add_node(num_cpus=1)
+            if word.startswith(("kill", "add")):
+                with environment(dict(pair.split("=", 1) for pair in word.split()[1:])):
+                    cluster.add_node(num_cpus=1)
             print(1 + len(cluster.worker_nodes), flush=True)
     finally:
         cluster.shutdown()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
 from grass_ray.config import Code, Parallel, RunConfig
+from grass_ray.errors import redact
 from grass_ray.execute import RunContext
 from grass_ray.experiment.search import rungs
 from grass_ray.experiment.space import Params, Space
@@ -21,6 +23,9 @@ HELD = "held"  # in a report: its process waits at a rung until it is let pass
 RECORD_FILE = "record.json"
 TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
 FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
+# what the telling line of Ray's messages on memory and on killed processes has; their last line says something else
+_TELLING = ("low on memory", "NODE_OUT_OF_MEMORY", "is dead because", "because its node")
+_ADDRESS = re.compile(r"\bip(?:: ?|=)([0-9a-f.:]*[0-9a-f])", re.IGNORECASE)
 
 
 class SweepContext(BaseModel):
@@ -143,7 +148,7 @@ class Job(BaseModel):
 def describe_death(error: str, times: int) -> str:
     """What a record says of a trial whose worker died ``times`` times, the last time with the message ``error``."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
-    # the last line tells, but Ray's messages on memory and on killed processes end in something else
-    found = (line for words in ("low on memory", "is dead because") for line in lines if words in line)
+    found = (line for words in _TELLING for line in lines if words in line)
     telling = next(found, lines[-1] if lines else "no reason known")
-    return f"the worker failed {times} time(s): {telling}"
+    address = _ADDRESS.search(error)
+    return redact(f"the worker failed {times} time(s): {telling}" + (f" (machine {address[1]})" if address else ""))

@@ -125,6 +125,8 @@ class TrialStore:
             trial.machine = report.get("machine", trial.machine)
         if phase == "restored":
             self.progress.note(key, f"goes on from its checkpoint after step {report['after_step']}")
+        elif phase == "died":
+            self.progress.note(key, report["failure"])
         elif phase == "generation":  # a population's member sleeps until the others are as far
             self.progress.update(key, "waiting", {})
         elif phase in ("training", "evaluating"):
@@ -307,6 +309,10 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self.trial_store.stop_early(key, stop.train_step, reason)
         else:
             self.trial_store.end(key, self._crashes.get(key))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's own actor died, and Tune is about to start it again."""
+        self.trial_store.progress.note(_key(trial), describe_death(_last_error(trial), trial.num_failures))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's own actor died too often; or once, after it was given the trial and before that began.

@@ -23,6 +23,21 @@ from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.worker import train_worker
 
 
+class TrainCallback(TuneReportCallback):  # type: ignore[misc]
+    """Passes on to Tune what workers report, and why they died before Train starts them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deaths = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One or more workers died."""
+        self._deaths += 1
+        errors = "\n".join(f"{type(error).__name__}: {error}" for error in worker_exceptions.values())
+        message = {"phase": "died", "failure": describe_death(errors, self._deaths), "steps": []}
+        self.after_report(run_context, [message], None)
+
+
 def drive_trial(params: dict[str, Any]) -> None:
     """Run one Train run and wait for it; a Tune function that does no work itself."""
     job = Job.model_validate(params["job"])
@@ -58,7 +73,7 @@ def train(job: Job, storage: Storage) -> ray.train.Result | None:
                 max_failures=max_failures, controller_failure_limit=max_failures + 1
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TrainCallback()],
         ),
     )
     try:

@@ -16,6 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.lost_answers import survive_lost_answers
 from grass_ray.cluster.pbt import drive_member, single_member
 from grass_ray.cluster.reporter import SweepCallback, TrialStore
 from grass_ray.cluster.storage import Storage
@@ -54,6 +55,7 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
         context: what they share.
         trial_store: where their results go.
     """
+    survive_lost_answers()
     for _ in range(1 + context.max_failures):
         trial_store.lost.clear()
         _tuner(tune_run, context, trial_store).fit()

@@ -145,7 +145,7 @@ def build_record(
         failure: why it did not finish; access tokens in it are masked.
         outcome: what was measured; None if nothing was.
         started_at: ISO time (see :func:`now`).
-        finished_at: ISO time, by default now.
+        finished_at: ISO time, by default now; ``started_at`` if the clock was set back in between.
         hardware_name: what the workers ran on; None means this process's :func:`hardware`.
         world_size: number of workers.
         model_sha256: the base model's hash (:func:`grass_ray.training.weights.base_model_sha256`).
@@ -168,7 +168,7 @@ def build_record(
         git_commit=git.commit,
         git_dirty=git.dirty,
         started_at=started_at,
-        finished_at=finished_at or now(),
+        finished_at=finished_at or max(now(), started_at),
         model_sha256=model_sha256,
         threads=threads,
         weights_sha256=weights_sha256,

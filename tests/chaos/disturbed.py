@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import psutil
 import torch
-from machines import Machines
 from mlflow import MlflowClient
 
 from grass_ray.config import RunConfig
@@ -21,19 +20,30 @@ from grass_ray.results.record import RunRecord
 from grass_ray.training.run import Run
 
 HERE = Path(__file__).parent
-PROCESS = "ray::ImplicitFunc"  # of a trial with one worker, as Ray Tune calls it
+SWEEP = HERE / "chaos_sweep.py"
+# of a trial, as Ray calls them: of one worker, or of what waits for several; those workers; what restarts them
+PROCESSES = ("ImplicitFunc", "TrainWorker", "TrainController")
 PATIENCE_S = 300
 
 
-def trial_processes(machines: Machines) -> list[psutil.Process]:
-    """Those in which trials train."""
+class Cluster(Protocol):
+    """What is asked of a cluster that a sweep runs on; see :class:`machines.Machines`."""
+
+    environment: dict[str, str]
+    enter: tuple[str, ...]
+
+    def processes(self) -> list[psutil.Process]: ...
+
+
+def trial_processes(cluster: Cluster, kinds: Sequence[str] = PROCESSES) -> list[psutil.Process]:
+    """Those in which trials train, or are driven."""
     found = []
-    for process in psutil.Process(machines.process.pid).children(recursive=True):
+    for process in cluster.processes():
         try:
             title = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
-        if title.startswith(PROCESS):
+        if title.startswith("ray::") and any(kind in title for kind in kinds):
             found.append(process)
     return found
 
@@ -44,11 +54,13 @@ def hear_interrupts() -> None:
 
 
 @contextmanager
-def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(HERE / "chaos_sweep.py"), "--storage-path", str(storage), "--cpus-per-trial", "1"]
-    command += ["--max-failures", "1000", *flags]
+def driver(
+    cluster: Cluster, storage: Path, log: IO[str], *flags: str, script: Path = SWEEP, max_failures: int = 1000
+) -> Iterator[subprocess.Popen[str]]:
+    command = [*cluster.enter, sys.executable, str(script), "--storage-path", str(storage), "--cpus-per-trial", "1"]
+    command += ["--max-failures", str(max_failures), *flags]
     process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, text=True, env=machines.environment, preexec_fn=hear_interrupts
+        command, stdout=log, stderr=subprocess.STDOUT, text=True, env=cluster.environment, preexec_fn=hear_interrupts
     )
     try:
         yield process
@@ -58,21 +70,29 @@ def driver(machines: Machines, storage: Path, log: IO[str], *flags: str) -> Iter
         process.wait()
 
 
-def wait_for_training(machines: Machines, process: subprocess.Popen[str]) -> bool:
-    """Whether the sweep still runs once a trial has its process."""
-    deadline = time.monotonic() + PATIENCE_S
-    while process.poll() is None and not trial_processes(machines):
-        assert time.monotonic() < deadline, "no trial trains"
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], what: str, within_s: float = PATIENCE_S
+) -> bool:
+    """Whether it came to that; not if the sweep ended before."""
+    deadline = time.monotonic() + within_s
+    while not (there := condition()) and process.poll() is None:
+        assert time.monotonic() < deadline, what
         time.sleep(0.2)
+    return there
+
+
+def wait_for_training(cluster: Cluster, process: subprocess.Popen[str]) -> bool:
+    """Whether the sweep still runs once a trial has its process."""
+    wait_until(lambda: bool(trial_processes(cluster)), process, "no trial trains")
     return process.poll() is None
 
 
-def living(machines: Machines) -> list[psutil.Process]:
-    return [process for process in trial_processes(machines) if process.is_running()]
+def living(cluster: Cluster) -> list[psutil.Process]:
+    return [process for process in trial_processes(cluster) if process.is_running()]
 
 
 def records_of(storage: Path) -> list[RunRecord]:
-    return [RunRecord.load(path) for path in storage.glob("chaos/*/*/record.json")]
+    return [RunRecord.load(path) for path in sorted(storage.glob("*/*/*/record.json"))]
 
 
 def assert_as_undisturbed(record: RunRecord) -> None:
@@ -95,10 +115,25 @@ def assert_as_undisturbed(record: RunRecord) -> None:
         assert record.layers.intervals == outcome.layers.intervals
 
 
+def assert_same(record: RunRecord, other: RunRecord) -> None:
+    """Two sweeps came to the same bits in this trial."""
+    assert record.status == other.status == "finished"
+    assert record.config == other.config
+    assert record.weights_sha256 == other.weights_sha256
+    for name in ("train/loss", "train/grad_norm", "validation/loss", "hparam/lr"):
+        assert record.series.get(name) == other.series.get(name), name
+    assert {name: score.correct for name, score in record.tasks.items()} == {
+        name: score.correct for name, score in other.tasks.items()
+    }
+    assert (record.layers and record.layers.intervals) == (other.layers and other.layers.intervals)
+    assert (record.search and record.search.lineage) == (other.search and other.search.lineage)
+
+
 def assert_tracked_once(storage: Path, records: list[RunRecord]) -> None:
     """One parent, one finished child a trial, every step once."""
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    runs = list(client.search_runs([client.get_experiment_by_name("chaos").experiment_id]))
+    experiment = client.get_experiment_by_name(records[0].sweep)
+    runs = list(client.search_runs([experiment.experiment_id]))
     children = {run.data.tags["trial_key"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
     assert len(runs) == 1 + len(records)
     assert sorted(children) == sorted(record.run_id[-12:] for record in records)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -24,6 +25,7 @@ from typing import IO
 import pytest
 from disturbed import assert_as_undisturbed, assert_tracked_once, driver, living, records_of, wait_for_training
 from machines import Machines
+from mlflow_server import free_port
 
 KILLS = int(os.environ.get("GRASS_RAY_CHAOS_KILLS", "20"))
 KILLS_FOR_S = float(os.environ.get("GRASS_RAY_CHAOS_S", "480"))
@@ -40,6 +42,7 @@ SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "driver": signal.
 STEPS_A_KILL, STEPS_A_FAULT = 30, 70  # of each trial, so that work is left at the last one
 STOPPED_S = 10
 ENDS_WITHIN_S = 120
+REDIS = shutil.which("redis-server")
 EARLY_S = 25  # about what it takes until a trial trains
 
 
@@ -132,3 +135,19 @@ def test_faults_of_all_kinds_change_no_number(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
     monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
     survive(FAULT_KINDS, FAULTS, FAULTS_FOR_S, FAULTS * STEPS_A_FAULT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+def test_a_head_whose_state_is_in_redis_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert REDIS is not None
+    port = free_port()
+    own = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path))
+    with (tmp_path / "redis.log").open("w") as log:
+        server = subprocess.Popen([REDIS, *own], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        monkeypatch.setenv("RAY_REDIS_ADDRESS", f"127.0.0.1:{port}")
+        survive(("head", "worker", "head", "node"), 4, FAULTS_FOR_S, 4 * STEPS_A_FAULT)
+    finally:
+        server.terminate()
+        server.wait()

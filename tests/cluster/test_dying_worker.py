@@ -14,10 +14,21 @@ import psutil
 import pytest
 from small import REPOSITORY
 
+from grass_ray.cluster.job import describe_death
 from grass_ray.results.record import RunRecord
 
 SWEEP = REPOSITORY / "tests" / "mini_sweep.py"
 PATIENCE_S = 900
+# as Ray writes them
+KILLED = """The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+\tpid: 4711
+\tip: 10.0.0.3
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+The actor never ran"""
+RAISED = """ray::ImplicitFunc.train() (pid=4711, ip=10.0.0.4, actor_id=1, repr=single_worker)
+  File "worker.py", line 1, in work
+OSError: [Errno 28] No space left on device: '/tmp/x'"""
 
 
 def workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -30,6 +41,21 @@ def workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            KILLED,
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR (machine 10.0.0.3)",
+        ),
+        (RAISED, "OSError: [Errno 28] No space left on device: '/tmp/x' (machine 10.0.0.4)"),
+        ("", "no reason known"),
+    ],
+)
+def test_a_death_is_told_in_one_line_with_the_machine(error: str, told: str) -> None:
+    assert describe_death(error, 2) == f"the worker failed 2 time(s): {told}"
 
 
 @pytest.mark.long
@@ -99,3 +125,27 @@ def test_a_process_that_dies_between_two_trials_loses_neither(tmp_path: Path) ->
         ("full", "finished"),
         ("grass", "finished"),
     ]
+
+
+@pytest.mark.slow
+def test_a_trial_that_the_memory_monitor_of_ray_kills_fails_alone_and_is_resumed(tmp_path: Path) -> None:
+    """Tune itself would end the sweep with a traceback; see :mod:`grass_ray.cluster.lost_answers`."""
+    command = [sys.executable, str(SWEEP), "--methods", "full", "--no-base", "--cpus-per-trial", "1", "--steps", "30"]
+    command += ["--storage-path", str(tmp_path), "--max-failures", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    always_too_much = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "250"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | always_too_much, timeout=PATIENCE_S
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (path,) = tmp_path.glob("mini/*/*/record.json")
+    failure = RunRecord.load(path).failure or ""
+    assert re.match(r"the worker failed 2 time\(s\): .*low on memory.* \(machine ", failure), failure
+    assert failure.replace(" 2 time", " 1 time")[:40] in done.stdout, "the first death is told, too"
+
+    resumed = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=PATIENCE_S
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert RunRecord.load(path).status == "finished"

@@ -98,6 +98,22 @@ def test_a_failed_run_has_a_record_without_secrets() -> None:
     assert (record.hardware, record.world_size, record.tasks, record.layers) == ("some GPU", 2, {}, None)
 
 
+def test_a_clock_that_was_set_back_ends_no_run_before_it_began() -> None:
+    ahead = "2999-01-01T00:00:00.000+00:00"
+    config = RunConfig(method=METHODS["full"].config)
+    record = build_record(
+        run_id="t1",
+        sweep="s",
+        sweep_id="s1",
+        config=config,
+        status="failed",
+        failure="x",
+        outcome=None,
+        started_at=ahead,
+    )
+    assert record.finished_at == ahead
+
+
 def test_plain_words_are_not_taken_for_secrets() -> None:
     text = "https://hub.example/a@b: gamma 40 larger than L = 30 (hf_model)"
     assert redact(text) == text
