@@ -151,4 +151,5 @@ def describe_death(error: str, times: int) -> str:
     found = (line for words in _TELLING for line in lines if words in line)
     telling = next(found, lines[-1] if lines else "no reason known")
     address = _ADDRESS.search(error)
-    return redact(f"the worker failed {times} time(s): {telling}" + (f" (machine {address[1]})" if address else ""))
+    where = f" (machine {address[1]})" if address and address[1] not in telling else ""
+    return redact(f"the worker failed {times} time(s): {telling}{where}")

@@ -71,13 +71,17 @@ def driver(
 
 
 def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[str], what: str, within_s: float = PATIENCE_S
+    condition: Callable[[], bool],
+    process: subprocess.Popen[str],
+    what: str,
+    within_s: float = PATIENCE_S,
+    every_s: float = 0.2,
 ) -> bool:
     """Whether it came to that; not if the sweep ended before."""
     deadline = time.monotonic() + within_s
     while not (there := condition()) and process.poll() is None:
         assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+        time.sleep(every_s)
     return there
 
 
@@ -91,8 +95,8 @@ def living(cluster: Cluster) -> list[psutil.Process]:
     return [process for process in trial_processes(cluster) if process.is_running()]
 
 
-def records_of(storage: Path) -> list[RunRecord]:
-    return [RunRecord.load(path) for path in sorted(storage.glob("*/*/*/record.json"))]
+def records_of(storage: Path, sweep: str = "chaos") -> list[RunRecord]:
+    return [RunRecord.load(path) for path in sorted(storage.glob(f"{sweep}/*/*/record.json"))]
 
 
 def assert_as_undisturbed(record: RunRecord) -> None:

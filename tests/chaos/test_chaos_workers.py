@@ -50,12 +50,14 @@ class Kind:
     Attributes:
         flags: of the sweep.
         script: the sweep's file.
+        name: of the sweep.
         process: what is killed of a trial.
         bits: whether a disturbed sweep has the bits of an undisturbed one, and not only its numbers.
     """
 
     flags: tuple[str, ...]
     script: Path = SWEEP
+    name: str = "chaos"
     process: str = "TrainWorker"
     bits: bool = True
 
@@ -72,6 +74,7 @@ KINDS = {
     "population": Kind(
         ("--scheduler", "pbt", "--num-samples", "4", "--no-base", "--steps", "800"),
         script=REPOSITORY / "tests" / "mini_search.py",
+        name="mini-search",
         process="ImplicitFunc",
     ),
 }
@@ -151,7 +154,7 @@ def test_a_sweep_that_is_killed_has_the_numbers_of_an_undisturbed_one(name: str)
         output = log_file.read_text()
         print("\n".join(line for line in output.splitlines() if "the worker failed" in line or "goes on from" in line))
         assert "the worker failed" in output, "why it was started again"
-        records, others = records_of(chaos.storage), records_of(whole)
+        records, others = records_of(chaos.storage, kind.name), records_of(whole, kind.name)
         keys = [record.run_id[-12:] for record in records]
         assert sorted(set(keys)) == sorted(keys) == sorted(other.run_id[-12:] for other in others)
         other_of = {other.run_id[-12:]: other for other in others}

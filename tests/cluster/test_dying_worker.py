@@ -141,7 +141,7 @@ def test_a_trial_that_the_memory_monitor_of_ray_kills_fails_alone_and_is_resumed
     assert "Traceback" not in done.stderr
     (path,) = tmp_path.glob("mini/*/*/record.json")
     failure = RunRecord.load(path).failure or ""
-    assert re.match(r"the worker failed 2 time\(s\): .*low on memory.* \(machine ", failure), failure
+    assert re.match(r"the worker failed 2 time\(s\): .*low on memory.* \(IP: ", failure), failure
     assert failure.replace(" 2 time", " 1 time")[:40] in done.stdout, "the first death is told, too"
 
     resumed = subprocess.run(
