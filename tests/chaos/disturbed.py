@@ -135,14 +135,17 @@ def assert_same(record: RunRecord, other: RunRecord) -> None:
 
 def assert_tracked_once(storage: Path, records: list[RunRecord]) -> None:
     """One parent, one finished child a trial, every step once."""
+    histories = tracked(storage, records)
+    assert histories == {record.run_id[-12:]: record.series.get("train/loss", []) for record in records}
+
+
+def tracked(storage: Path, records: list[RunRecord]) -> dict[str, list[tuple[int, float]]]:
+    """The loss of every step in MLflow, by trial; one parent, and one finished child a trial."""
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    experiment = client.get_experiment_by_name(records[0].sweep)
-    runs = list(client.search_runs([experiment.experiment_id]))
+    runs = list(client.search_runs([client.get_experiment_by_name(records[0].sweep).experiment_id]))
     children = {run.data.tags["trial_key"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
     assert len(runs) == 1 + len(records)
     assert sorted(children) == sorted(record.run_id[-12:] for record in records)
-    for record in records:
-        run = children[record.run_id[-12:]]
-        assert run.info.status == "FINISHED"
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert sorted((metric.step, metric.value) for metric in history) == record.series.get("train/loss", [])
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    found = {key: client.get_metric_history(run.info.run_id, "train/loss") for key, run in children.items()}
+    return {key: sorted((metric.step, metric.value) for metric in history) for key, history in found.items()}
