@@ -150,6 +150,7 @@ def describe_death(error: str, times: int) -> str:
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     found = (line for words in _TELLING for line in lines if words in line)
     telling = next(found, lines[-1] if lines else "no reason known")
+    telling = telling.partition(" Some common causes include:")[0]  # three lines of guesses
     address = _ADDRESS.search(error)
     where = f" (machine {address[1]})" if address and address[1] not in telling else ""
     return redact(f"the worker failed {times} time(s): {telling}{where}")

@@ -24,7 +24,7 @@ KILLED = """The actor died unexpectedly before finishing this task.
 \tclass_name: ImplicitFunc
 \tpid: 4711
 \tip: 10.0.0.3
-The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Some common causes include: 1
 The actor never ran"""
 RAISED = """ray::ImplicitFunc.train() (pid=4711, ip=10.0.0.4, actor_id=1, repr=single_worker)
   File "worker.py", line 1, in work
