@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
+from grass_ray.cluster.storage import Storage
 from grass_ray.config import Code, Parallel, RunConfig
 from grass_ray.execute import RunContext
 from grass_ray.experiment.search import rungs
@@ -21,6 +22,12 @@ HELD = "held"  # in a report: its process waits at a rung until it is let pass
 RECORD_FILE = "record.json"
 TRACEBACK_FILE = "traceback.txt"  # of a trial whose processes died too often
 FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
+
+
+def has_ended(storage: Storage, config: RunConfig) -> bool:
+    """Return whether a trial of the sweep in ``storage`` need not run again: it has a record, and did not die."""
+    folder = config.folder
+    return storage.exists(folder, RECORD_FILE) and not storage.exists(folder, TRACEBACK_FILE)
 
 
 class SweepContext(BaseModel):

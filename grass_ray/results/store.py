@@ -26,7 +26,6 @@ from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_p
 from grass_ray.results.record import RunRecord
 from grass_ray.results.sqlite_runs import open_store, read_runs
 from grass_ray.results.writes import COMPLETE_TAG, RUN_STATUS
-from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,8 +60,8 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
     Args:
         tracking_uri: ``sqlite:///...`` or the address of a server.
         experiment: the name of a sweep; None means all experiments.
-        series: keep what was measured at every step, which is most of a record. Without it the number of tokens stays
-            as one point, so that leaderboards are the same.
+        series: keep what was measured at every step, which is most of a record
+            (:meth:`~grass_ray.results.record.RunRecord.without_steps`).
 
     Raises:
         ConfigError: the store or the experiment does not exist.
@@ -91,7 +90,7 @@ def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bo
                 path = _record_file(client, found, Path(folder))
             record = None if path is None else _read(path, found)
             if record is not None:
-                yield _slim(record, questions, series=series)
+                yield record.with_known(questions) if series else record.without_steps(questions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,17 +321,3 @@ def _read(path: Path, found: _Found) -> RunRecord | None:
     except ConfigError as error:
         log.warning("the record of run %s (%s) is left out: %s", found.name, found.run_id, error)
         return None
-
-
-def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunRecord:
-    """Share each question's id among all records, and drop the series unless they are wanted."""
-    for score in record.tasks.values():
-        score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
-    for own in record.lm_eval.values():
-        own.example_ids = [questions.setdefault(example, example) for example in own.example_ids]
-    if not series:
-        tokens = record.step_tokens()
-        record.series = {TOKENS: [(max(tokens), sum(tokens.values()))]} if tokens else {}
-        if record.layers is not None:
-            record.layers.intervals, record.layers.refreshes, record.layers.ages = [], [], []
-    return record
