@@ -33,7 +33,7 @@ from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.pages import is_server, run_page
-from grass_ray.results.record import RunRecord, SearchPart
+from grass_ray.results.record import SearchPart
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
 from grass_ray.results.sync import sync_command
@@ -225,7 +225,8 @@ class SweepRunner:
             write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
         failed = [record for record in records if record.status not in ("finished", "stopped")]
-        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished", sha256=joint_digest(trial_store.digests.values()))
+        digest = joint_digest(trial_store.digests.values()) if records else None
+        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished", sha256=digest)
         if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
         print("\n" * (not self.options.quiet) + render(tables, "table", width=self._width()))

@@ -13,7 +13,7 @@ has: speed, learning rate, and running totals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -259,14 +259,15 @@ class RunRecord(RecordPart):
 
     def with_known(self, questions: dict[str, str]) -> RunRecord:
         """A copy whose ids of questions are those of ``questions``, where each id is in memory once; new ones join."""
-        scores = {
-            name: {
-                task: score.model_copy(update={"example_ids": [questions.setdefault(id, id) for id in score.example_ids]})
-                for task, score in own.items()
-            }
-            for name, own in (("tasks", self.tasks), ("lm_eval", self.lm_eval))
-        }
-        return self.model_copy(update=scores)
+
+        def known(score: TaskScore | LmEvalScore) -> TaskScore | LmEvalScore:
+            ids = [questions.setdefault(example, example) for example in score.example_ids]
+            return score.model_copy(update={"example_ids": ids})
+
+        both: dict[str, Mapping[str, TaskScore | LmEvalScore]] = {"tasks": self.tasks, "lm_eval": self.lm_eval}
+        return self.model_copy(
+            update={name: {task: known(score) for task, score in own.items()} for name, own in both.items()}
+        )
 
     # What happened at each step. A record of schema 1 says it by other names; a run that began under schema 1 and was
     # resumed under schema 2 has the series of schema 2 from there on.
