@@ -125,6 +125,7 @@ def replay(params: dict[str, Any], kept: Path) -> None:
     half = len(steps) // 2
     for part in (steps[:half], steps[half:]):
         view = {"step": part[-1][0], "total_steps": steps[-1][0], "loss": 1.0}
+        view |= {"tokens_per_second": 1000.0, "peak_gib": 0.1, "active_layers": []}
         ray.tune.report({"phase": "training", "steps": part, "view": view})
     ray.tune.report({"phase": "evaluating", "steps": [], "view": {"task": "generated", "done": 20, "total": 40}})
     record = RunRecord.model_validate(found["record"]).model_copy(

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grass_ray.cluster.resources import TrialResources
+from grass_ray.cluster.storage import Storage
 from grass_ray.config import Code, Parallel, RunConfig
 from grass_ray.errors import redact
 from grass_ray.execute import RunContext
@@ -26,6 +27,12 @@ FAILURE_FILE = "failure.json"  # why one worker of several ended its trial
 # what the telling line of Ray's messages on memory and on killed processes has; their last line says something else
 _TELLING = ("low on memory", "NODE_OUT_OF_MEMORY", "is dead because", "because its node")
 _ADDRESS = re.compile(r"\bip(?:: ?|=)([0-9a-f.:]*[0-9a-f])", re.IGNORECASE)
+
+
+def has_ended(storage: Storage, config: RunConfig) -> bool:
+    """Return whether a trial of the sweep in ``storage`` need not run again: it has a record, and did not die."""
+    folder = config.folder
+    return storage.exists(folder, RECORD_FILE) and not storage.exists(folder, TRACEBACK_FILE)
 
 
 class SweepContext(BaseModel):

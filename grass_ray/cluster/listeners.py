@@ -20,7 +20,7 @@ from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError
 from grass_ray.execute import Action, Ending, Listener
 from grass_ray.progress import step_summary
-from grass_ray.training.report import VALIDATION, StepReport, TrainingFailure
+from grass_ray.training.report import HPARAM, VALIDATION, StepReport, TrainingFailure
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
@@ -195,7 +195,7 @@ class ChangingSettings(Listener):
             name = key.rpartition(".")[2]
             setting = run.config.method.optimizer.lr if name == "lr" else getattr(optimizer.sampler, name)
             if setting is not None:
-                run.state.record(f"hparam/{name}", float(value_at(setting, run.state.trained)))
+                run.state.record(HPARAM + name, float(value_at(setting, run.state.trained)))
         return Action.GO
 
 

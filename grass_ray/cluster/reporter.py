@@ -76,7 +76,8 @@ class TrialStore:
         overview: the sweep's page in MLflow.
 
     Attributes:
-        records: of the trials that ended, by key.
+        records: of the trials that ended, by key, without what was measured at every step: a sweep may have thousands.
+        digests: of the same records as they were written.
         lost: trials that Tune gave up though they may fail again: why, and all that is known of it, by key.
     """
 
@@ -95,9 +96,12 @@ class TrialStore:
         self.progress = progress
         self.overview = overview
         self.records: dict[str, RunRecord] = {}
+        self.digests: dict[str, str] = {}
         self.lost: dict[str, tuple[str, str]] = {}
         self._scratch = scratch
         self._complete: dict[str, str | None] | None = None
+        self._files: dict[str, Path] = {}
+        self._questions: dict[str, str] = {}
         self._trials = {config.fingerprint: _Trial(config=config) for config in plan.trials}
 
     # -- what happens to a trial
@@ -173,9 +177,12 @@ class TrialStore:
             self._write(trial, self._record_without_outcome(trial, "failed", failure))
         files = self._fetch(trial)
         record = RunRecord.load(files / RECORD_FILE)
-        if not (earlier and self._is_complete(record)):
+        self.digests[key] = digest(record)
+        if not (earlier and self._is_complete(record.run_id, self.digests[key])):
             self.tracker.finish(self._open_run(trial), record, files)
-        self.records[key] = record
+        self.records[key] = record.without_steps(self._questions)
+        self._files[record.run_id] = files / RECORD_FILE
+        trial.seen.clear()
         self.progress.end(
             key,
             record.status,
@@ -185,12 +192,13 @@ class TrialStore:
             earlier=_earlier(record) if earlier else "",
         )
         if not earlier:  # a resumed sweep begins with many at once
-            self.overview.show(list(self.records.values()))
+            self.overview.show(self.records.values(), self.whole_record)
 
-    def has_ended(self, config: RunConfig) -> bool:
-        """Return whether a trial need not run again: it has a record, and its process did not die."""
-        folder = config.folder
-        return self.storage.exists(folder, RECORD_FILE) and not self.storage.exists(folder, TRACEBACK_FILE)
+    def whole_record(self, record: RunRecord) -> RunRecord:
+        """One of :attr:`records` with what was measured at every step; as it is if its file is gone."""
+        with suppress(ConfigError):
+            return RunRecord.load(self._files[record.run_id])
+        return record
 
     # -- what happens to the sweep
 
@@ -210,13 +218,13 @@ class TrialStore:
 
     # -- MLflow and files
 
-    def _is_complete(self, record: RunRecord) -> bool:
+    def _is_complete(self, run_id: str, sha256: str) -> bool:
         """Whether MLflow has all of a trial that ended before this process began; it is asked once for all trials."""
         if self._complete is None:
             self._complete = {}
             with suppress(ConfigError):  # a store that does not answer is told of every trial once it does
                 self._complete = {run.run_id: run.record_sha256 for run in tracked_runs(self.plan.tracking_uri)}
-        return self._complete.get(record.run_id) == digest(record)
+        return self._complete.get(run_id) == sha256
 
     def _log_new_steps(self, trial: _Trial, steps: Steps) -> None:
         """Log the steps after the last one logged; the tracker knows those that an earlier driver logged."""

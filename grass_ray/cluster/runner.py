@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.job import Job, SweepContext, has_ended
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.resources import ClusterInfo, TrialResources
 from grass_ray.cluster.reuse import Reuse, machine_of_trials
@@ -33,11 +33,12 @@ from grass_ray.process import FAILED, INTERRUPTED, Interrupts, describe_failure
 from grass_ray.progress import SweepProgress
 from grass_ray.results.overview import Overview
 from grass_ray.results.pages import is_server, run_page
-from grass_ray.results.record import RunRecord, SearchPart
+from grass_ray.results.record import SearchPart
 from grass_ray.results.rendering import render
 from grass_ray.results.searches import best_settings, left_out, write_settings
 from grass_ray.results.sync import sync_command
 from grass_ray.results.tracker import Tracker
+from grass_ray.results.writes import joint_digest
 from grass_ray.training.report import GIB, VALIDATION
 
 FULL_MIB = 8.0  # less than a trial writes
@@ -92,13 +93,13 @@ class SweepRunner:
             with Interrupts() as interrupts:
                 try:
                     self._run_trials(trial_store)
-                    code = self._sum_up(sweep_run, list(trial_store.records.values()), overview)
+                    code = self._sum_up(sweep_run, trial_store, overview)
                 except KeyboardInterrupt:
                     interrupts.ignore()
                     trial_store.stop_running("stopped", "the sweep was interrupted; --resume goes on")
                     self.tracker.finish_sweep(sweep_run, status="stopped")
                     self._say(f"stopped; {self.progress.summary()}\ngo on with:  {resume_command}", always=True)
-                    overview.update(list(trial_store.records.values()))
+                    overview.update(list(trial_store.records.values()), trial_store.whole_record)
                 except Exception as error:
                     code, reason = FAILED, self._refusal(error)
                     trial_store.stop_running("failed", reason or f"{type(error).__name__}: {error}")
@@ -125,7 +126,7 @@ class SweepRunner:
         methods = plan.methods if plan is not None else ()
         searches = [MethodSearch(plan, spec, trial_store, self.storage) for spec in methods if plan is not None]
         for config in [*self.plan.trials, *(config for search in searches for config in search.ended())]:
-            if trial_store.has_ended(config):
+            if has_ended(self.storage, config):
                 trial_store.end(config.fingerprint, None, earlier=True)
         if not self._is_left(trial_store, searches):
             self._say("every trial has ended already")
@@ -154,7 +155,7 @@ class SweepRunner:
                 jobs = [
                     Job.of(final.config, context, search=final.search, start_from=final.start_from)
                     for final in finals
-                    if not trial_store.has_ended(final.config)
+                    if not has_ended(self.storage, final.config)
                 ]
                 if jobs:
                     run_trials(TuneRun(name="tune", jobs=jobs), context, trial_store)
@@ -169,7 +170,7 @@ class SweepRunner:
         self, reuse: Reuse, trials: Sequence[tuple[RunConfig, SearchPart | None]], trial_store: TrialStore
     ) -> None:
         """Take over what has run before, of the trials that are left."""
-        left = [(config, search) for config, search in trials if not trial_store.has_ended(config)]
+        left = [(config, search) for config, search in trials if not has_ended(self.storage, config)]
         for config in reuse.take_over(left):
             trial_store.end(config.fingerprint, None, earlier=True)
 
@@ -203,9 +204,9 @@ class SweepRunner:
             return True
         finals = self._finals(trial_store, searches)
         for final in finals[len(self.plan.trials) :]:
-            if trial_store.has_ended(final.config):
+            if has_ended(self.storage, final.config):
                 trial_store.end(final.config.fingerprint, None, earlier=True)
-        return any(not trial_store.has_ended(final.config) for final in finals)
+        return any(not has_ended(self.storage, final.config) for final in finals)
 
     def _finals(self, trial_store: TrialStore, searches: list[MethodSearch]) -> list[Final]:
         """The trials that meet the test: those of the plan, then the winners'."""
@@ -216,14 +217,16 @@ class SweepRunner:
             finals.append(final)
         return finals
 
-    def _sum_up(self, sweep_run: str, records: list[RunRecord], overview: Overview) -> int:
+    def _sum_up(self, sweep_run: str, trial_store: TrialStore, overview: Overview) -> int:
         """Write figures and leaderboard as files and to the parent run; print the leaderboard and where all is."""
-        tables = overview.update(records)
+        records = list(trial_store.records.values())
+        tables = overview.update(records, trial_store.whole_record)
         if best := best_settings(records):
             write_settings(best, overview.folder / BEST_FILE)
         self.storage.upload(overview.folder, SUMMARY_FOLDER)
         failed = [record for record in records if record.status not in ("finished", "stopped")]
-        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished", records=records)
+        digest = joint_digest(trial_store.digests.values()) if records else None
+        self.tracker.finish_sweep(sweep_run, status="failed" if failed else "finished", sha256=digest)
         if not failed:
             self.storage.remove("ray")  # Tune's and Train's own files: nothing is left to continue
         print("\n" * (not self.options.quiet) + render(tables, "table", width=self._width()))

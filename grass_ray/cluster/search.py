@@ -19,7 +19,7 @@ from typing import Literal
 
 from ray.tune.schedulers import TrialScheduler
 
-from grass_ray.cluster.job import Job, SweepContext
+from grass_ray.cluster.job import Job, SweepContext, has_ended
 from grass_ray.cluster.pbt import STATE_FILE, MemberState
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.resources import driver_memory
@@ -79,7 +79,7 @@ class MethodSearch:
 
     def ended(self) -> list[RunConfig]:
         """Trials that need not run again; of a population all or none, since they depend on each other."""
-        ended = [config for config in self.trials if self._trial_store.has_ended(config)]
+        ended = [config for config in self.trials if has_ended(self._storage, config)]
         return ended if self.plan.scheduler != "pbt" or len(ended) == len(self.trials) else []
 
     def is_left(self) -> bool:

@@ -58,8 +58,9 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
     console = Console()
     root = Storage.at(options.storage_path)
     plan = _resumed_plan(sweep, root, options) if options.resume else _new_plan(sweep, root, options)
-    _check(plan, options)
     storage = root.join(sweep.name, plan.sweep_id)
+    left = _left(plan, storage) if options.resume else _to_check(plan)
+    _check(left, options)
     if options.dry_run:
         _print_trials(console, plan)
     elif not options.quiet:
@@ -68,7 +69,7 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
         from grass_ray.commands.data_view import show_data
 
         show_data((config for config in plan.configs if config.training.steps), console)
-    for line in _find_lost_rows(plan):
+    for line in _find_lost_rows(left):
         _say(console, line)
     if options.dry_run:
         return 0
@@ -125,13 +126,15 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
     return plan.model_copy(update={"tracking_uri": uri}) if uri else plan
 
 
-def _check(plan: SweepPlan, options: SweepOptions) -> None:
+def _check(configs: Sequence[RunConfig], options: SweepOptions) -> None:
     """Check every trial's model, data and schedule before anything is started; all mistakes at once."""
+    if not configs:
+        return  # loads no torch
     from grass_ray.training.checks import check_run
 
     mistakes: dict[str, None] = {}
     checked: set[Hashable] = set()
-    for config in _to_check(plan):
+    for config in configs:
         try:
             check_run(config, options.workers_per_trial, options.parallel, options.min_workers, checked)
         except ConfigError as mistake:
@@ -140,12 +143,14 @@ def _check(plan: SweepPlan, options: SweepOptions) -> None:
         raise ConfigError("\n  ".join(mistakes))
 
 
-def _find_lost_rows(plan: SweepPlan) -> list[str]:
+def _find_lost_rows(configs: Sequence[RunConfig]) -> list[str]:
     """A line for each way in which the trials lose training rows."""
+    distinct = {(config.model, config.data): config for config in configs if config.training.steps}
+    if not distinct:
+        return []
     from grass_ray.training.checks import tokenizer_to_check
     from grass_ray.training.lost_rows import find_lost_rows
 
-    distinct = {(config.model, config.data): config for config in plan.configs if config.training.steps}
     lines = [find_lost_rows(config, tokenizer_to_check(config.model)) for config in distinct.values()]
     return list(dict.fromkeys(line for some in lines for line in some))
 
@@ -157,6 +162,13 @@ def _to_check(plan: SweepPlan) -> list[RunConfig]:
     choose = at_random(random.Random(0))
     drawn = [spec.trial(sample(spec.space, choose)) for spec in plan.search.methods for _ in range(8)]
     return [*plan.known_trials, *drawn]
+
+
+def _left(plan: SweepPlan, storage: Storage) -> list[RunConfig]:
+    """Those to check of the trials that have not ended. Whether a search's winners have is not known yet."""
+    from grass_ray.cluster.job import has_ended
+
+    return [config for config in _to_check(plan) if plan.search is not None or not has_ended(storage, config)]
 
 
 def _embedded_store(root: Storage) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from grass_ray.config import ConfigError, MethodConfig
 from grass_ray.layerwise.all_layers import AllLayersSampler
 from grass_ray.layerwise.sampler import Sampler
-from grass_ray.layerwise.stack import DecoderStack
 from grass_ray.memory.allocations import DeviceKind, storages_bytes
 from grass_ray.memory.step import profile_block
 from grass_ray.optim.chunks import cut, total_bytes
@@ -24,19 +23,11 @@ from grass_ray.optim.host_weights import streamable_weights
 from grass_ray.optim.inactive import InactiveSGD
 from grass_ray.optim.kernels import StateLayout, adamw, state_layout
 from grass_ray.optim.options import LayerwiseOptions
+from grass_ray.optim.parts import Parts, take_apart
 from grass_ray.optim.projection import Projection, projected_parameters
 from grass_ray.optim.units import Unit
 from grass_ray.optim.weights import slot_bytes
-from grass_ray.training.optimizer import build_optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """A model as an optimizer takes it apart: its layers, the units that a sampler picks from, and the others."""
-
-    stack: DecoderStack
-    units: Sequence[Unit]
-    constant: Sequence[Unit]
+from grass_ray.training.optimizer import optimizer_options
 
 
 class PlannedModel:
@@ -56,25 +47,27 @@ class PlannedModel:
         self.nbytes = storages_bytes((*model.parameters(), *model.buffers()))
         self.num_parameters = sum(p.numel() for p in self.names)
         self._given = {p for p in self.names if p.requires_grad}
-        self._parts: dict[str, _Parts] = {}
+        self._parts: dict[LayerwiseOptions, Parts] = {}
 
-    def parts(self, method: MethodConfig) -> _Parts:
+    def parts(self, method: MethodConfig) -> Parts:
         """Take the model apart as the optimizer of ``method`` does, once for all methods with which it is the same.
 
         Raises:
             ValueError: the method cannot train this model.
         """
-        # neither what is drawn nor where states and weights live changes the units
-        key = method.model_dump_json(exclude={"name": True, "sampler": True, "offload": True, "weights": True,
-                                              "optimizer": {"lr"}})  # fmt: skip
-        if key not in self._parts:
+        given = optimizer_options(method)
+        # of the options only these change the units
+        options = LayerwiseOptions(
+            train_embeddings=given.train_embeddings,
+            train_head=given.train_head,
+            train_norm=given.train_norm,
+            granularity=given.granularity,
+        )
+        if options not in self._parts:
             for parameter in self.names:
                 parameter.requires_grad_(parameter in self._given)
-            # built only for its units: nothing is moved and nothing is measured
-            resident = method.model_copy(update={"offload": "none", "weights": "resident"})
-            optimizer = build_optimizer(self.model, AllLayersSampler(), resident)
-            self._parts[key] = _Parts(stack=optimizer.stack, units=optimizer.units, constant=optimizer.constant_units)
-        return self._parts[key]
+            self._parts[options] = take_apart(self.model, AllLayersSampler(), options)
+        return self._parts[options]
 
 
 @dataclass(frozen=True, kw_only=True)

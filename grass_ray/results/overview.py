@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from grass_ray.results.record import RunRecord
 from grass_ray.results.rendering import Format, markdown_rows, render
 from grass_ray.results.table_columns import all_columns
 from grass_ray.results.tracker import Tracker
+
+Whole = Callable[[RunRecord], RunRecord]
 
 LONGEST_NOTE = 7500  # characters; MLflow cuts a tag at 8000
 MOST_BARS = 40
@@ -58,20 +60,24 @@ class Overview:
         self.folder = folder
         self._not_before = 0.0
 
-    def show(self, records: Sequence[RunRecord]) -> None:
-        """As :meth:`update`, unless that was done a moment ago.
+    def show(self, records: Collection[RunRecord], whole: Whole | None = None) -> None:
+        """As :meth:`update`, unless that was done a moment ago."""
+        if time.monotonic() >= self._not_before:
+            self.update(list(records), whole)
+
+    def update(self, records: Sequence[RunRecord], whole: Whole | None = None) -> list[LeaderboardTable]:
+        """Build the leaderboard, write its files and send them to MLflow.
 
         Args:
             records: of all trials that ended.
-        """
-        if time.monotonic() >= self._not_before:
-            self.update(records)
+            whole: finds the whole record of one that is without what was measured at every step.
 
-    def update(self, records: Sequence[RunRecord]) -> list[LeaderboardTable]:
-        """Build the leaderboard, write its files and send them to MLflow; returns its tables."""
+        Returns:
+            The leaderboard's tables.
+        """
         started = time.monotonic()
         tables = build_leaderboard(records)
-        write_summary(records, tables, self.folder)
+        write_summary(records, tables, self.folder, whole)
         finished = sum(record.status == "finished" for record in records)
         stopped = sum(record.status == "stopped" for record in records)
         metrics = {"sweep/finished": float(finished), "sweep/failed": float(len(records) - finished - stopped)}
@@ -95,7 +101,9 @@ class Overview:
         return tables
 
 
-def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path) -> None:
+def write_summary(
+    records: Sequence[RunRecord], tables: Sequence[LeaderboardTable], folder: Path, whole: Whole | None = None
+) -> None:
     """Write the leaderboard as Markdown, CSV and JSON, and the sweep's figures, into ``folder``."""
     from grass_ray.results.figures.figure import Runs  # loads matplotlib
 
@@ -103,7 +111,7 @@ def write_summary(records: Sequence[RunRecord], tables: Sequence[LeaderboardTabl
     for suffix, form in _FORMS.items():
         write_whole(folder / f"leaderboard.{suffix}", render(tables, form))
     draw_ranking(tables, folder / "ranking.png")
-    write_sweep_plots(Runs(tables, records), folder)
+    write_sweep_plots(Runs(tables, records, whole), folder)
 
 
 # ------------------------------------------------------------------------------------------------ table and description

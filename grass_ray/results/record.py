@@ -13,7 +13,7 @@ has: speed, learning rate, and running totals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from grass_ray.config import ConfigError, read_text, write_whole
 from grass_ray.config.base import explain
 from grass_ray.tasks.scores import TextLoss, text_loss
-from grass_ray.training.report import PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, LayerTrace
+from grass_ray.training.report import HPARAM, PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, VALIDATION, LayerTrace
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
 
@@ -234,6 +234,40 @@ class RunRecord(RecordPart):
             ) from None
         except ValueError as error:
             raise ConfigError(f"{path} is not a run record: {error}") from None
+
+    def without_steps(self, questions: dict[str, str]) -> RunRecord:
+        """A copy without what was measured at every step, which is most of a record, for tables of many runs.
+
+        What is measured now and then stays: the loss on held-out rows and settings that changed, with the number of
+        training steps done by then. The number of tokens stays as one point, so that leaderboards are the same.
+
+        Args:
+            questions: ids of questions seen before, by themselves (:meth:`with_known`).
+        """
+        now_and_then = [name for name in self.series if name == VALIDATION or name.startswith(HPARAM)]
+        kept = {name: self.series[name] for name in now_and_then}
+        steps = {step for points in kept.values() for step, _ in points}
+        for name in (PHASE, TRAIN_STEP):
+            if points := [point for point in self.series.get(name, ()) if point[0] in steps]:
+                kept[name] = points
+        if tokens := self.step_tokens():
+            kept[TOKENS] = [(max(tokens), sum(tokens.values()))]
+        layers = self.layers
+        if layers is not None:
+            layers = layers.model_copy(update={"intervals": [], "refreshes": [], "ages": []})
+        return self.with_known(questions).model_copy(update={"series": kept, "layers": layers})
+
+    def with_known(self, questions: dict[str, str]) -> RunRecord:
+        """A copy whose ids of questions are those of ``questions``, where each id is in memory once; new ones join."""
+
+        def known(score: TaskScore | LmEvalScore) -> TaskScore | LmEvalScore:
+            ids = [questions.setdefault(example, example) for example in score.example_ids]
+            return score.model_copy(update={"example_ids": ids})
+
+        both: dict[str, Mapping[str, TaskScore | LmEvalScore]] = {"tasks": self.tasks, "lm_eval": self.lm_eval}
+        return self.model_copy(
+            update={name: {task: known(score) for task, score in own.items()} for name, own in both.items()}
+        )
 
     # What happened at each step. A record of schema 1 says it by other names; a run that began under schema 1 and was
     # resumed under schema 2 has the series of schema 2 from there on.

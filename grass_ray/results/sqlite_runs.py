@@ -20,18 +20,22 @@ from pathlib import Path
 from urllib.parse import quote
 
 _RUNS = """
-    SELECT run_uuid, runs.name, status, start_time FROM runs JOIN experiments USING (experiment_id)
+    SELECT run_uuid, runs.name, status, start_time, runs.artifact_uri, experiments.name
+    FROM runs JOIN experiments USING (experiment_id)
     WHERE runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active' ORDER BY start_time, run_uuid
 """
 
 
 @dataclass(kw_only=True, slots=True)
 class SqliteRun:
-    """A run as the database has it; ``started_ms`` is in milliseconds since 1970."""
+    """A run as the database has it; ``started_ms`` is in milliseconds since 1970, ``artifacts`` where its files are."""
 
+    run_id: str
     name: str
     status: str
     started_ms: int
+    artifacts: str
+    experiment: str
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -41,6 +45,16 @@ def open_store(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
 
 
+def read_experiments(database: sqlite3.Connection) -> list[str]:
+    """Read the names of the experiments that are not deleted, the newest first.
+
+    Raises:
+        sqlite3.Error: as :func:`read_runs`.
+    """
+    found = "SELECT name FROM experiments WHERE lifecycle_stage = 'active' ORDER BY creation_time DESC, experiment_id"
+    return [name for (name,) in database.execute(found)]
+
+
 def read_runs(database: sqlite3.Connection, *, tags: Sequence[str], metrics: Sequence[str]) -> list[SqliteRun]:
     """Read all runs that are not deleted, oldest first, with some of their tags and metrics.
 
@@ -48,8 +62,10 @@ def read_runs(database: sqlite3.Connection, *, tags: Sequence[str], metrics: Seq
         sqlite3.Error: it is not a database of MLflow, or of another schema.
     """
     runs = {
-        run_id: SqliteRun(name=name, status=status, started_ms=started)
-        for run_id, name, status, started in database.execute(_RUNS)
+        run_id: SqliteRun(
+            run_id=run_id, name=name, status=status, started_ms=started, artifacts=artifacts, experiment=experiment
+        )
+        for run_id, name, status, started, artifacts, experiment in database.execute(_RUNS)
     }
     for run_id, key, value in database.execute(_of("tags", "value", tags), tags):
         if run_id in runs:

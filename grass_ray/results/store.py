@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,9 +25,8 @@ from grass_ray.config import ConfigError
 from grass_ray.errors import redact
 from grass_ray.results.connection import SQLITE, absolute_uri, connect, sqlite_path, store_errors
 from grass_ray.results.record import RunRecord
-from grass_ray.results.sqlite_runs import open_store, read_runs
+from grass_ray.results.sqlite_runs import open_store, read_experiments, read_runs
 from grass_ray.results.writes import COMPLETE_TAG, RUN_STATUS
-from grass_ray.training.report import TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,8 +61,8 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
     Args:
         tracking_uri: ``sqlite:///...`` or the address of a server.
         experiment: the name of a sweep; None means all experiments.
-        series: keep what was measured at every step, which is most of a record. Without it the number of tokens stays
-            as one point, so that leaderboards are the same.
+        series: keep what was measured at every step, which is most of a record
+            (:meth:`~grass_ray.results.record.RunRecord.without_steps`).
 
     Raises:
         ConfigError: the store or the experiment does not exist.
@@ -73,25 +73,15 @@ def load_records(tracking_uri: str, experiment: str | None = None, *, series: bo
 def iter_records(tracking_uri: str, experiment: str | None = None, *, series: bool = True) -> Iterator[RunRecord]:
     """As :func:`load_records`, one record at a time, so that only one is in memory."""
     uri = _existing(tracking_uri)
-    client = connect(uri)
-    with store_errors(uri):
-        experiments = {item.name: item.experiment_id for item in client.search_experiments()}
-        if experiment is not None and experiment not in experiments:
-            raise ConfigError(
-                f"unknown experiment {experiment!r} in {redact(uri)}; available: {', '.join(experiments)}"
-            )
-        chosen = list(experiments.values()) if experiment is None else [experiments[experiment]]
-        latest: dict[tuple[str, str], _Found] = {}
-        for key, run in _child_runs(client, chosen):
-            latest[key] = _Found(str(run.info.run_id), str(run.info.run_name), str(run.info.artifact_uri))
     questions: dict[str, str] = {}
+    client = functools.cache(functools.partial(connect, uri))
     with tempfile.TemporaryDirectory(prefix="grass_ray-records-") as folder:
-        for found in latest.values():
+        for found in _trials(uri, experiment):
             with store_errors(uri):
                 path = _record_file(client, found, Path(folder))
             record = None if path is None else _read(path, found)
             if record is not None:
-                yield _slim(record, questions, series=series)
+                yield record.with_known(questions) if series else record.without_steps(questions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +133,7 @@ def _latest(runs: Iterable[TrackedRun]) -> list[TrackedRun]:
 def _listed_in(database: sqlite3.Connection) -> Iterator[TrackedRun]:
     wanted = (PARENT_TAG, "sweep_id", "trial_key", "status", COMPLETE_TAG)
     for run in read_runs(database, tags=wanted, metrics=("eval/average", "eval/loss")):
-        if {PARENT_TAG, "sweep_id", "trial_key"} <= run.tags.keys():
-            key = run.tags["sweep_id"], run.tags["trial_key"]
+        if (key := _trial_of(run.tags)) is not None:
             yield _tracked(key, run.name, run.status, run.started_ms, run.tags, run.metrics)
 
 
@@ -243,6 +232,35 @@ class _Found:
     artifacts: str
 
 
+def _trials(uri: str, experiment: str | None) -> list[_Found]:
+    """The trials of an experiment, or of all, oldest first; of each sweep id and trial key the latest run."""
+    if uri.startswith(SQLITE):
+        with suppress(sqlite3.Error), closing(open_store(sqlite_path(uri))) as database:
+            _check_experiment(uri, experiment, read_experiments(database))
+            runs = read_runs(database, tags=(PARENT_TAG, "sweep_id", "trial_key"), metrics=())
+            chosen = [run for run in runs if experiment in (None, run.experiment)]
+            found = {_trial_of(run.tags): _Found(run.run_id, run.name, run.artifacts) for run in chosen}
+            return [trial for key, trial in found.items() if key is not None]
+    client = connect(uri)
+    with store_errors(uri):
+        ids = {item.name: item.experiment_id for item in client.search_experiments()}
+        _check_experiment(uri, experiment, ids)
+        own = _child_runs(client, list(ids.values()) if experiment is None else [ids[experiment]])
+        facts = {key: (run.info.run_id, run.info.run_name, run.info.artifact_uri) for key, run in own}
+        return [_Found(*map(str, trial)) for trial in facts.values()]
+
+
+def _check_experiment(uri: str, experiment: str | None, known: Collection[str]) -> None:
+    if experiment is not None and experiment not in known:
+        raise ConfigError(f"unknown experiment {experiment!r} in {redact(uri)}; available: {', '.join(known)}")
+
+
+def _trial_of(tags: Mapping[str, str]) -> tuple[str, str] | None:
+    """Sweep id and trial key; None if the run is not a trial's."""
+    is_trial = {PARENT_TAG, "sweep_id", "trial_key"} <= tags.keys()
+    return (tags["sweep_id"], tags["trial_key"]) if is_trial else None
+
+
 def _existing(tracking_uri: str) -> str:
     """The absolute address. Raises :class:`ConfigError` if a SQLite file does not exist, which MLflow would create."""
     uri = absolute_uri(tracking_uri)
@@ -298,22 +316,21 @@ def _child_runs(client: MlflowClient, experiments: list[str]) -> Iterator[tuple[
             experiments, max_results=500, order_by=["attributes.start_time ASC"], page_token=token
         )
         for run in page:
-            tags = run.data.tags
-            if {PARENT_TAG, "sweep_id", "trial_key"} <= tags.keys():
-                yield (tags["sweep_id"], tags["trial_key"]), run
+            if (key := _trial_of(run.data.tags)) is not None:
+                yield key, run
         token = page.token
         if not token:
             return
 
 
-def _record_file(client: MlflowClient, found: _Found, folder: Path) -> Path | None:
+def _record_file(client: Callable[[], MlflowClient], found: _Found, folder: Path) -> Path | None:
     """The record's file: the artifact itself if it is on this machine, else a download in ``folder``."""
     if found.artifacts.startswith("file:"):
         path = Path(url2pathname(urlsplit(found.artifacts).path)) / RECORD_FILE
         return path if path.is_file() else None
-    if all(item.path != RECORD_FILE for item in client.list_artifacts(found.run_id)):
+    if all(item.path != RECORD_FILE for item in client().list_artifacts(found.run_id)):
         return None
-    return Path(client.download_artifacts(found.run_id, RECORD_FILE, str(folder)))  # over the one before
+    return Path(client().download_artifacts(found.run_id, RECORD_FILE, str(folder)))  # over the one before
 
 
 def _read(path: Path, found: _Found) -> RunRecord | None:
@@ -322,17 +339,3 @@ def _read(path: Path, found: _Found) -> RunRecord | None:
     except ConfigError as error:
         log.warning("the record of run %s (%s) is left out: %s", found.name, found.run_id, error)
         return None
-
-
-def _slim(record: RunRecord, questions: dict[str, str], *, series: bool) -> RunRecord:
-    """Share each question's id among all records, and drop the series unless they are wanted."""
-    for score in record.tasks.values():
-        score.example_ids = [questions.setdefault(example, example) for example in score.example_ids]
-    for own in record.lm_eval.values():
-        own.example_ids = [questions.setdefault(example, example) for example in own.example_ids]
-    if not series:
-        tokens = record.step_tokens()
-        record.series = {TOKENS: [(max(tokens), sum(tokens.values()))]} if tokens else {}
-        if record.layers is not None:
-            record.layers.intervals, record.layers.refreshes, record.layers.ages = [], [], []
-    return record

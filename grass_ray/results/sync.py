@@ -22,6 +22,7 @@ from grass_ray.results.overview import Overview
 from grass_ray.results.record import RunRecord
 from grass_ray.results.store import RECORD_FILE, is_run_id, trial_tags
 from grass_ray.results.tracker import SWEEP_KEY, Tracker
+from grass_ray.results.writes import digest
 
 _WITHIN_S = 60.0
 _NOT_TRACKED = "eval"  # measures a model without a run
@@ -90,7 +91,7 @@ def sync_sweep(tracker: Tracker, records: Sequence[RunRecord], *, question: str,
     with tempfile.TemporaryDirectory(prefix="grass_ray-sync-") as scratch:
         Overview(tracker, run_id, question, num_trials=len(records), folder=Path(scratch)).update(records)
         failed = any(record.status not in ("finished", "stopped") for record in records)
-        tracker.finish_sweep(run_id, status="failed" if failed else "finished", records=records)
+        tracker.finish_sweep(run_id, status="failed" if failed else "finished", sha256=digest(*records))
         _close(tracker)
     return True
 

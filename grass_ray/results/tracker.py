@@ -272,14 +272,14 @@ class Tracker:
             set_tags(client, known, {**tags, _NOTE_TAG: note, _TABLES_TAG: is_table})
             client.set_experiment_tag(self._experiment_id, _NOTE_TAG, note)  # the newest sweep's, on the first page
 
-    def finish_sweep(self, run_id: str, *, status: Status = "finished", records: Sequence[RunRecord] = ()) -> None:
-        """End a sweep's run; ``records`` are those of all its trials if none is left to run."""
+    def finish_sweep(self, run_id: str, *, status: Status = "finished", sha256: str | None = None) -> None:
+        """End a sweep's run; ``sha256`` is the digest of all its trials' records if none is left to run."""
         ended = int(time.time() * 1000)
 
         def act() -> None:
             client, known = self._opened(), self._known(run_id)
             if known is not None:
-                set_tags(client, known, {"status": status} | ({COMPLETE_TAG: digest(*records)} if records else {}))
+                set_tags(client, known, {"status": status} | ({} if sha256 is None else {COMPLETE_TAG: sha256}))
                 client.set_terminated(known, RUN_STATUS[status], ended)
 
         self._do("end of the sweep", act)

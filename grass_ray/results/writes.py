@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,12 @@ def ending_tags(record: RunRecord) -> dict[str, str]:
 
 def digest(*records: RunRecord) -> str:
     """SHA-256 of a record's contents, or of several in any order; in hexadecimal."""
-    each = sorted(hashlib.sha256(record.model_dump_json().encode()).hexdigest() for record in records)
+    return joint_digest(hashlib.sha256(record.model_dump_json().encode()).hexdigest() for record in records)
+
+
+def joint_digest(digests: Iterable[str]) -> str:
+    """The digest of several records, from those of each."""
+    each = sorted(digests)
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grass_ray.config import DataConfig, DatasetSource
 from grass_ray.tasks.conversations import Encoded, encode_chat, find_template, has_template
+from grass_ray.tasks.inference.token_cache import TokenCache
 from grass_ray.tasks.row_files import refuse_broken
 from grass_ray.tasks.rows import AnyRow, ChatRow, Row, RowError, TextRow
 from grass_ray.tasks.templates import render_prompt, render_response
+
+_AT_ONCE = 10_000  # rows whose tokens are in memory beside the encoded rows
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -93,34 +97,36 @@ class EncodedRows:
     refused: list[str]
 
 
-def encode_rows(rows: Sequence[AnyRow], tokenizer: Any, data: DataConfig) -> EncodedRows:
+def encode_rows(rows: Sequence[AnyRow], tokenizer: Any, data: DataConfig, cache: Path | None = None) -> EncodedRows:
     """Encode rows: prompt, response and end token, a conversation by the chat template, or a text.
 
     Args:
         rows: of any kind.
         tokenizer: a tokenizer of transformers with an end token.
         data: template, masking, maximum length, and what to do with rows that the chat template refuses.
+        cache: folder that keeps tokenized texts for later runs; any number of runs may share it. Conversations that the
+            chat template renders are not kept.
 
     Raises:
         ConfigError: there is no chat template for conversations, or it refuses rows and ``data.broken_rows`` says so.
     """
-    encode = _Encoder(tokenizer, data)
+    tokens = TokenCache(tokenizer, cache)
     found: list[EncodedRow] = []
     refused: list[str] = []
-    empty = 0
-    for row in rows:
-        if not response_of(row):
-            empty += 1
-            continue
-        try:
-            ids, learned = encode(row)
-        except RowError as mistake:
-            refused.append(f"{'' if isinstance(row, Row) else row.where}: {mistake}")
-            continue
-        limit = data.max_length_tokens
-        found.append(EncodedRow(row=row, ids=ids[:limit], learned=learned[:limit], length=len(ids)))
+    learned_from = [row for row in rows if response_of(row)]
+    for start in range(0, len(learned_from), _AT_ONCE):
+        part = learned_from[start : start + _AT_ONCE]
+        encode = _Encoder(tokenizer, data, part, tokens)
+        for row in part:
+            try:
+                ids, learned = encode(row)
+            except RowError as mistake:
+                refused.append(f"{'' if isinstance(row, Row) else row.where}: {mistake}")
+                continue
+            limit = data.max_length_tokens
+            found.append(EncodedRow(row=row, ids=ids[:limit], learned=learned[:limit], length=len(ids)))
     refuse_broken(refused, len(found), "the chat template", data.broken_rows)
-    return EncodedRows(rows=found, empty=empty, refused=refused)
+    return EncodedRows(rows=found, empty=len(rows) - len(learned_from), refused=refused)
 
 
 def response_of(row: AnyRow) -> str:
@@ -152,9 +158,11 @@ def is_chat(row: AnyRow, data: DataConfig, tokenizer: Any) -> bool:
 class _Encoder:
     """Encodes rows of one data configuration."""
 
-    def __init__(self, tokenizer: Any, data: DataConfig) -> None:
+    def __init__(self, tokenizer: Any, data: DataConfig, rows: Sequence[AnyRow], cache: TokenCache) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._templates: dict[bool, str] = {}
+        plain = [row for row in rows if not is_chat(row, data, tokenizer)]
+        self._tokens = cache.encode([text for row in plain for text in self._texts(row)])
 
     def __call__(self, row: AnyRow) -> Encoded:
         ids, learned = self._encode(row)
@@ -162,19 +170,30 @@ class _Encoder:
 
     def _encode(self, row: AnyRow) -> Encoded:
         tokenizer = self._tokenizer
-        if isinstance(row, TextRow):
-            ids = [*encode_prompt(tokenizer, row.text), tokenizer.eos_token_id]
-            return ids, [1] * len(ids)
         if isinstance(row, ChatRow) and is_chat(row, self._data, tokenizer):
             return encode_chat(tokenizer, row, self._template(row.tools is not None))
-        prompt, response = (
-            (render_prompt(row, self._data.template), render_response(row))
-            if isinstance(row, Row)
-            else (row.plain or ("", ""))
-        )
-        context, answer = encode_pair(tokenizer, prompt, response)
+        if isinstance(row, TextRow):
+            ids = [*self._known(row.text), tokenizer.eos_token_id]
+            return ids, [1] * len(ids)
+        prompt, response = self._pair(row)
+        context, answer = encode_pair(tokenizer, prompt, response, self._known)
         ids = [*context, *answer, tokenizer.eos_token_id]
         return ids, [0] * len(context) + [1] * (len(answer) + 1)
+
+    def _texts(self, row: AnyRow) -> tuple[str, ...]:
+        """What is tokenized of a row."""
+        if isinstance(row, TextRow):
+            return (row.text,)
+        prompt, response = self._pair(row)
+        return prompt, prompt + response
+
+    def _pair(self, row: Row | ChatRow) -> tuple[str, str]:
+        if isinstance(row, Row):
+            return render_prompt(row, self._data.template), render_response(row)
+        return row.plain or ("", "")
+
+    def _known(self, text: str) -> list[int]:
+        return without_end(self._tokenizer, self._tokens[text])
 
     def _template(self, tools: bool) -> str:
         if tools not in self._templates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class Batches:
         batch_size: number of rows per step.
         accumulation_steps: number of micro-batches per step.
         seed: seed of the shuffling.
+        cache: folder that keeps tokenized texts for later runs.
 
     Raises:
         ConfigError: no row has a label within the maximum length, or the chat template refuses a conversation.
@@ -102,6 +104,7 @@ class Batches:
         batch_size: int,
         accumulation_steps: int,
         seed: int,
+        cache: Path | None = None,
     ) -> None:
         self._pad = tokenizer.pad_token_id
         self._batch_size = batch_size
@@ -109,7 +112,7 @@ class Batches:
         self._batching = data.batching
         self.seed = seed
         self._epoch: tuple[int, list[int]] = (-1, [])
-        found = encode_rows(rows, tokenizer, data)
+        found = encode_rows(rows, tokenizer, data, cache)
         self.empty_rows, self.refused_rows = found.empty, len(found.refused)
         self.truncated_rows = sum(row.is_cut for row in found.rows)
         self._rows = [(row.ids, _labels(row.ids, row.learned)) for row in found.rows if row.targets]

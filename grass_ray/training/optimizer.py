@@ -35,19 +35,25 @@ def build_optimizer(model: Any, sampler: Sampler, method: MethodConfig) -> Layer
         max_grad_norm=settings.max_grad_norm,
         precision=settings.precision,
         offload=method.offload,
-        options=LayerwiseOptions(
-            projection=None if settings.projection is None else settings.projection.build(),
-            inactive_states=method.inactive_states,
-            train_embeddings=method.train_embeddings,
-            train_head=method.train_head,
-            train_norm=method.train_norm,
-            granularity=method.granularity,
-            weights=method.weights,
-            update_in_backward=method.update_in_backward,
-            inactive_updates=None if method.inactive_updates is None else method.inactive_updates.make(),
-            # the loop divides by the labels of all workers
-            gradient_reduction="sum",
-        ),
+        options=optimizer_options(method),
+    )
+
+
+def optimizer_options(method: MethodConfig) -> LayerwiseOptions:
+    """What the optimizer of a method trains besides the layers, and how. Raises :class:`ValueError`."""
+    projection = method.optimizer.projection
+    return LayerwiseOptions(
+        projection=None if projection is None else projection.build(),
+        inactive_states=method.inactive_states,
+        train_embeddings=method.train_embeddings,
+        train_head=method.train_head,
+        train_norm=method.train_norm,
+        granularity=method.granularity,
+        weights=method.weights,
+        update_in_backward=method.update_in_backward,
+        inactive_updates=None if method.inactive_updates is None else method.inactive_updates.make(),
+        # the loop divides by the labels of all workers
+        gradient_reduction="sum",
     )
 
 

@@ -25,6 +25,7 @@ WARM_UP_STEPS = 3
 # names of series
 FORGETTING = "forgetting"  # rise of the loss, in nats per token, on a text that has nothing to do with the task
 VALIDATION = "validation/loss"  # the mean loss in nats on the answers of held-out rows
+HPARAM = "hparam/"  # and the name of a setting that a population changes during training
 TOKENS = "step/tokens"  # non-padding tokens of the step, those of all workers
 PHASE = "step/phase"  # PROBE or TRAIN
 TRAIN_STEP = "step/train_step"  # training steps done after this step; 0 while probing

@@ -295,13 +295,13 @@ def _a_number(what: str, loss: float | None) -> float | None:
 
 def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | None, dict[str, Any]]:
     """The batches to train on, the held-out rows if there are any, and what the record says of both."""
-    rows = load_train_rows(config.data)
+    rows, cache = load_train_rows(config.data), cache_folder() / "tokens"
     train_rows: Sequence[AnyRow] = rows.rows
     held_out: Batches | None = None
     data: dict[str, Any] = {}
     if config.data.validation_rows is not None:
         train_rows, chosen = hold_out(rows.rows, config.data.validation_rows)
-        held_out = Batches(chosen, tokenizer, config.data, batch_size=1, accumulation_steps=1, seed=0)
+        held_out = Batches(chosen, tokenizer, config.data, batch_size=1, accumulation_steps=1, seed=0, cache=cache)
         data["validation"] = {"rows": held_out.summary()["train_rows_used"], "sha256": hash_rows(chosen)}
     batches = Batches(
         train_rows,
@@ -310,5 +310,6 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[Batches, Batches | No
         batch_size=config.training.batch_size,
         accumulation_steps=config.training.accumulation_steps,
         seed=config.seed,
+        cache=cache,
     )
     return batches, held_out, {"train": rows.provenance, **batches.summary(), **data}

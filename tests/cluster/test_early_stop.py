@@ -7,6 +7,7 @@ import pytest
 from mini_search import SWEEP
 from mlflow import MlflowClient
 
+from grass_ray.cluster.job import has_ended
 from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import RunConfig
@@ -68,7 +69,7 @@ def test_a_stopped_trial_is_recorded_up_to_the_rung_that_stopped_it(
     assert [step for step, _ in record.series["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert rung_losses(record) == {4: 1.5}
     assert (record.hardware, record.threads) == ("A worker's CPU", 1)
-    assert trial_store.has_ended(config), "a resumed search does not run it again"
+    assert has_ended(trial_store.storage, config), "a resumed search does not run it again"
     assert trial_store.progress.summary().startswith("1 of 3 done, 0 running, 0 failed, 1 stopped early")
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow.entities import Metric
+from result_records import make_record
 
+from grass_ray.config import ConfigError
 from grass_ray.results import store
 from grass_ray.results.connection import connect, default_tracking_uri, sqlite_path
-from grass_ray.results.store import PARENT_TAG, tracked_runs
+from grass_ray.results.store import PARENT_TAG, load_records, tracked_runs
+from grass_ray.results.tracker import Tracker
 
 pytestmark = pytest.mark.long
 
@@ -46,3 +51,31 @@ def test_mlflow_lists_the_same_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [run.name for run in listed] == ["r7", "r0", "r4"]
     monkeypatch.setattr(store, "open_store", refuse)
     assert repr(tracked_runs(uri)) == repr(listed), "a NaN is not equal to itself"
+
+
+def test_records_are_those_that_mlflow_finds(
+    new_tracker: Callable[[], Tracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = new_tracker()
+    uri = tracker.tracking_uri
+    for seed in (0, 1):
+        record = make_record("grass", seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            tracker.finish(tracker.start_trial("s", str(seed), f"r{seed}", {}, {}), record, Path(folder))
+    tracker.start_sweep("s", {}, {})
+    connect(uri).create_experiment("another")
+
+    def read() -> tuple[list[str], str]:
+        found = [record.model_dump_json() for record in load_records(uri)]
+        assert found == [record.model_dump_json() for record in load_records(uri, tracker.experiment)]
+        assert load_records(uri, "another") == []
+        with pytest.raises(ConfigError) as refused:
+            load_records(uri, "none")
+        return found, str(refused.value)
+
+    with monkeypatch.context() as without_mlflow:
+        without_mlflow.setattr(store, "connect", refuse)
+        found = read()
+    assert len(found[0]) == 2
+    monkeypatch.setattr(store, "open_store", refuse)
+    assert read() == found

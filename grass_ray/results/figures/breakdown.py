@@ -92,8 +92,10 @@ def _step_times(table: LeaderboardTable, runs: Runs) -> list[tuple[LeaderboardRo
     """For each method's highest timed row, the seconds of its first timed run's steps by kind."""
     found: dict[str, tuple[LeaderboardRow, _Spent]] = {}
     for row in table.rows:
-        timed = [record for record in runs.seeds(row) if record.series.get("time/step_s")]
-        if timed and row.method not in found:
+        if row.method in found:
+            continue
+        timed = [record for record in runs.whole_seeds(row) if record.series.get("time/step_s")]
+        if timed:
             found[row.method] = (row, spent_time(timed[0]))
     return list(found.values())
 

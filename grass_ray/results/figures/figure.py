@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -40,10 +40,17 @@ _PAGE = {
 
 @dataclass(frozen=True)
 class Runs:
-    """What a figure of many runs is drawn from: leaderboard tables, and the records they were built from."""
+    """What a figure of many runs is drawn from: leaderboard tables, and the records they were built from.
+
+    Attributes:
+        tables: built from ``records``.
+        records: of all runs; may be without what was measured at every step.
+        whole: finds the whole record of one of them; None if all are whole.
+    """
 
     tables: Sequence[LeaderboardTable]
     records: Sequence[RunRecord]
+    whole: Callable[[RunRecord], RunRecord] | None = None
 
     @classmethod
     def of(cls, records: Sequence[RunRecord]) -> Runs:
@@ -57,6 +64,10 @@ class Runs:
     def seeds(self, row: LeaderboardRow) -> list[RunRecord]:
         """The records of a row, one per seed."""
         return [self._by_id[run_id] for run_id in row.run_ids]
+
+    def whole_seeds(self, row: LeaderboardRow) -> list[RunRecord]:
+        """The same with what was measured at every step."""
+        return self.seeds(row) if self.whole is None else list(map(self.whole, self.seeds(row)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,7 @@ def draw_methods(
     assert draw is not None, f"{kind} does not show one run"
     found: dict[str, tuple[LeaderboardRow, Figure]] = {}
     for row in table.rows:
-        for record in runs.seeds(row):
+        for record in () if row.method in found else runs.whole_seeds(row):
             if row.method not in found and (figure := draw(record, width=width)) is not None:
                 found[row.method] = (row, figure)
     return list(found.values())

@@ -35,9 +35,8 @@ from grass_ray.results.figures.style import (
 from grass_ray.results.record import LineageStep, RunRecord
 from grass_ray.results.searches import rung_losses, searched, trial_loss, winner
 from grass_ray.results.settings import leaf_settings
-from grass_ray.training.report import VALIDATION
+from grass_ray.training.report import HPARAM, VALIDATION
 
-HPARAM = "hparam/"
 _MOST_KEYS = 12
 _FEW = 4  # values that are named one by one under a panel
 # members side by side: colours of Okabe and Ito, and of Tol

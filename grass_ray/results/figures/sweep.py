@@ -273,8 +273,10 @@ def _curves(table: LeaderboardTable, runs: Runs) -> list[_Curve]:
     """Of each method's highest row with losses: steps, smoothed losses (seeds x steps), minutes passed at each step."""
     curves: dict[str, _Curve] = {}
     for row in table.rows:
-        seeds = [record.series for record in runs.seeds(row) if record.series.get("train/loss")]
-        if not seeds or row.method in curves:
+        if row.method in curves:
+            continue
+        seeds = [record.series for record in runs.whole_seeds(row) if record.series.get("train/loss")]
+        if not seeds:
             continue
         length = min(len(series["train/loss"]) for series in seeds)
         window = max(1, length // 20)

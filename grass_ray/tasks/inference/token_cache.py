@@ -24,6 +24,7 @@ from typing import Any
 import numpy
 
 _STALE_S = 3600.0  # a file takes seconds to write
+_AT_ONCE = 1000
 MIN_TEXTS = 8  # as many texts or fewer are tokenized faster than their file is read
 
 
@@ -41,7 +42,9 @@ class TokenCache:
         path = self._path(texts) if self._folder is not None and len(texts) > MIN_TEXTS else None
         tokens = None if path is None else _read(path, len(texts))
         if tokens is None:
-            tokens = self._tokenizer(texts)["input_ids"] if texts else []
+            # in parts: what a tokenizer returns takes many times the memory of the ids
+            parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
+            tokens = [ids for part in parts for ids in self._tokenizer(part)["input_ids"]]
             if path is not None:
                 _write(path, tokens)
         return dict(zip(texts, tokens, strict=True))

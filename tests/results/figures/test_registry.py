@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure as Drawing
-from result_records import answers, make_record
+from result_records import answers, asha, make_record, members
+from synthetic import synthetic_records
 
 from grass_ray.results.figures.figure import Figure, Runs
 from grass_ray.results.figures.registry import FIGURES, FigureKind, Plot, write_run_plots, write_sweep_plots
@@ -71,6 +72,25 @@ def test_the_functions_that_are_named_exist(kind: str) -> None:
     for plot in plots:
         assert callable(pkgutil.resolve_name(plot.function))
     assert bool(found.heading) == (found.of_sweep is not None)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FIGURES if FIGURES[kind].of_sweep is not None])
+def test_figures_of_records_without_their_steps_load_the_whole_ones_of_few_rows(kind: str) -> None:
+    records = [*synthetic_records(240), *asha(), *members()]
+    draw, known, loaded = FIGURES[kind].of_sweep, {record.run_id: record for record in records}, []
+
+    def whole(record: RunRecord) -> RunRecord:
+        loaded.append(record.run_id)
+        return known[record.run_id]
+
+    questions: dict[str, str] = {}
+    few = [record.without_steps(questions) for record in records]
+    assert draw is not None
+    expected, found = draw(Runs.of(records)), draw(Runs(build_leaderboard(few), few, whole))
+    assert expected is not None
+    assert found is not None
+    assert found.csv() == expected.csv()
+    assert len(loaded) < len(records) / 3
 
 
 def test_figures_are_as_wide_as_asked() -> None:

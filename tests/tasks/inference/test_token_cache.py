@@ -4,9 +4,13 @@ import multiprocessing
 
 from task_parts import letter_task, make_model, make_tokenizer
 
-from grass_ray.config import EvaluationConfig
+from grass_ray.config import DataConfig, EvaluationConfig
+from grass_ray.tasks import encoding
+from grass_ray.tasks.encoding import encode_pair, encode_rows
 from grass_ray.tasks.evaluation import evaluate
 from grass_ray.tasks.inference.token_cache import TokenCache
+from grass_ray.tasks.sources import load_train_rows
+from grass_ray.tasks.templates import render_prompt, render_response
 
 TEXTS = [f"How many {'apples ' * n}are {n} + {n}?" for n in range(40)] + [""]
 
@@ -100,3 +104,21 @@ def test_an_evaluation_is_the_same_with_and_without_it(tmp_path):
         for _ in range(2):
             assert evaluate(model, tokenizer, data, config, cache=tmp_path / "tokens") == plain
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_rows_of_the_training_are_those_that_are_encoded_one_by_one_and_are_read_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_AT_ONCE", 10)
+    data, tokenizer = DataConfig(), make_tokenizer(bos_token="<start>")
+    rows = load_train_rows(data).rows[:25]
+    expected = []
+    for row in rows:
+        context, answer = encode_pair(tokenizer, render_prompt(row, data.template), render_response(row))
+        expected.append(([*context, *answer, tokenizer.eos_token_id], [0] * len(context) + [1] * (len(answer) + 1)))
+    for calls in (3, 0):
+        counting = Counting(tokenizer)
+        found = encode_rows(rows, counting, data, tmp_path).rows
+        assert [(row.ids, row.learned) for row in found] == expected
+        assert counting.calls == calls
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert [row.ids for row in encode_rows(rows, tokenizer, data, tmp_path).rows] == [ids for ids, _ in expected]
