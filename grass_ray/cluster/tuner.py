@@ -15,10 +15,11 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from grass_ray.cluster.callback import SweepCallback
 from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.lost_answers import survive_lost_answers
 from grass_ray.cluster.pbt import drive_member, single_member
-from grass_ray.cluster.reporter import SweepCallback, TrialStore
+from grass_ray.cluster.reporter import TrialStore
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import drive_trial
 from grass_ray.cluster.worker import single_worker
