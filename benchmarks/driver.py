@@ -157,10 +157,10 @@ def watch(notes: Notes) -> None:
                 notes.note()
 
     class Timed(Overview):
-        def update(self, records: Any) -> Any:
+        def update(self, *given: Any) -> Any:
             started = time.process_time()
             try:
-                return super().update(records)
+                return super().update(*given)
             finally:
                 notes.leaderboard_s += time.process_time() - started
                 notes.leaderboards += 1
