@@ -149,15 +149,14 @@ def test_a_time_without_the_network_changes_no_number(
         storage, log_file = machines.folder / "results", machines.folder / "driver.log"
         with (
             log_file.open("w") as log,
-            driver(machines, storage, log, "--machines", "2", "--no-base", "--steps", "600") as process,
+            driver(machines, storage, log, "--machines", "2", "--no-base", "--steps", "1500") as process,
         ):
             there = wait_until(lambda: bool(machines.trials_far() and checkpoints(storage)), process, "none trains")
             assert there, log_file.read_text()
             victims = machines.trials_far()
             machines.network.cut(1)
             began = time.monotonic()
-            while time.monotonic() < began + seconds:
-                assert process.poll() is None, log_file.read_text()
+            while time.monotonic() < began + seconds and process.poll() is None:
                 time.sleep(1)
             given_up = "the worker failed" in log_file.read_text()
             machines.network.mend(1)
@@ -168,7 +167,8 @@ def test_a_time_without_the_network_changes_no_number(
                 _, left = psutil.wait_procs(victims, timeout=120)
                 assert not left, "trials that were started again elsewhere still run"
                 machines.far.wait(timeout=120)
-                machines.far = machines.start_far()
+                if process.poll() is None:  # else all was done on the machine that was left
+                    machines.far = machines.start_far()
             assert process.wait(timeout=1200) == 0, log_file.read_text()
         output = log_file.read_text()
         print("\n".join(line for line in output.splitlines() if "the worker failed" in line or "goes on from" in line))
