@@ -190,7 +190,10 @@ class Tracker:
         if parent is not None:
             every[PARENT_TAG] = parent
         if not found:
-            return create_run(client, self._experiment_id, every, run_name)
+            run_id = create_run(client, self._experiment_id, every, run_name)
+            if tags is None:  # made to hold the runs of `grass-ray train`: nobody will end it
+                client.set_terminated(run_id)
+            return run_id
         run_id = str(found[0].info.run_id)
         if tags is not None:  # started anew, not merely looked up as somebody's parent
             self._numbers.reopen(run_id)

@@ -89,11 +89,21 @@ def test_a_finished_trial_is_open_again_when_started_again(new_tracker: Opener, 
     assert MlflowClient(tracker.tracking_uri).get_run(trial).info.status == "RUNNING"
 
 
+def test_runs_without_a_sweep_share_a_parent_that_is_not_running(new_tracker: Opener) -> None:
+    trials = [new_tracker().start_trial("train", key, "run", {}, {}) for key in ("t1", "t2")]
+    client = MlflowClient(new_tracker().tracking_uri)
+    runs = [client.get_run(trial) for trial in trials]
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert [run.info.status for run in runs] == ["RUNNING", "RUNNING"]
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
 def test_a_process_killed_before_the_sweep_run_existed(new_tracker: Opener) -> None:
     trial = new_tracker().start_trial("s1", "t1", "run", {}, {})
     sweep = new_tracker().start_sweep("s1", {}, {})
-    run = MlflowClient(new_tracker().tracking_uri).get_run(trial)
-    assert run.data.tags["mlflow.parentRunId"] == sweep
+    client = MlflowClient(new_tracker().tracking_uri)
+    assert client.get_run(trial).data.tags["mlflow.parentRunId"] == sweep
+    assert client.get_run(sweep).info.status == "RUNNING"
     assert len(runs_of(new_tracker())) == 2
 
 
