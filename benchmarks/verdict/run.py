@@ -1,5 +1,6 @@
 """The runs of the verdict (PLAN.md), one after another; the same command goes on where it was cut.
 
+    cp -r benchmarks/verdict/runs verdict_runs                                       # go on after the recorded runs
     nice python benchmarks/verdict/run.py --data-dir DATA --work verdict_runs        # once per free core
 
 Every run has a file of its own. Processes share the work: each claims a run by a lock that ends with the process, so a
@@ -64,11 +65,14 @@ class Job:
     seed: int | None = None
 
     @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.data}-{self.row}-{f'lr{self.lr:.0e}' if self.seed is None else f's{self.seed}'}"
+
+    @property
     def path(self) -> Path:
         """Its record, relative to the folder of the runs."""
-        if self.seed is None:
-            return Path("search") / f"{self.data}-{self.row}-lr{self.lr:.0e}.json"
-        return Path("records") / f"{self.data}-{self.row}-s{self.seed}.json"
+        return Path("search" if self.seed is None else "records") / f"{self.name}.json.gz"
 
 
 def search(data: str, row: str) -> tuple[list[Job], float | None]:
@@ -119,12 +123,17 @@ def remaining(extra_seeds: int) -> Iterator[list[Job]]:
             yield [*searches, *left]
 
 
+def lock_file(name: str) -> Path:
+    """The file whose lock decides who works on something."""
+    folder = Path("locks")
+    folder.mkdir(exist_ok=True)
+    return folder / name
+
+
 @contextmanager
 def claimed(job: Job) -> Iterator[bool]:
     """Whether this process has the run for itself; the lock ends with the process."""
-    lock = Path("locks") / job.path.name
-    lock.parent.mkdir(exist_ok=True)
-    with lock.open("w") as file:
+    with lock_file(job.name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,19 +154,19 @@ def run(job: Job) -> None:
         test=tested,
     )
     result = execute(config, threads=1)
-    record = result.record(RunContext(sweep="verdict", sweep_id=f"verdict-{job.data}", run_id=job.path.stem))
+    record = result.record(RunContext(sweep="verdict", sweep_id=f"verdict-{job.data}", run_id=job.name))
     record.metrics = {name: value for name, value in record.metrics.items() if not name.startswith(SPEED)}
     record.series = {name: points for name, points in record.series.items() if not name.startswith(SPEED)}
     for score in record.tasks.values():
         score.workload.pop("seconds", None)
     job.path.parent.mkdir(exist_ok=True)
     if tested and result.outcome is not None:
-        examples = Path("examples") / job.path.stem
+        examples = Path("examples") / f"{job.name}.jsonl"
         examples.parent.mkdir(exist_ok=True)
-        write_examples(examples.with_suffix(".jsonl"), result.outcome.tasks)
+        write_examples(examples, result.outcome.tasks)
     record.save(job.path)
     loss = record.metrics.get("eval/loss", record.metrics.get(VALIDATION, math.nan))
-    print(f"{now()} {job.path.stem}: {record.status}, loss {loss:.4f}{f' ({record.failure})' * bool(record.failure)}")
+    print(f"{now()} {job.name}: {record.status}, loss {loss:.4f}{f' ({record.failure})' * bool(record.failure)}")
 
 
 def work(options: Options) -> int:
@@ -165,7 +174,9 @@ def work(options: Options) -> int:
     data_dir = options.data_dir.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     os.chdir(options.work)
-    prepare_data(data_dir, Path())
+    with lock_file("data").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # processes that start together write the same files
+        prepare_data(data_dir, Path())
     began = time.monotonic()
     while time.monotonic() - began < 60 * options.minutes:
         stages = list(remaining(options.extra_seeds))

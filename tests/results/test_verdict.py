@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,29 @@ def test_every_planned_run_can_be_configured() -> None:
     )
     differing = {key for key, value in grass.flatten().items() if uniform.flatten().get(key) != value}
     assert differing == {"method.name", "method.sampler.exploration"}
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@pytest.mark.parametrize("folder", ["search", "records"])
+def test_what_was_run_is_what_was_planned(folder: str) -> None:
+    """Keys that came after the runs are in no record."""
+    for path in sorted((REPOSITORY / "benchmarks" / "verdict" / "runs" / folder).glob("*.json.gz")):
+        record, tested = RunRecord.load(path), folder == "records"
+        data, row = path.name.removesuffix(".json.gz").split("-", 1)
+        row = row.rpartition("-s" if tested else "-lr")[0]
+        lr, seed = record.config["method"]["optimizer"]["lr"], record.config["seed"]
+        steps = experiment.STEPS if tested else experiment.SEARCH_STEPS
+        planned = experiment.configure(data, row, lr, seed=seed, steps=steps, test=tested)
+        in_plan = dict(leaves(planned.model_dump(mode="json")))
+        assert dict(leaves(record.config)).items() <= in_plan.items(), path.name
+        assert seed in (range(1, experiment.ROWS[row].seeds + 1) if tested else [experiment.SEARCH_SEED])
 
 
 def test_the_report_tells_every_question_and_can_be_made_again(tmp_path: Path) -> None:
