@@ -6,7 +6,7 @@ repeated once for each layer that was left out. That the two in between agree, a
 but gradients, is checked; where it does not hold (a prefix, whose gradients of all layers meet at the end) the step is
 followed through all layers. The sizes are the same to the byte::
 
-    runs = equal_runs(stack.modules, recomputed=10)
+    runs = equal_runs([LayerKind(layer) for layer in stack.modules], recomputed=10)
     with shortened(model, stack, runs) as marked:
         marked(log)                 # the log learns which layer allocates what
         ...                         # forward and backward
@@ -59,7 +59,32 @@ class Run:
         return self.kind, len(self.followed)
 
 
-def equal_runs(layers: Sequence[nn.Module], recomputed: int, dropped: Collection[Tensor] = ()) -> list[Run]:
+class LayerKind:
+    """What decides what a layer allocates: how it is built, and what trains in it.
+
+    Args:
+        layer: does not change any more, but for what trains in it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._built = tuple(
+            (
+                name,
+                type(module),
+                *((key, value) for key, value in sorted(vars(module).items()) if _is_setting(key, value)),
+            )
+            for name, module in layer.named_modules()
+        )
+        self._parameters = dict(layer.named_parameters())
+        self._held = tuple((name, p.shape, p.dtype) for name, p in self._parameters.items())
+
+    def key(self, dropped: Collection[Tensor]) -> Hashable:
+        """Equal for layers that allocate the same; ``dropped`` are parameters whose gradients are freed at once."""
+        trains = tuple((p.requires_grad, p in dropped) for p in self._parameters.values())
+        return self._built, self._held, trains
+
+
+def equal_runs(layers: Sequence[LayerKind], recomputed: int, dropped: Collection[Tensor] = ()) -> list[Run]:
     """The runs of equal neighbours in ``layers``.
 
     Args:
@@ -67,22 +92,12 @@ def equal_runs(layers: Sequence[nn.Module], recomputed: int, dropped: Collection
         recomputed: how many of them, from the first, are recomputed in backward.
         dropped: parameters whose gradients are freed as soon as they are there.
     """
-    kinds = [(_kind(layer, dropped), index < recomputed) for index, layer in enumerate(layers)]
+    kinds = [(layer.key(dropped), index < recomputed) for index, layer in enumerate(layers)]
     runs: list[Run] = []
     for kind, own in groupby(kinds):
         first = runs[-1].first + runs[-1].count if runs else 0
         runs.append(Run(first, len(list(own)), kind))
     return runs
-
-
-def _kind(layer: nn.Module, dropped: Collection[Tensor]) -> Hashable:
-    """What decides what a layer allocates: how it is built, and what trains in it."""
-    built = tuple(
-        (name, type(module), *((key, value) for key, value in sorted(vars(module).items()) if _is_setting(key, value)))
-        for name, module in layer.named_modules()
-    )
-    held = tuple((name, p.shape, p.dtype, p.requires_grad, p in dropped) for name, p in layer.named_parameters())
-    return built, held
 
 
 def _is_setting(name: str, value: object) -> bool:

@@ -16,7 +16,7 @@ says so.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -25,7 +25,7 @@ import torch
 
 from grass_ray.config import PLACEMENTS, ConfigError, MethodConfig, ModelConfig, recomputed_layers
 from grass_ray.memory.allocations import DeviceKind, Parts, storages_bytes
-from grass_ray.memory.step import FollowedStep, InBackward, StepProfile, StepShape, profile_step
+from grass_ray.memory.step import InBackward, StepProfile, StepShape, profile_step
 from grass_ray.memory.trained_units import PlannedModel, TrainedUnits, apply_method
 from grass_ray.optim.chunks import CHUNK_BYTES
 from grass_ray.optim.placement import Footprint, placement_class
@@ -112,7 +112,6 @@ class Planner:
         self.workers = workers
         self._skeleton = build_shape(model)
         self._profiles: dict[object, StepProfile] = {}
-        self._followed: dict[str, dict[Hashable, FollowedStep]] = {}
         self._models: dict[str, PlannedModel] = {}
         self._applied: dict[tuple[str, int], TrainedUnits] = {}
 
@@ -215,18 +214,16 @@ class Planner:
         corrects = None if mode is None else trained.method.inactive_updates
         key = (adapter, shape, names, probing, told, corrects and (corrects.layers, active))
         if key not in self._profiles:
-            for parameter in trained.model.parameters():
+            for parameter in trained.whole.names:
                 parameter.requires_grad_(parameter in parameters)
             try:
-                followed = self._followed.setdefault(adapter, {})
                 profile = profile_step(
-                    trained.model,
+                    trained.whole,
                     shape,
                     device=self.device,
                     probing=probing,
                     in_backward=updates,
                     dropped=dropped,
-                    followed=followed,
                 )
             except RuntimeError as error:  # an operation that needs values, or has no kernel for the meta device
                 raise CannotPlanError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from grass_ray.config import GradientCheckpointing, MethodConfig
 from grass_ray.memory.allocations import DeviceKind
+from grass_ray.memory.equal_layers import FOLLOWED
 from grass_ray.memory.plan import DEFAULT_TRAIN_STEPS, MemoryPlan, Mode, Planner, applicable_modes
 from grass_ray.memory.step import StepShape
 from grass_ray.memory.trained_units import TrainedUnits
@@ -60,10 +61,19 @@ def fewest_recomputed(
         found = planner.plan(trained, replace(shape, checkpointing=setting), mode)
         return found, needed_bytes(found, planner.device)
 
-    (without, most), (fitting, least) = plan("none"), plan("all")
-    if most <= memory or least > memory:
-        return without if most <= memory else None
+    without, most = plan("none")
+    if most <= memory:
+        return without
     too_few, enough = 0, trained.num_layers
+    nearly_all = max(enough - FOLLOWED, enough // 2)  # a step that is followed with so many tells of most others, too
+    fitting, least = plan(nearly_all)
+    if least <= memory:
+        enough = nearly_all
+    else:
+        too_few, most = nearly_all, least
+        fitting, least = plan("all")
+        if least > memory:
+            return None
     while enough - too_few > 1:
         # each layer saves about as much as any other
         guess = too_few + math.ceil((enough - too_few) * (most - memory) / (most - least))

@@ -5,26 +5,26 @@ shapes but no memory, and :mod:`grass_ray.memory.allocations` records when each 
 autograd saves, where backward stops, what checkpointing recomputes and which copies the loss makes are not estimated by
 formulas::
 
-    model = build_skeleton(config)                      # on the meta device
-    profile = profile_step(model, StepShape(rows=4, tokens=1024), device="cuda")
+    stepped = SteppedModel(build_skeleton(config))      # on the meta device
+    profile = profile_step(stepped, StepShape(rows=4, tokens=1024), device="cuda")
     print(profile.peak.activations, profile.peak.logits)
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from grass_ray.config import GradientCheckpointing, recomputed_layers
-from grass_ray.layerwise.stack import DecoderStack, find_decoder_stack
+from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory.allocations import AllocationLog, DeviceKind, Parts, kernel_stand_ins
-from grass_ray.memory.equal_layers import Run, ShortenedStep, equal_runs, shortened
+from grass_ray.memory.equal_layers import LayerKind, Run, ShortenedStep, equal_runs, shortened
 from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference.lm_head import splits
 from grass_ray.training.batches import Batch
@@ -90,51 +90,73 @@ class StepProfile:
     gradients: int
 
 
+class SteppedModel:
+    """A model on the meta device, with what every step through it asks for and what earlier steps have told.
+
+    Args:
+        model: its modules do not change any more.
+
+    Attributes:
+        names: of all parameters.
+        stack: its decoder layers.
+        buffers: all of them.
+        outside: parameters of no decoder layer.
+        layers: what decides what each decoder layer allocates.
+        followed: steps that were followed through some of the layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.buffers = list(model.buffers())
+        self.stack = find_decoder_stack(model)
+        inside = {p for layer in self.stack.layers for p in layer}
+        self.outside = [p for p in self.names if p not in inside]
+        self.layers = [LayerKind(layer) for layer in self.stack.modules]
+        self.followed: dict[Hashable, FollowedStep] = {}
+
+
 def profile_step(
-    model: nn.Module,
+    stepped: SteppedModel,
     shape: StepShape,
     *,
     device: DeviceKind,
     probing: bool = False,
     in_backward: InBackward | None = None,
     dropped: frozenset[Tensor] = frozenset(),
-    followed: dict[Hashable, FollowedStep] | None = None,
+    every_layer: bool = False,
 ) -> StepProfile:
     """Run forward and backward of one optimizer step on the meta device.
 
     Args:
-        model: on the meta device; parameters with ``requires_grad`` train.
+        stepped: the model; parameters with ``requires_grad`` train.
         shape: work of the step.
         device: whose kernels and allocator to assume.
         probing: whether the step only measures: each gradient is freed as soon as it is complete, and every layer is
             recomputed.
         in_backward: the updates, if they are not left to the end of the step.
         dropped: parameters whose gradients are freed as soon as they are there.
-        followed: earlier steps of the same model on the same device. One that differs only in the number of equal
-            layers is not run again. None runs through every layer.
+        every_layer: run through every layer, also where an earlier step differs only in the number of equal layers.
     """
-    stack = find_decoder_stack(model)
-    recomputed = stack.num_layers if probing else recomputed_layers(shape.checkpointing, stack.num_layers)
-
-    dropped = frozenset(model.parameters()) if probing else dropped
+    recomputed = recomputed_layers(shape.checkpointing, stepped.stack.num_layers)
+    if probing:
+        recomputed, dropped = stepped.stack.num_layers, frozenset(stepped.names)
 
     def follow(runs: Sequence[Run]) -> FollowedStep:
-        return _follow(model, shape, stack, runs, recomputed, device=device, dropped=dropped, in_backward=in_backward)
+        return _follow(stepped, shape, runs, recomputed, device=device, dropped=dropped, in_backward=in_backward)
 
-    if followed is None:
-        runs = [Run(index, 1, None) for index in range(stack.num_layers)]
-        return follow(runs).profile(runs)
-    runs = equal_runs(stack.modules, recomputed, dropped)
-    inside = {p for layer in stack.layers for p in layer}
-    others = tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in inside)
-    updates = None if in_backward is None else (in_backward.behind, in_backward.workspace)
-    key = (replace(shape, checkpointing="none"), probing, updates, others, *(run.key for run in runs))
-    step = followed.get(key)
-    if step is None:
-        step = followed[key] = follow(runs)
-    if not step.repeats:
-        return profile_step(model, shape, device=device, probing=probing, in_backward=in_backward, dropped=dropped)
-    return step.profile(runs)
+    if not every_layer:
+        runs = equal_runs(stepped.layers, recomputed, dropped)
+        others = tuple(stepped.names[p] for p in stepped.outside if p.requires_grad)
+        updates = None if in_backward is None else (in_backward.behind, in_backward.workspace)
+        key = (device, replace(shape, checkpointing="none"), probing, updates, others, *(run.key for run in runs))
+        step = stepped.followed.get(key)
+        if step is None:
+            step = stepped.followed[key] = follow(runs)
+        if step.repeats:
+            return step.profile(runs)
+    runs = [Run(index, 1, None) for index in range(stepped.stack.num_layers)]
+    return follow(runs).profile(runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +185,8 @@ class FollowedStep:
 
 
 def _follow(
-    model: nn.Module,
+    stepped: SteppedModel,
     shape: StepShape,
-    stack: DecoderStack,
     runs: Sequence[Run],
     recomputed: int,
     *,
@@ -173,24 +194,25 @@ def _follow(
     dropped: frozenset[Tensor],
     in_backward: InBackward | None,
 ) -> FollowedStep:
+    model, stack = stepped.model, stepped.stack
     log = AllocationLog(device, logits=_head_shape(model))
     kept: list[Callable[[Tensor], None]] = [log.mark_gradient]
     if in_backward is not None:
         kept.append(_Updates(in_backward, log, shape.micro_batches))
     handles: list[Any] = [
         p.register_post_accumulate_grad_hook(react)  # type: ignore[no-untyped-call]
-        for p in model.parameters()
-        for react in ([_drop] if p in dropped else kept)
+        for p in stepped.names
         if p.requires_grad
+        for react in ([_drop] if p in dropped else kept)
     ]
     recompute = Recompute(stack.modules[:recomputed])
     recompute.switch(True)
     handles.append(recompute)
-    log.adopt(tensor for tensor in (*model.parameters(), *model.buffers()))
+    log.adopt((*stepped.names, *stepped.buffers))
     model.train()
     try:
         with shortened(model, stack, runs) as mark_on:
-            with _MaskAnswers(shape.masked):
+            with _mask_answers(shape.masked):
                 splits(model)  # asks a forward of its own, once
             mark_on(log)
             with kernel_stand_ins(device, log), log:
@@ -200,7 +222,7 @@ def _follow(
             handle.remove()
     layers = {p: index for index, layer in enumerate(stack.layers) for p in layer}
     gradients: dict[int, int] = {}
-    for parameter in model.parameters():
+    for parameter in stepped.names:
         if parameter.grad is not None:
             layer = layers.get(parameter, -1)
             gradients[layer] = gradients.get(layer, 0) + log.size_of(parameter.grad)
@@ -212,7 +234,7 @@ def _run(model: nn.Module, shape: StepShape) -> None:
     """Forward and backward of all micro-batches."""
     for _ in range(shape.micro_batches):
         batch = _PlannedBatch.of(shape)
-        with _MaskAnswers(shape.masked):
+        with _mask_answers(shape.masked):
             loss = summed_loss(model, batch, divisor=batch.num_labels)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -288,17 +310,19 @@ class _Updates:
                 parameter.grad = None
 
 
-class _MaskAnswers(TorchFunctionMode):
-    """Gives an answer where the model asks whether a mask has padding, since meta tensors have no values."""
+@contextmanager
+def _mask_answers(padded: bool) -> Iterator[None]:
+    """In the block, tensors without values answer the model when it asks whether a mask is without padding."""
+    asked = Tensor.__bool__
 
-    def __init__(self, padded: bool) -> None:
-        super().__init__()
-        self._padded = padded
+    def answer(self: Tensor) -> bool:
+        return not padded if self.is_meta else asked(self)  # others, such as a drawn number, have a value
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__bool__ and args[0].is_meta:  # others, such as a drawn number, have a value
-            return not self._padded
-        return func(*args, **(kwargs or {}))
+    Tensor.__bool__ = answer  # type: ignore[assignment, method-assign]  # a TorchFunctionMode would see every operation
+    try:
+        yield
+    finally:
+        del Tensor.__bool__
 
 
 def _head_shape(model: Any) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from grass_ray.config import ConfigError, MethodConfig
 from grass_ray.layerwise.all_layers import AllLayersSampler
 from grass_ray.layerwise.sampler import Sampler
 from grass_ray.memory.allocations import DeviceKind, storages_bytes
-from grass_ray.memory.step import profile_block
+from grass_ray.memory.step import SteppedModel, profile_block
 from grass_ray.optim.chunks import cut, total_bytes
 from grass_ray.optim.host_weights import streamable_weights
 from grass_ray.optim.inactive import InactiveSGD
@@ -30,21 +30,26 @@ from grass_ray.optim.weights import slot_bytes
 from grass_ray.training.optimizer import optimizer_options
 
 
-class PlannedModel:
+class PlannedModel(SteppedModel):
     """A model on the meta device with the adapter of some methods, and what they have in common.
 
     Args:
         model: with the adapter.
 
     Attributes:
-        names: of all parameters.
         nbytes: of all parameters and buffers.
+        num_parameters: elements of all parameters.
+
+    Raises:
+        ConfigError: the model cannot train layer by layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names = {p: name for name, p in model.named_parameters()}
-        self.nbytes = storages_bytes((*model.parameters(), *model.buffers()))
+        try:
+            super().__init__(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.nbytes = storages_bytes((*self.names, *self.buffers))
         self.num_parameters = sum(p.numel() for p in self.names)
         self._given = {p for p in self.names if p.requires_grad}
         self._parts: dict[LayerwiseOptions, Parts] = {}

@@ -15,7 +15,7 @@ from grass_ray.config import LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.layerwise.stack import find_decoder_stack
 from grass_ray.memory import known_shapes, step
 from grass_ray.memory.equal_layers import equal_runs
-from grass_ray.memory.step import FollowedStep, StepShape, profile_step
+from grass_ray.memory.step import SteppedModel, StepShape, profile_step
 from grass_ray.training.adapters import add_adapter
 
 LAYERS = 11
@@ -44,55 +44,55 @@ TRAINED: tuple[tuple[int, ...], ...] = ((0, 1), (0, 10), (10,), (4, 5), (0, 5, 6
 @pytest.mark.parametrize("layers", TRAINED, ids=str)
 def test_sizes_are_those_of_a_step_through_every_layer(layers: tuple[int, ...]) -> None:
     everything = len(layers) == LAYERS
-    model = train(make(tie_word_embeddings=everything), layers, embeddings=everything)
+    stepped = SteppedModel(train(make(tie_word_embeddings=everything), layers, embeddings=everything))
     device: Any = "cpu" if everything else "cuda"
-    followed: dict[Any, FollowedStep] = {}
     shapes = [replace(SHAPE, checkpointing=setting) for setting in ("none", 6, 7, "all")]
     for shape in (*shapes, replace(SHAPE, checkpointing=2, micro_batches=2)):
-        assert profile_step(model, shape, device=device, followed=followed) == profile_step(model, shape, device=device)
-    probed = profile_step(model, SHAPE, device=device, probing=True, followed=followed)
-    assert probed == profile_step(model, SHAPE, device=device, probing=True)
-    assert all(found.repeats for found in followed.values())
+        whole = profile_step(stepped, shape, device=device, every_layer=True)
+        assert profile_step(stepped, shape, device=device) == whole
+    probed = profile_step(stepped, SHAPE, device=device, probing=True)
+    assert probed == profile_step(stepped, SHAPE, device=device, probing=True, every_layer=True)
+    assert all(found.repeats for found in stepped.followed.values())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("adapter", [LoraConfig(rank=4, targets=("q_proj",)), PrefixConfig(), PromptConfig()])
 def test_sizes_with_an_adapter_are_those_of_a_step_through_every_layer(adapter: Any) -> None:
-    model = add_adapter(make(), adapter)
-    followed: dict[Any, FollowedStep] = {}
+    stepped = SteppedModel(add_adapter(make(), adapter))
     for checkpointing in ("none", 5, 6):
         shape = replace(SHAPE, checkpointing=checkpointing)
-        assert profile_step(model, shape, device="cuda", followed=followed) == profile_step(model, shape, device="cuda")
+        whole = profile_step(stepped, shape, device="cuda", every_layer=True)
+        assert profile_step(stepped, shape, device="cuda") == whole
     # all layers' gradients of a prefix are there until the end, where they meet
-    assert {found.repeats for found in followed.values()} == {adapter.kind != "prefix"}
+    assert {found.repeats for found in stepped.followed.values()} == {adapter.kind != "prefix"}
 
 
 def test_few_layers_are_run_and_a_step_of_more_equal_ones_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
     run = []
     follow = step._follow
-    monkeypatch.setattr(step, "_follow", lambda *args, **options: run.append(args[3]) or follow(*args, **options))
-    model = train(make(), (0, 1))
-    followed: dict[Any, FollowedStep] = {}
+    monkeypatch.setattr(step, "_follow", lambda *args, **options: run.append(args[2]) or follow(*args, **options))
+    stepped = SteppedModel(train(make(), (0, 1)))
     for checkpointing in (5, 6, 7):  # 3 to 5 layers are recomputed and frozen, 6 to 4 are neither
-        profile_step(model, replace(SHAPE, checkpointing=checkpointing), device="cuda", followed=followed)
+        profile_step(stepped, replace(SHAPE, checkpointing=checkpointing), device="cuda")
     assert [sum(len(one.followed) for one in runs) for runs in run] == [2 + 3 + 4, 2 + 4 + 4]
-    assert len(find_decoder_stack(model).modules) == LAYERS
+    assert len(find_decoder_stack(stepped.model).modules) == LAYERS
 
 
 def test_layers_that_differ_are_no_run() -> None:
     model = make("gemma2", head_dim=8, layer_types=["sliding_attention", "full_attention"] * 5 + ["full_attention"])
-    runs = equal_runs(find_decoder_stack(model).modules, 0)
+    runs = equal_runs(SteppedModel(model).layers, 0)
     assert [run.count for run in runs] == [1] * 9 + [2]
-    alike = equal_runs(find_decoder_stack(train(make(), (3,))).modules, 6)
+    alike = equal_runs(SteppedModel(train(make(), (3,))).layers, 6)
     assert [(run.first, run.count) for run in alike] == [(0, 3), (3, 1), (4, 2), (6, 5)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_remembered_shapes_are_those_of_the_operations(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(family, **({"head_dim": 8} if family == "gemma" else {})).to(torch.bfloat16)
-    remembered = [profile_step(model, SHAPE, device=device) for device in ("cpu", "cuda")]
+    stepped = SteppedModel(make(family, **({"head_dim": 8} if family == "gemma" else {})).to(torch.bfloat16))
+    remembered = [profile_step(stepped, SHAPE, device=device, every_layer=True) for device in ("cpu", "cuda")]
     monkeypatch.setattr(known_shapes, "call", lambda func, args, kwargs: func(*args, **kwargs))
-    assert remembered == [profile_step(model, SHAPE, device=device) for device in ("cpu", "cuda")]
+    direct = [profile_step(stepped, SHAPE, device=device, every_layer=True) for device in ("cpu", "cuda")]
+    assert remembered == direct
 
 
 def test_numbers_that_are_equal_but_of_other_types_are_told_apart() -> None:

@@ -27,7 +27,7 @@ from grass_ray.memory import plan as memory_plan
 from grass_ray.memory import settings as memory_settings
 from grass_ray.memory.fit import MemoryRefusalError, fit_to_memory, longest_shape, real_shape
 from grass_ray.memory.plan import CannotPlanError, Planner, applicable_modes
-from grass_ray.memory.step import StepShape, profile_step
+from grass_ray.memory.step import SteppedModel, StepShape, profile_step
 from grass_ray.methods import METHODS
 from grass_ray.optim.recompute import Recompute
 from grass_ray.overrides import parse
@@ -247,7 +247,7 @@ def test_a_step_of_other_families_is_followed_too(family: str, rows: int) -> Non
     config = AutoConfig.for_model(family, vocab_size=300, **({} if family == "gpt2" else sizes), **FAMILIES[family])
     shape = StepShape(rows=rows, tokens=80)
     with torch.device("meta"):
-        predicted = profile_step(AutoModelForCausalLM.from_config(config), shape, device="cpu").peak.total
+        predicted = profile_step(SteppedModel(AutoModelForCausalLM.from_config(config)), shape, device="cpu").peak.total
     model = AutoModelForCausalLM.from_config(config).train()
     meter = MemoryMeter(CPU)
     with meter.watch((), closely=True):
@@ -261,7 +261,7 @@ def test_a_tied_head_adds_two_gradients_in_place(micro_batches: int) -> None:
     shape = StepShape(rows=1, tokens=4, micro_batches=micro_batches)
     model = make_llama(layers=1, vocabulary=4000, tied=True)
     with torch.device("meta"):
-        predicted = profile_step(type(model)(model.config), shape, device="cpu").peak.total
+        predicted = profile_step(SteppedModel(type(model)(model.config)), shape, device="cpu").peak.total
     meter = MemoryMeter(CPU)
     for _ in range(2):  # the first looks for the head, too
         model.zero_grad()
@@ -296,11 +296,11 @@ def test_states_take_what_their_precision_says(tinyllama: Planner) -> None:
         assert trains.state_bytes([trains.units[0]]) == one_layer * size
 
 
-def trained_only(layers: tuple[int, ...]) -> nn.Module:
+def trained_only(layers: tuple[int, ...]) -> SteppedModel:
     model: nn.Module = build_shape(ModelConfig(name="tiny"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"model.layers.{layer}.") for layer in layers))
-    return model
+    return SteppedModel(model)
 
 
 def test_activations_are_kept_down_to_the_lowest_active_layer() -> None:

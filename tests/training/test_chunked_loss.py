@@ -19,7 +19,7 @@ from grass_ray import GradNormSampler
 from grass_ray.config import LoraConfig, PrefixConfig, PromptConfig
 from grass_ray.layerwise.importance import GradNormMeter
 from grass_ray.layerwise.stack import find_decoder_stack
-from grass_ray.memory.step import StepShape, profile_step
+from grass_ray.memory.step import SteppedModel, StepShape, profile_step
 from grass_ray.optim.recompute import Recompute
 from grass_ray.tasks.inference import lm_head
 from grass_ray.tasks.inference.lm_head import Head
@@ -347,7 +347,8 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch, trained: boo
     assert peaks["plain"][1] - peaks["plain"][0] > 2 * logits
     assert peaks["chunked"][1] - peaks["chunked"][0] < 0.2 * logits
     assert peaks["chunked"][1] < 0.4 * peaks["plain"][1]
-    parts = [profile_step(model.to("meta"), StepShape(rows=2, tokens=n), device="cpu").peak for n in (65, 129)]
+    stepped = SteppedModel(model.to("meta"))
+    parts = [profile_step(stepped, StepShape(rows=2, tokens=n), device="cpu").peak for n in (65, 129)]
     assert parts[0].logits == parts[1].logits
 
 
