@@ -123,17 +123,12 @@ def remaining(extra_seeds: int) -> Iterator[list[Job]]:
             yield [*searches, *left]
 
 
-def lock_file(name: str) -> Path:
-    """The file whose lock decides who works on something."""
-    folder = Path("locks")
-    folder.mkdir(exist_ok=True)
-    return folder / name
-
-
 @contextmanager
 def claimed(job: Job) -> Iterator[bool]:
     """Whether this process has the run for itself; the lock ends with the process."""
-    with lock_file(job.name).open("w") as file:
+    lock = Path("locks") / job.name
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,9 +169,7 @@ def work(options: Options) -> int:
     data_dir = options.data_dir.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     os.chdir(options.work)
-    with lock_file("data").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # processes that start together write the same files
-        prepare_data(data_dir, Path())
+    prepare_data(data_dir, Path())
     began = time.monotonic()
     while time.monotonic() - began < 60 * options.minutes:
         stages = list(remaining(options.extra_seeds))
