@@ -46,9 +46,12 @@ audit: setup audit-tools
 	$(VENV)-audit/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-urls --format=markdown --output-file=licences.md
 	$(VENV)-audit/bin/cyclonedx-py environment $(VENV) --of JSON -o sbom.json
 
-audit-tools:
+audit-tools: $(VENV)-audit/.ready
+
+$(VENV)-audit/.ready:
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet 'pip-licenses>=5,<6' 'cyclonedx-bom>=7,<8'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

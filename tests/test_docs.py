@@ -33,7 +33,7 @@ SITE = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 OTHERS = [REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "benchmarks" / "RECORDS.md"]
 OTHERS += sorted((REPOSITORY / "examples").glob("*.md"))
 # programs of others, whose flags are not checked
-FOREIGN = {"accelerate", "cd", "git", "kubectl", "mlflow", "pip", "ray", "torchrun"}
+FOREIGN = {"accelerate", "cd", "cp", "git", "kubectl", "mlflow", "pip", "ray", "torchrun"}
 
 
 def name_of(page: Path) -> str:

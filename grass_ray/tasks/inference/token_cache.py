@@ -1,7 +1,7 @@
 """Cache of tokenized texts, in files that any number of processes may read and write.
 
-The name of a file is a hash of the tokenizer and of all texts, so a file never becomes outdated. If it is missing or
-broken, the texts are tokenized again::
+The name of a file is a hash of the tokenizer and of all texts, so a file never becomes outdated; one that was not read
+for three months is deleted. If it is missing or broken, the texts are tokenized again::
 
     cache = TokenCache(tokenizer, folder)         # folder None keeps nothing
     tokens = cache.encode(["What is 2 + 3?"])     # {"What is 2 + 3?": [1780, 314, ...]}
@@ -12,18 +12,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-_STALE_S = 3600.0  # a file takes seconds to write
+# age at which a file is deleted: what killed processes left, since one takes seconds to write, and what nobody reads
+_KEPT_S = {".part": 3600.0, ".npz": 90 * 24 * 3600.0}
 _AT_ONCE = 1000
 MIN_TEXTS = 8  # as many texts or fewer are tokenized faster than their file is read
 
@@ -82,6 +85,8 @@ def _read(path: Path, count: int) -> list[list[int]] | None:
         return None
     if len(lengths) != count or int(lengths.sum()) != len(ids):
         return None
+    with suppress(OSError):  # a folder that may only be read
+        os.utime(path)
     ends = numpy.cumsum(lengths)
     return [part.tolist() for part in numpy.split(ids, ends[:-1])]
 
@@ -90,9 +95,10 @@ def _write(path: Path, tokens: Sequence[Sequence[int]]) -> None:
     """Write a file completely or not at all; errors are ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob("*.part"):  # of processes that were killed
-            if stale.stat().st_mtime < time.time() - _STALE_S:
-                stale.unlink(missing_ok=True)
+        for other in path.parent.iterdir():
+            with suppress(OSError):  # another process deletes it
+                if other.stat().st_mtime < time.time() - _KEPT_S.get(other.suffix, math.inf):
+                    other.unlink()
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     except OSError:
         return

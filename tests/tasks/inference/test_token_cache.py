@@ -1,6 +1,8 @@
 """Tokens from a file are the tokens of the tokenizer; files may vanish, break, and be written by many at once."""
 
 import multiprocessing
+import os
+import time
 
 from task_parts import letter_task, make_model, make_tokenizer
 
@@ -93,6 +95,22 @@ def test_many_processes_share_a_folder(tmp_path):
         worker.join(timeout=120)
         assert worker.exitcode == 0
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_nobody_has_read_for_long_is_deleted(tmp_path):
+    tokenizer, day = make_tokenizer(), 24 * 3600
+    read, unread, new, other = TEXTS, TEXTS[1:], TEXTS[2:], tmp_path / "notes.txt"
+    for texts in (read, unread):
+        TokenCache(tokenizer, tmp_path).encode(texts)
+    other.touch()
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 100 * day,) * 2)
+    TokenCache(tokenizer, tmp_path).encode(read)
+    kept = {path for path in tmp_path.iterdir() if path.stat().st_mtime > time.time() - day}
+    TokenCache(tokenizer, tmp_path).encode(new)
+    assert len(kept) == 1
+    assert set(tmp_path.iterdir()) >= kept | {other}
+    assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
 def test_an_evaluation_is_the_same_with_and_without_it(tmp_path):
