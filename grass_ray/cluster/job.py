@@ -64,11 +64,6 @@ class SweepContext(BaseModel):
     max_failures: int = 2
     code: tuple[Code, ...] = ()
 
-    @property
-    def single_worker(self) -> bool:
-        """Whether a trial is one process from its beginning to its end, and so needs no Ray Train."""
-        return self.resources.workers == 1 and self.parallel == "replicate"
-
     def describe(self, machine: str) -> str:
         """A machine in words; speed and memory of shards, or of a changing number of workers, are not comparable."""
         suffix = ", model sharded" if self.parallel == "shard" else ""

@@ -132,7 +132,7 @@ class SweepRunner:
             self._say("every trial has ended already")
             return
         options = self.options
-        uses_train = options.workers_per_trial > 1 or options.parallel == "shard"
+        uses_train = options.workers > 1
         with ray_cluster(options.machines, dashboard=uses_train) as cluster:
             cluster.check_storage(self.storage)
             if uses_train and plan is not None and plan.scheduler != "none":
@@ -181,7 +181,7 @@ class SweepRunner:
             cpus=options.cpus_per_trial,
             gpus=options.gpus_per_trial,
             max_concurrent=options.max_concurrent_trials,
-            workers=options.workers_per_trial,
+            workers=options.workers,
             min_workers=options.min_workers,
         )
         self.progress.slots = resources.slots
@@ -191,7 +191,7 @@ class SweepRunner:
             sweep_id=self.plan.sweep_id,
             storage=self.storage.uri,
             resources=resources,
-            parallel=options.parallel,
+            parallel=options.parallelism,
             keep_checkpoints=options.keep_checkpoints,
             memory_check=options.memory_check,
             memory_bytes=None if options.gpu_memory is None else int(options.gpu_memory * GIB),

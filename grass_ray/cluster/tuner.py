@@ -71,7 +71,7 @@ def run_trials(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore
 
 def _tuner(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) -> tune.Tuner:
     resources, population = context.resources, tune_run.population
-    alone = context.single_worker
+    alone = resources.workers == 1  # then a trial is one process to its end, and needs no Ray Train
     trial, member = (single_worker, single_member) if alone else (drive_trial, drive_member)
     # A driver claims memory alone, and mostly one byte: it must hold no CPU that its own workers wait for.
     own = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {}

@@ -11,7 +11,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Hashable, Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +21,7 @@ from rich.table import Table
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, CustomSource, RunConfig
 from grass_ray.errors import MASK, redact
-from grass_ray.experiment.flags import SweepOptions, parse_options
+from grass_ray.experiment.flags import SweepOptions, TrialFlags, parse_options
 from grass_ray.experiment.plan import PLAN_FILE, SweepPlan, differences, plan_trials
 from grass_ray.experiment.space import at_random, sample
 from grass_ray.experiment.sweep import Sweep
@@ -57,7 +57,10 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
     quiet_libraries()
     console = Console()
     root = Storage.at(options.storage_path)
-    plan = _resumed_plan(sweep, root, options) if options.resume else _new_plan(sweep, root, options)
+    if options.resume:
+        plan, options = _resumed_plan(sweep, root, options)
+    else:
+        plan = _new_plan(sweep, root, options)
     storage = root.join(sweep.name, plan.sweep_id)
     left = _left(plan, storage) if options.resume else _to_check(plan)
     _check(left, options)
@@ -89,16 +92,20 @@ def _new_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
     trials, search = plan_trials(sweep, options)
     return SweepPlan(
         name=sweep.name,
-        sweep_id=f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        sweep_id=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # --resume takes the last by name
         question=sweep.question,
         tracking_uri=options.tracking or _embedded_store(root),
         trials=trials,
         search=search,
+        flags=TrialFlags(**options.trial_flags),
     )
 
 
-def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPlan:
-    """The newest saved plan; flags that would make other trials are refused, not ignored."""
+def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> tuple[SweepPlan, SweepOptions]:
+    """The newest saved plan, and the flags with which it goes on.
+
+    Flags that would make other trials are refused, not ignored.
+    """
     folder = root.join(sweep.name)
     saved = [sweep_id for sweep_id in folder.folders() if folder.exists(sweep_id, PLAN_FILE)]
     if not saved:
@@ -111,6 +118,7 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
     plan = SweepPlan.from_yaml(where.read_text(PLAN_FILE), f"{where.shown}/{PLAN_FILE}")
     for part in (part for config in plan.configs for part in config.method.imported_parts):
         part.check_code()
+    options = options.resuming(plan.flags)
     chosen = options.chosen()
     if chosen and not plan.has_the_trials_of(*plan_trials(sweep, options)):
         raise ConfigError(
@@ -123,7 +131,7 @@ def _resumed_plan(sweep: Sweep, root: Storage, options: SweepOptions) -> SweepPl
             f"the sweep's store is {plan.tracking_uri}, and its password was not written down; give the whole address "
             "with --tracking-uri or MLFLOW_TRACKING_URI"
         )
-    return plan.model_copy(update={"tracking_uri": uri}) if uri else plan
+    return plan.model_copy(update={"tracking_uri": uri}) if uri else plan, options
 
 
 def _check(configs: Sequence[RunConfig], options: SweepOptions) -> None:
@@ -136,7 +144,7 @@ def _check(configs: Sequence[RunConfig], options: SweepOptions) -> None:
     checked: set[Hashable] = set()
     for config in configs:
         try:
-            check_run(config, options.workers_per_trial, options.parallel, options.min_workers, checked)
+            check_run(config, options.workers, options.parallelism, options.min_workers, checked)
         except ConfigError as mistake:
             mistakes[str(mistake)] = None
     if mistakes:

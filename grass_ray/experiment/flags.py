@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from grass_ray.config import ConfigError, FolderSource, GeneratedSource, HubSource, Parallel
+from grass_ray.config import ConfigError, ConfigPart, FolderSource, GeneratedSource, HubSource, Parallel
+from grass_ray.config.base import PositiveFloat, PositiveInt
 from grass_ray.config.data import AnySourceConfig
 from grass_ray.experiment.algorithms import ALGORITHMS, Search
 from grass_ray.experiment.search import Scheduler
@@ -50,6 +51,17 @@ _CHOOSE_TRIALS = (
     *("smoke", "models", "methods", "tasks", "eval_tasks", "num_fewshot", "seeds", "steps", "set", "settings"),
     *("search", "num_samples"),
 )
+
+
+class TrialFlags(ConfigPart):
+    """Flags that say how each trial is carried out. A sweep's plan keeps those that were given, for ``--resume``."""
+
+    workers_per_trial: PositiveInt | None = None
+    min_workers_per_trial: PositiveInt | None = None
+    parallel: Parallel | None = None
+    gpu_memory: PositiveFloat | None = None
+    memory_check: bool = True
+    keep_checkpoints: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +103,11 @@ class SweepOptions:
     """folder or URI (s3://...) for everything the sweep writes"""
     tracking_uri: Annotated[str | None, tyro.conf.arg(metavar="URI")] = None
     """MLflow store; default: MLFLOW_TRACKING_URI, else mlflow.db under the storage path"""
-    workers_per_trial: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """data-parallel workers that share each step's micro-batches; the numbers stay the same"""
+    workers_per_trial: _Count = None
+    """data-parallel workers that share each step's micro-batches, 1 by default; the numbers stay the same"""
     min_workers_per_trial: Annotated[int | None, tyro.conf.arg(metavar="N", help=_ELASTIC_HELP)] = None
-    parallel: Parallel = "replicate"
-    """each worker holds the whole model, or shards of it (FSDP2) where it outgrows one GPU"""
+    parallel: Parallel | None = None
+    """each worker holds the whole model, as by default, or shards of it (FSDP2) where it outgrows one GPU"""
     cpus_per_trial: _Count = None
     """of each worker; default: all of a machine, so trials run alone"""
     gpus_per_trial: _Count = None
@@ -115,7 +127,7 @@ class SweepOptions:
     reuse: bool = False
     """take over trials that have run in this store before, where neither configuration, data, model nor code changed"""
     resume: bool = False
-    """finish this sweep's newest interrupted run"""
+    """finish this sweep's newest interrupted run, its trials carried out as they were unless flags say otherwise"""
     dry_run: bool = False
     """print the trials and stop"""
     quiet: bool = False
@@ -128,9 +140,31 @@ class SweepOptions:
         return {key: value for key, value in given.items() if value is not None}
 
     @property
+    def workers(self) -> int:
+        """The number of workers of a trial, at most."""
+        return 1 if self.workers_per_trial is None else self.workers_per_trial
+
+    @property
     def min_workers(self) -> int:
         """The number of workers that a trial begins and continues with at least."""
-        return self.workers_per_trial if self.min_workers_per_trial is None else self.min_workers_per_trial
+        return self.workers if self.min_workers_per_trial is None else self.min_workers_per_trial
+
+    @property
+    def parallelism(self) -> Parallel:
+        """What each worker holds."""
+        return self.parallel or "replicate"
+
+    @property
+    def trial_flags(self) -> dict[str, Any]:
+        """Those of :class:`TrialFlags` that were given."""
+        flags = {name: (getattr(self, name), field.default) for name, field in TrialFlags.model_fields.items()}
+        return {name: value for name, (value, default) in flags.items() if value != default}
+
+    def resuming(self, saved: TrialFlags) -> SweepOptions:
+        """Return these options with ``saved`` flags where none was given. Raises :class:`ConfigError`."""
+        options = replace(self, **dict(saved) | self.trial_flags)
+        options.check()
+        return options
 
     @property
     def tracking(self) -> str | None:
@@ -151,11 +185,11 @@ class SweepOptions:
             if (value := getattr(self, name)) is not None and value < least
         ]
         fewest = self.min_workers
-        if fewest > self.workers_per_trial:
+        if fewest > self.workers:
             mistakes.append(
-                f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {self.workers_per_trial}"
+                f"--min-workers-per-trial {fewest}: give at most --workers-per-trial, which is {self.workers}"
             )
-        if self.parallel == "shard" and self.workers_per_trial < 2:
+        if self.parallel == "shard" and self.workers < 2:
             mistakes.append("--parallel shard needs --workers-per-trial 2 or more")
         elif self.parallel == "shard" and fewest < 2:
             mistakes.append("--parallel shard needs --min-workers-per-trial 2 or more")

@@ -24,7 +24,7 @@ from grass_ray.config import ConfigError, ConfigPart, DataConfig, RunConfig
 from grass_ray.config.base import explain
 from grass_ray.errors import redact
 from grass_ray.experiment.algorithms import ALGORITHMS, Search, known_points
-from grass_ray.experiment.flags import SweepOptions, choose_data
+from grass_ray.experiment.flags import SweepOptions, TrialFlags, choose_data
 from grass_ray.experiment.search import MUTABLE, SearchPlan, SearchSpec
 from grass_ray.experiment.space import LogUniform, Space, values
 from grass_ray.experiment.sweep import Sweep
@@ -50,6 +50,7 @@ class SweepPlan(ConfigPart):
     tracking_uri: str
     trials: tuple[RunConfig, ...]
     search: SearchPlan | None = Field(default=None, validation_alias=AliasChoices("search", "tuning"))  # older plans
+    flags: TrialFlags = TrialFlags()
 
     @property
     def known_trials(self) -> list[RunConfig]:

@@ -96,7 +96,7 @@ class Chaos:
         flags: Sequence[str] = ("--machines", "3", *self.kind.flags)
         while True:
             with driver(self.machines, self.storage, log, *flags, script=self.kind.script) as process:
-                flags = ("--machines", "3", *self.kind.flags, "--resume")
+                flags = ("--machines", "3", "--resume")  # the plan says how many workers a trial has
                 while self._left and wait_until(self._has_gone_on, process, "no new checkpoint", 600):
                     time.sleep(self._chance.uniform(0, 4))
                     self._do(self._left[0], process)

@@ -12,8 +12,8 @@ from small import REPOSITORY
 
 from grass_ray.cli import main as command_line
 from grass_ray.commands.sweep import main
-from grass_ray.config import EvaluationConfig, RunConfig, TrainingConfig
-from grass_ray.experiment.flags import SweepOptions
+from grass_ray.config import ConfigError, EvaluationConfig, RunConfig, TrainingConfig
+from grass_ray.experiment.flags import SweepOptions, TrialFlags
 from grass_ray.experiment.plan import plan_trials
 from grass_ray.experiment.sweep import Preset, Sweep
 
@@ -83,6 +83,20 @@ def test_a_mistake_is_one_message(
     text = fails(capsys, tmp_path, *flags)
     assert text.startswith("error: ")
     assert message in text
+
+
+def test_a_resumed_sweep_carries_its_trials_out_as_before_unless_flags_say_otherwise() -> None:
+    given = SweepOptions(workers_per_trial=4, min_workers_per_trial=2, parallel="shard", keep_checkpoints=True)
+    saved = TrialFlags(**given.trial_flags)
+    assert SweepOptions().resuming(saved) == given
+    fewer = SweepOptions(workers_per_trial=2, memory_check=False).resuming(saved)
+    assert (fewer.workers, fewer.min_workers, fewer.parallelism) == (2, 2, "shard")
+    assert fewer.keep_checkpoints
+    assert not fewer.memory_check
+    with pytest.raises(ConfigError, match="--min-workers-per-trial 2: give at most --workers-per-trial, which is 1"):
+        SweepOptions(workers_per_trial=1).resuming(saved)
+    one = SweepOptions(workers_per_trial=1, min_workers_per_trial=1, parallel="replicate").resuming(saved)
+    assert (one.workers, one.min_workers, one.parallelism) == (1, 1, "replicate")
 
 
 def test_a_data_folder_without_the_task_and_a_broken_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

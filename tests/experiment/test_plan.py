@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grass_ray.config import ConfigError, RunConfig, TrainingConfig
-from grass_ray.experiment.flags import SweepOptions
+from grass_ray.experiment.flags import SweepOptions, TrialFlags
 from grass_ray.experiment.plan import SweepPlan, differences, plan_trials
 from grass_ray.experiment.space import LogUniform
 from grass_ray.experiment.sweep import Preset, Sweep
@@ -179,7 +179,7 @@ def test_log_uniform_is_even_on_the_logarithmic_scale() -> None:
 def test_a_plan_reads_back_equal() -> None:
     made = SweepPlan(
         name="mini", sweep_id="20260101-000000-abcd", question="why: so?", trials=tuple(expand(seeds=(0, 1))),
-        tracking_uri="sqlite:////x/mlflow.db",
+        tracking_uri="sqlite:////x/mlflow.db", flags=TrialFlags(workers_per_trial=2, parallel="shard"),
     )  # fmt: skip
     assert SweepPlan.from_yaml(made.to_yaml(), "sweep.yaml") == made
     for text in ("name: mini", "", "[1]", "a: ["):
