@@ -37,7 +37,8 @@ reliability: setup
 		tests/contract/test_numbers.py tests/test_determinism.py --slow \
 		--hypothesis-profile=long --hypothesis-show-statistics
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow tests/results/test_tracking_faults.py \
-		tests/results/test_tracking_outage.py tests/results/test_store_versions.py tests/results/test_sync.py
+		tests/results/test_tracking_outage.py tests/results/test_store_versions.py tests/results/test_sync.py \
+		tests/results/test_passwords.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -s tests/cluster/test_outage.py tests/chaos \
 		--ignore=tests/chaos/test_ray_submit.py
 

@@ -23,12 +23,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    """A real tracking server; on leaving, its process group is killed without a chance to finish."""
+def server(folder: Path, port: int, *words: str, **environment: str) -> Iterator[None]:
+    """A real tracking server; on leaving, its process group is killed without a chance to finish.
+
+    Args:
+        folder: of its files.
+        port: where it listens.
+        words: more of its command line.
+        environment: more of its environment.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
     log = (folder / "server.log").open("ab")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, *words],
+        cwd=folder, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
     try:
         wait_for(port, process, folder)
         yield
