@@ -1,4 +1,4 @@
-"""A proxy before a real MLflow server that loses, delays and breaks what passes, by a plan."""
+"""A proxy before a real server (of MLflow, of objects) that loses, delays and breaks what passes, by a plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 LATE_S = 17.0  # longer than the tracker waits for an answer
+SLOW_S = 0.3
+HOP_BY_HOP = ("connection", "date", "server", "transfer-encoding")  # of a connection, not of an answer
 
 FAULTS = {
     "refused": "the connection is closed before the request is passed on",
@@ -25,7 +27,7 @@ FAULTS = {
 
 
 class Proxy:
-    """What happens to the next request is what ``choose`` returns: a key of FAULTS, or None."""
+    """What happens to the next request is what ``choose`` returns: a key of FAULTS, None, or ``slow``: it waits."""
 
     def __init__(self, target: int) -> None:
         self.choose: Callable[[str], str | None] = lambda path: None
@@ -37,13 +39,13 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = b"".join(proxy.read(self))
                 fault = proxy.choose(self.path)
                 if fault is not None:
                     proxy.done.append(fault)
                 proxy.answer(self, body, fault)
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815 - names of the library
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815 - names of the library
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -52,9 +54,21 @@ class Proxy:
         self._server.daemon_threads = True
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
 
+    @staticmethod
+    def read(handler: BaseHTTPRequestHandler) -> Iterator[bytes]:
+        """The body of a request, which may come in chunks of lengths that are told one by one."""
+        if handler.headers.get("Transfer-Encoding") != "chunked":
+            yield handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+            return
+        while length := int(handler.rfile.readline(), 16):
+            yield handler.rfile.read(length)
+            handler.rfile.readline()
+        while handler.rfile.readline().strip():
+            pass
+
     def answer(self, handler: BaseHTTPRequestHandler, body: bytes, fault: str | None) -> None:
-        if fault == "late":
-            time.sleep(LATE_S)
+        if fault in ("late", "slow"):
+            time.sleep(LATE_S if fault == "late" else SLOW_S)
         made = {
             "500": (500, "text/html", b"<html><body>Internal Server Error</body></html>"),
             "503 object": (503, "application/json", b'{"detail": "no upstream"}'),
@@ -65,31 +79,36 @@ class Proxy:
         if fault == "refused":
             handler.close_connection = True
         elif fault in made:
-            self._write(handler, *made[fault])
+            status, kind, text = made[fault]
+            self._write(handler, status, {"Content-Type": kind, "Content-Length": str(len(text))}, text)
         else:
-            status, kind, text = self._ask(handler, body)
+            status, headers, text = self._ask(handler, body)
             if fault == "lost answer":
                 handler.close_connection = True
-            else:
-                self._write(handler, status, kind, text[: len(text) // 2] if fault == "half" else text)
+                return
+            if fault == "half":
+                text = text[: len(text) // 2]
+            length = {} if handler.command == "HEAD" else {"Content-Length": str(len(text))}
+            self._write(handler, status, headers | length, text)
 
-    def _ask(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, str, bytes]:
+    def _ask(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self._target, timeout=60)
-        headers = {name: value for name, value in handler.headers.items() if name.lower() != "host"}
+        headers = {name: value for name, value in handler.headers.items() if name.lower() not in ("host", *HOP_BY_HOP)}
         upstream.request(handler.command, handler.path, body, headers | {"Host": f"127.0.0.1:{self._target}"})
         answer = upstream.getresponse()
         text = answer.read()
         upstream.close()
-        return answer.status, answer.headers.get("Content-Type", "application/json"), text
+        kept = {name.title(): value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP}
+        return answer.status, kept, text
 
     @staticmethod
-    def _write(handler: BaseHTTPRequestHandler, status: int, kind: str, text: bytes) -> None:
+    def _write(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], text: bytes) -> None:
         try:
             handler.send_response(status)
-            handler.send_header("Content-Type", kind)
-            handler.send_header("Content-Length", str(len(text)))
+            for name, value in headers.items():
+                handler.send_header(name, value)
             handler.end_headers()
-            handler.wfile.write(text)
+            handler.wfile.write(b"" if handler.command == "HEAD" else text)
         except OSError:
             handler.close_connection = True  # nobody waits for it any more
 

@@ -78,7 +78,7 @@ def run(sweep: Sweep, options: SweepOptions) -> int:
         return 0
     from grass_ray.cluster.runner import SweepRunner
 
-    runner = SweepRunner(plan, root, storage, options, console)
+    runner = SweepRunner(plan, root, Storage(storage.uri), options, console)
     runner.open()
     if not options.resume:
         try:

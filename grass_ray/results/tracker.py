@@ -35,6 +35,7 @@ from grass_ray.results.waiting import Numbers
 from grass_ray.results.writes import (
     COMPLETE_TAG,
     RUN_STATUS,
+    EmptyAnswerError,
     add_params,
     check_run,
     create_run,
@@ -44,6 +45,7 @@ from grass_ray.results.writes import (
     ending_tags,
     final_metrics,
     find_runs,
+    get_run,
     log_metrics,
     set_tags,
     split_table,
@@ -232,10 +234,11 @@ class Tracker:
             whole = upload_files(client, known, record, folder)
             set_tags(client, known, tags | ({COMPLETE_TAG: digest(record)} if whole else {}))
             client.set_terminated(known, status, ended_at(record))
-            if self._outbox.has_failed:  # then an answer may have lied
-                add_params(client, known, self._params.get(run_id, {}))
+            params, has_failed = self._params.get(run_id, {}), self._outbox.has_failed
+            if has_failed:  # then an answer may have lied
+                add_params(client, known, params)
                 delete_twins(client, known)
-                check_run(client, known, record, status)
+            check_run(client, known, record, params, every_step=has_failed)
             self._outbox.refused.discard(f"steps of run {run_id}")  # they are there now
 
         self._do(f"end of {record.name}", act)
@@ -284,6 +287,8 @@ class Tracker:
             if known is not None:
                 set_tags(client, known, {"status": status} | ({} if sha256 is None else {COMPLETE_TAG: sha256}))
                 client.set_terminated(known, RUN_STATUS[status], ended)
+                if get_run(client, known).info.status != RUN_STATUS[status]:
+                    raise EmptyAnswerError(f"the store took the end of run {known} and does not have it")
 
         self._do("end of the sweep", act)
 

@@ -78,11 +78,21 @@ def delete_twins(client: MlflowClient, run_id: str) -> None:
             client.delete_run(other.info.run_id)
 
 
-def check_run(client: MlflowClient, run_id: str, record: RunRecord, status: str) -> None:
-    """Raise :class:`EmptyAnswerError` if a run has not ended with all numbers of its record."""
+def check_run(
+    client: MlflowClient, run_id: str, record: RunRecord, params: Mapping[str, str], *, every_step: bool
+) -> None:
+    """Raise :class:`EmptyAnswerError` if a run has not ended with all of its record.
+
+    Every call that sends steps sends one of the longest series, so its steps show whether one was lost;
+    ``every_step`` looks at those of all series, a call for each.
+    """
     run = get_run(client, run_id)
-    ended = run.info.status == status and run.data.tags.get("status") == record.status
-    if not ended or missing_steps(client, run_id, record.series, ended_at(record)):
+    longest = max(record.series, key=lambda key: len(record.series[key]), default=None)
+    looked_at = record.series if every_step or longest is None else {longest: record.series[longest]}
+    ended = run.info.status == RUN_STATUS[record.status] and run.data.tags.get("status") == record.status
+    numbers = {metric_name(key) for key in (*record.series, *record.metrics) if record.series.get(key, True)}
+    there = numbers <= run.data.metrics.keys() and set(map(metric_name, params)) <= run.data.params.keys()
+    if not ended or not there or missing_steps(client, run_id, looked_at, ended_at(record)):
         raise EmptyAnswerError(f"the store took the end of run {run_id} and does not have it")
 
 
