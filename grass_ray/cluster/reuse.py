@@ -25,10 +25,9 @@ from grass_ray.cluster.resources import ClusterInfo
 from grass_ray.cluster.storage import Storage
 from grass_ray.config import ConfigError, RunConfig, fingerprint_of
 from grass_ray.experiment.plan import SweepPlan
-from grass_ray.export.model import CHECKPOINT_FOLDER
 from grass_ray.results.environment import Environment, compare_environments, environment_of
 from grass_ray.results.provenance import hardware, versions
-from grass_ray.results.record import RunRecord, SearchPart
+from grass_ray.results.record import CHECKPOINT_FOLDER, RunRecord, SearchPart
 from grass_ray.results.store import EarlierRun, download_files, earlier_runs
 
 

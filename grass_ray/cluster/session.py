@@ -27,7 +27,6 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import ray
-import torch
 
 from grass_ray.cluster.orphans import free_orphans
 from grass_ray.cluster.resources import ClusterInfo
@@ -188,6 +187,8 @@ def _connect(folders: Mapping[str, str], *, dashboard: bool) -> Any:
 
 
 def _init(address: str | None, known_as: str, kept: Mapping[str, str], dashboard: bool | None) -> Any:
+    import torch  # a sweep whose trials have all ended comes to its end without it
+
     environment = WORKER_ENVIRONMENT | {"RAY_ADDRESS": known_as, **kept}
     return ray.init(
         address=address,

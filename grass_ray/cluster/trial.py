@@ -15,7 +15,6 @@ from typing import Any
 
 import ray.train
 import ray.tune
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from grass_ray.cluster.job import TRACEBACK_FILE, Job, describe_death
@@ -55,6 +54,8 @@ def train(job: Job, storage: Storage) -> ray.train.Result | None:
     Raises:
         ray.train.ControllerError: Train's own processes died. Tune starts the trial again, which finds its checkpoint.
     """
+    from ray.train.torch import TorchConfig, TorchTrainer  # loads torch, which a sweep's own process may not need
+
     resources, max_failures = job.context.resources, job.context.max_failures
     each = {"CPU": resources.cpus, "GPU": resources.gpus} if resources.gpus else {"CPU": resources.cpus}
     trainer = TorchTrainer(

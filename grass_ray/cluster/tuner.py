@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from grass_ray.cluster.job import Job, SweepContext
 from grass_ray.cluster.lost_answers import survive_lost_answers
 from grass_ray.cluster.pbt import drive_member, single_member
 from grass_ray.cluster.reporter import TrialStore
+from grass_ray.cluster.schedulers import OneByOne
 from grass_ray.cluster.storage import Storage
 from grass_ray.cluster.trial import drive_trial
 from grass_ray.cluster.worker import single_worker
@@ -76,12 +78,17 @@ def _tuner(tune_run: TuneRun, context: SweepContext, trial_store: TrialStore) ->
     # A driver claims memory alone, and mostly one byte: it must hold no CPU that its own workers wait for.
     own = {"CPU": resources.cpus, "GPU": resources.gpus} if alone else {}
     claims = {**own, "memory": tune_run.driver_memory}
+    jobs, space, searcher, number = tune_run.jobs, None, tune_run.searcher, tune_run.num_samples
+    if population:
+        space = {"job": tune.grid_search([job.to_dict() for job in jobs])}
+    elif jobs:  # as a grid all of them would be copied for each of them
+        searcher, number = OneByOne(functools.partial(next, iter(jobs), None)), len(jobs)
     return tune.Tuner(
         tune.with_resources(member if population else trial, claims),
-        param_space={"job": tune.grid_search([job.to_dict() for job in tune_run.jobs])} if tune_run.jobs else None,
+        param_space=space,
         tune_config=tune.TuneConfig(
-            search_alg=tune_run.searcher,
-            num_samples=tune_run.num_samples,
+            search_alg=searcher,
+            num_samples=number,
             scheduler=tune_run.scheduler,
             # a population's sleeping members count, too: the memory that they claim limits it instead
             max_concurrent_trials=None if population else resources.slots,

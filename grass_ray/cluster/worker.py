@@ -15,6 +15,7 @@ from grass_ray.cluster.listeners import ChangingSettings, EndTogether, Preemptio
 from grass_ray.cluster.ray_worker import RayWorker, TrainWorker, TuneWorker
 from grass_ray.cluster.storage import Storage
 from grass_ray.execute import RunResult, execute
+from grass_ray.results.record import CHECKPOINT_FOLDER
 
 if TYPE_CHECKING:
     from grass_ray.training.run import Run
@@ -89,7 +90,6 @@ def work(job: Job, worker: RayWorker) -> None:
 
 def _write(job: Job, storage: Storage, result: RunResult, *, keeps: bool) -> None:
     """Write the trial's folder, the record last: a folder with a record is complete."""
-    from grass_ray.export.model import CHECKPOINT_FOLDER
     from grass_ray.results.figures.registry import write_run_plots
 
     record = result.record(job.run_context)

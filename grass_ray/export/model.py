@@ -18,13 +18,13 @@ from torch import Tensor
 
 from grass_ray.config import ConfigError, DatasetSource, RunConfig, part_folder, sync
 from grass_ray.paths import BUILT_IN
+from grass_ray.results.record import CHECKPOINT_FOLDER
 from grass_ray.tasks.conversations import own_template
 from grass_ray.training.adapters import add_adapter
 from grass_ray.training.checkpoint import load_weights
 from grass_ray.training.metrics import default_device
 from grass_ray.training.models import LoadedModel, load_model
 
-CHECKPOINT_FOLDER = "checkpoint"
 # how much merging an adapter into its base weight may change a logit, relative to the largest logit
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 PROMPTS = ("The capital of France is", "### Instruction:\nAdd 2 and 3.\n\n### Response:\n")

@@ -26,6 +26,7 @@ from grass_ray.tasks.scores import TextLoss, text_loss
 from grass_ray.training.report import HPARAM, PHASE, PROBE, STALL_S, TOKENS, TRAIN_STEP, VALIDATION, LayerTrace
 
 Status = Literal["finished", "failed", "out_of_memory", "stopped"]
+CHECKPOINT_FOLDER = "checkpoint"  # what a run trained, beside its record
 
 
 class RecordPart(BaseModel):

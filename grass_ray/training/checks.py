@@ -40,7 +40,7 @@ def check_run(
         workers: number of workers that share the micro-batches of every step.
         parallel: whether each of them holds the whole model, or shards of it.
         min_workers: of an elastic run, which goes on with any number of workers from this one up; None for others.
-        checked: (model, data, evaluation) whose rows were found good and are not read again; new ones are added.
+        checked: what was found good and is not looked at again: rows, models with a method; new ones are added.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -58,7 +58,10 @@ def check_run(
     attempt(lambda: _check_workers(config, min_workers, workers))
     if parallel == "shard":
         attempt(lambda: check_shardable(config, min_workers))
-    attempt(lambda: _check_model(config))
+    lr = config.method.optimizer.model_copy(update={"lr": 1.0})  # neither it nor the seed decides what can train
+    trained = (config.model, config.method.model_copy(update={"optimizer": lr}), config.training)
+    if checked is None or trained not in checked:
+        attempt(lambda: _check_model(config))
     attempt(lambda: check_lengths(config))
     if config.data.batching == "packed":
         attempt(lambda: check_packed_adapter(config.method.adapter))
@@ -74,7 +77,7 @@ def check_run(
     if mistakes:
         raise ConfigError("; ".join(dict.fromkeys(mistakes)))
     if checked is not None:
-        checked.add(rows)
+        checked.update((rows, trained))
 
 
 def _check_workers(config: RunConfig, fewest: int, most: int) -> None:

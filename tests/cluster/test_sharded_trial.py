@@ -10,8 +10,7 @@ import pytest
 from small import REPOSITORY
 
 from grass_ray.config import RunConfig
-from grass_ray.export.model import CHECKPOINT_FOLDER
-from grass_ray.results.record import RunRecord
+from grass_ray.results.record import CHECKPOINT_FOLDER, RunRecord
 from grass_ray.training.checkpoint import load_weights
 from grass_ray.training.run import Run
 from grass_ray.training.weights import parameters_sha256

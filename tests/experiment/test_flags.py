@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from grass_ray.config import ConfigError, EvaluationConfig, RunConfig, TrainingC
 from grass_ray.experiment.flags import SweepOptions, TrialFlags
 from grass_ray.experiment.plan import plan_trials
 from grass_ray.experiment.sweep import Preset, Sweep
+from grass_ray.training import checks
 
 SCRIPT = REPOSITORY / "tests" / "mini_sweep.py"
 ROWS = [{"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}]
@@ -129,6 +131,22 @@ def test_the_help_shows_three_examples_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.count("mini_sweep.py --") == 3
     assert "code 0 False False" in done.stdout
+
+
+@pytest.mark.long
+def test_a_sweeps_own_process_loads_torch_only_to_start_ray() -> None:
+    script = "import sys, grass_ray.cluster.runner; print(*({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split() == []
+
+
+def test_trials_that_differ_in_seed_and_learning_rate_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    monkeypatch.setattr(checks, "_check_model", lambda config: looked_at.append(config.method.name))
+    rates = {"method.optimizer.lr": (1e-4, 1e-3)}
+    checked: set[Hashable] = set()
+    for config in plan_trials(replace(SWEEP, methods=("full", "grass"), grid=rates), SweepOptions(seeds=(0, 1)))[0]:
+        checks.check_run(config, checked=checked)
+    assert looked_at == ["base", "full", "grass"]
 
 
 def test_the_verb_shows_the_help_of_the_file_that_it_is_given(
