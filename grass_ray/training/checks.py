@@ -40,7 +40,8 @@ def check_run(
         workers: number of workers that share the micro-batches of every step.
         parallel: whether each of them holds the whole model, or shards of it.
         min_workers: of an elastic run, which goes on with any number of workers from this one up; None for others.
-        checked: what was found good and is not looked at again: rows, models with a method; new ones are added.
+        checked: what was found good and is not looked at again: rows, and runs but for seed and learning rate; new
+            ones are added.
 
     Raises:
         ConfigError: with all mistakes, separated by semicolons.
@@ -58,8 +59,7 @@ def check_run(
     attempt(lambda: _check_workers(config, min_workers, workers))
     if parallel == "shard":
         attempt(lambda: check_shardable(config, min_workers))
-    lr = config.method.optimizer.model_copy(update={"lr": 1.0})  # neither it nor the seed decides what can train
-    trained = (config.model, config.method.model_copy(update={"optimizer": lr}), config.training)
+    trained = config.override({"method.optimizer.lr": 1.0, "seed": 0}).fingerprint  # neither decides what can train
     if checked is None or trained not in checked:
         attempt(lambda: _check_model(config))
     attempt(lambda: check_lengths(config))
