@@ -174,4 +174,4 @@ def driver_memory(machines: Sequence[int], slots: int) -> int:
 @ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
 def _sees(uri: str) -> tuple[bool, str]:
     """Return whether this machine sees the storage's file, and the machine's address."""
-    return Storage(uri).exists(PROBE_FILE), ray.util.get_node_ip_address()
+    return Storage(uri, patience_s=0).exists(PROBE_FILE), ray.util.get_node_ip_address()

@@ -98,7 +98,7 @@ class Reuse:
                     differences = self._differences(config, record)
                 except ConfigError as error:
                     differences = [str(error)]
-                kept = Storage(run.folder).join(CHECKPOINT_FOLDER) if run.folder else None
+                kept = Storage(run.folder, patience_s=0).join(CHECKPOINT_FOLDER) if run.folder else None
                 if not differences and self._context.keep_checkpoints and config.training.steps:
                     if kept is None or not kept.exists():
                         differences = ["what it trained was not kept (--keep-checkpoints)"]
